@@ -1,0 +1,186 @@
+"""The command line: `fastssl COMMAND`, or `python -m fastssl COMMAND`.
+
+Heavy modules are imported inside the commands, so that help and mistakes answer at once.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as missing:
+    raise SystemExit(f"the command line needs {missing.name}: pip install 'fastssl[train]'") from None
+
+EXITS = (
+    "Exit codes: 0 done; 2 a mistake in the command, the configuration or the data; 3 the loss was "
+    "not finite; 4 a checkpoint could not be written or read; 5 stopped on request, state saved. "
+    "FASTSSL_TRACEBACK=1 shows the traceback behind a message."
+)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    epilog=EXITS,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `fastssl recipes`) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, dotted: optim.lr=1e-3 data.workers=0")
+]
+RunPath = Annotated[Path, typer.Argument(help="A run's directory, runs/NAME.")]
+
+
+@app.command()
+def pretrain(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan; train nothing.")] = False,
+) -> None:
+    """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
+    say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
+    from fastssl.config import dump, resolve
+
+    cfg = resolve(recipe, overrides)
+    if dry_run:
+        say(dump(cfg), markup=False)
+        return _print_plan(cfg)
+    say(f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name} -> {cfg.directory}")
+    from fastssl.progress import RichWatch
+    from fastssl.train import pretrain as run
+
+    command = shlex.join(["fastssl", *sys.argv[1:]])
+    results = run(cfg, RichWatch(console, cfg.epochs), command)
+    if os.environ.get("RANK", "0") == "0":
+        _print_results(results)
+        say(f"report: {cfg.directory / 'report.html'}", markup=False)
+
+
+@app.command(name="eval")
+def evaluate(run: RunPath) -> None:
+    """Measure a run's encoder again: kNN, linear probe, RankMe, alignment, uniformity."""
+    from fastssl.data.datasets import open_source
+    from fastssl.export import load_encoder
+    from fastssl.results import evaluate_on, scores
+
+    encoder, cfg, _ = load_encoder(run)
+    split = open_source(cfg.data.source, cfg.seed)
+    measured, test = evaluate_on(cfg, split, cfg.views(), encoder)
+    table = Table("measure", "value")
+    for name, value in scores(measured).items():
+        table.add_row(name, _number(name, value))
+    console.print(table)
+    for note in (*measured.notes, *(f"skipped {name}: {why}" for name, why in test.bad)):
+        console.print(note, markup=False)
+
+
+@app.command()
+def embed(
+    run: RunPath,
+    data: Annotated[str, typer.Argument(help="A folder of images, or digits or fractals.")],
+    out: Annotated[Path, typer.Option(help="The .npz file to write.")] = Path("features.npz"),
+) -> None:
+    """Write features, labels, names and split of every image of DATA to an .npz file."""
+    from fastssl.export import embed_to_file
+
+    count, bad = embed_to_file(run, data, out)
+    console.print(f"{count} images -> {out}", markup=False)
+    for name, reason in bad:
+        console.print(f"skipped {name}: {reason}", markup=False)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option(help="Default: beside the run's report.")] = None,
+    format: Annotated[str, typer.Option(help="timm (a directory) or safetensors (a file).")] = "timm",
+) -> None:
+    """Write a run's encoder for use elsewhere, and read it back to be sure."""
+    from fastssl.export import export as write
+
+    default = {"timm": run / "encoder-timm", "safetensors": run / "encoder.safetensors"}
+    written = write(run, out or default.get(format, run), format)
+    console.print(f"{written}", markup=False)
+    if format == "timm":
+        console.print(f'timm.create_model("local-dir:{written}", pretrained=True)', markup=False)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with fastssl."""
+    from fastssl.config import recipes as known
+
+    table = Table("recipe", "what it does")
+    for name, path in known().items():
+        table.add_row(name, path.read_text().splitlines()[0].lstrip("# "))
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what will run on what, and what to install for what is missing."""
+    from fastssl.doctor import findings, primitives
+
+    table = Table("part", "state", "what for", "to do")
+    for found in findings():
+        table.add_row(found.name, found.state, found.purpose, found.remedy)
+    console.print(table)
+    table = Table("primitive", "implementation here")
+    for name, implementation in primitives().items():
+        table.add_row(name, implementation)
+    console.print(table)
+
+
+def main() -> None:
+    """Run a command; a mistake ends in one sentence and an exit code, not in a traceback."""
+    try:
+        app()
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None or os.environ.get("FASTSSL_TRACEBACK") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            Console(stderr=True, soft_wrap=True).print(f"fastssl: {error}", markup=False)
+        sys.exit(code)
+
+
+def _print_plan(cfg: Any) -> None:
+    from fastssl.data.datasets import open_source
+    from fastssl.plan import make_plan
+
+    split = open_source(cfg.data.source, cfg.seed)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = make_plan(cfg, split.train.channels, world)
+    table = Table("per device", "MiB")
+    for name in ("weights", "gradients", "optimiser", "activations", "total"):
+        table.add_row(name, f"{getattr(plan, name) / 2**20:,.1f}")
+    images, steps = len(split.train), cfg.epochs * (len(split.train) // cfg.batch_size)
+    console.print(f"{images:,} training images, {len(split.test):,} held out; {steps:,} steps")
+    console.print(f"{plan.parameters:,} parameters, {world} process(es)")
+    console.print(table)
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    rows, train = results["rows"], results["train"]
+    columns = [m for m in ("knn", "linear", "rankme") if any(m in row for row in rows)]
+    table = Table("encoder", *columns)
+    for row in rows:
+        table.add_row(row["encoder"], *(_number(m, row.get(m)) for m in columns))
+    console.print(table)
+    speed = f"{train['images_per_s']:,.0f} images/s, " if train["images_per_s"] else ""
+    console.print(
+        f"loss {train['loss']:.4f}, {speed}{train['seconds']:.0f} s of training, "
+        f"peak memory {train['peak_memory_bytes'] / 2**20:,.0f} MiB, "
+        f"unreadable images {train['bad_images']}"
+    )
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if name in ("knn", "linear") else f"{value:.2f}"

@@ -1,0 +1,246 @@
+"""A run's configuration: the whole schema, YAML recipes, dotted overrides, and clear refusals.
+
+    resolve("simclr-digits", ["optim.lr=1e-3", "epochs=5"]) -> RunConfig
+
+Every key is described here or in the file of the part it configures; unknown keys are refused.
+"""
+
+import difflib
+import re
+import types
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from fastssl.data.datasets import SourceConfig
+from fastssl.data.views import preset
+from fastssl.engine.config import CheckpointConfig, EngineConfig
+from fastssl.engine.optim import OptimConfig, check_optimizer
+from fastssl.methods import METHODS, AnyMethodConfig
+
+
+class ConfigError(ValueError):
+    """A configuration a user can mend: one sentence naming the key, the value and what is allowed."""
+
+    exit_code = 2
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    name: str = Field("vit_small_patch16_224", description="Any timm model; MAE needs a vit_*.")
+    kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model (depth=4 ...).")
+
+
+class DataConfig(Section):
+    source: SourceConfig = Field(description="Where the images come from: digits, fractals, folder.")
+    image_size: int = Field(224, ge=1, description="Side of the views in pixels.")
+    augment: str | None = Field(None, description="Augmentation preset; default: the method's own.")
+    overrides: dict[str, Any] = Field({}, description="Fields of every view, over the preset's.")
+    workers: int = Field(4, ge=0, description="Loader processes a rank; 0: in the main process.")
+
+
+class EvaluateConfig(Section):
+    every: int = Field(0, ge=0, description="Evaluate every so many epochs; 0: at the end only.")
+    neighbours: int = Field(20, ge=1, description="k of the nearest-neighbour classifier.")
+    batch_size: int = Field(256, ge=1, description="Images a rank embeds at once.")
+    max_images: int = Field(50_000, ge=2, description="At most so many training images are embedded.")
+
+
+class LogConfig(Section):
+    every: int = Field(10, ge=1, description="Steps between two rows of metrics.jsonl.")
+    tensorboard: bool = Field(True, description="Write TensorBoard events through DeepSpeed.")
+
+
+class RunConfig(Section):
+    """One pretraining run, complete.  Written to RUN/config.yaml, from which it reloads equal."""
+
+    name: str = Field(description="Name of the run: its directory under `output`.", min_length=1)
+    output: Path = Field(Path("runs"), description="Directory of all runs.")
+    seed: int = Field(0, ge=0, description="All randomness is a function of it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one.")
+    resume: Literal["never", "auto"] = Field(
+        "never", description="auto: continue from the newest intact checkpoint, if there is one."
+    )
+    overwrite: bool = Field(False, description="Replace a run of this name instead of refusing.")
+    epochs: int = Field(100, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(256, ge=2, description="Images in an optimiser step, over all ranks.")
+    method: AnyMethodConfig = Field(description="The method and its options.")
+    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
+    engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
+    evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+    log: LogConfig = LogConfig()  # type: ignore[call-arg]
+
+    @property
+    def directory(self) -> Path:
+        return self.output / self.name
+
+    def views(self):
+        """The augmentation: the method's preset or the one named, with the overrides."""
+        name = self.data.augment or METHODS[self.method.name].preset
+        return preset(name, self.data.image_size, **self.data.overrides)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        check_optimizer(self.optim.name, self.engine.zero_stage)
+        views, wanted = self.views(), METHODS[self.method.name].views
+        if views.count != wanted:
+            raise ValueError(
+                f"method.name={self.method.name} reads {wanted} view(s) of an image, but "
+                f"data.augment={self.data.augment} makes {views.count}"
+            )
+        if self.batch_size % self.engine.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"engine.accumulation={self.engine.accumulation}"
+            )
+        if Path(self.name).name != self.name:
+            raise ValueError(f"name={self.name!r} must be a plain directory name")
+        return self
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    folder = Path(str(files("fastssl") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def resolve(recipe: str, overrides: list[str] | None = None) -> RunConfig:
+    """A recipe's name or a YAML file, with `key=value` overrides, checked.
+
+    Raises ConfigError, one sentence: an unknown recipe or key (with the closest valid one), a value
+    of the wrong type or out of range, a combination that cannot run.
+    """
+    known = recipes()
+    path = known.get(recipe, Path(recipe))
+    if not path.is_file():
+        hint = _closest(recipe, known)
+        raise ConfigError(f"no recipe or file {recipe!r}{hint}; there are: {', '.join(known)}")
+    return from_mapping(_merge(path, overrides or []))
+
+
+def load(run: Path) -> RunConfig:
+    """The configuration a run was made with."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} holds no run: there is no {path}")
+    return from_mapping(_merge(path, []))
+
+
+def from_mapping(mapping: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(mapping)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def dump(cfg: RunConfig) -> str:
+    """YAML that `load` reads back to the same configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json")))
+
+
+def differences(saved: RunConfig, now: RunConfig) -> list[str]:
+    """Keys, as `a.b: old -> new`, whose change makes it another run.
+
+    Where a run is kept, how often it speaks and how many processes read its data do not count.
+    """
+    free = ("output", "device", "resume", "overwrite", "checkpoint", "evaluate", "log")
+    old, new = (_flatten(c.model_dump(mode="json", exclude=set(free))) for c in (saved, now))
+    free_leaves = {"data.workers", "engine.activation_checkpointing", "engine.compile"}
+    if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
+        free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.final"}
+    keys = sorted((old.keys() | new.keys()) - free_leaves)
+    return [
+        f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}"
+        for k in keys
+        if old.get(k) != new.get(k)
+    ]
+
+
+def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
+    for text in overrides:
+        if "=" not in text or not text.split("=", 1)[0]:
+            raise ConfigError(f"override {text!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        mapping = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path} with {overrides} does not read as YAML: {first}") from None
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path} holds {type(mapping).__name__}, not a mapping of keys")
+    return mapping  # type: ignore[return-value]
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first refusal of a validation, as one sentence a user can act on."""
+    first = error.errors()[0]
+    model, key = _locate(first["loc"])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "value_error" and (not key or re.match(r"[\w.]+=", message)):
+        return message
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        names = list(model.model_fields) if model else []
+        return f"unknown key {key}={first['input']!r}{_closest(name, names)}; there are: {', '.join(names)}"
+    if first["type"] == "missing":
+        return f"{key} is required and missing"
+    if first["type"] == "union_tag_invalid":
+        allowed = first["ctx"]["expected_tags"]
+        return f"{key}.name={first['ctx']['tag']!r} is not one of {allowed}"
+    if first["type"] == "union_tag_not_found":
+        return f"{key}.name is required and missing: it says which {key} is meant"
+    return f"{key}={first['input']!r} is refused: {message[0].lower()}{message[1:]}"
+
+
+def _locate(loc: tuple) -> tuple[type[BaseModel] | None, str]:
+    """The model that holds a refused key, and the key as a user writes it (union tags left out)."""
+    model: type[BaseModel] | None = RunConfig
+    parts: list[str] = []
+    for part in loc:
+        tagged = next((m for m in _members(model) if _tag(m) == part), None)
+        if tagged is not None:
+            model = tagged
+            continue
+        parts.append(str(part))
+        field = model.model_fields.get(str(part)) if _is_model(model) else None  # type: ignore
+        if field is not None:
+            model = field.annotation  # type: ignore[assignment]
+    return (model if _is_model(model) else None), ".".join(parts)  # type: ignore[return-value]
+
+
+def _members(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else []
+
+
+def _tag(model: Any) -> Any:
+    return model.model_fields["name"].default if _is_model(model) and "name" in model.model_fields else None
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _closest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat

@@ -1,0 +1,157 @@
+"""Images in a folder: one folder a class, or flat; with its own train/ and val/ or without."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import DataError
+from .images import SUFFIXES, decode
+
+_TEST_NAMES = ("val", "test", "valid", "validation")
+
+
+class Names:
+    """Many strings as one block of bytes.
+
+    A list of a million str costs some 100 MB, and each worker ends up with a copy of its own, since
+    counting references writes to every object.
+    """
+
+    def __init__(self, names: list[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]].tobytes())
+
+
+class FolderImages:
+    """Images read from files when asked for.  `labels` is None for a flat folder."""
+
+    channels = 3
+
+    def __init__(
+        self,
+        root: Path,
+        names: list[str],
+        labels: Tensor | None = None,
+        classes: tuple[str, ...] | None = None,
+    ):
+        self.root, self.labels, self.classes = root, labels, classes
+        self._names = Names(names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, i: int) -> str:
+        """The path of image i, from the folder's root."""
+        return self._names[i]
+
+    def image(self, i: int) -> Tensor:
+        """Image i, uint8 (3, H, W).  Raises BadImage."""
+        name = self.name(i)
+        return decode(self.root / name, name)
+
+    def select(self, indices: np.ndarray) -> "FolderImages":
+        """The images at `indices`, in their order."""
+        names = [self._names[i] for i in indices.tolist()]
+        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
+        return FolderImages(self.root, names, labels, self.classes)
+
+
+class _Found(NamedTuple):
+    names: list[str]  # relative to the root, sorted within each folder
+    folders: list[str | None]  # the class folder of each, None directly in the scanned folder
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(f"cannot list folder {str(folder)!r} ({reason}): mend it first") from error
+
+
+def _leads_to(entry: os.DirEntry[str], *, folder: bool) -> bool:
+    try:
+        return entry.is_dir() if folder else entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def _walk(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Image files below a folder, depth first.  A link back to an ancestor is not followed."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in ancestors:
+        return
+    for entry in _entries(folder):
+        if _leads_to(entry, folder=True):
+            yield from _walk(Path(entry.path), (*ancestors, here))
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            if _leads_to(entry, folder=False):
+                yield entry.path
+
+
+def _scan(root: Path, folder: Path) -> _Found:
+    names = [os.path.relpath(path, root) for path in _walk(folder)]
+    depth = len(folder.relative_to(root).parts)
+    parts = [name.split(os.sep) for name in names]
+    return _Found(names, [p[depth] if len(p) > depth + 1 else None for p in parts])
+
+
+def _mixed(path: Path, found: _Found) -> None:
+    loose = [name for name, folder in zip(*found, strict=True) if folder is None]
+    if loose and len(loose) < len(found.names):
+        raise DataError(
+            f"{str(path)!r} has images beside its class folders ({len(loose)}, such as "
+            f"{loose[0]!r}): move them into one, or set flat=true to use every image unlabelled"
+        )
+
+
+def _build(root: Path, found: list[_Found], flat: bool) -> list[FolderImages]:
+    folders = [folder for part in found for folder in part.folders]
+    if flat or None in folders:
+        return [FolderImages(root, part.names) for part in found]
+    classes = tuple(sorted({str(folder) for folder in folders}))
+    number = {name: k for k, name in enumerate(classes)}
+    return [
+        FolderImages(root, p.names, torch.tensor([number[str(f)] for f in p.folders]), classes)
+        for p in found
+    ]
+
+
+def scan_folder(path: Path, *, flat: bool = False) -> list[FolderImages]:
+    """[all images], or [train, test] where the folder has train/ and one of val, test, valid/.
+
+    Labels are the first-level folders, sorted by name and numbered over both parts; there are none
+    if `flat`, or if images lie directly in either part.  Hidden files and folders are passed over.
+    Raises DataError, saying what to do, for a path that is missing or not a folder, for a folder
+    without images, and for images both inside and beside class folders.
+    """
+    path = Path(os.path.abspath(path.expanduser()))
+    if not path.exists():
+        raise DataError(f"folder {str(path)!r} does not exist: give the path of a folder of images")
+    if not path.is_dir():
+        raise DataError(f"{str(path)!r} is a file: give the folder that holds the images")
+    test = next((name for name in _TEST_NAMES if (path / name).is_dir()), None)
+    split = test is not None and (path / "train").is_dir()
+    parts = [path / "train", path / test] if split and test else [path]
+    found = [_scan(path, part) for part in parts]
+    for part, images in zip(parts, found, strict=True):
+        if not images.names:
+            kinds = "jpg, png, webp, bmp, tif, ..."
+            raise DataError(f"no image in folder {str(part)!r}: put some there ({kinds})")
+        if not flat:
+            _mixed(part, images)
+    return _build(path, found, flat)

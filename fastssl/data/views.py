@@ -1,0 +1,203 @@
+"""The augmentation spec: which random views of an image a run trains on.
+
+The spec names distributions, not a library's classes: every back end draws from the same laws.
+Operations in order, each a no-op by default:
+
+    crop        area ~ U(crop_scale) of the image, log(width / height) ~ U(log crop_ratio), place
+                uniform; 10 tries to fit, else the largest centred crop within crop_ratio;
+                resized to size x size, bilinear with antialiasing
+    flip        left-right, with probability flip
+    move        angle ~ U(-rotate, rotate) degrees, shifts ~ U(-translate, translate) * size;
+                bilinear, black where nothing moved in
+    jitter      with probability jitter: factors ~ U(max(0, 1 - s), 1 + s) of brightness, contrast
+                and saturation, hue shift ~ U(-hue, hue) turns of HSV, in random order
+    grayscale   ITU-R 601 luma in every channel, with probability grayscale
+    blur        with probability blur: Gaussian, sigma ~ U(blur_sigma) pixels of the *output*, cut
+                at 3 sigma, reflected at the border
+    solarise    with probability solarise: v -> 1 - v where v >= solarise_threshold
+    normalise   (v - mean) / std, v in [0, 1]
+
+One-channel images pass saturation, hue and grayscale unchanged.
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"the low end {pair[0]} is above the high end {pair[1]}")
+    return pair
+
+
+def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) not in (1, 3):
+        raise ValueError(f"want 1 or 3 channels, got {len(values)}")
+    return values
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=2)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(ge=0.1, le=10)]
+Spread = Annotated[float, Field(gt=0)]
+Sigma = Annotated[float, Field(gt=0, le=20)]
+
+
+class View(BaseModel):
+    """One kind of view; `count` of them are drawn independently from each image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    size: int = Field(ge=4, le=4096, description="height and width of the view, pixels")
+    count: int = Field(default=1, ge=1, le=64, description="how many such views of each image")
+    crop_scale: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = Field(
+        default=(1.0, 1.0), description="crop area as a fraction of the image's: low, high"
+    )
+    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
+        default=(1.0, 1.0), description="crop width / height: low, high"
+    )
+    flip: Probability = Field(default=0.0, description="probability of a left-right flip")
+    rotate: float = Field(
+        default=0.0, ge=0, le=180, description="largest rotation, degrees either way"
+    )
+    translate: float = Field(
+        default=0.0, ge=0, le=0.5, description="largest shift, fraction of size"
+    )
+    jitter: Probability = Field(
+        default=0.0, description="probability of the four colour changes below"
+    )
+    brightness: Strength = Field(default=0.0, description="brightness factor is within 1 +- this")
+    contrast: Strength = Field(default=0.0, description="contrast factor is within 1 +- this")
+    saturation: Strength = Field(default=0.0, description="saturation factor is within 1 +- this")
+    hue: float = Field(default=0.0, ge=0, le=0.5, description="largest hue shift, turns either way")
+    grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
+    blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
+    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)] = Field(
+        default=(0.1, 2.0), description="standard deviation of the blur, output pixels: low, high"
+    )
+    solarise: Probability = Field(
+        default=0.0, description="probability of inverting the bright pixels"
+    )
+    solarise_threshold: Probability = Field(
+        default=0.5, description="inverted from this value, in [0, 1]"
+    )
+
+
+class Views(BaseModel):
+    """All views of an image, in the order in which a batch holds them, and their normalisation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    views: tuple[View, ...] = Field(min_length=1, description="the kinds of view, in order")
+    mean: Annotated[tuple[float, ...], AfterValidator(_one_or_three)] = Field(
+        default=(0.485, 0.456, 0.406),
+        description="subtracted, in [0, 1]; three on a one-channel image: their average",
+    )
+    std: Annotated[tuple[Spread, ...], AfterValidator(_one_or_three)] = Field(
+        (0.229, 0.224, 0.225), description="divided by, after the mean: 1 or 3 channels"
+    )
+
+    @property
+    def count(self) -> int:
+        """How many views of an image there are in all."""
+        return sum(view.count for view in self.views)
+
+    @property
+    def crops(self) -> tuple[View, ...]:
+        """The spec of each single view, in order: `views` repeated by their counts."""
+        return tuple(view for view in self.views for _ in range(view.count))
+
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std, `channels` numbers each: their average for one channel, one repeated."""
+        given = (self.mean, self.std)
+        one = (v if len(v) == channels else (sum(v) / len(v),) for v in given)
+        mean, std = (v * channels if len(v) == 1 else v for v in one)
+        return mean, std
+
+
+_CROP = {"crop_ratio": (3 / 4, 4 / 3), "flip": 0.5}
+_STRONG = {"jitter": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+_MILD = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+
+
+def _blur(size: int, probability: float) -> dict[str, float]:
+    """SimCLR drops the blur at CIFAR's 32 pixels, where two pixels of it leave nothing to learn."""
+    return {"blur": probability if size > 32 else 0.0}
+
+
+def _simclr(size: int) -> list[dict[str, Any]]:
+    """Chen et al. 2020, arXiv:2002.05709, appendix A (224 pixels) and B.9 (32: no blur)."""
+    look = {**_CROP, **_STRONG, "grayscale": 0.2, **_blur(size, 0.5)}
+    return [{"size": size, "count": 2, "crop_scale": (0.08, 1.0), **look}]
+
+
+def _barlow_twins(size: int) -> list[dict[str, Any]]:
+    """Zbontar et al. 2021, arXiv:2103.03230, section 2.2 (BYOL's two unequal views)."""
+    look = {"size": size, "crop_scale": (0.08, 1.0), **_CROP, **_MILD, "grayscale": 0.2}
+    return [{**look, **_blur(size, 1.0)}, {**look, **_blur(size, 0.1), "solarise": 0.2}]
+
+
+def _mae(size: int) -> list[dict[str, Any]]:
+    """He et al. 2022, arXiv:2111.06377, appendix A.1: crop and flip only."""
+    return [{"size": size, "crop_scale": (0.2, 1.0), **_CROP}]
+
+
+def _dino(size: int, local_count: int = 8, local_size: int | None = None) -> list[dict[str, Any]]:
+    """Caron et al. 2021, arXiv:2104.14294: two global views and local ones, 96 pixels at 224."""
+    look = {**_CROP, **_MILD, "grayscale": 0.2}
+    wide = {"size": size, "crop_scale": (0.4, 1.0), **look}
+    if local_size is None:
+        local_size = max(8, round(size * 3 / 7 / 8) * 8)
+    local = {"size": local_size, "count": local_count, "crop_scale": (0.05, 0.4), **look}
+    views = [{**wide, **_blur(size, 1.0)}, {**wide, **_blur(size, 0.1), "solarise": 0.2}]
+    return [*views, {**local, **_blur(local_size, 0.5)}] if local_count else views
+
+
+def _plain(size: int) -> list[dict[str, Any]]:
+    """The largest centred square, resized: what evaluation sees."""
+    return [{"size": size}]
+
+
+PRESETS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "simclr": _simclr,
+    "barlow_twins": _barlow_twins,
+    "mae": _mae,
+    "dino": _dino,
+    "plain": _plain,
+}
+_OWN_OPTIONS = {"dino": ("local_count", "local_size")}
+
+
+def _unknown(what: str, got: str, valid: list[str]) -> ValueError:
+    close = get_close_matches(got, valid, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(valid)}"
+    return ValueError(f"unknown {what} {got!r}: {hint}")
+
+
+def preset(name: str, size: int, **overrides: Any) -> Views:
+    """The views a paper trains on, at `size` pixels.
+
+    overrides: any field of View but size (set in every view), mean, std; dino also takes
+    local_count (0 drops the local views) and local_size.  All presets resize bilinearly, where
+    MAE's and DINO's own code is bicubic.
+    Raises ValueError for an unknown name or override, naming the closest, or a value out of bounds.
+
+    >>> preset("dino", 224).count, preset("mae", 224).views[0].crop_scale
+    (10, (0.2, 1.0))
+    """
+    if name not in PRESETS:
+        raise _unknown("preset", name, list(PRESETS))
+    own = _OWN_OPTIONS.get(name, ())
+    common = [field for field in View.model_fields if field != "size"]
+    for key in overrides:
+        if key not in (*common, "mean", "std", *own):
+            raise _unknown(f"override of preset {name!r}", key, [*common, "mean", "std", *own])
+    options = {key: value for key, value in overrides.items() if key in own}
+    changes = {key: value for key, value in overrides.items() if key in common}
+    norm = {key: value for key, value in overrides.items() if key in ("mean", "std")}
+    views = [{**view, **changes} for view in PRESETS[name](size, **options)]
+    return Views.model_validate({"views": views, **norm})

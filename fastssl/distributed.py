@@ -1,0 +1,202 @@
+"""Collectives with exact gradients, and the few plain ones a run needs.
+
+The contract every loss keeps.  Rank r returns l_r with mean_r l_r = L, the loss of the joined
+batch.  Every rank calls backward on its own l_r, so autograd computes the gradient of sum_r l_r;
+if each collective's backward is its true adjoint, a rank's gradient is then W * dL/d(its rows),
+and the mean over ranks of the parameters' gradients (DDP, ZeRO, FSDP) is exactly dL/d(parameters).
+
+    collective          forward                               backward (the true adjoint)
+    all_gather_rows     (b, ...) -> (W * b, ...), rank order  reduce-scatter, sum
+    all_reduce_sum      sum over ranks, on every rank         all-reduce, sum
+
+`group` is a process group, None (the world; one process when torch.distributed is not
+initialised) or LOCAL (this rank alone, whatever runs beside it).  A group of one costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOCAL: Literal["local"] = "local"  # the group of this rank alone
+Group = Any  # ProcessGroup | None | LOCAL; ProcessGroup is absent from builds without distributed
+
+_host_groups: dict[Any, Any] = {}
+
+
+def _initialised(group: Group) -> bool:
+    return group != LOCAL and dist.is_available() and dist.is_initialized()
+
+
+def world_size(group: Group = None) -> int:
+    """Ranks in the group; 1 for LOCAL and when torch.distributed is not initialised.
+
+    Raises ValueError when this rank does not belong to the group.
+
+    >>> world_size(), world_size(LOCAL)
+    (1, 1)
+    """
+    size = dist.get_world_size(group) if _initialised(group) else 1
+    if size < 1:
+        raise ValueError(f"process_group {group} does not contain this rank")
+    return size
+
+
+def rank(group: Group = None) -> int:
+    """This process's place in the group; 0 for LOCAL and without torch.distributed."""
+    return dist.get_rank(group) if _initialised(group) else 0
+
+
+def _host_group(group: Group) -> Any:
+    """A group over the same ranks that moves CPU tensors, so that checks never wait for a device.
+
+    An nccl group moves none: its gloo twin is made on first use, which every rank reaches at the
+    same place.
+    """
+    group = dist.group.WORLD if group is None else group
+    if "cpu" in dist.get_backend_config(group):
+        return group
+    if group not in _host_groups:
+        ranks = dist.get_process_group_ranks(group)
+        _host_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _host_groups[group]
+
+
+def require_even(x: Tensor, group: Group = None, name: str = "x") -> None:
+    """Raise the same ValueError on every rank unless x has one shape on all of them.
+
+    A collective over uneven rows would hang or mix samples up.  The shapes travel between hosts,
+    so this never waits for a device.
+    """
+    if world_size(group) == 1:
+        return
+    if x.ndim > 7:
+        raise ValueError(f"{name} must have at most 7 dimensions, got {tuple(x.shape)}")
+    mine = torch.tensor([x.ndim, *x.shape, *[0] * (7 - x.ndim)])
+    host = _host_group(group)
+    shapes = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(shapes, mine, group=host)
+    seen = [tuple(s[1 : 1 + int(s[0])].tolist()) for s in shapes]
+    if any(shape != seen[0] for shape in seen):
+        raise ValueError(f"{name} must have the same shape on every rank, got {seen} by rank")
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows = grad.shape[0] // world_size(ctx.group)
+        total = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
+        mine = total.new_empty(rows, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, total.contiguous(), group=ctx.group)
+        return mine.to(grad.dtype), None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _reduce(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce(grad, ctx.group), None
+
+
+def _gather(x: Tensor, group: Group) -> Tensor:
+    out = x.new_empty(world_size(group) * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over ranks, in a new tensor; 16-bit inputs are summed in float32."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    total = x.float() if half else x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.to(x.dtype)
+
+
+def all_gather_rows(x: Tensor, group: Group = None) -> Tensor:
+    """Every rank's rows, joined in rank order: (b, ...) -> (W * b, ...), same dtype.
+
+    Backward: reduce-scatter with a sum (in float32 for 16-bit tensors): row i of rank r gets the
+    sum of the gradients that all ranks have for it.  First order only.
+    Raises ValueError, on every rank alike, when the ranks' shapes differ; for a 0-d tensor.
+
+    >>> all_gather_rows(torch.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    if x.ndim == 0:
+        raise ValueError("x must have rows to gather, got a 0-d tensor")
+    if world_size(group) == 1:
+        return x
+    require_even(x, group)
+    return _AllGatherRows.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
+    """The sum of x over ranks, on every rank, in a new tensor of x's dtype.
+
+    Backward: all-reduce with a sum.  First order only.  Shapes must agree across ranks: they are
+    not checked here, because what is reduced has a model's shape, not a batch's.
+    """
+    if world_size(group) == 1:
+        return x
+    return _AllReduceSum.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def all_gather_nograd(x: Tensor, group: Group = None, *, check: bool = True) -> Tensor:
+    """`all_gather_rows` without a gradient, for statistics, features and labels.
+
+    check=False leaves out the comparison of shapes, for a caller that has just made it.
+    """
+    if world_size(group) == 1:
+        return x.detach()
+    if check:
+        require_even(x, group)
+    return _gather(x, group)
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """Rank src's picklable object, on every rank of the world."""
+    if world_size() == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=src, group=_host_group(None))
+    return box[0]
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every rank's picklable object in rank order, on every rank of the world."""
+    box = [obj]
+    if world_size() > 1:
+        box = [None] * world_size()
+        dist.all_gather_object(box, obj, group=_host_group(None))
+    return box
+
+
+def all_agree(flag: bool) -> bool:
+    """True when the flag is true on every rank of the world."""
+    if world_size() == 1:
+        return bool(flag)
+    vote = torch.tensor(int(flag))
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=_host_group(None))
+    return bool(vote.item())
+
+
+def barrier() -> None:
+    """Wait until every rank of the world is here."""
+    if world_size() > 1:
+        dist.barrier(group=_host_group(None))

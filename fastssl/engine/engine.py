@@ -1,0 +1,206 @@
+"""The training engine: a method under DeepSpeed ZeRO, on CPU (gloo) or CUDA (nccl) alike.
+
+It knows `Method` (forward(batch) -> {"loss": ...}) and nothing of what a method does.  The learning
+rate is set from outside at each step; gradients are averaged over ranks and micro-batches; a step
+whose loss or gradient is not finite is never applied, at any stage.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import distributed
+
+from .config import EngineConfig
+from .launch import deepspeed
+from .optim import OptimConfig, after_initialize, build_optimizer
+
+NEVER = 2**62  # DeepSpeed's own progress lines: ours are better
+
+
+@dataclass
+class Step:
+    """What a step did: metrics as 0-d tensors on the device, and whether parameters moved.
+
+    finite: loss and gradients of all ranks.  stop: some rank was asked to stop.
+    """
+
+    metrics: dict[str, Tensor]
+    applied: bool
+    finite: bool
+    stop: bool
+
+
+class Engine:
+    """`method` on `device` under ZeRO `cfg.zero_stage`, stepped by `optim`.
+
+    batch_size: images in an optimiser step over all ranks and micro-batches.
+    monitor: directory of TensorBoard events, or None.
+    Raises ValueError when the batch does not divide among ranks and micro-batches.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        *,
+        device: torch.device,
+        batch_size: int,
+        monitor: Path | None = None,
+    ):
+        self.cfg, self.device = cfg, device
+        shares = distributed.world_size() * cfg.accumulation
+        if batch_size % shares:
+            raise ValueError(
+                f"batch_size={batch_size} does not divide into {distributed.world_size()} ranks x "
+                f"engine.accumulation={cfg.accumulation}"
+            )
+        if cfg.activation_checkpointing:
+            method.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.ds, *_ = deepspeed().initialize(
+            model=method,
+            optimizer=build_optimizer(method, optim),
+            config=self._deepspeed_config(optim.clip, batch_size // shares, monitor),
+            dist_init_required=False,
+        )
+        after_initialize(self.ds)
+        if cfg.compile:
+            self.ds.compile()
+        self._flags = torch.empty(2, pin_memory=device.type == "cuda")
+
+    @property
+    def method(self) -> Any:
+        return self.ds.module
+
+    def step(self, batch: dict[str, Any], lr: float, *, stop: bool = False) -> Step:
+        """One optimiser step on this rank's share of the batch, at learning rate `lr`.
+
+        stop: this rank was asked to stop; the answer tells whether any rank was.
+        """
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self.method.train()
+        finite = torch.ones((), device=self.device, dtype=torch.bool)
+        sums: dict[str, Tensor] = {}
+        micro_batches = self._split(batch)
+        for i, micro in enumerate(micro_batches):
+            out = self.ds(micro)
+            finite = finite & torch.isfinite(out["loss"].detach())
+            last = i == len(micro_batches) - 1
+            event = self._agree(finite, stop) if last else None
+            # A loss of infinity may have finite gradients: make sure that the step is refused.
+            self.ds.backward(out["loss"] * torch.where(finite, 1.0, float("nan")))
+            for key, value in out.items():
+                share = value.detach().float() / len(micro_batches)
+                sums[key] = sums[key] + share if key in sums else share
+            if last:
+                return self._finish(sums, event)
+            self.ds.step()
+        raise AssertionError("a batch has at least one micro-batch")
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode, no gradient."""
+        self.method.eval()
+        with torch.no_grad():
+            return self.method.features(images.to(self.device, non_blocking=True))
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The encoder's whole tensors on the CPU, float32 masters where there are any.
+
+        Collective: call it on every rank; every rank gets the result.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        encoder = self.method.encoder
+        state = {name: b.detach().cpu().clone() for name, b in encoder.named_buffers()}
+        for name, parameter in encoder.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            whole = parameter.detach() if whole is None else whole
+            state[name] = whole.float().cpu().clone().reshape(_shape(parameter))
+        persistent = encoder.state_dict().keys()
+        return {name: state[name] for name in persistent}
+
+    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """To TensorBoard, on rank 0, through DeepSpeed's monitor."""
+        if self.ds.monitor.enabled and distributed.rank() == 0:
+            self.ds.monitor.write_events([(name, v, step) for name, v in scalars.items()])
+
+    def _deepspeed_config(self, clip: float, micro: int, monitor: Path | None) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": self.cfg.accumulation,
+            "gradient_clipping": clip,
+            "zero_optimization": {"stage": self.cfg.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self.cfg.precision == "bf16"},
+            "steps_per_print": NEVER,
+        }
+        if monitor is not None:
+            config["tensorboard"] = {
+                "enabled": True,
+                "output_path": str(monitor.parent),
+                "job_name": monitor.name,
+            }
+        return _merge(config, self.cfg.deepspeed)
+
+    def _split(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The batch's tensors on the device, in `accumulation` equal micro-batches."""
+        n = self.cfg.accumulation
+        views = [v.to(self.device, non_blocking=True).chunk(n) for v in batch["views"]]
+        rest = {k: batch[k].to(self.device).chunk(n) for k in ("index", "seeds")}
+        return [
+            {"views": [v[i] for v in views], **{k: v[i] for k, v in rest.items()}} for i in range(n)
+        ]
+
+    def _agree(self, finite: Tensor, stop: bool) -> "torch.cuda.Event | None":
+        """Send [any rank not finite, any rank to stop] to the host, without waiting for it."""
+        bad = (~finite).float()
+        flags = torch.stack([bad, torch.full_like(bad, float(stop))])
+        if distributed.world_size() > 1:
+            torch.distributed.all_reduce(flags)
+        self._flags.copy_(flags, non_blocking=True)
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _finish(self, metrics: dict[str, Tensor], event: "torch.cuda.Event | None") -> Step:
+        """Apply the step unless something is not finite.  Waits for the forward pass at most."""
+        if event is not None:
+            event.synchronize()
+        finite, stop = bool(self._flags[0] == 0), bool(self._flags[1] > 0)
+        plain = self.cfg.zero_stage == 0 and self.cfg.precision == "fp32"
+        if plain:  # nothing in DeepSpeed looks at these gradients before they are applied
+            grads = [p.grad for p in self.method.parameters() if p.grad is not None]
+            metrics["grad_norm"] = torch.nn.utils.get_total_norm(grads)
+            finite = finite and bool(torch.isfinite(metrics["grad_norm"]))
+        if plain and not finite:
+            self.ds.zero_grad()
+            self.ds.micro_steps += 1
+            self.ds.skipped_steps += 1
+            return Step(metrics, applied=False, finite=False, stop=stop)
+        self.ds.step()
+        applied = bool(self.ds.was_step_applied())
+        norm = self.ds.get_global_grad_norm()
+        if norm is not None and not plain:
+            metrics["grad_norm"] = torch.as_tensor(norm)
+        return Step(metrics, applied=applied, finite=finite and applied, stop=stop)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape, also while ZeRO-3 keeps only a slice of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,113 @@
+"""Where the parameters of a model lie in the flat tensors that ZeRO gives its optimizer.
+
+All that is known here of DeepSpeed's layouts; `bind_fragments` in layerwise.py is its user.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """The pieces of parameters that one flat tensor holds on this rank.
+
+    count: parameters cut into the flat tensor, over all ranks.
+    spans: (start, length) of every piece here whose parameter adapts; padding is in none.
+    owners: int64 (len(spans),), which of the `count` parameters a piece belongs to.
+    process_group, device: the ranks that hold the other pieces, and where its collectives run
+        (an offloaded flat tensor is elsewhere).
+    """
+
+    count: int
+    spans: tuple[tuple[int, int], ...]
+    owners: Tensor
+    process_group: Any
+    device: torch.device
+
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """(2, pieces) norms of the pieces here -> (2, pieces) norms of their parameters."""
+        squares = norms.new_zeros(2, self.count).index_copy_(1, self.owners, norms.square())
+        if dist.get_world_size(self.process_group) > 1:
+            shared = squares.to(self.device)
+            dist.all_reduce(shared, group=self.process_group)
+            squares = shared.to(squares.device)
+        return squares.index_select(1, self.owners).sqrt()
+
+
+def locate(ds_engine: Any) -> dict[Tensor, Fragments]:
+    """The flat tensors of a DeepSpeed engine at stage 1, 2 or 3, with what lies in them.
+
+    Collective.  Raises RuntimeError when the pieces of all ranks do not make up every parameter:
+    a DeepSpeed that lays out its flat tensors in a way not known here.
+    """
+    layout = _sub_groups if ds_engine.zero_optimization_stage() == 3 else _flat_groups
+    return {
+        flat: _fragments(params, pieces, flat, process_group, ds_engine.device)
+        for flat, params, pieces, process_group in layout(ds_engine.optimizer)
+    }
+
+
+# A piece is (parameter's index, start in the flat tensor, length); a flat tensor comes with the
+# parameters cut into it, the same list on every rank, and the pieces that lie on this rank.
+_Piece = tuple[int, int, int]
+_Layout = Iterator[tuple[Tensor, list[Tensor], list[_Piece], Any]]
+
+
+def _flat_groups(zero: Any) -> _Layout:
+    """Stages 1 and 2: a group's parameters end to end, the whole cut into equal partitions."""
+    groups = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+    for index, params in enumerate(groups):
+        pieces = []
+        for number, param in enumerate(params):
+            if param._hp_mapping is not None:  # None: it lies on other ranks only
+                address = param._hp_mapping.get_hp_fragment_address()
+                pieces.append((number, address.start, address.numel))
+        flat = zero.optimizer.param_groups[index]["params"][0]
+        yield flat, params, pieces, zero.real_dp_process_group[index]
+
+
+def _sub_groups(zero: Any) -> _Layout:
+    """Stage 3: every parameter cut into equal slices, the last one padded with anything."""
+    for index, params in enumerate(zero.fp16_groups):
+        process_group = zero.sub_group_process_groups[index]
+        rank, start, pieces = dist.get_rank(process_group), 0, []
+        for number, param in enumerate(params):
+            size = param.partition_numel()
+            length = min(max(param.ds_numel - rank * size, 0), size)
+            if length:
+                pieces.append((number, start, length))
+            start += size
+        yield zero.fp32_partitioned_groups_flat[index], params, pieces, process_group
+
+
+def _fragments(
+    params: list[Any],
+    pieces: list[_Piece],
+    flat: Tensor,
+    process_group: Any,
+    device: torch.device,
+) -> Fragments:
+    shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in params]  # stage 3 empties p itself
+    wanted = torch.tensor([torch.Size(shape).numel() for shape in shapes], device=device)
+    found = torch.zeros_like(wanted)
+    for number, start, length in pieces:
+        found[number] += length if start + length <= flat.numel() else 0
+    dist.all_reduce(found, group=process_group)
+    if not torch.equal(found, wanted):
+        raise RuntimeError(
+            f"{int((found != wanted).sum())} of {len(params)} parameters are not where LARS and "
+            "LAMB look for them in this DeepSpeed's flat tensors; use ZeRO stage 0 or adamw"
+        )
+    adapting = [piece for piece in pieces if len(shapes[piece[0]]) > 1]
+    return Fragments(
+        count=len(params),
+        spans=tuple((start, length) for _, start, length in adapting),
+        owners=torch.tensor([n for n, _, _ in adapting], dtype=torch.int64, device=flat.device),
+        process_group=process_group,
+        device=device,
+    )

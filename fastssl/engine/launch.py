@@ -1,0 +1,58 @@
+"""Processes and devices: one process needs no launcher, several come from torchrun."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastssl import distributed
+
+
+@contextlib.contextmanager
+def session(device: str) -> Iterator[torch.device]:
+    """Run inside torch.distributed on this process's device, which is what is yielded.
+
+    device: "auto", "cpu" or "cuda".  Under torchrun the ranks it made; alone, a world of one.
+    Back end: nccl on CUDA, gloo on CPU.  A process group that is there already is used and left.
+    Raises ValueError when CUDA is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
+    alone = {} if "RANK" in os.environ else _world_of_one()
+    os.environ.update(alone)
+    place = torch.device("cpu")
+    if on_cuda:
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    found = torch.distributed.is_initialized()
+    deepspeed().init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+    try:
+        yield place
+    finally:
+        if not found:
+            deepspeed().comm.destroy_process_group()
+        for name in alone:  # a process started from here is no rank of ours
+            os.environ.pop(name, None)
+
+
+def deepspeed() -> Any:
+    """The deepspeed module, imported when first needed (it takes seconds) and kept quiet."""
+    import deepspeed as module
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR" if distributed.rank() else "WARNING")
+    return module
+
+
+def _world_of_one() -> dict[str, str]:
+    """What a launcher would have put into the environment of a single process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,0 +1,282 @@
+"""Optimizers and learning-rate schedules by name, with correct weight-decay groups.
+
+    build_optimizer(model, OptimConfig(name="lars", lr=0.3, weight_decay=1e-6))
+
+Names are those of timm.optim ("adamw" is torch's AdamW, "sgd" has Nesterov momentum, "momentum"
+has not), but for "lars" and "lamb", which are ours: right under every ZeRO stage.
+"""
+
+import difflib
+import fnmatch
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from fastssl.schedules import infinite, warmup_cosine
+
+from .layerwise import LAMB, LARS, bind_fragments
+
+# Those that treat every element alike, so that slices of tensors change nothing.  Not here:
+# norms or means of a tensor (muon, adafactor, novograd, the cautious "c..." ones, timm's LARS
+# family), a projection (adamp, sgdp), and adagrad, which DeepSpeed rebuilds without its groups.
+ELEMENTWISE = frozenset(
+    "adabelief adadelta adam adamax adamc adamw adamwlegacy adan adanw adopt adoptc adoptw "
+    "fusedadam fusedadamw fusedsgd laprop lapropc lion lionc madgrad madgradw momentum nadam "
+    "nadamc nadamlegacy nadamw nesterov nesterovw radabelief radam radamlegacy radamw rmsprop rmsproptf rmsproptfc "
+    "rmsproptfw sgd sgdc sgdw".split()
+)
+_OURS = {"lars": ("momentum", "eps", "trust_coefficient"), "lamb": ("betas", "eps")}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConstantSchedule(_Section):
+    """The peak rate, after a warm-up."""
+
+    name: Literal["constant"] = "constant"
+    warmup: float = Field(
+        default=0.0, ge=0, lt=1, description="Fraction of training for the warm-up."
+    )
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """What multiplies the peak rate at update number `step`, counted from 0."""
+        return infinite(step + 0.5, 1.0, warmup=self.warmup * total_steps, cooldown=0, constant=1.0)
+
+
+class CosineSchedule(_Section):
+    """A linear warm-up, then half a cosine."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="Fraction of training for the warm-up."
+    )
+    final: float = Field(
+        default=0.0, ge=0, le=1, description="Last rate, as a fraction of the peak."
+    )
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """What multiplies the peak rate at update number `step` of `total_steps`, from 0.
+
+        Taken at the middle of the step: neither the first nor the last one has rate 0.
+        """
+        progress = (step + 0.5) / total_steps
+        return warmup_cosine(progress, 1.0, warmup=self.warmup, final=self.final)
+
+
+class InfiniteSchedule(_Section):
+    """No planned end: warm-up, cool-down, constant; annealed only when a finished model is due."""
+
+    name: Literal["infinite"] = "infinite"
+    warmup_steps: int = Field(default=1000, ge=0, description="Steps of linear warm-up.")
+    cooldown_steps: int = Field(
+        default=10000, ge=0, description="Steps of cosine cool-down after it."
+    )
+    constant: float = Field(
+        default=0.25, gt=0, le=1, description="Rate kept, as a fraction of the peak."
+    )
+    anneal_steps: int = Field(
+        default=0, ge=0, description="Last steps of this run that anneal exponentially; 0: none."
+    )
+    final: float = Field(
+        default=0.01, gt=0, le=1, description="Annealed rate, as a fraction of the peak."
+    )
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """What multiplies the peak rate at update number `step`, counted from 0.
+
+        total_steps: where this run ends; it matters to the annealing alone.  Raises ValueError
+        when the annealing would be the whole run.
+        """
+        if self.anneal_steps and self.anneal_steps >= total_steps:
+            raise ValueError(
+                f"schedule.anneal_steps={self.anneal_steps} leaves nothing to anneal from in a "
+                f"run of {total_steps} steps"
+            )
+        anneal = (total_steps - self.anneal_steps, self.anneal_steps, self.final)
+        return infinite(
+            step + 0.5,
+            1.0,
+            warmup=self.warmup_steps,
+            cooldown=self.cooldown_steps,
+            constant=self.constant,
+            anneal=anneal if self.anneal_steps else None,
+        )
+
+
+Schedule = Annotated[
+    ConstantSchedule | CosineSchedule | InfiniteSchedule, Field(discriminator="name")
+]
+
+
+class OptimConfig(_Section):
+    """How parameters are updated.  An option left null is the optimizer's own default."""
+
+    name: str = Field(
+        default="adamw", description="lars, lamb, or a name of timm.optim (adamw, sgd ...)."
+    )
+    lr: float = Field(
+        default=1e-3, gt=0, description="Peak learning rate, for the whole batch size."
+    )
+    weight_decay: float = Field(
+        default=0.05,
+        ge=0,
+        description="Not applied to biases, norms, tokens and position embeddings.",
+    )
+    betas: tuple[float, ...] | None = Field(
+        default=None, description="Averaging rates (Adam's kind)."
+    )
+    momentum: float | None = Field(default=None, ge=0, lt=1, description="Momentum (SGD's kind).")
+    eps: float | None = Field(default=None, ge=0, description="Added to a denominator.")
+    trust_coefficient: float | None = Field(
+        default=None,
+        gt=0,
+        description="lars: a layer's step relative to its norm, 0.001 by default.",
+    )
+    clip: float = Field(
+        default=0.0, ge=0, description="Gradients' norm is clipped to this; 0: never."
+    )
+    schedule: Schedule = CosineSchedule()
+
+    @model_validator(mode="after")
+    def _options_fit_the_name(self) -> "OptimConfig":
+        options = self.options()
+        if self.name in ELEMENTWISE and not options:
+            return self  # spares every importer of the run's schema the import of timm
+        takes = _options(self.name)
+        for option, value in options.items():
+            if option not in takes:
+                raise ValueError(
+                    f"optim.{option}={value} means nothing to {self.name}, which takes "
+                    f"{', '.join(takes) or 'no such option'}"
+                )
+        if self.betas is not None and len(self.betas) != self._beta_count():
+            raise ValueError(
+                f"optim.betas of {self.name} are {self._beta_count()} numbers, got {self.betas}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas or ()):
+            raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
+        return self
+
+    def _beta_count(self) -> int:
+        return 2 if self.name in _OURS else _timm().get_optimizer_info(self.name).num_betas
+
+    def options(self) -> dict[str, Any]:
+        """The options that were set, as keyword arguments of the optimizer."""
+        names = ("betas", "momentum", "eps", "trust_coefficient")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+
+def check_optimizer(name: str, zero_stage: int) -> None:
+    """Raise ValueError for an unknown name and for one that this ZeRO stage would make wrong.
+
+    Stages 1-3 hand the optimizer flat slices instead of tensors, also on a single rank.  That is
+    nothing to what works element by element, and lars and lamb are told where the tensors are.
+    All others need stage 0: Muon would run as plain AdamW on the slices (DeepSpeed's own Muon
+    fails at stage 3), timm's LARS family and the cautious optimizers would take norms and means
+    of slices.
+
+    >>> check_optimizer("adamw", 3)
+    >>> check_optimizer("muon", 1)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: optim.name=muon needs whole tensors, and ZeRO stage 1 cuts them: ...
+    """
+    if name in ELEMENTWISE:
+        return
+    _options(name)
+    if zero_stage > 0 and name not in _OURS:
+        raise ValueError(
+            f"optim.name={name} needs whole tensors, and ZeRO stage {zero_stage} cuts them: use "
+            "engine.zero_stage=0, or an optimizer such as adamw, lion, sgd, lars or lamb"
+        )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: parameters that decay, and those that neither decay nor adapt.
+
+    The second holds biases and all of one dimension (norms), cls, mask and register tokens,
+    position embeddings, and what a submodule's `no_weight_decay()` names (timm's convention;
+    wildcards allowed).  `adapt` is read by LARS and LAMB.  Frozen parameters are in no group and
+    an empty group is left out, as DeepSpeed asks.  Raises ValueError when nothing is trainable.
+    """
+    spared = []
+    for prefix, module in model.named_modules():
+        names = getattr(module, "no_weight_decay", None)
+        if callable(names):
+            spared += [f"{prefix}.{name}" if prefix else name for name in names()]  # type: ignore
+    decayed, plain = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (plain if _is_plain(name, param, spared) else decayed).append(param)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "adapt": True},
+        {"params": plain, "weight_decay": 0.0, "adapt": False},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter")
+    return groups
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of `cfg` over `model`'s parameter groups, at its peak learning rate.
+
+    Under DeepSpeed call `after_initialize` as well, and set each group's lr before each step.
+    """
+    groups = parameter_groups(model, cfg.weight_decay)
+    if cfg.name == "lars":
+        return LARS(groups, cfg.lr, **cfg.options())
+    if cfg.name == "lamb":
+        return LAMB(groups, cfg.lr, **cfg.options())
+    return _timm().create_optimizer_v2(groups, cfg.name, lr=cfg.lr, **cfg.options())
+
+
+def after_initialize(ds_engine: Any) -> None:
+    """Make a fresh DeepSpeed engine's optimizer step as it would without one; collective.
+
+    Binds LARS and LAMB to their parameters.  In bf16 at stage 0 DeepSpeed has already stepped
+    once on zero gradients, to allocate state: that decayed the float32 masters and counted as
+    a step, so it is undone.
+    """
+    optimizer, wrapper = ds_engine.basic_optimizer, ds_engine.optimizer
+    if ds_engine.zero_optimization_stage() == 0 and wrapper is not optimizer:
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group.pop("step", None)
+        wrapper.refresh_fp32_params()
+    bind_fragments(ds_engine)
+
+
+def _is_plain(name: str, param: nn.Parameter, spared: list[str]) -> bool:
+    leaf = name.rpartition(".")[2]
+    return (
+        param.ndim <= 1
+        or leaf == "bias"
+        or any(word in leaf for word in ("_token", "pos_embed", "position"))
+        or any(fnmatch.fnmatchcase(name, pattern) for pattern in spared)
+    )
+
+
+def _options(name: str) -> tuple[str, ...]:
+    """Which of the options of OptimConfig `name` takes; ValueError when there is no such name."""
+    if name in _OURS:
+        return _OURS[name]
+    known = _timm().list_optimizers()
+    if name not in known:
+        close = difflib.get_close_matches(name, [*_OURS, *known], n=1)
+        hint = f"did you mean {close[0]}?" if close else "see timm.optim.list_optimizers()"
+        raise ValueError(f"optim.name={name} is no optimizer of timm or fastssl; {hint}")
+    info = _timm().get_optimizer_info(name)
+    if info.second_order:
+        raise ValueError(f"optim.name={name} needs second derivatives, which the engine has not")
+    has = {"betas": info.has_betas, "momentum": info.has_momentum, "eps": info.has_eps}
+    return tuple(option for option, given in has.items() if given)
+
+
+def _timm() -> Any:
+    import timm.optim  # takes seconds, and importing a config should not
+
+    return timm.optim

@@ -1,0 +1,157 @@
+"""A run's encoder for use elsewhere: loaded from safetensors, never from a pickle."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastssl import config
+from fastssl.config import ConfigError, RunConfig
+from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
+from fastssl.data.errors import DataError
+from fastssl.embedding import EmbedConfig, embed
+from fastssl.engine.checkpoint import encoder_file
+from fastssl.models import backbone_arguments, build_backbone, feature_dim
+
+
+class Encoder(nn.Module):
+    """A pretrained encoder alone: normalised images (B, C, H, W) -> features (B, F) float32."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        device = next(self.parameters()).device
+        return self.backbone(images.to(device)).float()
+
+
+def load_encoder(run: Path, *, device: str = "auto") -> tuple[Encoder, RunConfig, int]:
+    """The encoder of a run's newest intact checkpoint, its configuration, and its channels.
+
+    Raises ConfigError when `run` is none, CheckpointError when it has no intact checkpoint,
+    ValueError when a single tensor is missing or does not fit.
+    """
+    cfg, path = config.load(run), encoder_file(run)
+    weights = load_file(path)
+    backbone, channels = _matching_backbone(cfg, weights)
+    backbone.load_state_dict(weights, strict=True)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Encoder(backbone.eval().to(device)), cfg, channels
+
+
+def export(run: Path, out: Path, fmt: str) -> Path:
+    """Write the encoder to `out` and read it back: every tensor must be there and equal.
+
+    fmt "safetensors": one file.  fmt "timm": a directory that
+    `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names.
+    Raises ConfigError for another fmt or an `out` that exists and is something else.
+    """
+    encoder, cfg, channels = load_encoder(run, device="cpu")
+    backbone = encoder.backbone
+    weights = {k: v.contiguous() for k, v in backbone.state_dict().items()}
+    facts = {"format": "pt", "architecture": cfg.model.name, "method": cfg.method.name}
+    if fmt == "safetensors":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, out, metadata=facts)
+        back = load_file(out)
+    elif fmt == "timm":
+        if out.is_file():
+            raise ConfigError(f"--out {out} is a file; the timm format wants a directory")
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(weights, out / "model.safetensors", metadata=facts)
+        (out / "config.json").write_text(json.dumps(_timm_config(cfg, backbone, channels), indent=1))
+        back = timm.create_model(f"local-dir:{out}", pretrained=True).state_dict()
+    else:
+        raise ConfigError(f"--format {fmt!r} is not one of timm, safetensors")
+    different = [k for k in weights.keys() | back.keys() if not _equal(weights, back, k)]
+    if different:
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        raise ValueError(f"the export of {run} does not read back equal: {sorted(different)[:5]}")
+    return out
+
+
+def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str, str]]]:
+    """Features of every image of `data`, to `out`; how many, and the ones that could not be read.
+
+    data: digits, fractals, or a folder (class folders or flat).  The .npz holds features (N, F)
+    float32, names (N,), split (N,) "train" or "test" as a run with this seed splits them, and where
+    there are labels: labels (N,) int64 and classes.
+    Raises DataError for data that cannot be used, and where its images have other channels.
+    """
+    encoder, cfg, channels = load_encoder(run)
+    views = cfg.views()
+    how = EmbedConfig(
+        size=cfg.data.image_size,
+        mean=views.mean,
+        std=views.std,
+        batch_size=cfg.evaluate.batch_size,
+        workers=cfg.data.workers,
+    )
+    split = open_source(_source(data, cfg), cfg.seed)
+    if split.train.channels != channels:
+        raise DataError(
+            f"the encoder of {run} reads {channels}-channel images; {data} has "
+            f"{split.train.channels}"
+        )
+    parts = [(name, part) for name, part in zip(split._fields, split, strict=True) if len(part)]
+    done = [(name, part, embed(encoder, part, how)) for name, part in parts]
+    columns = {
+        "features": np.concatenate([e.features.numpy() for _, _, e in done]),
+        "names": np.array([part.name(i) for _, part, e in done for i in e.index.tolist()]),
+        "split": np.concatenate([np.full(len(e.index), name) for name, _, e in done]),
+    }
+    if all(e.labels is not None for _, _, e in done):
+        columns["labels"] = np.concatenate([e.labels.numpy() for _, _, e in done])  # type: ignore
+        columns["classes"] = np.array(split.train.classes)
+    aside = out.with_name(f".{out.name}.partial.npz")
+    np.savez(aside, **columns)
+    aside.replace(out)
+    return len(columns["names"]), [entry for _, _, e in done for entry in e.bad]
+
+
+def _source(data: str, cfg: RunConfig):
+    if data == "digits":
+        return DigitsSource()
+    if data == "fractals":
+        return FractalsSource(size=cfg.data.image_size)
+    return FolderSource(path=Path(data))
+
+
+def _matching_backbone(cfg: RunConfig, weights: dict[str, Tensor]) -> tuple[nn.Module, int]:
+    """The run's backbone; the images' channels are read off the first convolution's weight."""
+    first = next((w for w in weights.values() if w.ndim == 4), None)
+    channels = 3 if first is None else int(first.shape[1])
+    size, kwargs = cfg.data.image_size, cfg.model.kwargs
+    return build_backbone(cfg.model.name, channels=channels, image_size=size, kwargs=kwargs), channels
+
+
+def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
+    """The config.json beside timm's weights: how to build the model, how to prepare its images."""
+    size, views = cfg.data.image_size, cfg.views()
+    mean, std = views.normalisation(channels)
+    return {
+        "architecture": cfg.model.name,
+        "num_classes": 0,
+        "num_features": feature_dim(backbone),
+        "model_args": backbone_arguments(cfg.model.name, channels, size, cfg.model.kwargs),
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [channels, size, size],
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+        },
+    }
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor], key: str) -> bool:
+    return key in a and key in b and torch.equal(a[key], b[key])

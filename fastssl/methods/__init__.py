@@ -1,0 +1,24 @@
+"""The methods, by name.  A new one is a file, its config in the union and a line in METHODS."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from .barlow_twins import BarlowTwins, BarlowTwinsConfig
+from .base import Batch, Method, MethodConfig
+from .mae import MAE, MAEConfig
+from .simclr import SimCLR, SimCLRConfig
+
+METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "barlow_twins": BarlowTwins, "mae": MAE}
+AnyMethodConfig = Annotated[
+    SimCLRConfig | BarlowTwinsConfig | MAEConfig, Field(discriminator="name")
+]
+
+
+def build_method(encoder: nn.Module, cfg: AnyMethodConfig) -> Method:
+    """The method `cfg.name` over `encoder`.  Raises ValueError for an encoder it cannot train."""
+    return METHODS[cfg.name](encoder, cfg)  # type: ignore[call-arg]
+
+
+__all__ = ["METHODS", "AnyMethodConfig", "Batch", "Method", "MethodConfig", "build_method"]

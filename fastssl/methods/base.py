@@ -1,0 +1,48 @@
+"""What a method is: an encoder that is kept, a loss on a batch, and a hook after each step.
+
+A batch is a dict: "views" a list of float images (B, C, H, W), one tensor a view; "index" (B,) int64,
+the samples' places in the data set; "seeds" (B,) int64, one random seed a sample, a pure function of
+(run seed, epoch, sample): what a method draws at random, it draws from these.
+"""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+class MethodConfig(BaseModel):
+    """Options common to none: each method's own config stands in its file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(nn.Module):
+    """Base of all methods.  A subclass sets `encoder` and writes `forward`.
+
+    forward(batch) -> {"loss": 0-d float32, ...}: other entries are logged as they are.
+    after_step(progress): called after each optimiser step, progress in [0, 1].
+    preset: the augmentation preset of the method's paper.  views: how many views it reads.
+    joint: its loss couples the samples of a batch, so gradient accumulation changes it.
+    """
+
+    preset: ClassVar[str]
+    views: ClassVar[int]
+    joint: ClassVar[bool]
+    encoder: nn.Module
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} does not define forward(batch)")
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to do, unless a method keeps a teacher, a queue or a schedule."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> pooled features (B, F) float32: what evaluation and users read."""
+        return self.encoder(self.cast(images)).float()
+
+    def cast(self, images: Tensor) -> Tensor:
+        """`images` in the parameters' dtype, which the engine may have made bfloat16."""
+        return images.to(next(self.parameters()).dtype)

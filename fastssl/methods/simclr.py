@@ -1,0 +1,38 @@
+"""SimCLR: two views of an image attract, all other images of the batch repel.
+
+Source: Chen et al. 2020, A Simple Framework for Contrastive Learning, arXiv:2002.05709, algorithm 1.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.losses import NTXentLoss
+from fastssl.models import feature_dim, projection_head
+
+from .base import Batch, Method, MethodConfig
+
+
+class SimCLRConfig(MethodConfig):
+    name: Literal["simclr"] = "simclr"
+    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings the loss compares.")
+    layers: int = Field(2, ge=1, description="Linear layers of the projection head.")
+
+
+class SimCLR(Method):
+    preset, views, joint = "simclr", 2, True
+
+    def __init__(self, encoder: nn.Module, cfg: SimCLRConfig):
+        super().__init__()
+        self.encoder = encoder
+        self.head = projection_head(
+            feature_dim(encoder), cfg.hidden_dim, cfg.projection_dim, cfg.layers, final_norm=True
+        )
+        self.loss = NTXentLoss(cfg.temperature)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        z_0, z_1 = (self.head(self.encoder(self.cast(view))) for view in batch["views"])
+        return {"loss": self.loss(z_0, z_1)}

@@ -1,0 +1,16 @@
+"""Encoders and heads: timm backbones by name, MaskedViT over a timm ViT, projection heads."""
+
+from .backbones import backbone_arguments, build_backbone, feature_dim, is_vit
+from .heads import BatchNorm1d, MAEDecoder, projection_head
+from .masked_vit import MaskedViT
+
+__all__ = [
+    "BatchNorm1d",
+    "MAEDecoder",
+    "MaskedViT",
+    "backbone_arguments",
+    "build_backbone",
+    "feature_dim",
+    "is_vit",
+    "projection_head",
+]

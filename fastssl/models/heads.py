@@ -1,0 +1,92 @@
+"""Heads that stand between an encoder and its loss, and the light decoder of MAE."""
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from fastssl.distributed import world_size
+from fastssl.kernels import column_moments, gather_tokens, restore_tokens, standardise
+from fastssl.masking import Masking
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """Batch normalisation over the *global* batch (N, D), exact value and gradient on any back end.
+
+    torch's SyncBatchNorm refuses CPU tensors; a projection head's statistics are part of the loss,
+    so they must be those of the joined batch under gloo as well.
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167; biased variance, unbiased running variance.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        with torch.no_grad():
+            self._track(input)
+        x = standardise(input, eps=self.eps)
+        return x if self.weight is None else x * self.weight + self.bias
+
+    def _track(self, x: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        mean, var = column_moments(x)
+        n = x.shape[0] * world_size()
+        momentum = 0.1 if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+
+def projection_head(dim: int, hidden: int, out: int, layers: int, *, final_norm: bool):
+    """Linear - batch norm - ReLU, `layers` times, the last one without ReLU: (B, dim) -> (B, out).
+
+    final_norm: batch norm after the last layer as well (SimCLR v1's code, MoCo v3; not Barlow Twins).
+    Raises ValueError for fewer than one layer.
+    """
+    if layers < 1:
+        raise ValueError(f"a projection head needs at least 1 layer, got layers={layers}")
+    widths = [dim, *[hidden] * (layers - 1), out]
+    modules: list[nn.Module] = []
+    for i in range(layers):
+        last = i == layers - 1
+        normed = final_norm or not last
+        modules.append(nn.Linear(widths[i], widths[i + 1], bias=not normed))
+        if normed:
+            modules.append(BatchNorm1d(widths[i + 1], affine=not last))
+        if not last:
+            modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)
+
+
+class MAEDecoder(nn.Module):
+    """Predicts the pixels of hidden patches from the encoder's tokens of the visible ones.
+
+    tokens (B, P + K, dim), masking of L patches -> (B, L - K, patch_values): hidden patches only,
+    in the order of `masking.masked`, values in the (h, w, c) order of `gather_patches`.
+    Source: arXiv:2111.06377, part 3 (MAE decoder); positions are learned.
+    """
+
+    def __init__(self, dim: int, *, width: int, depth: int, heads: int, patches: int, values: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"decoder_dim={width} is not a multiple of decoder_heads={heads}")
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.pos_embed = nn.Parameter(torch.zeros(patches, width))
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, values)
+        for parameter in (self.mask_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"mask_token", "pos_embed"}
+
+    def forward(self, tokens: Tensor, masking: Masking) -> Tensor:
+        x = self.embed(tokens)
+        P = x.shape[1] - masking.visible.shape[1]
+        full = restore_tokens(x[:, P:], masking.restore, self.mask_token, self.pos_embed)
+        x = torch.cat([x[:, :P], full], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(gather_tokens(self.norm(x)[:, P:], masking.masked))

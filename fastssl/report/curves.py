@@ -1,0 +1,154 @@
+"""A run's curves from the rows of its metrics.jsonl, one panel for each thing that was measured.
+
+{"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", ...}
+{"kind": "eval", "step", "epoch", "knn", "linear", "rankme", ...}
+{"kind": "baseline", "encoder", "knn", "linear", "rankme", ...}     drawn as a dashed line
+{"kind": "event", "step", "what", "detail"}                resumed, nonfinite: marked on the loss
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from fastssl.report._figure import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED, new_figure, save
+from fastssl.report._figure import tidy as tidy_axes
+
+Row = dict[str, Any]
+_BASELINES = {"random initialisation": (MUTED, (0, (4, 2))), "raw pixels": (INK, (0, (1, 1.5)))}
+_MARKED_EVENTS = ("resumed", "nonfinite")
+
+
+@dataclass(frozen=True)
+class _Panel:
+    kind: str
+    key: str
+    title: str
+    colour: str
+    smooth: bool = False
+
+
+_PANELS = [
+    _Panel("train", "loss", "Loss", BLUE, smooth=True),
+    _Panel("eval", "knn", "kNN accuracy, held out", GREEN),
+    _Panel("eval", "linear", "Linear probe accuracy, held out", ORANGE),
+    _Panel("eval", "rankme", "RankMe (effective dimensions)", PURPLE),
+    _Panel("train", "lr", "Learning rate", BLUE),
+    _Panel("train", "images_per_s", "Images per second", RED, smooth=True),
+]
+
+
+def plot_curves(rows: Sequence[Row], path: Path) -> bool:
+    """Write `path` (PNG) with the panels that have data; False, and no file, when none has.
+
+    Of two rows of one kind and step the later counts: a resumed run repeats its last steps.
+    """
+    latest = {(row.get("kind"), row.get("step")): row for row in rows if "step" in row}
+    ordered = sorted(latest.values(), key=lambda row: row["step"])
+    series = [(panel, _series(ordered, panel)) for panel in _PANELS]
+    drawn = [(panel, points) for panel, points in series if len(points)]
+    if not drawn:
+        return False
+    columns = min(2, len(drawn))
+    lines = math.ceil(len(drawn) / columns)
+    figure = new_figure(5.0 * columns, 2.45 * lines + 0.2)
+    baselines = [row for row in rows if row.get("kind") == "baseline"]
+    for place, (panel, points) in enumerate(drawn, start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        tidy_axes(axes, panel.title)
+        _draw(axes, panel, points)
+        if panel.kind == "eval":
+            _draw_baselines(axes, panel.key, baselines)
+        if panel.key == "loss":
+            _mark_events(axes, [row for row in rows if row.get("what") in _MARKED_EVENTS])
+        if place > len(drawn) - columns:
+            axes.set_xlabel("step", fontsize=8, color=MUTED)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    save(figure, path)
+    return True
+
+
+def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
+    """The mean over `reach` neighbours to each side; blind to non-finite values.
+
+    Nothing lags: the window is centred.  It is narrow at the steep start, to keep the first value,
+    and lopsided at the flat end, to keep noise out of the last one.
+
+    >>> smoothed(np.array([0.0, 1.0, 2.0, 3.0, 10.0]), reach=1).tolist()
+    [0.0, 1.0, 2.0, 5.0, 6.5]
+    """
+    known = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    count = np.concatenate([[0], np.cumsum(known)])
+    place = np.arange(len(values))
+    before = np.minimum(reach, place)
+    after = np.minimum(before, len(values) - 1 - place)
+    low, high = place - before, place + after + 1
+    seen = count[high] - count[low]
+    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
+
+
+def _series(rows: Sequence[Row], panel: _Panel) -> np.ndarray:
+    """(n, 2) of step and value: the rows of the panel's kind that hold a number for its key."""
+    found = [
+        (row["step"], row[panel.key])
+        for row in rows
+        if row.get("kind") == panel.kind and isinstance(row.get(panel.key), int | float)
+    ]
+    return np.array(found, dtype=float).reshape(-1, 2)
+
+
+def _draw(axes: Axes, panel: _Panel, points: np.ndarray) -> None:
+    steps, values = points.T
+    finite = values[np.isfinite(values)]
+    if panel.smooth and len(values) > 20:
+        axes.plot(steps, values, color=panel.colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(values, max(3, len(values) // 50)), color=panel.colour)
+    else:
+        marker = "o" if len(values) < 40 and panel.kind == "eval" or len(values) == 1 else None
+        axes.plot(steps, values, color=panel.colour, marker=marker, markersize=3.5)
+    if panel.key == "loss" and len(finite) and finite.min() > 0:
+        if finite.max() > 20 * finite.min():
+            axes.set_yscale("log")
+    if panel.key in ("lr", "images_per_s"):
+        axes.set_ylim(bottom=0)
+    if panel.key in ("lr", "images_per_s", "rankme"):
+        axes.yaxis.set_major_formatter("{x:g}")
+    if panel.key in ("knn", "linear"):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+    if panel.kind == "eval" and len(finite):
+        last = finite[-1]
+        text = f"{last:.1f}" if panel.key == "rankme" else f"{100 * last:.1f} %"
+        axes.set_title(text, loc="right", fontsize=10, fontweight="bold", color=panel.colour)
+
+
+def _draw_baselines(axes: Axes, key: str, baselines: Sequence[Row]) -> None:
+    known = [row for row in baselines if isinstance(row.get(key), int | float)]
+    for row in known:
+        colour, dashes = _BASELINES.get(row.get("encoder", ""), (MUTED, (0, (2, 2))))
+        label = str(row.get("encoder", "baseline"))
+        axes.axhline(row[key], color=colour, linestyle=dashes, linewidth=1.2, label=label)
+    if known:
+        axes.margins(y=0.12)
+        axes.legend(fontsize=7.5, frameon=False, labelcolor=MUTED, loc="best", handlelength=2.6)
+
+
+def _mark_events(axes: Axes, events: Sequence[Row]) -> None:
+    for event in events:
+        colour = RED if event["what"] == "nonfinite" else MUTED
+        axes.axvline(event["step"], color=colour, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            event["what"],
+            (event["step"], 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, -2),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour,
+            va="top",
+        )

@@ -1,0 +1,63 @@
+"""Reads what a run leaves in its directory, as far as it can be read.
+
+A run may have been killed in the middle of a line, or be still going: what is missing or broken is
+left out, and said in `problems`, because a report of half a run is what one needs then.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PICTURES = ("curves", "embedding", "embedding_random", "reconstructions", "views")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run's directory in memory; empty where a file is missing."""
+
+    config: str = ""  # config.yaml as written
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    results: dict[str, Any] = field(default_factory=dict)  # results.json
+    pictures: dict[str, bytes] = field(default_factory=dict)  # PNG bytes by name
+    problems: list[str] = field(default_factory=list)  # a sentence for each file that is broken
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; lines that are no JSON object (a killed write) are left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_run(run: Path) -> RunFiles:
+    """Everything a report needs of the directory `run`; ValueError when there is no such one."""
+    if not run.is_dir():
+        raise ValueError(f"run must be a directory, got {run}")
+    problems: list[str] = []
+    results: dict[str, Any] = {}
+    if (run / "results.json").is_file():
+        try:
+            loaded = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            problems.append(f"results.json could not be read: {error}.")
+        else:
+            results = loaded if isinstance(loaded, dict) else {}
+    config, metrics = run / "config.yaml", run / "metrics.jsonl"
+    pictures = {}
+    for name in PICTURES:
+        if (run / f"{name}.png").is_file():
+            pictures[name] = (run / f"{name}.png").read_bytes()
+    return RunFiles(
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        metrics=read_metrics(metrics) if metrics.is_file() else [],
+        results=results,
+        pictures=pictures,
+        problems=problems,
+    )

@@ -1,0 +1,204 @@
+"""What a run shows for itself: evaluations, pictures, results.json and the report.
+
+Three encoders stand side by side: the pretrained one, the same at random initialisation (measured
+by the run before its first step), and raw pixels (averaged down to at most 32 x 32).
+"""
+
+import json
+import platform
+import resource
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastssl import distributed
+from fastssl.config import RunConfig
+from fastssl.data.datasets import ImageSource, Split
+from fastssl.data.errors import BadImage
+from fastssl.data.torch_views import apply
+from fastssl.data.seeds import sample_seed
+from fastssl.data.views import Views, preset
+from fastssl.embedding import EmbedConfig, Embedded, Features, embed, pixels, two_views
+from fastssl.engine.engine import Engine
+from fastssl.evaluate import Evaluation, evaluate_features
+from fastssl.report import (
+    plot_curves,
+    plot_embedding,
+    plot_reconstructions,
+    plot_views,
+    read_metrics,
+    write_report,
+)
+
+if TYPE_CHECKING:
+    from fastssl.train import Run
+
+MEASURES = ("knn", "linear", "rankme", "uniformity", "alignment")
+PACKAGES = ("fastssl", "torch", "deepspeed", "timm", "torchvision", "triton", "scikit-learn")
+
+
+class Evaluator:
+    """Measures the engine's encoder on a run's data.  Every method is collective."""
+
+    def __init__(self, cfg: RunConfig, split: Split, views: Views, engine: Engine):
+        self.cfg, self.split, self.views, self.engine = cfg, split, views, engine
+        self.test: Embedded | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """The measures that the data allow, equal on every rank."""
+        measured, self.test = evaluate_on(self.cfg, self.split, self.views, self.engine.features)
+        return scores(measured)
+
+    def pictures_before(self, directory: Path) -> None:
+        """What the run trains on: a contact sheet of the first images and their views."""
+        if distributed.rank() == 0:
+            sheet = contact_sheet(self.split.train, self.views, self.cfg.seed)
+            plot_views([_shown(view, self.views) for view in sheet], directory / "views.png")
+
+    def pictures_after(self, directory: Path) -> None:
+        """Curves, the map of the test images, and reconstructions where the method has them."""
+        painted = self._reconstructions()
+        if distributed.rank() > 0:
+            return
+        plot_curves(read_metrics(directory / "metrics.jsonl"), directory / "curves.png")
+        if painted is not None:
+            plot_reconstructions(*painted, directory / "reconstructions.png")
+        test, source = self.test, self.split.test
+        if test is not None and test.labels is not None and source.classes is not None:
+            title = f"{len(test.index)} held-out images, {self.cfg.method.name} features"
+            path = directory / "embedding.png"
+            plot_embedding(test.features, test.labels, source.classes, path, title)
+
+    def _reconstructions(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        method = self.engine.method
+        if not hasattr(method, "reconstruct"):
+            return None
+        plain = preset("plain", self.cfg.data.image_size, mean=self.views.mean, std=self.views.std)
+        (images,) = contact_sheet(self.split.test, plain, self.cfg.seed)
+        seeds = torch.arange(len(images))
+        method.eval()
+        place = self.engine.device
+        masked, painted = method.reconstruct(images.to(place), seeds.to(place))
+        return tuple(  # type: ignore[return-value]
+            _shown(x.float().cpu(), self.views) for x in (images, masked, painted)
+        )
+
+
+def evaluate_on(
+    cfg: RunConfig, split: Split, views: Views, features: Features
+) -> tuple[Evaluation, Embedded]:
+    """Measure `features` on a split; the second is the embedded test images.  Collective."""
+    how = EmbedConfig(
+        size=cfg.data.image_size,
+        mean=views.mean,
+        std=views.std,
+        batch_size=cfg.evaluate.batch_size,
+        limit=cfg.evaluate.max_images,
+        workers=cfg.data.workers if len(split.train) > 10_000 else 0,
+    )
+    train, test = (embed(features, source, how) for source in (split.train, split.test))
+    pair = two_views(features, split.test, views, cfg.seed)
+    measured: Evaluation | None = None
+    if distributed.rank() == 0:
+        measured = evaluate_features(
+            train.features,
+            test.features,
+            train.labels,
+            test.labels,
+            views=pair,
+            k=cfg.evaluate.neighbours,
+        )
+    return distributed.broadcast_object(measured), test
+
+
+def scores(measured: Evaluation) -> dict[str, float]:
+    return {name: v for name in MEASURES if (v := getattr(measured, name)) is not None}
+
+
+def finish(run: "Run", command: str) -> dict[str, Any]:
+    """Evaluate at the end if the loop did not, write results.json, the pictures and report.html."""
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    evals = {row["step"]: row for row in rows if row["kind"] == "eval"}
+    trained = evals.get(run.total)
+    if trained is None or run.evaluator.test is None:
+        trained = run.evaluator.metrics()
+    raw, _ = evaluate_on(run.cfg, run.split, run.evaluator.views, pixels)
+    table = [("pretrained", trained), ("random initialisation", evals[0]), ("raw pixels", scores(raw))]
+    state = run.progress
+    results = {
+        "method": run.cfg.method.name,
+        "source": run.cfg.data.source.name,
+        "rows": [{"encoder": name, **_measures(row)} for name, row in table],
+        "train": {
+            "loss": state.last.get("loss"),
+            "images_per_s": state.images / state.seconds if state.seconds else None,
+            "peak_memory_bytes": peak_memory(),
+            "seconds": state.seconds,
+            "steps": state.step,
+            "epochs": run.cfg.epochs,
+            "parameters": count_parameters(run.engine.method),
+            "bad_images": len(run.log.bad),
+        },
+        "versions": versions(),
+        "command": command,
+    }
+    run.evaluator.pictures_after(run.directory)
+    if distributed.rank() == 0:
+        (run.directory / "results.json").write_text(json.dumps(results, indent=1))
+        write_report(run.directory)
+    distributed.barrier()
+    return results
+
+
+def contact_sheet(source: ImageSource, views: Views, seed: int, count: int = 8) -> list[Tensor]:
+    """Every view of up to `count` readable images spread over the source, drawn as in training.
+
+    One tensor (n, C, H, W) a view, normalised.
+    """
+    drawn: list[list[Tensor]] = []
+    for i in range(0, len(source), max(1, len(source) // (2 * count))):
+        try:
+            drawn.append(apply(views, source.image(i), sample_seed(seed, 0, i)))
+        except BadImage:  # training counts and names it
+            continue
+        if len(drawn) == count:
+            break
+    return [torch.stack(view) for view in zip(*drawn, strict=True)]
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Parameters of the whole module, also while ZeRO-3 keeps only slices here."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def peak_memory() -> int:
+    """Bytes: the CUDA allocator's high-water mark, or the process's resident one on CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _measures(row: dict[str, Any]) -> dict[str, float]:
+    return {name: row[name] for name in MEASURES if name in row}
+
+
+def _shown(image: Tensor, views: Views) -> Tensor:
+    """Undo the normalisation: (..., C, H, W) in [0, 1]."""
+    channels = image.shape[-3]
+    mean, std = (torch.tensor(v)[:, None, None] for v in views.normalisation(channels))
+    return (image * std + mean).clamp(0, 1)

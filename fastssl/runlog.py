@@ -1,0 +1,70 @@
+"""What a run tells: metrics.jsonl, one JSON object a line, and whoever watches it live.
+
+    {"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", "grad_norm", ...}
+    {"kind": "eval",  "step", "epoch", "knn", "linear", "rankme", "uniformity", "alignment", ...}
+    {"kind": "event", "step", "what", "detail"}
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastssl.report import read_metrics
+
+
+class Watch(Protocol):
+    """Where live news goes: the command line's progress bar, or nowhere."""
+
+    def say(self, text: str) -> None: ...
+    def begin(self, total: int, done: int) -> None: ...
+    def advance(self, step: int, row: dict[str, Any] | None) -> None: ...
+    def end(self) -> None: ...
+
+
+class Silent:
+    """Watches nothing: other ranks than the first, and tests."""
+
+    def say(self, text: str) -> None: ...
+    def begin(self, total: int, done: int) -> None: ...
+    def advance(self, step: int, row: dict[str, Any] | None) -> None: ...
+    def end(self) -> None: ...
+
+
+class RunLog:
+    """Appends to RUN/metrics.jsonl; `writing` is true on the first rank alone."""
+
+    def __init__(self, run: Path, watch: Watch, *, writing: bool):
+        self.path, self.watch, self.writing = run / "metrics.jsonl", watch, writing
+        self.bad: dict[str, str] = {}
+
+    def row(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        row = {"kind": kind, "step": step, **values}
+        if self.writing:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def event(self, step: int, what: str, detail: str) -> None:
+        self.row("event", step, what=what, detail=detail)
+        self.watch.say(detail)
+
+    def bad_images(self, step: int, found: list[tuple[str, str]]) -> None:
+        """Count unreadable images, and name each once."""
+        for name, reason in found:
+            if name not in self.bad:
+                self.bad[name] = reason
+                self.event(step, "bad_image", f"skipped {name}: {reason}")
+
+    def cut(self, step: int) -> None:
+        """Forget what was logged after `step`, which a resumed run does again."""
+        rows = read_metrics(self.path) if self.path.is_file() else []
+        rows = [row for row in rows if row["step"] <= step]
+        for row in rows:
+            if row["kind"] == "event" and row["what"] == "bad_image":
+                name, _, reason = row["detail"].removeprefix("skipped ").partition(": ")
+                self.bad[name] = reason
+        if self.writing:
+            aside = self.path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(aside, self.path)

@@ -1,0 +1,290 @@
+"""A pretraining run: data, method and engine from a configuration, and the loop.
+
+    pretrain(resolve("simclr-digits"))
+
+The run is a function of its configuration: data order, augmentations and masks depend on the seed
+and the step alone, so that a run that was killed and resumed ends with the same numbers.
+"""
+
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastssl import config, distributed
+from fastssl.config import ConfigError, RunConfig
+from fastssl.data.datasets import Split, open_source
+from fastssl.data.loader import PretrainLoader
+from fastssl.engine import launch
+from fastssl.engine.checkpoint import Checkpoints
+from fastssl.engine.engine import Engine, Step
+from fastssl.methods import Method, build_method
+from fastssl.models import build_backbone
+from fastssl.results import Evaluator, finish
+from fastssl.runlog import RunLog, Silent, Watch
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient was not finite: says where, on which images, and what is still good."""
+
+    exit_code = 3
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; its state is saved."""
+
+    exit_code = 5
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    epoch_loss: float = 0.0  # sum over the steps of the current epoch
+    seconds: float = 0.0  # spent training, over all resumptions
+    images: int = 0  # trained on in those seconds
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def build(cfg: RunConfig, channels: int) -> Method:
+    """The method of `cfg` over its encoder, initialised from the run's seed.
+
+    Raises ConfigError for a model or options that do not fit.
+    """
+    torch.manual_seed(cfg.seed)
+    size, kwargs = cfg.data.image_size, cfg.model.kwargs
+    try:
+        encoder = build_backbone(cfg.model.name, channels=channels, image_size=size, kwargs=kwargs)
+        return build_method(encoder, cfg.method)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
+    """Run `cfg` to its end and return its results (also RUN/results.json).
+
+    Raises ConfigError and DataError for what a user can mend, NonFinite, Interrupted, and
+    CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
+    """
+    split = open_source(cfg.data.source, cfg.seed)
+    method = build(cfg, split.train.channels)
+    with launch.session(cfg.device) as device:
+        if watch is None or distributed.rank() > 0:
+            watch = Silent()
+        return Run(cfg, split, method, device, watch).go(command)
+
+
+class Run:
+    """One run's parts, and the loop over them."""
+
+    def __init__(
+        self, cfg: RunConfig, split: Split, method: Method, device: torch.device, watch: Watch
+    ):
+        self.cfg, self.split, self.watch = cfg, split, watch
+        views = cfg.views()
+        self.loader = PretrainLoader(
+            split.train,
+            views,
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            workers=cfg.data.workers,
+        )
+        self.directory = prepare(cfg)
+        self.engine = Engine(
+            method,
+            cfg.optim,
+            cfg.engine,
+            device=device,
+            batch_size=cfg.batch_size,
+            monitor=self.directory / "tensorboard" if cfg.log.tensorboard else None,
+        )
+        self.log = RunLog(self.directory, watch, writing=distributed.rank() == 0)
+        self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
+        self.evaluator = Evaluator(cfg, split, views, self.engine)
+        self.progress = Progress()
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total = cfg.epochs * self.steps_per_epoch
+        self.asked_to_stop = False
+
+    def go(self, command: str) -> dict[str, Any]:
+        self.resume()
+        if self.progress.step == 0:
+            self.evaluator.pictures_before(self.directory)
+            self.evaluate(self.progress.step)
+        with self.listening():
+            self.train()
+        return finish(self, command)
+
+    def train(self) -> None:
+        """The loop.  A window of steps is timed as one, since the device runs behind the host."""
+        state, engine = self.progress, self.engine
+        self.watch.begin(self.total, state.step)
+        window, since = 0, time.perf_counter()
+        for batch in self.loader.stream(state.step, self.total):
+            self.log.bad_images(state.step, batch["bad"])
+            lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
+            step = engine.step(batch, lr, stop=self.asked_to_stop)
+            state.step += 1
+            window += 1
+            if not step.finite:
+                self.refuse(step, batch)
+            engine.method.after_step(state.step / self.total)
+            ends_epoch = state.step % self.steps_per_epoch == 0
+            row = None
+            if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
+                row = self.report(step, lr, window, time.perf_counter() - since)
+            self.watch.advance(state.step, row)
+            self.after(ends_epoch, step.stop)
+            if row is not None:
+                window, since = 0, time.perf_counter()
+        self.watch.end()
+
+    def report(self, step: Step, lr: float, window: int, seconds: float) -> dict[str, Any]:
+        """Averages over ranks of the step's metrics, logged; the only wait for the device."""
+        state = self.progress
+        names = sorted(step.metrics)
+        values = torch.stack([step.metrics[name].float().reshape(()) for name in names])
+        values = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
+        images = window * self.cfg.batch_size
+        state.images, state.seconds = state.images + images, state.seconds + seconds
+        state.last = dict(zip(names, values, strict=True))
+        row = {**state.last, "lr": lr, "images_per_s": images / seconds}
+        epoch = state.step / self.steps_per_epoch
+        self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
+        return self.log.row("train", state.step, epoch=round(epoch, 4), **row)
+
+    def after(self, ends_epoch: bool, stop: bool) -> None:
+        """Evaluate and save where they are due; leave when asked to."""
+        state, cfg = self.progress, self.cfg
+        epoch, last = state.step // self.steps_per_epoch, state.step == self.total
+        metrics: dict[str, float] = {}
+        if ends_epoch and (last or _due(epoch, cfg.evaluate.every)):
+            metrics = self.evaluate(state.step)
+        best = self.improves({**state.last, **metrics})
+        due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
+        if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
+            self.checkpoints.save(self.engine, state.step, vars(state).copy(), best=best)
+        if stop and not last:
+            raise Interrupted(
+                f"stopped at step {state.step} of {self.total}; the state is saved in "
+                f"{self.checkpoints.folder}: resume=auto continues"
+            )
+
+    def improves(self, metrics: dict[str, float]) -> bool:
+        """Whether this is the best state so far, by checkpoint.best, where that was measured."""
+        name = self.cfg.checkpoint.best
+        if name not in metrics or (name == "loss" and self.progress.step % self.steps_per_epoch):
+            return False
+        value = -metrics[name] if name == "loss" else metrics[name]
+        if self.progress.best is not None and value <= self.progress.best:
+            return False
+        self.progress.best = value
+        return True
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        metrics = self.evaluator.metrics()
+        epoch = round(step / self.steps_per_epoch, 4)
+        self.log.row("eval", step, epoch=epoch, **metrics)
+        self.engine.write_scalars({f"eval/{k}": v for k, v in metrics.items()}, step)
+        return metrics
+
+    def refuse(self, step: Step, batch: dict[str, Any]) -> None:
+        """A step that was not finite: skip it by leave of the configuration, or end the run."""
+        state = self.progress
+        indices = [i for part in distributed.gather_objects(batch["index"].tolist()) for i in part]
+        where = f"the loss or a gradient was not finite at step {state.step}"
+        if self.cfg.engine.on_nonfinite == "skip":
+            self.log.event(state.step, "nonfinite", f"{where}: step skipped (images {indices})")
+            return
+        last = self.checkpoints.latest()
+        good = self.checkpoints.folder / last if last else "none yet"
+        text = f"{where}; images {indices}; last good checkpoint: {good}"
+        self.log.event(state.step, "nonfinite", text)
+        raise NonFinite(text)
+
+    def resume(self) -> None:
+        """Take up the newest intact checkpoint, if the configuration says so and there is one."""
+        if self.cfg.resume != "auto":
+            return
+        notes: list[str] = []
+        saved = self.checkpoints.load(self.engine, notes)
+        if saved is None:
+            for note in notes:
+                self.log.event(0, "damaged", note)
+            return
+        self.progress = Progress(**{k: saved[k] for k in vars(self.progress)})
+        self.log.cut(self.progress.step)
+        for note in notes:
+            self.log.event(self.progress.step, "damaged", note)
+        self.log.event(self.progress.step, "resumed", f"resumed at step {self.progress.step}")
+
+    def listening(self):
+        return _Signals(self)
+
+
+class _Signals:
+    """While training, SIGTERM and the first Ctrl-C end the step, save, and leave."""
+
+    def __init__(self, run: Run):
+        self.run, self.before = run, {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        self.run.asked_to_stop = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def prepare(cfg: RunConfig) -> Path:
+    """The run's directory, new, replaced or taken up; its resolved configuration is in it.
+
+    Raises ConfigError when a run of that name exists and neither resume nor overwrite is asked for,
+    and when the configuration differs from the one resumed, naming each difference.
+    """
+    problem: str | None = None
+    if distributed.rank() == 0:
+        problem = _prepare(cfg)
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise ConfigError(problem)
+    return cfg.directory
+
+
+def _prepare(cfg: RunConfig) -> str | None:
+    import shutil
+
+    directory, saved = cfg.directory, cfg.directory / "config.yaml"
+    if saved.is_file() and cfg.resume == "auto":
+        changed = config.differences(config.load(directory), cfg)
+        if changed:
+            return f"{directory} is another run: {'; '.join(changed)}; give name=... a new name"
+    elif saved.is_file() and not cfg.overwrite:
+        return (
+            f"{directory} already holds a run: resume=auto continues it, overwrite=true replaces "
+            f"it, name=... makes another"
+        )
+    elif saved.is_file():
+        shutil.rmtree(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config.dump(cfg))
+    except OSError as error:
+        return f"output={cfg.output} cannot be written to: {error}"
+    return None
+
+
+def _due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0

@@ -1,0 +1,25 @@
+"""The primitives, each written once: what it computes, its reference, its implementations."""
+
+from ._dispatch import implementations
+from .correlation import Moments, column_moments, cross_diagonal, frobenius_sq, standardise
+from .pairwise import PairMask, exclude_self, pairwise_lse
+from .patches import gather_patches, patch_mse
+from .tokens import gather_tokens, restore_tokens
+from .topk import pairwise_topk
+
+__all__ = [
+    "Moments",
+    "PairMask",
+    "column_moments",
+    "cross_diagonal",
+    "exclude_self",
+    "frobenius_sq",
+    "gather_patches",
+    "gather_tokens",
+    "implementations",
+    "pairwise_lse",
+    "pairwise_topk",
+    "patch_mse",
+    "restore_tokens",
+    "standardise",
+]

@@ -1,0 +1,38 @@
+"""How much a streamed implementation works on at a time: a budget of bytes for each device.
+
+On a CPU a chunk should stay in a core's cache; on a GPU it should fill the device and still be
+small beside its memory.  The budget bounds the temporaries, whatever the shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}  # other devices: as cuda
+
+
+def _elements(x: Tensor) -> int:
+    item = torch.finfo(x.dtype).bits // 8 if x.is_floating_point() else 4
+    return max(1, CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"]) // item)
+
+
+def tile_shape(m: int, n: int, x: Tensor) -> tuple[int, int]:
+    """(rows, cols) of the tiles that cover m x n in x's dtype: square, or a side's whole length."""
+    area = _elements(x)
+    cols = min(n, max(math.isqrt(area), area // max(m, 1)))
+    return max(1, min(m, area // max(cols, 1))), max(1, cols)
+
+
+def spans(length: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover `length`."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def row_spans(x: Tensor, width: int) -> Iterator[slice]:
+    """Slices of x's rows such that `width` elements a row, in x's dtype, keep to the budget."""
+    return spans(x.shape[0], max(1, _elements(x) // max(width, 1)))

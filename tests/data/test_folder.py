@@ -1,0 +1,157 @@
+"""Folders as people have them: classes or flat, odd names, links in circles, and mistakes."""
+
+import os
+import pickle
+
+import pytest
+from PIL import Image
+
+from fastssl.data.datasets import FolderSource, open_source
+from fastssl.data.errors import BadImage, DataError
+from fastssl.data.folder import Names, scan_folder
+
+
+def put(root, *names):
+    for k, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 5), (k, 0, 0)).save(path)
+    return root
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+def test_class_folders(tmp_path):
+    put(tmp_path, "b/2.png", "b/10.PNG", "a/deep/er/x.jpeg", "c d é 猫/ü.webp", "a/1.tiff")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("not an image")
+    (whole,) = scan_folder(tmp_path)
+    assert names(whole) == [
+        "a/1.tiff",
+        "a/deep/er/x.jpeg",
+        "b/10.PNG",
+        "b/2.png",
+        "c d é 猫/ü.webp",
+    ]
+    assert whole.classes == ("a", "b", "c d é 猫") and whole.labels is not None
+    assert whole.labels.tolist() == [0, 0, 1, 1, 2] and whole.channels == 3
+    assert whole.image(4).shape == (3, 5, 6) and whole.image(2)[0, 0, 0] == 1
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    (whole,) = scan_folder(put(tmp_path, "b.png", "a.png"))
+    assert names(whole) == ["a.png", "b.png"] and whole.labels is None and whole.classes is None
+
+
+def test_flat_option_ignores_folders(tmp_path):
+    put(tmp_path, "a/1.png", "b/1.png", "loose.png")
+    with pytest.raises(DataError, match=r"beside its class folders \(1, such as 'loose.png'\)"):
+        scan_folder(tmp_path)
+    (whole,) = scan_folder(tmp_path, flat=True)
+    assert len(whole) == 3 and whole.labels is None
+
+
+@pytest.mark.parametrize("test", ["val", "test", "valid", "validation"])
+def test_own_split_shares_its_classes(tmp_path, test):
+    put(tmp_path, "train/b/1.png", "train/a/1.png", f"{test}/b/2.png", f"{test}/c/2.png")
+    train, held_out = open_source(FolderSource(path=tmp_path), seed=0)
+    assert names(train) == ["train/a/1.png", "train/b/1.png"]
+    assert names(held_out) == [f"{test}/b/2.png", f"{test}/c/2.png"]
+    assert train.classes == held_out.classes == ("a", "b", "c")
+    assert train.labels.tolist() == [0, 1] and held_out.labels.tolist() == [1, 2]
+
+
+def test_own_split_with_a_flat_half_has_no_labels(tmp_path):
+    put(tmp_path, "train/a/1.png", "val/1.png")
+    train, held_out = open_source(FolderSource(path=tmp_path), seed=0)
+    assert train.labels is None and held_out.labels is None
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    (whole,) = scan_folder(put(tmp_path, "a/1.png", "a/._1.png", ".thumbs/a.png"))
+    assert names(whole) == ["a/1.png"]
+
+
+def test_link_circles_end(tmp_path):
+    put(tmp_path, "a/1.png", "b/1.png")
+    os.symlink(tmp_path, tmp_path / "a" / "up")
+    os.symlink("self", tmp_path / "a" / "self")
+    os.symlink("self.png", tmp_path / "a" / "self.png")
+    os.symlink("gone.png", tmp_path / "a" / "broken.png")
+    os.symlink(tmp_path / "b", tmp_path / "linked")
+    (whole,) = scan_folder(tmp_path)
+    assert names(whole) == ["a/1.png", "b/1.png", "linked/1.png"]
+
+
+def test_relative_path_and_pickle(tmp_path, monkeypatch):
+    put(tmp_path, "x/a/1.png", "x/b/1.png")
+    monkeypatch.chdir(tmp_path)
+    (whole,) = scan_folder(tmp_path.__class__("x"))
+    monkeypatch.chdir("/")
+    copy = pickle.loads(pickle.dumps(whole))
+    assert names(copy) == names(whole) and copy.image(1).shape == (3, 5, 6)
+
+
+def test_names_that_are_not_utf8():
+    odd = os.fsdecode(b"caf\xe9.png")
+    kept = Names(["a", "", odd, "é"])
+    assert [kept[i] for i in range(len(kept))] == ["a", "", odd, "é"]
+
+
+def test_bad_image_has_its_path_from_the_root(tmp_path):
+    put(tmp_path, "a/1.png")
+    (tmp_path / "a" / "0.jpg").write_bytes(b"\xff\xd8\xff")
+    (whole,) = scan_folder(tmp_path)
+    with pytest.raises(BadImage) as error:
+        whole.image(0)
+    assert error.value.name == "a/0.jpg" and str(error.value).startswith("a/0.jpg: ")
+
+
+def _missing(path):
+    return path / "nowhere"
+
+
+def _file(path):
+    (path / "file.png").write_bytes(b"")
+    return path / "file.png"
+
+
+def _no_images(path):
+    (path / "a").mkdir()
+    (path / "a" / "b.txt").write_text("")
+    return path
+
+
+def _empty_test(path):
+    put(path, "train/a/1.png")
+    (path / "val").mkdir()
+    return path
+
+
+MISTAKES = {
+    "missing": (_missing, r"folder '.*nowhere' does not exist: give the path of a folder"),
+    "file": (_file, r"'.*file.png' is a file: give the folder that holds the images"),
+    "no images": (_no_images, r"no image in folder '.*': put some there"),
+    "empty test": (_empty_test, r"no image in folder '.*val': put some there"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistakes_are_told_in_one_sentence(tmp_path, kind):
+    make, words = MISTAKES[kind]
+    with pytest.raises(DataError, match=words) as error:
+        open_source(FolderSource(path=make(tmp_path)), seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_folder(tmp_path, monkeypatch):
+    put(tmp_path, "a/1.png")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("fastssl.data.folder.os.scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot list folder '.*' \(Permission denied\)"):
+        scan_folder(tmp_path)

@@ -1,0 +1,142 @@
+"""Decoding: every mode as a viewer would show it, every broken file named."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastssl.data.errors import BadImage
+from fastssl.data.images import decode
+
+RNG = np.random.default_rng(0)
+RGB = np.kron(RNG.integers(0, 256, (3, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 24 x 32
+
+
+def read(path):
+    return decode(path, path.name).permute(1, 2, 0).numpy()
+
+
+def saved(tmp_path, picture, name, **options):
+    picture.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "ppm", "gif"])
+def test_lossless_formats(tmp_path, suffix):
+    pixels = RGB if suffix != "gif" else np.where(RGB > 127, 255, 0).astype(np.uint8)
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = saved(tmp_path, Image.fromarray(pixels), f"a.{suffix}", **options)
+    assert (read(path) == pixels).all()
+
+
+def test_jpeg_and_cmyk_jpeg(tmp_path):
+    flat = Image.new("RGB", (16, 16), (200, 40, 90))
+    plain = saved(tmp_path, flat, "a.jpg", quality=95)
+    cmyk = saved(tmp_path, flat.convert("CMYK"), "b.jpg", quality=95)
+    for path in (plain, cmyk):
+        assert np.abs(read(path).astype(int) - (200, 40, 90)).max() <= 3
+
+
+def test_transparency_goes_over_white(tmp_path):
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[0, 0] = (10, 20, 30, 255)
+    pixels[1, 1] = (0, 0, 0, 128)
+    got = read(saved(tmp_path, Image.fromarray(pixels), "a.png"))
+    assert got[0, 0].tolist() == [10, 20, 30] and got[0, 1].tolist() == [255] * 3
+    assert np.abs(got[1, 1].astype(int) - 127).max() <= 1
+    grey = read(saved(tmp_path, Image.fromarray(pixels).convert("LA"), "b.png"))
+    assert grey[0, 1].tolist() == [255] * 3
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putdata([0, 1])
+    plain = read(saved(tmp_path, picture, "a.png"))
+    assert plain[0].tolist() == [[255, 0, 0], [0, 0, 255]]
+    clear = read(saved(tmp_path, picture, "b.png", transparency=b"\xff\x00"))
+    assert clear[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+
+
+def test_sixteen_bit_is_scaled_not_clipped(tmp_path):
+    deep = np.array([[0, 257 * 100, 65535]], np.uint16)
+    for name in ("a.png", "a.tif"):
+        got = read(saved(tmp_path, Image.fromarray(deep), name))
+        assert got[0, :, 0].tolist() == [0, 100, 255] and (got == got[..., :1]).all()
+    wide = Image.fromarray(deep.astype(np.int32))
+    assert read(saved(tmp_path, wide, "b.tif"))[0, :, 1].tolist() == [0, 100, 255]
+
+
+def test_float_images(tmp_path):
+    for values, want in (([0.0, 0.4, 1.0], [0, 102, 255]), ([-2.0, 0.0, 3.0], [0, 102, 255])):
+        path = saved(tmp_path, Image.fromarray(np.array([values], np.float32)), "a.tif")
+        assert read(path)[0, :, 0].tolist() == want
+
+
+def test_bilevel_and_grey_become_three_channels(tmp_path):
+    grey = Image.fromarray(RGB[..., 0])
+    assert (read(saved(tmp_path, grey, "a.png")) == RGB[..., :1]).all()
+    bits = read(saved(tmp_path, grey.convert("1"), "b.png"))
+    assert bits.shape == RGB.shape and set(np.unique(bits)) <= {0, 255}
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned a quarter to the right
+    path = saved(tmp_path, Image.fromarray(RGB), "a.png", exif=exif)
+    assert (read(path) == np.rot90(RGB, -1)).all()
+
+
+def test_damaged_exif_leaves_the_pixels(tmp_path):
+    path = saved(tmp_path, Image.fromarray(RGB), "a.png", exif=b"Exif\x00\x00garbage")
+    assert (read(path) == RGB).all()
+
+
+def test_first_frame_of_several(tmp_path):
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    path = saved(tmp_path, frames[0], "a.tif", save_all=True, append_images=frames[1:])
+    assert (read(path) == RGB).all()
+
+
+def _truncated(path):
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def _not_finite(path):
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(path, "TIFF")
+
+
+BROKEN = {
+    "empty": (lambda p: p.write_bytes(b""), "cannot identify"),
+    "text": (lambda p: p.write_text("no picture"), "cannot identify"),
+    "truncated": (_truncated, "truncated"),
+    "missing": (lambda p: None, "No such file"),
+    "folder": (lambda p: p.mkdir(), "directory"),
+    "not finite": (_not_finite, "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_file_is_named_with_its_reason(tmp_path, kind):
+    make, words = BROKEN[kind]
+    path = tmp_path / "a b é.jpg"
+    make(path)
+    with pytest.raises(BadImage) as error:
+        decode(path, "class/a b é.jpg")
+    assert error.value.name == "class/a b é.jpg" and words in error.value.reason
+    assert str(tmp_path) not in error.value.reason
+
+
+@pytest.mark.parametrize("limit", [700, 300])  # 24 x 32 = 768: above the limit, above twice it
+def test_decompression_bomb_is_bad_and_silent(tmp_path, monkeypatch, limit):
+    path = saved(tmp_path, Image.fromarray(RGB), "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(BadImage, match="limit|bomb"):
+            read(path)
+    assert not seen
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert (read(path) == RGB).all()

@@ -1,0 +1,214 @@
+"""Batches: the same whatever the workers, the ranks and where the run began; bad images told."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl.data.datasets import ArrayImages
+from fastssl.data.errors import BadImage, DataError
+from fastssl.data.loader import EvalLoader, PretrainLoader
+from fastssl.data.seeds import sample_seed
+from fastssl.data.torch_views import apply
+from fastssl.data.views import preset
+
+VIEWS = preset("simclr", 12)
+NORM = {"mean": (0.5,), "std": (0.25,)}
+
+
+class Images(ArrayImages):
+    """Random images, of which those in `bad` cannot be read."""
+
+    def __init__(self, count=22, size=12, bad=()):
+        g = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (count, 3, size, size), generator=g, dtype=torch.uint8)
+        names = [f"img{i}" for i in range(count)]
+        super().__init__(pixels, torch.zeros(count, dtype=torch.int64), ("a",), names)
+        self.bad = frozenset(bad)
+
+    def image(self, i):
+        if i in self.bad:
+            raise BadImage(self.name(i), "broken")
+        return super().image(i)
+
+
+def loader(source=None, **options):
+    source = Images() if source is None else source
+    return PretrainLoader(source, VIEWS, **{"batch_size": 4, "seed": 7, **options})
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and a["bad"] == b["bad"]
+    assert torch.equal(a["index"], b["index"]) and torch.equal(a["seeds"], b["seeds"])
+    assert len(a["views"]) == len(b["views"])
+    assert all(torch.equal(x, y) for x, y in zip(a["views"], b["views"], strict=True))
+
+
+def assert_same_stream(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert_same(a, b)
+
+
+def test_batch_is_what_the_spec_says():
+    own = loader()
+    batch = next(own.stream(6, 7))  # epoch 1, for an epoch has 5 steps
+    assert own.steps_per_epoch == 5 and batch["bad"] == []
+    assert batch["index"].dtype == batch["seeds"].dtype == torch.int64
+    for k, i in enumerate(batch["index"].tolist()):
+        seed = sample_seed(7, 1, i)
+        assert batch["seeds"][k] == seed
+        want = apply(VIEWS, own.source.image(i), seed)
+        for v, view in enumerate(batch["views"]):
+            assert view.shape == (4, 3, 12, 12) and torch.equal(view[k], want[v])
+
+
+def test_epoch_is_a_permutation_without_its_short_end():
+    batches = list(loader().stream(0, 10))
+    epochs = [torch.cat([b["index"] for b in part]) for part in (batches[:5], batches[5:])]
+    assert all(len(e.unique()) == 20 for e in epochs)
+    assert not torch.equal(*epochs)
+    assert not torch.equal(batches[0]["index"], next(loader(seed=8).stream(0, 1))["index"])
+
+
+def test_workers_change_nothing():
+    source = Images(bad=[3, 4])
+    streams = [loader(source, workers=w).stream(2, 13) for w in (0, 2)]
+    assert_same_stream(*streams)
+
+
+def test_one_worker_process_or_many_threads_round_alike():
+    """Contrast sums over pixels, which torch splits among threads above 32768 of them."""
+    source, threads = Images(4, 200), torch.get_num_threads()
+    views = preset("plain", 200, jitter=1, contrast=1)
+    try:
+        torch.set_num_threads(4)
+        here = next(PretrainLoader(source, views, batch_size=4, seed=0).stream(0, 1))
+        assert torch.get_num_threads() == 4
+        torch.set_num_threads(1)
+        alone = next(PretrainLoader(source, views, batch_size=4, seed=0).stream(0, 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(here, alone)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_joined_are_one_process(world):
+    source = Images(bad=[3, 4])
+    whole = loader(source).stream(0, 11)
+    parts = [loader(source, rank=r, world=world).stream(0, 11) for r in range(world)]
+    for one, *shares in zip(whole, *parts, strict=True):
+        joined = {
+            "views": [torch.cat(v) for v in zip(*(s["views"] for s in shares), strict=True)],
+            "index": torch.cat([s["index"] for s in shares]),
+            "seeds": torch.cat([s["seeds"] for s in shares]),
+            "bad": sum((s["bad"] for s in shares), []),
+        }
+        assert_same(one, joined)
+
+
+def test_resume_in_mid_epoch_is_the_uninterrupted_run():
+    whole = list(loader().stream(0, 12))
+    assert_same_stream(whole[7:], loader().stream(7, 12))
+    assert list(loader().stream(5, 5)) == []
+
+
+def test_global_generators_are_untouched():
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    for workers in (0, 1):
+        list(loader(workers=workers).stream(0, 2))
+        list(EvalLoader(Images(), 12, 8, **NORM, workers=workers))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all() and states[2] == random.getstate()
+
+
+def test_bad_images_are_replaced_counted_and_named():
+    bad = {2, 5, 11}
+    batches = list(loader(Images(bad=bad), batch_size=11).stream(0, 6))
+    clean = list(loader(Images(), batch_size=11).stream(0, 6))
+    named = [name for b in batches for name, reason in b["bad"]]
+    assert {*named} == {"img2", "img5", "img11"} and len(named) >= 9  # three epochs
+    for got, want in zip(batches, clean, strict=True):
+        assert torch.equal(got["seeds"], want["seeds"])  # the place's own
+        assert not bad & {*got["index"].tolist()}
+        for k, (i, j) in enumerate(zip(got["index"], want["index"], strict=True)):
+            assert (i == j) != (int(j) in bad)
+            seed = int(got["seeds"][k])
+            assert torch.equal(got["views"][0][k], apply(VIEWS, Images().image(int(i)), seed)[0])
+    swaps = {
+        int(i)
+        for g, w in zip(batches, clean, strict=True)
+        for i in g["index"][g["index"] != w["index"]]
+    }
+    assert len(swaps) > 3  # not always the same image in the place
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mostly_unreadable_data_stops_with_examples(workers):
+    with pytest.raises(DataError) as error:
+        list(loader(Images(bad=range(22)), workers=workers).stream(0, 1))
+    words = str(error.value)
+    assert words.startswith("most of the data is unreadable, 17 images in a row (img")
+    assert words.count(": broken") == 3 and "\n" not in words
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"batch_size": 23}, r"batch_size 23 is larger than the data set \(22 training images\)"),
+        ({"batch_size": 0}, "batch_size 0 is not positive"),
+        ({"batch_size": 6, "world": 4}, "batch_size 6 is not divisible by the 4 ranks"),
+        ({"rank": 2, "world": 2}, "rank 2 of world 2"),
+        ({"workers": -1}, "workers: want 0 or more, got -1"),
+    ],
+)
+def test_impossible_settings(options, words):
+    with pytest.raises(ValueError, match=words):
+        loader(**options)
+
+
+@pytest.mark.parametrize("steps", [(-1, 2), (3, 2)])
+def test_impossible_steps(steps):
+    with pytest.raises(ValueError, match="0 <= start <= end"):
+        loader().stream(*steps)
+
+
+def test_stream_may_be_left_early():
+    stream = loader(workers=2).stream(0, 10)
+    next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 3])
+def test_eval_has_every_image_once_in_order(workers, world):
+    source = Images(bad=[0, 9])
+    parts = [
+        EvalLoader(source, 12, 4, **NORM, rank=r, world=world, workers=workers)
+        for r in range(world)
+    ]
+    batches = [batch for part in parts for batch in part]
+    assert len(batches) == sum(len(part) for part in parts)
+    index = torch.cat([b["index"] for b in batches])
+    assert index.tolist() == [i for i in range(22) if i not in (0, 9)]
+    assert [name for b in batches for name, _ in b["bad"]] == ["img0", "img9"]
+    want = (source.pixels[index].float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(torch.cat([b["image"] for b in batches]), want)
+
+
+def test_eval_batch_of_bad_images_alone_is_empty():
+    (batch,) = EvalLoader(Images(2, bad=[0, 1]), 12, 4, **NORM)
+    assert batch["image"].shape == (0, 3, 12, 12) and len(batch["index"]) == 0
+    assert [name for name, _ in batch["bad"]] == ["img0", "img1"]
+
+
+def test_eval_of_other_shapes_is_the_centred_square():
+    wide = Images(1)
+    wide.pixels = torch.arange(120, dtype=torch.uint8).expand(1, 3, 60, 120).contiguous()
+    (batch,) = EvalLoader(wide, 60, 1, mean=(0.0,), std=(1.0,))
+    assert torch.equal((batch["image"] * 255).round().byte(), wide.pixels[..., 30:90])
+
+
+def test_eval_settings_are_checked():
+    with pytest.raises(ValueError, match="batch_size: want 1 or more, got 0"):
+        EvalLoader(Images(), 12, 0, **NORM)

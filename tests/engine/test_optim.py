@@ -1,0 +1,212 @@
+"""Names, options, parameter groups and schedules of the optimizers."""
+
+import pytest
+import timm
+import timm.optim
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from fastssl.engine.layerwise import LAMB, LARS
+from fastssl.engine.optim import (
+    ELEMENTWISE,
+    ConstantSchedule,
+    CosineSchedule,
+    InfiniteSchedule,
+    OptimConfig,
+    build_optimizer,
+    check_optimizer,
+    parameter_groups,
+)
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vit = timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, depth=1, embed_dim=12, num_heads=2, reg_tokens=2
+        )
+        self.head = nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 12))
+        self.gain = nn.Parameter(torch.ones(2, 2))
+        self.fixed = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+    def no_weight_decay(self):
+        return {"ga*"}
+
+
+def grouped_names(model: nn.Module, weight_decay: float) -> list[set[str]]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    return [{names[id(p)] for p in g["params"]} for g in parameter_groups(model, weight_decay)]
+
+
+def test_decay_is_for_matrices_only():
+    model = Backbone()
+    decayed, plain = grouped_names(model, 0.1)
+    tokens = {"vit.cls_token", "vit.reg_token", "vit.pos_embed", "mask_token", "gain"}
+    assert tokens | {"vit.norm.weight", "head.0.bias", "head.1.weight"} <= plain
+    assert "vit.patch_embed.proj.weight" in decayed and "head.2.weight" in decayed
+    shapes = dict(model.named_parameters())
+    assert {n for n in plain if shapes[n].ndim > 1} == tokens
+    assert decayed | plain == {n for n, p in model.named_parameters() if p.requires_grad}
+    settings = [(g["weight_decay"], g["adapt"]) for g in parameter_groups(model, 0.1)]
+    assert settings == [(0.1, True), (0.0, False)]
+
+
+def test_groups_agree_with_timms_on_a_vit():
+    vit = Backbone().vit
+    theirs = timm.optim.param_groups_weight_decay(
+        vit, 0.1, no_weight_decay_list=("*_token", "pos*")
+    )
+    for ours in parameter_groups(vit, 0.1):
+        match = next(g for g in theirs if g["weight_decay"] == ours["weight_decay"])
+        assert {id(p) for p in ours["params"]} == {id(p) for p in match["params"]}
+
+
+def test_submodules_name_their_own_exceptions():
+    inner = nn.Linear(3, 3, bias=False)
+    inner.no_weight_decay = lambda: ["weight"]  # pyright: ignore[reportAttributeAccessIssue]
+    decayed, plain = grouped_names(nn.Sequential(nn.Linear(3, 3, bias=False), inner), 0.1)
+    assert (decayed, plain) == ({"0.weight"}, {"1.weight"})
+
+
+def test_no_group_is_empty():
+    assert grouped_names(nn.Linear(2, 2, bias=False), 0.1) == [{"weight"}]
+    with pytest.raises(ValueError, match="Linear has no trainable parameter"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "expected"),
+    [
+        ({"name": "adamw"}, torch.optim.AdamW, {"betas": (0.9, 0.999)}),
+        ({"name": "adamw", "betas": (0.9, 0.95)}, torch.optim.AdamW, {"betas": (0.9, 0.95)}),
+        ({"name": "sgd", "momentum": 0.8}, torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+        ({"name": "momentum"}, torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
+        ({"name": "lion"}, timm.optim.Lion, {"betas": (0.9, 0.99)}),
+        ({"name": "muon"}, timm.optim.Muon, {}),
+        ({"name": "lars", "trust_coefficient": 0.02}, LARS, {"trust_coefficient": 0.02}),
+        ({"name": "lamb", "eps": 1e-5}, LAMB, {"eps": 1e-5, "betas": (0.9, 0.999)}),
+    ],
+)
+def test_built_as_asked(options, kind, expected):
+    optimizer = build_optimizer(Backbone(), OptimConfig(lr=0.25, weight_decay=0.125, **options))
+    assert type(optimizer) is kind
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.125, 0.0]
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.25
+        assert {key: group[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "adamm"}, "optim.name=adamm is no optimizer .* did you mean adam"),
+        ({"name": "lamp"}, "did you mean lamb"),
+        ({"name": "q"}, "see timm.optim.list_optimizers"),
+        ({"name": "adahessian"}, "optim.name=adahessian needs second derivatives"),
+        ({"name": "adamw", "momentum": 0.9}, "optim.momentum=0.9 means nothing to adamw"),
+        ({"name": "sgd", "trust_coefficient": 1.0}, "trust_coefficient=1.0 means nothing to sgd"),
+        ({"name": "lamb", "momentum": 0.9}, "which takes betas, eps"),
+        ({"name": "lamb", "betas": (0.9,)}, "optim.betas of lamb are 2 numbers"),
+        ({"name": "adan", "betas": (0.9, 0.99)}, "optim.betas of adan are 3 numbers"),
+        ({"betas": (0.9, 1.0)}, "must lie in"),
+        ({"lr": 0.0}, "greater than 0"),
+        ({"rate": 1.0}, "Extra inputs are not permitted"),
+        ({"schedule": {"name": "cosine", "warmup": 1.0}}, "less than 1"),
+        ({"schedule": {"name": "step"}}, "'constant', 'cosine', 'infinite'"),
+    ],
+)
+def test_wrong_configs_say_what_is_wrong(options, words):
+    with pytest.raises(ValidationError, match=words):
+        OptimConfig(**options)
+
+
+def test_a_config_reloads_to_itself():
+    schedule = InfiniteSchedule(warmup_steps=5, anneal_steps=2)
+    cfg = OptimConfig(name="adan", betas=(0.9, 0.9, 0.99), schedule=schedule)
+    assert OptimConfig.model_validate_json(cfg.model_dump_json()) == cfg
+
+
+def test_every_field_is_described():
+    for model in (OptimConfig, ConstantSchedule, CosineSchedule, InfiniteSchedule):
+        fields = set(model.model_fields) - {"name", "schedule"}
+        assert all(model.model_fields[field].description for field in fields)
+
+
+FLAT_SAFE = sorted(name for name in ELEMENTWISE if not name.startswith("fused"))
+
+
+def step_apart(name: str) -> float:
+    """How far one matrix ends from the same numbers in two flat slices, stepped as ZeRO does."""
+    torch.manual_seed(0)
+    whole = nn.Parameter(torch.randn(6, 8, dtype=torch.float64))
+    flat = whole.detach().flatten()
+    slices = [nn.Parameter(flat[:21].clone()), nn.Parameter(flat[21:].clone())]
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    one = timm.optim.create_optimizer_v2([{"params": [whole]}], name, **options)
+    two = timm.optim.create_optimizer_v2([{"params": [s]} for s in slices], name, **options)
+    groups = two.param_groups
+    for step in range(4):
+        whole.grad = torch.randn(6, 8, dtype=torch.float64) * (1 + 3 * step)
+        slices[0].grad, slices[1].grad = whole.grad.flatten().split([21, 27])
+        one.step()
+        for group in groups:
+            two.param_groups = [group]
+            two.step()
+    return (whole.detach().flatten() - torch.cat(slices).detach()).abs().max().item()
+
+
+@pytest.mark.parametrize("name", FLAT_SAFE)
+def test_elementwise_optimizers_do_not_mind_slices(name):
+    assert step_apart(name) < 1e-12
+    for stage in range(4):
+        check_optimizer(name, stage)
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor", "cadamw", "novograd", "nlars"])
+def test_others_would_silently_differ_and_are_refused(name):
+    assert step_apart(name) > 1e-9
+    check_optimizer(name, 0)
+    with pytest.raises(
+        ValueError, match=f"optim.name={name} needs whole tensors, and ZeRO stage 2"
+    ):
+        check_optimizer(name, 2)
+
+
+def test_ours_work_at_every_stage_and_unknown_names_at_none():
+    for name in ("lars", "lamb"):
+        check_optimizer(name, 3)
+    with pytest.raises(ValueError, match="did you mean adamw"):
+        check_optimizer("adamww", 0)
+
+
+def test_safe_names_exist():
+    assert set(timm.optim.list_optimizers()) >= ELEMENTWISE
+
+
+def test_cosine_never_wastes_a_step():
+    factors = [CosineSchedule(warmup=0.2, final=0.1).factor(step, 10) for step in range(10)]
+    assert factors[:2] == pytest.approx([0.25, 0.75])
+    assert factors[2] == max(factors) and factors[-1] > 0.1
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+
+
+def test_constant_after_its_warmup():
+    factors = [ConstantSchedule(warmup=0.5).factor(step, 4) for step in range(4)]
+    assert factors == pytest.approx([0.25, 0.75, 1.0, 1.0])
+    assert ConstantSchedule().factor(0, 4) == 1.0
+
+
+def test_infinite_knows_the_end_only_to_anneal():
+    phases = {"warmup_steps": 4, "cooldown_steps": 4, "constant": 0.5}
+    plain = InfiniteSchedule(**phases)
+    assert plain.factor(6, 10) == plain.factor(6, 1000)
+    assert plain.factor(0, 10) == pytest.approx(0.125) and plain.factor(10**6, 10) == 0.5
+    annealed = InfiniteSchedule(**phases, anneal_steps=10, final=0.005)
+    assert annealed.factor(89, 100) == 0.5
+    assert annealed.factor(94, 100) == pytest.approx(0.5 * 0.01**0.45)
+    assert annealed.factor(99, 100) == pytest.approx(0.5 * 0.01**0.95)
+    with pytest.raises(ValueError, match="anneal_steps=10 leaves nothing .* run of 10 steps"):
+        annealed.factor(3, 10)

@@ -1,0 +1,131 @@
+"""What each rank of test_layerwise runs: a tiny model under DeepSpeed, its masters at the end.
+
+Two ranks with different data train `STEPS` steps; a run is (optimizer, stage, precision).
+Results land in one file, written by rank 0: {run: {"final", "resumed"}} and the mutation's.
+"""
+
+import itertools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.engine import launch
+from fastssl.engine.fragments import Fragments
+from fastssl.engine.optim import OptimConfig, after_initialize, build_optimizer
+
+WORLD, BATCH, STEPS, HALF = 2, 3, 5, 3
+CONFIGS = {
+    "lars": OptimConfig(name="lars", lr=8.0, weight_decay=0.05, trust_coefficient=0.02),
+    "lamb": OptimConfig(name="lamb", lr=0.05, weight_decay=0.05),
+    "adamw": OptimConfig(name="adamw", lr=0.05, weight_decay=0.5),
+}
+RUNS = [
+    *itertools.product(("lars", "lamb"), (0, 1, 2, 3), ("fp32",)),
+    *itertools.product(("lars", "lamb"), (0, 1, 2, 3), ("bf16",)),
+    ("lamb", 1, "bf16, fp32 gradients"),
+    ("adamw", 0, "bf16"),
+]
+
+
+class Model(nn.Module):
+    """Tensors of odd sizes; one of a single element, which only one rank of stage 3 holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(7, 13)
+        self.norm = nn.LayerNorm(13)
+        self.last = nn.Linear(13, 3)
+        self.scale = nn.Parameter(torch.full((1, 1), 1.5))
+        self.frozen = nn.Parameter(torch.ones(13), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).tanh() * self.frozen) * self.scale
+
+
+def data(rank: int, step: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(BATCH, 7, generator=generator).to(dtype)
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return (output.float() - torch.tensor([1.0, 0.0, -2.0])).square().mean()
+
+
+def rate(cfg: OptimConfig, step: int) -> float:
+    return cfg.lr / (1 + step)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    launch.start("cpu")
+    results: dict[Any, Any] = {}
+    for run in RUNS:
+        whole = _Run(*run)
+        whole.steps(0, HALF)
+        whole.engine.save_checkpoint(folder, tag=str(run), save_latest=False)
+        whole.steps(HALF, STEPS)
+        second = _Run(*run)
+        second.engine.load_checkpoint(folder, tag=str(run))
+        second.steps(HALF, STEPS)
+        results[run] = {"final": whole.masters(), "resumed": second.masters()}
+    exact = Fragments.whole_norms
+    Fragments.whole_norms = lambda self, norms: norms
+    for name, stage in itertools.product(("lars", "lamb"), (1, 3)):
+        run = _Run(name, stage, "fp32")
+        run.steps(0, STEPS)
+        results[f"pieces {name} {stage}"] = run.masters()
+    Fragments.whole_norms = exact
+    if rank == 0:
+        torch.save(results, os.path.join(folder, "results.pt"))
+    launch.stop()
+
+
+class _Run:
+    def __init__(self, name: str, stage: int, precision: str):
+        self.cfg, self.stage = CONFIGS[name], stage
+        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        model = Model()
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_clipping": self.cfg.clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            "bf16": {"enabled": precision != "fp32"},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }
+        if precision == "bf16, fp32 gradients":  # yet another wrapper inside DeepSpeed
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.engine, *_ = launch.deepspeed().initialize(
+            model=model,
+            optimizer=build_optimizer(model, self.cfg),
+            config=config,
+            dist_init_required=False,
+        )
+        after_initialize(self.engine)
+
+    def steps(self, start: int, end: int) -> None:
+        for step in range(start, end):
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = rate(self.cfg, step)
+            x = data(torch.distributed.get_rank(), step, self.dtype)
+            self.engine.backward(loss_of(self.engine(x)))
+            self.engine.step()
+
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 parameters, whole, in a fresh dict by name; collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        if self.stage > 0:
+            return {n: safe_get_full_fp32_param(p).clone() for n, p in named.items()}
+        zero, copies = self.engine.optimizer, {}
+        if self.dtype == torch.bfloat16:
+            for models, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
+                copies.update({id(p): m for p, m in zip(models, masters, strict=True)})
+        return {n: copies.get(id(p), p).detach().clone() for n, p in named.items()}

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from fastssl.kernels import implementations
+from fastssl.kernels._dispatch import Primitive
+
+PRIMITIVES = {
+    "frobenius_sq",
+    "gather_patches",
+    "pairwise_lse",
+    "pairwise_topk",
+    "patch_mse",
+    "restore_tokens",
+    "standardise",
+}
+
+
+def test_every_primitive_reports_what_it_would_use():
+    for device in ("cpu", "cuda"):
+        assert implementations(device).keys() == PRIMITIVES
+    assert set(implementations(torch.device("cpu")).values()) == {"torch"}
+
+
+def test_auto_is_decided_by_the_device_alone():
+    fused = Primitive("x", {"torch": str, "reference": str, "triton": str})
+    plain = Primitive("y", {"torch": str, "reference": str})
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [fused.choose("auto", d) for d in (cpu, cuda)] == ["torch", "triton"]
+    assert [plain.choose("auto", d) for d in (cpu, cuda)] == ["torch", "torch"]
+    assert fused.choose("triton", cpu) == "triton"  # named, never replaced
+
+
+def test_an_implementation_that_is_not_there_is_refused_with_those_that_are():
+    plain = Primitive("y", {"torch": str, "reference": str})
+    words = "impl must be one of auto, torch, reference for y, got 'triton'"
+    with pytest.raises(ValueError, match=words):
+        plain.choose("triton", torch.device("cuda"))

@@ -1,0 +1,123 @@
+"""W ranks with different data are one process with the joined batch: value, gradient, and DDP's."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
+from fastssl.masking import random_masking
+from tests.ranks import run_ranks
+
+B, INPUT, OUTPUT = 5, 7, 6
+
+
+def batch(rank):
+    """Two views of B inputs, and B images with a mask; different on every rank."""
+    generator = torch.Generator().manual_seed(10 + rank)
+    x = torch.randn(2, B, INPUT, generator=generator) + 0.3 * rank
+    images = torch.randn(B, 1, 4, 4, generator=generator)
+    return x, images, random_masking(torch.arange(B) + B * rank, 4, 1).masked
+
+
+def network(width=OUTPUT):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(INPUT, 9), nn.Tanh(), nn.Linear(9, width))
+
+
+def two_views(loss):
+    def call(model, x, images, masked):
+        z = model(x.flatten(0, 1)).unflatten(0, (2, -1))  # DDP wants one forward
+        return loss(z[0], z[1])
+
+    return call
+
+
+def mae(model, x, images, masked):
+    return MAELoss(2)(model(x[0]).unflatten(1, (3, 4)), images, masked)
+
+
+CASES = {  # name: (loss of a model and a batch, the model's width)
+    "ntxent": (two_views(NTXentLoss(0.2)), OUTPUT),
+    "barlow covariance": (two_views(BarlowTwinsLoss(0.1)), OUTPUT),
+    "barlow gram": (two_views(BarlowTwinsLoss(0.1)), 80),
+    "mae": (mae, 12),
+    "ntxent local": (two_views(NTXentLoss(0.2, gather_distributed=False)), OUTPUT),
+    "barlow local": (two_views(BarlowTwinsLoss(0.1, gather_distributed=False)), OUTPUT),
+}
+
+
+def step(model, loss, data):
+    value = loss(model, *data)
+    value.backward()
+    return {"value": value.detach(), "grads": [p.grad.clone() for p in model.parameters()]}
+
+
+def each_rank(rank, world):
+    """Every case in one start of the ranks, plain and under DDP."""
+    seen = {}
+    for name, (loss, width) in CASES.items():
+        seen[name] = step(network(width), loss, batch(rank))
+        seen["ddp " + name] = step(DistributedDataParallel(network(width)), loss, batch(rank))
+    narrow = torch.ones(B - (rank == 1), OUTPUT)
+    for name in ("ntxent", "barlow covariance"):
+        try:
+            CASES[name][0](nn.Identity(), narrow.expand(2, -1, -1), None, None)
+            seen["uneven " + name] = "not refused"
+        except ValueError as error:
+            seen["uneven " + name] = str(error)
+    return seen
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda w: f"W={w}")
+def ranks(request):
+    return run_ranks(each_rank, request.param)
+
+
+def one_process(name, W):
+    """The loss of the joined batch; of gather_distributed=False, the mean of each rank's own."""
+    loss, width = CASES[name]
+    model = network(width).double()
+    data = [batch(r) for r in range(W)]
+    wide = [(x.double(), images.double(), masked) for x, images, masked in data]
+    if name.endswith("local"):
+        value = torch.stack([loss(model, *one) for one in wide]).mean()
+    else:
+        x, images, masked = zip(*wide, strict=True)
+        value = loss(model, torch.cat(x, dim=1), torch.cat(images), torch.cat(masked))
+    value.backward()
+    return {"value": value.detach(), "grads": [p.grad for p in model.parameters()]}
+
+
+def close(got, want):
+    """To float32's rounding of the largest element: small ones are differences of large ones."""
+    largest = want.abs().max().item()
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 * max(largest, 1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mean_over_ranks_is_the_joined_batch(ranks, name):
+    want = one_process(name, len(ranks))
+    close(torch.stack([seen[name]["value"] for seen in ranks]).mean(), want["value"])
+    by_parameter = zip(*(seen[name]["grads"] for seen in ranks), strict=True)
+    for got, truth in zip(by_parameter, want["grads"], strict=True):
+        close(torch.stack(got).mean(0), truth)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ddp_gives_every_rank_the_joined_gradient(ranks, name):
+    want = one_process(name, len(ranks))
+    for seen in ranks:
+        for got, truth in zip(seen["ddp " + name]["grads"], want["grads"], strict=True):
+            close(got, truth)
+
+
+@pytest.mark.parametrize("name", ["barlow covariance", "barlow gram"])
+def test_barlow_has_one_value_on_every_rank(ranks, name):
+    assert all(torch.equal(seen[name]["value"], ranks[0][name]["value"]) for seen in ranks)
+
+
+@pytest.mark.parametrize("name", ["ntxent", "barlow covariance"])
+def test_uneven_batches_are_refused_on_every_rank(ranks, name):
+    for seen in ranks:
+        assert "must have the same shape on every rank" in seen["uneven " + name]

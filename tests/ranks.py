@@ -1,0 +1,68 @@
+"""Run a function as W gloo ranks on this machine, and bring back what each returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Ranks fork from one server that has imported these already: a second each, not ten.
+_PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
+
+
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """[fn(rank, world, *args) for each rank], the ranks joined by a gloo process group.
+
+    fn: a module's top-level function; it returns tensors, numbers, strings and containers of them.
+    Raises RuntimeError with every failed rank's traceback, or naming the ranks that hung.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # the server takes its environment from its first caller
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(fn, rank, world, folder, args), daemon=True)
+            for rank in range(world)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join(timeout)
+            hung = [i for i, process in enumerate(ranks) if process.is_alive()]
+        finally:
+            for process in ranks:
+                process.kill()
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
+        if errors or hung or any(process.exitcode for process in ranks):
+            codes = [process.exitcode for process in ranks]
+            raise RuntimeError(f"hung ranks {hung}, exit codes {codes}\n" + "\n".join(errors))
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
+
+
+def _rank(
+    fn: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+        )
+        torch.save(fn(rank, world, *args), Path(folder) / f"{rank}.pt")
+        dist.barrier()  # nobody leaves while another may still be talking
+        dist.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
+        os._exit(1)  # without waiting for ranks that wait for this one

@@ -1,0 +1,204 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastssl import distributed as D
+from fastssl.kernels import column_moments, frobenius_sq, standardise
+from tests.oracle import grads
+from tests.ranks import run_ranks
+
+B = 3  # rows on a rank
+
+
+def rows(rank, *shape, dtype=torch.float32):
+    """Different on every rank."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randn(B, *shape, generator=generator).to(dtype)
+
+
+def upstream(rank, like):
+    """This rank's weight for each element of a collective's result."""
+    generator = torch.Generator().manual_seed(200 + rank)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+
+def refusal(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def each_rank(rank, world):
+    """Everything in one start of the ranks: it costs seconds."""
+    seen = {"size": (D.world_size(), D.rank(), D.world_size(D.LOCAL), D.rank(D.LOCAL))}
+
+    def value_and_grad(fn, *inputs):
+        return grads(fn, inputs, lambda out: (out * upstream(rank, out)).sum())
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = rows(rank, 2, 5, dtype=dtype)
+        seen[f"gather {dtype}"] = value_and_grad(D.all_gather_rows, x)
+        seen[f"reduce {dtype}"] = value_and_grad(D.all_reduce_sum, x)
+    x = rows(rank, 4)
+    seen["gather expanded"] = grads(D.all_gather_rows, [x.T.contiguous().T], lambda out: out.sum())
+    seen["plain"] = [
+        D.all_gather_nograd(torch.tensor([rank], dtype=dtype))
+        for dtype in (torch.int64, torch.bool, torch.uint8, torch.bfloat16)
+    ]
+    seen["nograd"] = D.all_gather_nograd(x.requires_grad_()).requires_grad
+    seen["object"] = D.broadcast_object({"from": rank}, src=1)
+    seen["agree"] = [D.all_agree(True), D.all_agree(rank != 1), D.all_agree(False)]
+    D.barrier()
+    far = rows(rank, 5) + 1000 + 10 * rank
+    for name, unbiased in (("biased", False), ("unbiased", True)):
+        fn = lambda z: standardise(z, eps=1e-3, unbiased=unbiased)  # noqa: B023, E731
+        seen[f"standardise {name}"] = value_and_grad(fn, far)
+        fn = lambda z: torch.stack(column_moments(z, unbiased=unbiased))  # noqa: B023, E731
+        seen[f"moments {name}"] = value_and_grad(fn, far)
+        options = {"eps": 1e-3, "unbiased": unbiased, "impl": "reference"}
+        fn = lambda z: standardise(z, **options)  # noqa: B023, E731
+        seen[f"standardise {name} reference"] = value_and_grad(fn, far.double())
+    for width in (2, 40):  # by covariance, by Gram
+        for impl in ("torch", "reference"):
+            fn = lambda a, b: frobenius_sq(a, b, impl=impl)  # noqa: B023, E731
+            a, b = rows(rank, width), rows(rank + 50, width)
+            seen[f"frobenius {width} {impl}"] = value_and_grad(fn, a, b)
+    local = lambda z: standardise(z, eps=1e-3, process_group=D.LOCAL)  # noqa: E731
+    seen["local"] = value_and_grad(local, far)
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        seen["pair"] = value_and_grad(lambda z: D.all_gather_rows(z, pair), x)
+    else:
+        seen["outside"] = refusal(lambda: D.world_size(pair))
+    uneven = torch.zeros(B + (rank == 1), 4)
+    calls = [D.all_gather_rows, D.all_gather_nograd, lambda z: frobenius_sq(z, z)]
+    calls += [lambda z: standardise(z, eps=0.1), column_moments]
+    seen["uneven"] = [refusal(lambda: call(uneven)) for call in calls]  # noqa: B023
+    return seen
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda w: f"W={w}")
+def ranks(request):
+    return run_ranks(each_rank, request.param)
+
+
+def joined(ranks, fn, inputs, dtype=torch.float64):
+    """fn of the joined batch in one process, and the gradient of the sum of all ranks' losses.
+
+    fn returns what each rank sees; each rank weights it by its own upstream.
+    """
+    leaves = [
+        torch.cat([make(r) for r in range(len(ranks))]).to(dtype).requires_grad_()
+        for make in inputs
+    ]
+    outs = fn(*leaves)
+    total = sum((out * upstream(r, out)).sum() for r, out in enumerate(outs))
+    return outs, [g.chunk(len(ranks)) for g in torch.autograd.grad(total, leaves)]
+
+
+def check(ranks, key, fn, *inputs, rtol=2e-5, atol=2e-5):
+    outs, leaves = joined(ranks, fn, inputs)
+    for r, seen in enumerate(ranks):
+        want = [outs[r], *(parts[r] for parts in leaves)]
+        for got, truth in zip(seen[key], want, strict=True):
+            torch.testing.assert_close(got.double(), truth, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gather_and_reduce_have_their_true_adjoints(ranks, dtype):
+    W = len(ranks)
+    tolerance = {"rtol": 0.02, "atol": 0.04} if dtype == torch.bfloat16 else {}
+    make = lambda r: rows(r, 2, 5, dtype=dtype)  # noqa: E731
+    check(ranks, f"gather {dtype}", lambda x: [x] * W, make, **tolerance)
+    every_sum = lambda x: [x.unflatten(0, (W, B)).sum(0)] * W  # noqa: E731
+    check(ranks, f"reduce {dtype}", every_sum, make, **tolerance)
+    assert {
+        seen[f"{kind} {dtype}"][0].dtype for seen in ranks for kind in ("gather", "reduce")
+    } == {dtype}
+
+
+def test_gradient_of_an_expanded_upstream(ranks):
+    every = torch.cat([rows(r, 4) for r in range(len(ranks))])
+    for seen in ranks:
+        value, grad = seen["gather expanded"]
+        assert torch.equal(value, every) and (grad == len(ranks)).all()
+
+
+def test_plain_helpers(ranks):
+    W = len(ranks)
+    for r, seen in enumerate(ranks):
+        assert seen["size"] == (W, r, 1, 0)
+        assert seen["plain"][0].tolist() == list(range(W))
+        assert seen["plain"][1].tolist() == [bool(i) for i in range(W)]
+        assert [x.tolist() for x in seen["plain"][2:]] == [list(range(W))] * 2
+        assert seen["nograd"] is False
+        assert seen["object"] == {"from": 1}
+        assert seen["agree"] == [True, False, False]
+
+
+@pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])
+def test_statistics_of_the_joined_batch(ranks, unbiased):
+    W, name = len(ranks), "unbiased" if unbiased else "biased"
+    make = lambda r: rows(r, 5) + 1000 + 10 * r  # noqa: E731
+
+    def moments(z):
+        return [torch.stack([z.mean(0), z.var(0, correction=int(unbiased))])] * W
+
+    def standardised(z):
+        mean, var = moments(z)[0]
+        return ((z - mean) / (var + 1e-3).sqrt()).chunk(W)
+
+    check(ranks, f"moments {name}", moments, make)
+    check(ranks, f"standardise {name}", standardised, make)
+    check(ranks, f"standardise {name} reference", standardised, make)
+    assert all(
+        torch.equal(seen[f"moments {name}"][0], ranks[0][f"moments {name}"][0]) for seen in ranks
+    )
+
+
+@pytest.mark.parametrize("width", [2, 40], ids=["covariance", "gram"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_frobenius_of_the_joined_batch(ranks, width, impl):
+    make_a, make_b = lambda r: rows(r, width), lambda r: rows(r + 50, width)
+    fn = lambda a, b: [(a.T @ b).square().sum()] * len(ranks)  # noqa: E731
+    check(ranks, f"frobenius {width} {impl}", fn, make_a, make_b, atol=1e-2)
+
+
+def test_local_means_this_rank_alone(ranks):
+    for r, seen in enumerate(ranks):
+        z = rows(r, 5) + 1000 + 10 * r
+        want = grads(
+            lambda z: standardise(z, eps=1e-3),
+            [z],
+            lambda out, r=r: (out * upstream(r, out)).sum(),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(seen["local"], want, strict=True))
+
+
+def test_a_group_of_some_ranks(ranks):
+    every = torch.cat([rows(r, 4) for r in range(2)])
+    total = upstream(0, every) + upstream(1, every)
+    for r in range(2):
+        value, grad = ranks[r]["pair"]
+        assert torch.equal(value, every)
+        torch.testing.assert_close(grad, total[r * B : (r + 1) * B])
+    assert all("does not contain this rank" in seen["outside"] for seen in ranks[2:])
+
+
+def test_uneven_ranks_are_refused_on_every_rank(ranks):
+    shapes = [(B + (r == 1), 4) for r in range(len(ranks))]
+    for seen in ranks:
+        for words in seen["uneven"]:
+            assert f"must have the same shape on every rank, got {shapes} by rank" in words
+
+
+def test_one_process_needs_no_group():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert D.all_gather_rows(x) is x and D.all_reduce_sum(x) is x
+    assert not D.all_gather_nograd(x).requires_grad
+    assert D.broadcast_object("x") == "x" and D.all_agree(True) and not D.all_agree(False)
+    D.barrier()
+    with pytest.raises(ValueError, match="x must have rows to gather, got a 0-d tensor"):
+        D.all_gather_rows(torch.tensor(1.0))

@@ -1,0 +1,216 @@
+"""Whole runs in one process: they learn, they are reproducible, and bad luck is handled."""
+
+import json
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.config import ConfigError
+from fastssl.data.errors import DataError
+from fastssl.engine.checkpoint import CheckpointError
+from fastssl.engine.engine import Engine
+from fastssl.report import read_metrics
+from fastssl.train import Interrupted, NonFinite, pretrain
+from tests.runs import losses, tiny
+
+
+def final(cfg):
+    """What a run ends with, less what depends on the clock."""
+    rows = read_metrics(cfg.directory / "metrics.jsonl")
+    kept = [row for row in rows if row["kind"] != "event"]
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in kept]
+
+
+@pytest.mark.parametrize("method", ["simclr", "barlow_twins", "mae"])
+def test_a_run_learns_and_shows_itself(method, tmp_path):
+    cfg = tiny(method, tmp_path, epochs=4, optim__lr=3e-3, log__tensorboard=True)
+    results = pretrain(cfg)
+    curve = losses(cfg)
+    assert len(curve) == 20 and np.mean(curve[-3:]) < 0.97 * np.mean(curve[:3])
+    rows = {row["encoder"]: row for row in results["rows"]}
+    assert set(rows) == {"pretrained", "random initialisation", "raw pixels"}
+    assert rows["raw pixels"]["knn"] > 0.7 and rows["pretrained"] != rows["random initialisation"]
+    shown = {p.name for p in cfg.directory.iterdir()}
+    wanted = {"config.yaml", "metrics.jsonl", "results.json", "report.html", "curves.png"}
+    wanted |= {"embedding.png", "views.png", "tensorboard", "checkpoints"}
+    assert wanted <= shown and ("reconstructions.png" in shown) == (method == "mae")
+    assert list((cfg.directory / "tensorboard").iterdir())
+    assert json.loads((cfg.directory / "results.json").read_text())["train"]["steps"] == 20
+
+
+def test_the_same_configuration_gives_the_same_run(tmp_path):
+    one, two = (tiny("simclr", tmp_path, name=n, data__workers=w) for n, w in (("a", 0), ("b", 2)))
+    pretrain(one)
+    pretrain(two)
+    assert final(one) == final(two)
+
+
+def test_another_seed_gives_another_run(tmp_path):
+    one, two = (tiny("mae", tmp_path, name=str(s), seed=s, epochs=1) for s in (1, 2))
+    pretrain(one)
+    pretrain(two)
+    assert losses(one) != losses(two)
+
+
+@pytest.mark.parametrize("method", ["simclr", "mae"])
+def test_a_stopped_run_goes_on_as_if_never_stopped(method, tmp_path, monkeypatch):
+    whole = tiny(method, tmp_path, name="whole", epochs=2, model__kwargs__proj_drop_rate=0.1)
+    pretrain(whole)
+    parted = whole.model_copy(update={"name": "parted", "resume": "auto"})
+    step = Engine.step
+
+    def step_and_ask(self, *args, **options):
+        if self.ds.global_steps == 6:  # in mid-epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "step", step_and_ask)
+    with pytest.raises(Interrupted, match="step 8 of 10.*resume=auto"):
+        pretrain(parted)
+    monkeypatch.undo()
+    pretrain(parted)
+    assert final(parted) == final(whole)
+    weights = [c.directory / "checkpoints/step-00000010/encoder.safetensors" for c in (whole, parted)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=1)
+    pretrain(cfg)
+    with pytest.raises(ConfigError, match="resume=auto continues.*overwrite=true replaces"):
+        pretrain(cfg)
+    other = cfg.model_copy(update={"resume": "auto", "epochs": 2, "seed": 4})
+    with pytest.raises(ConfigError, match="epochs: 1 -> 2; seed: 3 -> 4"):
+        pretrain(other)
+    pretrain(cfg.model_copy(update={"overwrite": True}))
+
+
+def test_a_finished_run_resumed_only_reports(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=1, resume="auto")
+    first = pretrain(cfg)
+    again = pretrain(cfg)
+    assert again["rows"] == first["rows"]
+
+
+def poison(monkeypatch, step):
+    """Make the loss of one step infinite, as a bad batch would."""
+    from fastssl.methods import MAE
+
+    forward, seen = MAE.forward, []
+
+    def bad(self, batch):
+        seen.append(1)
+        out = forward(self, batch)
+        return {"loss": out["loss"] * (float("inf") if len(seen) == step else 1.0)}
+
+    monkeypatch.setattr(MAE, "forward", bad)
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_a_nonfinite_loss_stops_the_run(stage, precision, tmp_path, monkeypatch):
+    poison(monkeypatch, 7)
+    cfg = tiny("mae", tmp_path, engine__zero_stage=stage, engine__precision=precision)
+    with pytest.raises(NonFinite, match=r"step 7; images \[\d+, .*step-00000005"):
+        pretrain(cfg)
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (3, "bf16")])
+def test_a_nonfinite_step_can_be_skipped(stage, precision, tmp_path, monkeypatch):
+    poison(monkeypatch, 4)
+    cfg = tiny(
+        "mae",
+        tmp_path,
+        engine__zero_stage=stage,
+        engine__precision=precision,
+        engine__on_nonfinite="skip",
+    )
+    results = pretrain(cfg)
+    events = [r for r in read_metrics(cfg.directory / "metrics.jsonl") if r["kind"] == "event"]
+    assert [e["step"] for e in events if e["what"] == "nonfinite"] == [4]
+    assert np.isfinite(results["train"]["loss"]) and results["train"]["steps"] == 10
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """A limit on file sizes stands in for the disk: writes beyond it fail with EFBIG."""
+    cfg = tiny("mae", tmp_path, epochs=3)
+    save, handler = Engine.encoder_state, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(self):
+        if self.ds.global_steps == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        return save(self)
+
+    monkeypatch.setattr(Engine, "encoder_state", fill_the_disk)
+    try:
+        with pytest.raises(CheckpointError, match="could not write.*last good one is.*step-00000005"):
+            pretrain(cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    monkeypatch.undo()
+    assert [p.name for p in (cfg.directory / "checkpoints").glob("[.s]*")] == ["step-00000005"]
+    results = pretrain(cfg.model_copy(update={"resume": "auto"}))
+    assert results["train"]["steps"] == 15
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=2)
+    whole = pretrain(cfg)
+    newest = cfg.directory / "checkpoints/step-00000010"
+    victim = next(newest.glob("deepspeed/*model_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    results = pretrain(cfg.model_copy(update={"resume": "auto"}))
+    rows = read_metrics(cfg.directory / "metrics.jsonl")
+    damaged = [r["detail"] for r in rows if r.get("what") == "damaged"]
+    assert len(damaged) == 1 and "step-00000010 is damaged" in damaged[0]
+    assert results["rows"] == whole["rows"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two class folders of 24 small pictures, two of which cannot be read."""
+    folder, rng = tmp_path / "my photos", np.random.default_rng(0)
+    for label in ("cats", "dögs"):
+        (folder / label).mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i:02}.png")
+    cut = folder / "cats/03.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    (folder / "dögs/05.png").write_bytes(b"")
+    return folder
+
+
+def test_unreadable_images_are_named_and_counted(photos, tmp_path):
+    source = {"name": "folder", "path": str(photos), "test_fraction": 0.25}
+    cfg = tiny("simclr", tmp_path, data__source=source, batch_size=12, evaluate__neighbours=5)
+    results = pretrain(cfg)
+    rows = read_metrics(cfg.directory / "metrics.jsonl")
+    named = {r["detail"].split(":")[0] for r in rows if r.get("what") == "bad_image"}
+    assert results["train"]["bad_images"] == len(named) == 2
+    assert any("03.png" in n for n in named) and any("05.png" in n for n in named)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(DataError, match="2048.*1438"):
+        pretrain(tiny("simclr", tmp_path, batch_size=2048))
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output=.*cannot be written"):
+        pretrain(tiny("mae", tmp_path / "file"))
+
+
+def test_accumulation_of_a_loss_per_sample_changes_nothing(tmp_path):
+    one = tiny("mae", tmp_path, name="one", epochs=1)
+    four = tiny("mae", tmp_path, name="four", epochs=1, engine__accumulation=4)
+    pretrain(one)
+    pretrain(four)
+    torch.testing.assert_close(losses(one), losses(four), atol=1e-5, rtol=1e-5)
