@@ -14,7 +14,9 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as missing:
-    raise SystemExit(f"the command line needs {missing.name}: pip install 'fastssl[train]'") from None
+    raise SystemExit(
+        f"the command line needs {missing.name}: pip install 'fastssl[train]'"
+    ) from None
 
 EXITS = (
     "Exit codes: 0 done; 2 a mistake in the command, the configuration or the data; 3 the loss was "
@@ -29,7 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False, soft_wrap=True)
-Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `fastssl recipes`) or a YAML file.")]
+Recipe = Annotated[
+    str, typer.Argument(help="A recipe's name (see `fastssl recipes`) or a YAML file.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dotted: optim.lr=1e-3 data.workers=0")
 ]
@@ -70,12 +74,13 @@ def evaluate(run: RunPath) -> None:
 
     encoder, cfg, _ = load_encoder(run)
     split = open_source(cfg.data.source, cfg.seed)
-    measured, test = evaluate_on(cfg, split, cfg.views(), encoder)
+    measured, parts = evaluate_on(cfg, split, cfg.views(), encoder)
     table = Table("measure", "value")
     for name, value in scores(measured).items():
         table.add_row(name, _number(name, value))
     console.print(table)
-    for note in (*measured.notes, *(f"skipped {name}: {why}" for name, why in test.bad)):
+    bad = (f"skipped {name}: {why}" for part in parts for name, why in part.bad)
+    for note in (*measured.notes, *bad):
         console.print(note, markup=False)
 
 
@@ -98,7 +103,9 @@ def embed(
 def export(
     run: RunPath,
     out: Annotated[Path | None, typer.Option(help="Default: beside the run's report.")] = None,
-    format: Annotated[str, typer.Option(help="timm (a directory) or safetensors (a file).")] = "timm",
+    format: Annotated[
+        str, typer.Option(help="timm (a directory) or safetensors (a file).")
+    ] = "timm",
 ) -> None:
     """Write a run's encoder for use elsewhere, and read it back to be sure."""
     from fastssl.export import export as write

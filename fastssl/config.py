@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
@@ -25,7 +25,7 @@ from fastssl.methods import METHODS, AnyMethodConfig
 
 
 class ConfigError(ValueError):
-    """A configuration a user can mend: one sentence naming the key, the value and what is allowed."""
+    """A configuration to be mended: one sentence naming the key, the value and what is allowed."""
 
     exit_code = 2
 
@@ -40,7 +40,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    source: SourceConfig = Field(description="Where the images come from: digits, fractals, folder.")
+    source: SourceConfig = Field(
+        description="Where the images come from: digits, fractals, folder."
+    )
     image_size: int = Field(224, ge=1, description="Side of the views in pixels.")
     augment: str | None = Field(None, description="Augmentation preset; default: the method's own.")
     overrides: dict[str, Any] = Field({}, description="Fields of every view, over the preset's.")
@@ -51,7 +53,9 @@ class EvaluateConfig(Section):
     every: int = Field(0, ge=0, description="Evaluate every so many epochs; 0: at the end only.")
     neighbours: int = Field(20, ge=1, description="k of the nearest-neighbour classifier.")
     batch_size: int = Field(256, ge=1, description="Images a rank embeds at once.")
-    max_images: int = Field(50_000, ge=2, description="At most so many training images are embedded.")
+    max_images: int = Field(
+        50_000, ge=2, description="At most so many training images are embedded."
+    )
 
 
 class LogConfig(Section):
@@ -65,7 +69,9 @@ class RunConfig(Section):
     name: str = Field(description="Name of the run: its directory under `output`.", min_length=1)
     output: Path = Field(Path("runs"), description="Directory of all runs.")
     seed: int = Field(0, ge=0, description="All randomness is a function of it.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda if there is one."
+    )
     resume: Literal["never", "auto"] = Field(
         "never", description="auto: continue from the newest intact checkpoint, if there is one."
     )
@@ -172,14 +178,14 @@ def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
         if "=" not in text or not text.split("=", 1)[0]:
             raise ConfigError(f"override {text!r} is not of the form key=value")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-        mapping = OmegaConf.to_container(merged, resolve=True)
+        read = OmegaConf.load(path)
+        if not isinstance(read, DictConfig):
+            raise ConfigError(f"{path} holds {type(read).__name__}, not a mapping of keys")
+        merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path} with {overrides} does not read as YAML: {first}") from None
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path} holds {type(mapping).__name__}, not a mapping of keys")
-    return mapping  # type: ignore[return-value]
 
 
 def _sentence(error: ValidationError) -> str:
@@ -192,12 +198,13 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
         names = list(model.model_fields) if model else []
-        return f"unknown key {key}={first['input']!r}{_closest(name, names)}; there are: {', '.join(names)}"
+        hint = f"{_closest(name, names)}; there are: {', '.join(names)}"
+        return f"unknown key {key}={first['input']!r}{hint}"
     if first["type"] == "missing":
         return f"{key} is required and missing"
     if first["type"] == "union_tag_invalid":
-        allowed = first["ctx"]["expected_tags"]
-        return f"{key}.name={first['ctx']['tag']!r} is not one of {allowed}"
+        context = first.get("ctx", {})
+        return f"{key}.name={context.get('tag')!r} is not one of {context.get('expected_tags')}"
     if first["type"] == "union_tag_not_found":
         return f"{key}.name is required and missing: it says which {key} is meant"
     return f"{key}={first['input']!r} is refused: {message[0].lower()}{message[1:]}"
@@ -226,7 +233,11 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _tag(model: Any) -> Any:
-    return model.model_fields["name"].default if _is_model(model) and "name" in model.model_fields else None
+    return (
+        model.model_fields["name"].default
+        if _is_model(model) and "name" in model.model_fields
+        else None
+    )
 
 
 def _is_model(annotation: Any) -> bool:

@@ -12,14 +12,24 @@ from fastssl.kernels._dispatch import implementations
 TRAIN, DALI = "pip install 'fastssl[train]'", "pip install 'fastssl[dali]'"
 # distribution, module that proves it, what it is for, how to get it
 PARTS = [
-    ("triton", "triton", "fused kernels on CUDA", "comes with torch's CUDA build: pip install torch"),
+    (
+        "triton",
+        "triton",
+        "fused kernels on CUDA",
+        "comes with torch's CUDA build: pip install torch",
+    ),
     ("deepspeed", "deepspeed", "the training engine", TRAIN),
     ("timm", "timm", "backbones and optimisers", TRAIN),
     ("torchvision", "torchvision", "augmentation on the CPU", TRAIN),
     ("scikit-learn", "sklearn", "digits, linear probe", TRAIN),
     ("nvidia-dali-cuda130", "nvidia.dali", "augmentation pipelines, GPU or CPU (optional)", DALI),
     # `apex` on PyPI is an unrelated package: NVIDIA's has apex.optimizers
-    ("apex", "apex.optimizers", "fused optimisers (optional)", "build github.com/NVIDIA/apex, or docker/"),
+    (
+        "apex",
+        "apex.optimizers",
+        "fused optimisers (optional)",
+        "build github.com/NVIDIA/apex, or docker/",
+    ),
 ]
 
 
@@ -55,7 +65,9 @@ def _gpu() -> Finding:
         state = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}"
         return Finding("GPU", state, f"CUDA {torch.version.cuda}, driver {_driver()}")
     if torch.version.cuda is None:
-        return Finding("GPU", "none", "torch was built without CUDA", "pip install torch (CUDA build)")
+        return Finding(
+            "GPU", "none", "torch was built without CUDA", "pip install torch (CUDA build)"
+        )
     return Finding("GPU", "none", f"torch has CUDA {torch.version.cuda}, but sees no device")
 
 

@@ -67,7 +67,9 @@ def export(run: Path, out: Path, fmt: str) -> Path:
             raise ConfigError(f"--out {out} is a file; the timm format wants a directory")
         out.mkdir(parents=True, exist_ok=True)
         save_file(weights, out / "model.safetensors", metadata=facts)
-        (out / "config.json").write_text(json.dumps(_timm_config(cfg, backbone, channels), indent=1))
+        (out / "config.json").write_text(
+            json.dumps(_timm_config(cfg, backbone, channels), indent=1)
+        )
         back = timm.create_model(f"local-dir:{out}", pretrained=True).state_dict()
     else:
         raise ConfigError(f"--format {fmt!r} is not one of timm, safetensors")
@@ -112,7 +114,7 @@ def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str,
         columns["labels"] = np.concatenate([e.labels.numpy() for _, _, e in done])  # type: ignore
         columns["classes"] = np.array(split.train.classes)
     aside = out.with_name(f".{out.name}.partial.npz")
-    np.savez(aside, **columns)
+    np.savez(aside, **columns)  # type: ignore[arg-type]
     aside.replace(out)
     return len(columns["names"]), [entry for _, _, e in done for entry in e.bad]
 
@@ -130,7 +132,9 @@ def _matching_backbone(cfg: RunConfig, weights: dict[str, Tensor]) -> tuple[nn.M
     first = next((w for w in weights.values() if w.ndim == 4), None)
     channels = 3 if first is None else int(first.shape[1])
     size, kwargs = cfg.data.image_size, cfg.model.kwargs
-    return build_backbone(cfg.model.name, channels=channels, image_size=size, kwargs=kwargs), channels
+    return build_backbone(
+        cfg.model.name, channels=channels, image_size=size, kwargs=kwargs
+    ), channels
 
 
 def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:

@@ -9,7 +9,7 @@ import platform
 import resource
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from fastssl import distributed
 from fastssl.config import RunConfig
 from fastssl.data.datasets import ImageSource, Split
 from fastssl.data.errors import BadImage
-from fastssl.data.torch_views import apply
 from fastssl.data.seeds import sample_seed
+from fastssl.data.torch_views import apply
 from fastssl.data.views import Views, preset
 from fastssl.embedding import EmbedConfig, Embedded, Features, embed, pixels, two_views
 from fastssl.engine.engine import Engine
@@ -46,10 +46,12 @@ class Evaluator:
     def __init__(self, cfg: RunConfig, split: Split, views: Views, engine: Engine):
         self.cfg, self.split, self.views, self.engine = cfg, split, views, engine
         self.test: Embedded | None = None
+        self.bad: list[tuple[str, str]] = []
 
     def metrics(self) -> dict[str, float]:
         """The measures that the data allow, equal on every rank."""
-        measured, self.test = evaluate_on(self.cfg, self.split, self.views, self.engine.features)
+        measured, parts = evaluate_on(self.cfg, self.split, self.views, self.engine.features)
+        self.test, self.bad = parts.test, [*parts.train.bad, *parts.test.bad]
         return scores(measured)
 
     def pictures_before(self, directory: Path) -> None:
@@ -58,12 +60,14 @@ class Evaluator:
             sheet = contact_sheet(self.split.train, self.views, self.cfg.seed)
             plot_views([_shown(view, self.views) for view in sheet], directory / "views.png")
 
-    def pictures_after(self, directory: Path) -> None:
+    def pictures_after(self, directory: Path, baselines: list[dict[str, Any]]) -> None:
         """Curves, the map of the test images, and reconstructions where the method has them."""
         painted = self._reconstructions()
         if distributed.rank() > 0:
             return
-        plot_curves(read_metrics(directory / "metrics.jsonl"), directory / "curves.png")
+        rows = read_metrics(directory / "metrics.jsonl")
+        rows += [{"kind": "baseline", **row} for row in baselines]
+        plot_curves(rows, directory / "curves.png")
         if painted is not None:
             plot_reconstructions(*painted, directory / "reconstructions.png")
         test, source = self.test, self.split.test
@@ -87,10 +91,15 @@ class Evaluator:
         )
 
 
+class EmbeddedSplit(NamedTuple):
+    train: Embedded
+    test: Embedded
+
+
 def evaluate_on(
     cfg: RunConfig, split: Split, views: Views, features: Features
-) -> tuple[Evaluation, Embedded]:
-    """Measure `features` on a split; the second is the embedded test images.  Collective."""
+) -> tuple[Evaluation, EmbeddedSplit]:
+    """Measure `features` on a split; with what was embedded for it.  Collective."""
     how = EmbedConfig(
         size=cfg.data.image_size,
         mean=views.mean,
@@ -111,7 +120,7 @@ def evaluate_on(
             views=pair,
             k=cfg.evaluate.neighbours,
         )
-    return distributed.broadcast_object(measured), test
+    return distributed.broadcast_object(measured), EmbeddedSplit(train, test)
 
 
 def scores(measured: Evaluation) -> dict[str, float]:
@@ -126,7 +135,11 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
     if trained is None or run.evaluator.test is None:
         trained = run.evaluator.metrics()
     raw, _ = evaluate_on(run.cfg, run.split, run.evaluator.views, pixels)
-    table = [("pretrained", trained), ("random initialisation", evals[0]), ("raw pixels", scores(raw))]
+    table = [
+        ("pretrained", trained),
+        ("random initialisation", evals[0]),
+        ("raw pixels", scores(raw)),
+    ]
     state = run.progress
     results = {
         "method": run.cfg.method.name,
@@ -145,9 +158,11 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
         "versions": versions(),
         "command": command,
     }
-    run.evaluator.pictures_after(run.directory)
+    run.evaluator.pictures_after(run.directory, results["rows"][1:])
     if distributed.rank() == 0:
-        (run.directory / "results.json").write_text(json.dumps(results, indent=1))
+        aside = run.directory / ".results.partial"
+        aside.write_text(json.dumps(results, indent=1))
+        aside.replace(run.directory / "results.json")
         write_report(run.directory)
     distributed.barrier()
     return results

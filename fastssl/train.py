@@ -28,7 +28,7 @@ from fastssl.runlog import RunLog, Silent, Watch
 
 
 class NonFinite(RuntimeError):
-    """The loss or a gradient was not finite: says where, on which images, and what is still good."""
+    """The loss or a gradient was not finite: says where, on which images, what is still good."""
 
     exit_code = 3
 
@@ -190,6 +190,7 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         metrics = self.evaluator.metrics()
+        self.log.bad_images(step, self.evaluator.bad)
         epoch = round(step / self.steps_per_epoch, 4)
         self.log.row("eval", step, epoch=epoch, **metrics)
         self.engine.write_scalars({f"eval/{k}": v for k, v in metrics.items()}, step)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}  # other devices: as cuda
+CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 27}  # other devices: as cuda
 
 
 def _elements(x: Tensor) -> int:

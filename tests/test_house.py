@@ -1,4 +1,4 @@
-"""The house's own rules: who may import whom, and how large a function may grow (CONTRIBUTING.md)."""
+"""The house's own rules, as CONTRIBUTING.md states them: who imports whom, and sizes."""
 
 import ast
 from pathlib import Path

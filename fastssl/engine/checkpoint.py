@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, checked, renamed; damaged ones are passed over.
+"""Checkpoints that are whole or absent: written aside, checked, renamed; damaged ones passed over.
 
     checkpoints/
       step-00000123/     manifest.json (sha256 of every file), trainer.json, rng-0.pt ...,
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastssl import distributed
@@ -26,7 +27,8 @@ from fastssl import distributed
 from .config import CheckpointConfig
 from .engine import Engine
 
-WRITE_ERRORS = (OSError, RuntimeError)  # torch.save reports a full disk as RuntimeError
+# A full disk is an OSError to Python, and these to torch.save and safetensors.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 TAG = "deepspeed"
 
 
@@ -49,7 +51,7 @@ class Checkpoints:
         return self.run / "checkpoints"
 
     def names(self) -> list[str]:
-        """Whole ones, newest first (a directory appears under its name only once it is complete)."""
+        """Whole ones, newest first: a directory has its name only once it is complete."""
         found = self.folder.glob("step-*/manifest.json")
         return sorted((path.parent.name for path in found), reverse=True)
 
@@ -109,7 +111,7 @@ class Checkpoints:
         return None
 
     def _seal(self, aside: Path, name: str, errors: list[str], best: bool) -> None:
-        """Checksums by all ranks, then on rank 0: manifest, rename, pointers, and the old ones go."""
+        """Checksums by all ranks; then on rank 0: manifest, rename, pointers, old ones go."""
         sums: dict[str, Any] = {}
         _try(errors, lambda: sums.update(_checksums(_files(aside)[_my_share()], aside)))
         merged = {k: v for part in distributed.gather_objects(sums) for k, v in part.items()}
@@ -150,7 +152,7 @@ class Checkpoints:
 
 
 def damaged(path: Path, *, share: bool = False) -> str | None:
-    """Why a checkpoint cannot be trusted, or None.  share: this rank checks only its share of files."""
+    """Why a checkpoint cannot be trusted, or None.  share: this rank checks its share of files."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -184,7 +186,7 @@ def encoder_file(run: Path) -> Path:
 
 @contextlib.contextmanager
 def _recording(engine: Engine, errors: list[str]):
-    """DeepSpeed has barriers between its writes: a rank whose write failed must still reach them."""
+    """DeepSpeed has barriers between its writes: a rank whose write failed must reach them too."""
     writer = engine.ds.checkpoint_engine
     save = writer.save
     writer.save = lambda state_dict, path: _try(errors, lambda: save(state_dict, path))

@@ -11,7 +11,8 @@ class Section(BaseModel):
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="DeepSpeed ZeRO: 1 shards optimiser state, 2 gradients too, 3 parameters too."
+        1,
+        description="DeepSpeed ZeRO: 1 shards optimiser state, 2 gradients too, 3 parameters too.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: parameters and activations bfloat16, float32 master weights."
@@ -31,7 +32,9 @@ class EngineConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(1, ge=0, description="Epochs between two checkpoints; 0: at the end only.")
-    every_steps: int = Field(0, ge=0, description="Steps between two checkpoints, besides; 0: none.")
+    every_steps: int = Field(
+        0, ge=0, description="Steps between two checkpoints, besides; 0: none."
+    )
     keep: int = Field(2, ge=1, description="Newest checkpoints kept; the best one is kept as well.")
     best: Literal["knn", "linear", "rankme", "loss"] = Field(
         "knn", description="What makes a checkpoint the best one."

@@ -103,7 +103,7 @@ class Engine:
         raise AssertionError("a batch has at least one micro-batch")
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode, no gradient."""
+        """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode."""
         self.method.eval()
         with torch.no_grad():
             return self.method.features(images.to(self.device, non_blocking=True))

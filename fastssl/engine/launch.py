@@ -45,6 +45,8 @@ def deepspeed() -> Any:
     import deepspeed as module
     from deepspeed.utils import logger
 
+    # An all-reduce through shared memory, compiled at the first start: gloo needs no compiler.
+    module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel("ERROR" if distributed.rank() else "WARNING")
     return module
 

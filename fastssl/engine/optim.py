@@ -24,8 +24,8 @@ from .layerwise import LAMB, LARS, bind_fragments
 ELEMENTWISE = frozenset(
     "adabelief adadelta adam adamax adamc adamw adamwlegacy adan adanw adopt adoptc adoptw "
     "fusedadam fusedadamw fusedsgd laprop lapropc lion lionc madgrad madgradw momentum nadam "
-    "nadamc nadamlegacy nadamw nesterov nesterovw radabelief radam radamlegacy radamw rmsprop rmsproptf rmsproptfc "
-    "rmsproptfw sgd sgdc sgdw".split()
+    "nadamc nadamlegacy nadamw nesterov nesterovw radabelief radam radamlegacy radamw rmsprop "
+    "rmsproptf rmsproptfc rmsproptfw sgd sgdc sgdw".split()
 )
 _OURS = {"lars": ("momentum", "eps", "trust_coefficient"), "lamb": ("betas", "eps")}
 

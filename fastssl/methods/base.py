@@ -1,8 +1,8 @@
 """What a method is: an encoder that is kept, a loss on a batch, and a hook after each step.
 
-A batch is a dict: "views" a list of float images (B, C, H, W), one tensor a view; "index" (B,) int64,
-the samples' places in the data set; "seeds" (B,) int64, one random seed a sample, a pure function of
-(run seed, epoch, sample): what a method draws at random, it draws from these.
+A batch is a dict: "views" a list of float images (B, C, H, W), one tensor a view; "index" (B,)
+int64, the samples' places in the data set; "seeds" (B,) int64, one random seed a sample, a pure
+function of (run seed, epoch, sample): what a method draws at random, it draws from these.
 """
 
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ Batch = dict[str, Any]
 
 
 class MethodConfig(BaseModel):
-    """Options common to none: each method's own config stands in its file."""
+    """Base of the methods' options: each method's own stand in its file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

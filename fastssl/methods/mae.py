@@ -38,7 +38,9 @@ class MAE(Method):
         L, values = self.masked.num_patches, ph * pw * encoder.in_chans  # type: ignore[operator]
         self.visible = round((1 - cfg.mask_ratio) * L)
         if not 0 < self.visible < L:
-            raise ValueError(f"method.mask_ratio={cfg.mask_ratio} leaves {self.visible} of {L} patches")
+            raise ValueError(
+                f"method.mask_ratio={cfg.mask_ratio} leaves {self.visible} of {L} patches"
+            )
         self.decoder = MAEDecoder(
             feature_dim(encoder),
             width=cfg.decoder_dim,

@@ -1,6 +1,7 @@
 """SimCLR: two views of an image attract, all other images of the batch repel.
 
-Source: Chen et al. 2020, A Simple Framework for Contrastive Learning, arXiv:2002.05709, algorithm 1.
+Source: Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual Representations,
+arXiv:2002.05709, algorithm 1.
 """
 
 from typing import Literal

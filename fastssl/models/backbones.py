@@ -1,4 +1,4 @@
-"""Backbones from timm, by name, without their classifier: images (B, C, H, W) -> features (B, F)."""
+"""Backbones from timm by name, without their classifier: images (B, C, H, W) -> features (B, F)."""
 
 import difflib
 from typing import Any

@@ -40,7 +40,7 @@ class BatchNorm1d(nn.BatchNorm1d):
 def projection_head(dim: int, hidden: int, out: int, layers: int, *, final_norm: bool):
     """Linear - batch norm - ReLU, `layers` times, the last one without ReLU: (B, dim) -> (B, out).
 
-    final_norm: batch norm after the last layer as well (SimCLR v1's code, MoCo v3; not Barlow Twins).
+    final_norm: batch norm after the last layer as well (as SimCLR and MoCo v3; not Barlow Twins).
     Raises ValueError for fewer than one layer.
     """
     if layers < 1:

@@ -51,7 +51,7 @@ class MaskedViT(nn.Module):
         pos = vit.pos_embed[0]
         prefix_pos, patch_pos = (None, pos) if vit.no_embed_class else (pos[:P], pos[P:])
         x = x + gather_tokens(patch_pos, ids)
-        prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        prefix: list[Tensor] = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
         if prefix:
             tokens = torch.cat(prefix, 1)
             tokens = tokens if prefix_pos is None else tokens + prefix_pos

@@ -34,7 +34,7 @@ def tidy(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
-    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.tick_params(which="both", colors=MUTED, labelsize=8, length=0)
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
 

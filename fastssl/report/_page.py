@@ -44,6 +44,7 @@ img.wide { min-width: 42rem; }
 img.sheet { width: auto; max-width: 100%; max-height: 34rem; margin: 0 auto; object-fit: contain; }
 figcaption { color: var(--muted); font-size: .9rem; margin-top: .8rem; max-width: 46rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+.pair figure { max-width: 34rem; }
 .note { color: var(--muted); font-size: .9rem; }
 details { border: 1px solid var(--rule); border-radius: 10px; background: var(--card);
   margin-bottom: .8rem; }

@@ -62,8 +62,7 @@ def plot_curves(rows: Sequence[Row], path: Path) -> bool:
         axes = figure.add_subplot(lines, columns, place)
         tidy_axes(axes, panel.title)
         _draw(axes, panel, points)
-        if panel.kind == "eval":
-            _draw_baselines(axes, panel.key, baselines)
+        _draw_baselines(axes, panel.key, baselines)
         if panel.key == "loss":
             _mark_events(axes, [row for row in rows if row.get("what") in _MARKED_EVENTS])
         if place > len(drawn) - columns:
@@ -83,7 +82,7 @@ def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
     [0.0, 1.0, 2.0, 5.0, 6.5]
     """
     known = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(known)])
     place = np.arange(len(values))
     before = np.minimum(reach, place)
@@ -121,6 +120,10 @@ def _draw(axes: Axes, panel: _Panel, points: np.ndarray) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
     if panel.key in ("knn", "linear"):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+        if len(finite):  # at least 4 points of accuracy: a few images must not fill the panel
+            middle = (finite.min() + finite.max()) / 2
+            axes.update_datalim([(steps[0], middle - 0.02), (steps[0], middle + 0.02)])
+            axes.autoscale_view()
     if panel.kind == "eval" and len(finite):
         last = finite[-1]
         text = f"{last:.1f}" if panel.key == "rankme" else f"{100 * last:.1f} %"

@@ -48,8 +48,9 @@ def plot_embedding(
         axes.scatter(*points.T, s=9, color=_COLOURS[0], alpha=0.6, linewidths=0)
     else:
         _draw_classes(axes, points, y, names)
-    axes.set_title(_plain(title), loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_title(f"{method}, {len(x)} samples", loc="right", fontsize=8, color=MUTED)
+    axes.set_title(_plain(title), loc="left", pad=18, fontsize=11, fontweight="bold", color=INK)
+    note = f"{method}, {len(x)} samples"
+    axes.text(0, 1.015, note, transform=axes.transAxes, fontsize=8.5, color=MUTED)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
@@ -95,8 +96,9 @@ def _draw_classes(axes: Axes, points: np.ndarray, y: np.ndarray, names: dict[int
             label=name,
         )
         if not short and len(names) <= 20:
-            across, up = np.median(mine, axis=0)
-            axes.annotate(name, (across, up), fontsize=9, color=INK, ha="center", path_effects=halo)
+            top = np.median(mine[:, 0]), np.quantile(mine[:, 1], 0.95)  # above, not upon, its class
+            style = {"fontsize": 9, "color": INK, "ha": "center", "va": "bottom"}
+            axes.annotate(name, top, (0, 4), textcoords="offset points", path_effects=halo, **style)
     if not short and len(names) <= 20:
         axes.legend(
             loc="upper center",

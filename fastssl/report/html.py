@@ -20,9 +20,9 @@ _MEASURES = {  # key: column title; shown when any encoder has it
 }
 _CAPTIONS = {
     "curves": "The run over its steps. Faint lines are raw values, strong ones their moving mean. "
-    "Accuracies are on held-out images; dashed lines are what the same measure gives without "
-    "any pretraining. RankMe counts the dimensions the features really use: a fall towards 1 "
-    "is collapse.",
+    "Accuracies are on held-out images; broken lines, where drawn, are what the same "
+    "measure gives without any pretraining. RankMe counts the dimensions the features really use: "
+    "a fall towards 1 is collapse.",
     "embedding": "Held-out images on a plane, coloured by their class, which the pretraining never "
     "saw. Islands of one class are what the encoder has found by itself. Distances between "
     "far islands and the axes have no meaning.",

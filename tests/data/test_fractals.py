@@ -26,6 +26,12 @@ def test_every_number_matters():
     assert len({image.numpy().tobytes() for image in images}) == 4
 
 
+def test_colours_say_nothing_of_the_class():
+    """Each image has its own: one instance number does not share a ground over the classes."""
+    grounds = {tuple(fractal(0, c, 0, 16)[:, 0, 0].tolist()) for c in range(20)}
+    assert len(grounds) == 20
+
+
 def test_codes_keep_the_sum_that_fills_the_frame():
     for label in range(30):
         code = class_code(3, label)
@@ -58,6 +64,15 @@ def test_chaos_game_stays_on_the_attractor():
     own, images = cells(np.stack([x, y], -1)), cells(moved)
     assert len(own ^ images) < 0.05 * len(own)
     assert 0 <= colour.min() and colour.max() <= 1
+
+
+def test_classes_fill_their_frame():
+    for label in range(40):
+        x, y, _ = _chaos_game(class_code(0, label), 10_000, np.random.default_rng(label))
+        half = max(np.ptp(x), np.ptp(y)) / 2 / 0.96
+        box = [[v.min() + np.ptp(v) / 2 - half, v.min() + np.ptp(v) / 2 + half] for v in (x, y)]
+        cells = np.histogram2d(x, y, 32, box)[0]
+        assert 0.18 < (cells > 0).mean() < 0.85, label
 
 
 def test_images_are_neither_empty_nor_full():

@@ -69,9 +69,9 @@ def test_sixteen_bit_is_scaled_not_clipped(tmp_path):
 
 
 def test_float_images(tmp_path):
-    for values, want in (([0.0, 0.4, 1.0], [0, 102, 255]), ([-2.0, 0.0, 3.0], [0, 102, 255])):
+    for values in ([0.0, 0.4, 1.0], [-2.0, 0.0, 3.0], [-0.5, -0.1, 0.5], [0.0, 40.0, 100.0]):
         path = saved(tmp_path, Image.fromarray(np.array([values], np.float32)), "a.tif")
-        assert read(path)[0, :, 0].tolist() == want
+        assert read(path)[0, :, 0].tolist() == [0, 102, 255]
 
 
 def test_bilevel_and_grey_become_three_channels(tmp_path):

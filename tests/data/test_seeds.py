@@ -28,6 +28,13 @@ def test_known_value():
     assert int(mix(0)[0]) == 0xE220A8397B1DCDAF  # the first output of splitmix64 from state 0
 
 
+def test_sample_seed_is_the_hash_of_its_key():
+    h = 0
+    for part in (2, 5, 3, 7):  # the tag of samples, then seed, epoch, index
+        h = splitmix64(h ^ part)
+    assert sample_seed(5, 3, 7) == h >> 1
+
+
 def test_vectorised_equals_scalar_and_is_not_negative():
     index = np.arange(2000)
     seeds = sample_seeds(5, 3, index)

@@ -264,6 +264,8 @@ def test_factor_laws_and_random_order():
     assert_uniform([f["contrast"] for f in factors], 0, 2.5)
     assert_uniform([f["saturation"] for f in factors], 0.8, 1.2)
     assert_uniform([f["hue"] for f in factors], -0.1, 0.1)
+    together = np.corrcoef([[f[key] for f in factors] for key in sorted(factors[0])])
+    assert np.abs(together - np.eye(4)).max() < 4 / math.sqrt(N)
     orders = [tuple(what for what, _ in p.jitter) for p in got]
     counts = [orders.count(o) for o in itertools.permutations(factors[0])]
     assert sum(counts) == N

@@ -78,6 +78,16 @@ def test_baselines_are_dashed_lines_in_their_own_panel(tmp_path, figures):
     assert len(drawn["RankMe (effective dimensions)"].lines) == 1
 
 
+def test_a_wobble_of_accuracy_does_not_fill_its_panel(tmp_path, figures):
+    rows = [{"kind": "eval", "step": s, "knn": 0.9 + s / 1000} for s in range(3)]
+    plot_curves(rows, tmp_path / "alone.png")
+    far = {"kind": "baseline", "encoder": "raw pixels", "knn": 0.5}
+    plot_curves([*rows, far], tmp_path / "far.png")
+    (low, high), (below, above) = (figure.axes[0].get_ylim() for figure in figures)
+    assert 0.04 <= high - low < 0.06 and low < 0.9 < 0.902 < high
+    assert below < 0.5 and above > 0.902
+
+
 def test_a_resumed_run_shows_the_later_of_two_rows(tmp_path, figures):
     rows = [{"kind": "train", "step": s, "loss": value} for s, value in [(0, 3), (2, 99), (1, 2)]]
     rows += [{"kind": "train", "step": 2, "loss": 1}]

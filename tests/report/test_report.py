@@ -129,13 +129,20 @@ def test_a_missing_directory_is_named(tmp_path):
 
 
 def test_a_write_that_fails_keeps_the_old_report(tmp_path, monkeypatch):
-    write(tmp_path, results())
-    before = (tmp_path / "report.html").read_text()
+    written, write_text = [], type(tmp_path).write_text
+
+    def watched(self, *args, **kwargs):
+        written.append(self.name)
+        return write_text(self, *args, **kwargs)
 
     def full(self, *args, **kwargs):
         self.touch()
         raise OSError("no space left on device")
 
+    monkeypatch.setattr(type(tmp_path), "write_text", watched)
+    write(tmp_path, results())
+    assert written.pop().startswith(".report.html") and "report.html" not in written
+    before = (tmp_path / "report.html").read_text()
     monkeypatch.setattr(type(tmp_path), "write_text", full)
     with pytest.raises(OSError, match="no space"):
         write_report(tmp_path)

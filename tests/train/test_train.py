@@ -75,7 +75,9 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(method, tmp_path, monkeypatch
     monkeypatch.undo()
     pretrain(parted)
     assert final(parted) == final(whole)
-    weights = [c.directory / "checkpoints/step-00000010/encoder.safetensors" for c in (whole, parted)]
+    weights = [
+        c.directory / "checkpoints/step-00000010/encoder.safetensors" for c in (whole, parted)
+    ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -148,7 +150,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "encoder_state", fill_the_disk)
     try:
-        with pytest.raises(CheckpointError, match="could not write.*last good one is.*step-00000005"):
+        with pytest.raises(
+            CheckpointError, match="could not write.*last good one is.*step-00000005"
+        ):
             pretrain(cfg)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,55 @@
+"""The projection head, and batch normalisation over the joined batch of two ranks."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl.models import BatchNorm1d, projection_head
+from tests.ranks import run_ranks
+
+
+@pytest.mark.parametrize("layers, final_norm", [(1, False), (2, True), (3, False)])
+def test_shape_of_the_head(layers, final_norm):
+    head = projection_head(6, 8, 5, layers, final_norm=final_norm)
+    assert head(torch.randn(4, 6)).shape == (4, 5)
+    linear = [m for m in head if isinstance(m, nn.Linear)]
+    norms = [m for m in head if isinstance(m, BatchNorm1d)]
+    assert len(linear) == layers and len(norms) == layers - (not final_norm)
+    assert isinstance(head[-1], BatchNorm1d if final_norm else nn.Linear)
+    with pytest.raises(ValueError, match="layers=0"):
+        projection_head(6, 8, 5, 0, final_norm=True)
+
+
+def data():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 7, generator=g, dtype=torch.float64) * 3 + 100
+    return x, torch.randn(12, 7, generator=g, dtype=torch.float64)
+
+
+def normalise(rank, world):
+    """Two training steps and one in evaluation mode on this rank's rows."""
+    x, upstream = (t.chunk(world)[rank] for t in data())
+    norm = BatchNorm1d(7).double()
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    x = x.clone().requires_grad_()
+    for _ in range(2):
+        out = norm(x)
+    out.backward(upstream)
+    state = [norm.running_mean, norm.running_var, norm.num_batches_tracked]
+    grads = [x.grad, norm.weight.grad, norm.bias.grad]
+    return [t.detach() for t in (out, *grads, *state, norm.eval()(x))]
+
+
+def test_two_ranks_normalise_as_one():
+    """The oracle is torch's own batch norm, which one process runs."""
+    one = normalise(0, 1)
+    two = run_ranks(normalise, 2)
+    out, dx, dw, db, mean, var, count, evaluated = (list(pair) for pair in zip(*two, strict=True))
+    close = dict(rtol=1e-9, atol=1e-9)
+    for joined, whole in ((out, one[0]), (dx, one[1]), (evaluated, one[7])):
+        torch.testing.assert_close(torch.cat(joined), whole, **close)
+    for summed, whole in ((dw, one[2]), (db, one[3])):
+        torch.testing.assert_close(sum(summed), whole, **close)
+    for same, whole in ((mean, one[4]), (var, one[5]), (count, one[6])):
+        for mine in same:
+            torch.testing.assert_close(mine, whole, **close)

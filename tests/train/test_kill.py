@@ -1,0 +1,41 @@
+"""kill -9 in mid-run, through the command line: resume=auto ends with the identical numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from fastssl.config import dump
+from fastssl.report import read_metrics
+from tests.runs import losses, tiny
+
+
+def command(cfg, tmp_path, *more):
+    recipe = tmp_path / f"{cfg.name}.yaml"
+    recipe.write_text(dump(cfg))
+    return [sys.executable, "-m", "fastssl", "pretrain", str(recipe), *more]
+
+
+def test_killed_and_resumed_equals_undisturbed(tmp_path):
+    whole = tiny("simclr", tmp_path, name="whole", epochs=8, checkpoint__every_steps=3)
+    killed = whole.model_copy(update={"name": "killed"})
+    subprocess.run(command(whole, tmp_path), check=True, env=os.environ, timeout=300)
+    with open(tmp_path / "out", "w") as out:
+        run = subprocess.Popen(command(killed, tmp_path), stdout=out, stderr=out)
+        metrics, deadline = killed.directory / "metrics.jsonl", time.monotonic() + 200
+        while not (metrics.is_file() and len(losses(killed)) >= 13):
+            assert run.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "out"
+            ).read_text()
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    assert len(losses(killed)) < 40
+    subprocess.run(command(killed, tmp_path, "resume=auto"), check=True, timeout=300)
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 40
+    rows = [json.loads((c.directory / "results.json").read_text())["rows"] for c in (whole, killed)]
+    assert rows[0] == rows[1]
+    events = [r["what"] for r in read_metrics(metrics) if r["kind"] == "event"]
+    assert "resumed" in events
