@@ -182,6 +182,9 @@ def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
         if not isinstance(read, DictConfig):
             raise ConfigError(f"{path} holds {type(read).__name__}, not a mapping of keys")
         merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
+        unset = sorted(OmegaConf.missing_keys(merged))
+        if unset:
+            raise ConfigError(f"{path.stem} leaves {unset[0]} to you: add {unset[0]}=...")
         return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         first = str(error).strip().splitlines()[0]

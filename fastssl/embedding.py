@@ -32,7 +32,7 @@ class EmbedConfig:
 
 @dataclass(frozen=True)
 class Embedded:
-    """On the CPU: features (N, F) float32, labels (N,) int64 or None, index (N,) int64 in the source.
+    """Features (N, F) float32, labels (N,) int64 or None, index (N,) int64; all on the CPU.
 
     bad: (name, reason) of the images that could not be read, which are in none of them.
     """

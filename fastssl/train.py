@@ -68,7 +68,7 @@ def build(cfg: RunConfig, channels: int) -> Method:
 def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
     """Run `cfg` to its end and return its results (also RUN/results.json).
 
-    Raises ConfigError and DataError for what a user can mend, NonFinite, Interrupted, and
+    Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted, and
     CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
     """
     split = open_source(cfg.data.source, cfg.seed)

@@ -8,11 +8,15 @@ from tests.runs import tiny
 
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_is_complete_and_described(name):
-    needs_path = "data.source.path=/images" if "path: ???" in recipes()[name].read_text() else None
-    cfg = resolve(name, [needs_path] if needs_path else [])
+    cfg = resolve(name, ["data.source.path=/images"] if "???" in recipes()[name].read_text() else [])
     assert cfg.name == name
     first = recipes()[name].read_text().splitlines()[0]
     assert first.startswith("# ") and len(first) > 20
+
+
+def test_a_recipe_says_what_it_leaves_to_the_user():
+    with pytest.raises(ConfigError, match="mae-vitb16 leaves data.source.path to you: add data"):
+        resolve("mae-vitb16")
 
 
 def test_dump_reloads_to_the_same(tmp_path):

@@ -30,6 +30,17 @@ def refusal(call):
     return "not refused"
 
 
+def without_cpu_backend(rank):
+    """The checks of a group that moves no CPU tensors: they go by a gloo twin, made once."""
+    real, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"
+    try:
+        votes = [D.all_agree(True), D.all_agree(rank != 1)]
+        words = refusal(lambda: D.require_even(torch.zeros(B + rank)))
+    finally:
+        dist.get_backend_config = real
+    return {"votes": votes, "words": words, "groups": len(D._host_groups)}
+
+
 def each_rank(rank, world):
     """Everything in one start of the ranks: it costs seconds."""
     seen = {"size": (D.world_size(), D.rank(), D.world_size(D.LOCAL), D.rank(D.LOCAL))}
@@ -51,6 +62,7 @@ def each_rank(rank, world):
     seen["object"] = D.broadcast_object({"from": rank}, src=1)
     seen["agree"] = [D.all_agree(True), D.all_agree(rank != 1), D.all_agree(False)]
     D.barrier()
+    seen["twin"] = without_cpu_backend(rank)
     far = rows(rank, 5) + 1000 + 10 * rank
     for name, unbiased in (("biased", False), ("unbiased", True)):
         fn = lambda z: standardise(z, eps=1e-3, unbiased=unbiased)  # noqa: B023, E731
@@ -192,6 +204,24 @@ def test_uneven_ranks_are_refused_on_every_rank(ranks):
     for seen in ranks:
         for words in seen["uneven"]:
             assert f"must have the same shape on every rank, got {shapes} by rank" in words
+
+
+def test_checks_of_a_group_without_a_cpu_backend(ranks):
+    shapes = [(B + r,) for r in range(len(ranks))]
+    for seen in ranks:
+        assert seen["twin"]["votes"] == [True, False] and seen["twin"]["groups"] == 1
+        assert f"got {shapes} by rank" in seen["twin"]["words"]
+
+
+def one_rank_fails(rank, world):
+    if rank == 1:
+        raise ArithmeticError("rank one's own words")
+    D.barrier()
+
+
+def test_a_failing_rank_is_heard():
+    with pytest.raises(RuntimeError, match="rank one's own words"):
+        run_ranks(one_rank_fails, 2)
 
 
 def test_one_process_needs_no_group():

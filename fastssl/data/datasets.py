@@ -8,10 +8,9 @@ config says which; `open_source` opens it:
     folder      image files: one folder a class, or flat (folder.py)
 """
 
+import fcntl
 import logging
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -173,38 +172,41 @@ def _digits() -> ArrayImages:
 def cache_fractals(cfg: FractalsSource, cache: Path) -> Path:
     """The folder of `cfg`'s images, written once below `cache`: class folders of JPEG files.
 
-    It is written aside and renamed when complete, so that a killed run leaves no half of it, and of
-    several processes that write at once one wins, with the others' equal copies dropped.
+    It is renamed when complete, so that a killed run leaves no half of it; of several processes
+    one writes, behind a lock, and the others wait.
     Raises DataError when it cannot be written.
     """
     name = f"fractals-{cfg.classes}x{cfg.per_class}-{cfg.size}px-seed{cfg.seed}"
     target = cache.expanduser() / name
     if target.is_dir():
         return target
-    log.info("writing %d fractals to %s", cfg.classes * cfg.per_class, target)
-    images = FractalImages(cfg)
-    aside = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-        aside.chmod(0o755)
-        for i in range(len(images)):
-            path = aside / images.name(i)
-            path.parent.mkdir(exist_ok=True)
-            pixels = images.image(i).permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(path, quality=95, subsampling=0)
-        try:
-            os.rename(aside, target)
-        except OSError:
+        with open(target.parent / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
-                raise
+                _draw_all(cfg, target)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"cannot write the fractals' cache {str(target)!r}: {reason}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _draw_all(cfg: FractalsSource, target: Path) -> None:
+    """Every image of `cfg`, written aside and renamed; what a killed process left goes first."""
+    log.info("writing %d fractals to %s", cfg.classes * cfg.per_class, target)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    images = FractalImages(cfg)
+    try:
+        for i in range(len(images)):
+            path = aside / images.name(i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = images.image(i).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(path, quality=95, subsampling=0)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def split_indices(
@@ -228,8 +230,7 @@ def split_indices(
 def open_source(cfg: DigitsSource | FractalsSource | FolderSource, seed: int) -> Split:
     """The train and test parts of a source, fixed by `seed` and stratified by class.
 
-    A folder with its own train/ and val/ keeps them.  With a fractal cache and several processes,
-    let one open the source first: each that finds no cache draws the whole set.
+    A folder with its own train/ and val/ keeps them.
     Raises DataError, saying what to do, for data that cannot be used.
     """
     if isinstance(cfg, DigitsSource):

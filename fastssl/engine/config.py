@@ -5,6 +5,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
+class EngineError(ValueError):
+    """This machine cannot run what was asked for.  The message says what to do."""
+
+    exit_code = 2
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastssl import distributed
 
-from .config import EngineConfig
+from .config import EngineConfig, EngineError
 from .launch import deepspeed
 from .optim import OptimConfig, after_initialize, build_optimizer
 
@@ -39,7 +39,8 @@ class Engine:
 
     batch_size: images in an optimiser step over all ranks and micro-batches.
     monitor: directory of TensorBoard events, or None.
-    Raises ValueError when the batch does not divide among ranks and micro-batches.
+    Raises EngineError when the batch does not divide among ranks and micro-batches,
+    and for activation checkpointing of an encoder without it.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class Engine:
         self.cfg, self.device = cfg, device
         shares = distributed.world_size() * cfg.accumulation
         if batch_size % shares:
-            raise ValueError(
+            raise EngineError(
                 f"batch_size={batch_size} does not divide into {distributed.world_size()} ranks x "
                 f"engine.accumulation={cfg.accumulation}"
             )
         if cfg.activation_checkpointing:
-            method.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+            _checkpoint_activations(method.encoder)  # type: ignore[arg-type]
         self.ds, *_ = deepspeed().initialize(
             model=method,
             optimizer=build_optimizer(method, optim),
@@ -113,21 +114,38 @@ class Engine:
 
         Collective: call it on every rank; every rank gets the result.
         """
-        from deepspeed.utils import safe_get_full_fp32_param
-
         encoder = self.method.encoder
-        state = {name: b.detach().cpu().clone() for name, b in encoder.named_buffers()}
-        for name, parameter in encoder.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
-            whole = parameter.detach() if whole is None else whole
-            state[name] = whole.float().cpu().clone().reshape(_shape(parameter))
-        persistent = encoder.state_dict().keys()
-        return {name: state[name] for name in persistent}
+        tensors = [*encoder.named_buffers(), *encoder.named_parameters()]
+        state = {name: self._whole(tensor).cpu().clone() for name, tensor in tensors}
+        return {name: state[name] for name in encoder.state_dict()}
 
     def write_scalars(self, scalars: dict[str, float], step: int) -> None:
         """To TensorBoard, on rank 0, through DeepSpeed's monitor."""
         if self.ds.monitor.enabled and distributed.rank() == 0:
             self.ds.monitor.write_events([(name, v, step) for name, v in scalars.items()])
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """A parameter in full and float32, wherever ZeRO keeps it; a buffer as it is."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.detach()
+        master = safe_get_full_fp32_param(tensor)
+        if master is not None:
+            return master.reshape(getattr(tensor, "ds_shape", tensor.shape))
+        if hasattr(tensor, "ds_id"):  # frozen at stage 3: cut, and without a master
+            with deepspeed().zero.GatheredParameters([tensor]):
+                return tensor.detach().float().clone()
+        groups = zip(
+            getattr(self.ds.optimizer, "fp16_groups", []),
+            getattr(self.ds.optimizer, "fp32_groups", []),
+            strict=True,
+        )
+        for halves, masters in groups:  # bfloat16 at stage 0
+            for half, master in zip(halves, masters, strict=True):
+                if half is tensor:
+                    return master.detach()
+        return tensor.detach().float()
 
     def _deepspeed_config(self, clip: float, micro: int, monitor: Path | None) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -193,9 +211,14 @@ class Engine:
         return Step(metrics, applied=applied, finite=finite and applied, stop=stop)
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's whole shape, also while ZeRO-3 keeps only a slice of it here."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+def _checkpoint_activations(encoder: nn.Module) -> None:
+    try:
+        encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError) as error:
+        name = type(encoder).__name__
+        raise EngineError(
+            f"engine.activation_checkpointing=True, which {name} does not offer"
+        ) from error
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 
 from fastssl import distributed
 
+from .config import EngineError
+
 
 @contextlib.contextmanager
 def session(device: str) -> Iterator[torch.device]:
@@ -17,10 +19,10 @@ def session(device: str) -> Iterator[torch.device]:
 
     device: "auto", "cpu" or "cuda".  Under torchrun the ranks it made; alone, a world of one.
     Back end: nccl on CUDA, gloo on CPU.  A process group that is there already is used and left.
-    Raises ValueError when CUDA is asked for and absent.
+    Raises EngineError when CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
+        raise EngineError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
     on_cuda = device != "cpu" and torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
     alone = {} if "RANK" in os.environ else _world_of_one()

@@ -10,6 +10,7 @@ Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:
 """
 
 import torch
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -57,9 +58,9 @@ class MaskedViT(nn.Module):
             tokens = tokens if prefix_pos is None else tokens + prefix_pos
             x = torch.cat([tokens.expand(len(x), -1, -1), x], 1)
         x = vit.norm_pre(vit.pos_drop(x))
-        for block in vit.blocks:
-            x = block(x)
-        return vit.norm(x)
+        if vit.grad_checkpointing:
+            return vit.norm(checkpoint_seq(vit.blocks, x))
+        return vit.norm(vit.blocks(x))
 
     def _embed(self, patches: Tensor) -> Tensor:
         """The convolution of `patch_embed` as a matrix: patches are in (h, w, c) order."""

@@ -93,19 +93,24 @@ def test_cached_fractals_are_the_same_images(tmp_path):
             assert (a.image(i).float() - b.image(i).float()).abs().mean() < 8  # JPEG's loss
 
 
+def shown(folder):
+    """What is there besides the locks."""
+    return {path for path in folder.iterdir() if path.suffix != ".lock"}
+
+
 def test_cache_is_written_once_and_keyed_by_its_config(tmp_path, monkeypatch):
     first = cache_fractals(FRACTALS, tmp_path)
     other = cache_fractals(FRACTALS.model_copy(update={"seed": 1}), tmp_path)
     assert first != other and first.parent == other.parent
     monkeypatch.setattr(datasets, "fractal", None)  # drawing again would fail
     assert cache_fractals(FRACTALS, tmp_path) == first
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([first.name, other.name])
+    assert shown(tmp_path) == {first, other}
 
 
 def test_writers_at_once_leave_one_whole_cache(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(lambda _: cache_fractals(FRACTALS, tmp_path), range(4)))
-    assert list(tmp_path.iterdir()) == list(paths)
+    assert shown(tmp_path) == paths
     assert len(list(paths.pop().rglob("*.jpg"))) == 15
 
 
@@ -121,7 +126,15 @@ def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "fractal", fill)
     with pytest.raises(DataError, match="cannot write the fractals' cache.*No space left"):
         cache_fractals(FRACTALS, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not shown(tmp_path)
+
+
+def test_a_killed_writer_is_swept_up(tmp_path):
+    left = tmp_path / ".fractals-3x5-16px-seed0.partial/9"
+    left.mkdir(parents=True)
+    (left / "9.jpg").write_bytes(b"half")
+    path = cache_fractals(FRACTALS, tmp_path)
+    assert shown(tmp_path) == {path} and len(list(path.rglob("*.jpg"))) == 15
 
 
 def test_cache_below_a_file_and_cache_with_holes(tmp_path):

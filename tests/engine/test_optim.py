@@ -28,6 +28,7 @@ class Backbone(nn.Module):
         )
         self.head = nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 12))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4, 12))
         self.gain = nn.Parameter(torch.ones(2, 2))
         self.fixed = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
@@ -44,6 +45,7 @@ def test_decay_is_for_matrices_only():
     model = Backbone()
     decayed, plain = grouped_names(model, 0.1)
     tokens = {"vit.cls_token", "vit.reg_token", "vit.pos_embed", "mask_token", "gain"}
+    tokens |= {"decoder_pos_embed"}
     assert tokens | {"vit.norm.weight", "head.0.bias", "head.1.weight"} <= plain
     assert "vit.patch_embed.proj.weight" in decayed and "head.2.weight" in decayed
     shapes = dict(model.named_parameters())

@@ -1,0 +1,125 @@
+"""The engine's own promises, at every stage and precision, on two ranks."""
+
+import os
+
+import pytest
+import torch
+
+from fastssl.engine import launch
+from fastssl.engine.config import EngineConfig, EngineError
+from fastssl.engine.engine import Engine
+from fastssl.engine.optim import OptimConfig
+from fastssl.methods import build_method
+from fastssl.models import build_backbone
+from tests.ranks import run_ranks
+from tests.runs import VIT, tiny
+
+KINDS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+
+
+def method(tmp_path="."):
+    torch.manual_seed(0)
+    encoder = build_backbone("vit_tiny_patch16_224", channels=1, image_size=16, kwargs=VIT)
+    encoder.cls_token.requires_grad_(False)  # a frozen parameter has no master weights
+    return build_method(encoder, tiny("mae", tmp_path).method)
+
+
+def batch(rank=0, world=1, n=8):
+    g = torch.Generator().manual_seed(5)
+    images = torch.randn(n, 1, 16, 16, generator=g).chunk(world)[rank]
+    index = torch.arange(n).chunk(world)[rank]
+    return {"views": [images], "index": index, "seeds": index + 3}
+
+
+def engine(stage, precision, **options):
+    cfg = EngineConfig(
+        zero_stage=stage,
+        precision=precision,
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        **options,
+    )
+    optim = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.0)
+    return Engine(method(), optim, cfg, device=torch.device("cpu"), batch_size=8)
+
+
+def steps(rank, world):
+    """For each kind: the encoder's weights before and after a step, features, and the flags."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    found = {}
+    with launch.session("cpu"):
+        for kind in KINDS:
+            e = engine(*kind)
+            before = e.encoder_state()
+            first = e.step(batch(rank, world), 1e-4, stop=rank == world - 1)
+            mine = batch(rank, world)
+            if rank == 0:  # one rank's images are not finite: no rank may step
+                mine["views"][0][0, 0, 0, 0] = float("nan")
+            after = e.encoder_state()
+            second = e.step(mine, 1e-4)
+            features = e.features(batch()["views"][0])
+            flags = [first.finite, first.applied, first.stop, second.finite, second.applied]
+            norm = first.metrics["grad_norm"].float()
+            found[str(kind)] = [before, after, e.encoder_state(), features, flags, norm]
+    return found
+
+
+@pytest.fixture(scope="module")
+def ran():
+    return run_ranks(steps, 1), run_ranks(steps, 2, timeout=300)
+
+
+@pytest.mark.parametrize("kind", [str(kind) for kind in KINDS])
+def test_two_ranks_step_as_one(ran, kind):
+    (one,), two = ran
+    exact = "fp32" in kind
+    for mine in (one[kind], *(rank[kind] for rank in two)):
+        before, after, then, features, flags, _ = mine
+        assert before.keys() == method().encoder.state_dict().keys()
+        assert flags == [True, True, True, False, False]
+        for name, start in method().encoder.state_dict().items():
+            assert before[name].dtype == torch.float32 and before[name].shape == start.shape
+            # The float32 masters: a bfloat16 copy would be off by 4e-3 relative.
+            torch.testing.assert_close(before[name], start, rtol=1e-6 if exact else 4e-3, atol=1e-7)
+            moved = (after[name] - before[name]).abs().max()
+            assert (moved > 5e-5) == (name != "cls_token"), name
+            assert torch.equal(after[name], then[name]), "a step that was not finite was applied"
+            # At lr 1e-4 bfloat16 weights near 1 would not move in steps of 1e-4 at all.
+            close = dict(rtol=1e-5, atol=1e-6) if exact else dict(rtol=0.05, atol=2e-4)
+            torch.testing.assert_close(after[name], one[kind][1][name], **close)
+        close = dict(rtol=1e-4, atol=1e-4) if exact else dict(rtol=0.05, atol=0.05)
+        torch.testing.assert_close(features, one["(0, 'fp32')"][3], **close)
+    norms = [mine[kind][5] for mine in (one, *two)]
+    torch.testing.assert_close(norms, [one["(0, 'fp32')"][5]] * 3, rtol=1e-4 if exact else 0.05, atol=0)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with launch.session("cpu"), pytest.raises(EngineError, match="batch_size=8.*accumulation=3"):
+        engine(1, "fp32", accumulation=3)
+
+
+def test_activation_checkpointing_changes_nothing_but_memory():
+    results = []
+    with launch.session("cpu"):
+        for on in (False, True):
+            e = engine(1, "fp32", activation_checkpointing=on)
+            kept = []
+
+            def keep(x, kept=kept):
+                kept.append(x.nbytes)
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                e.ds(batch())
+            e.step(batch(), 1e-3)
+            results.append((sum(kept), e.encoder_state()))
+    (plain, a), (lean, b) = results
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert lean < 0.7 * plain
+
+
+def test_raw_deepspeed_keys_are_merged_last():
+    with launch.session("cpu"):
+        e = engine(2, "fp32")
+        zero = e.ds.config["zero_optimization"]
+        assert zero == {"stage": 2, "stage3_param_persistence_threshold": 0}

@@ -1,0 +1,139 @@
+"""The command line as a user meets it: answers, mistakes in one sentence, exit codes."""
+
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fastssl import cli
+from fastssl.config import ConfigError, dump, recipes
+from fastssl.data.errors import DataError
+from fastssl.train import pretrain
+from tests.runs import tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    cfg = tiny("mae", tmp_path_factory.mktemp("cli"), epochs=1)
+    pretrain(cfg)
+    return cfg
+
+
+def call(*words):
+    """A command's output; its exception, if any, is raised."""
+    result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_pretrain_prints_the_table_and_the_report(tmp_path):
+    cfg = tiny("simclr", tmp_path, epochs=1)
+    (tmp_path / "mine.yaml").write_text(dump(cfg))
+    out = call("pretrain", tmp_path / "mine.yaml", "name=other")
+    for word in ("pretrained", "random initialisation", "raw pixels", "knn", "images/s", "report:"):
+        assert word in out
+    assert (tmp_path / "other/report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["simclr-digits", "mae-digits", "barlow-twins-digits"])
+def test_dry_run_plans_and_trains_nothing(name, tmp_path):
+    out = call("pretrain", name, f"output={tmp_path}", "--dry-run")
+    assert "parameters" in out and "activations" in out and "1,438 training images" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_repeats_what_the_run_measured(run):
+    import json
+
+    row = json.loads((run.directory / "results.json").read_text())["rows"][0]
+    out = call("eval", run.directory)
+    assert f"{100 * row['knn']:.1f} %" in out and f"{row['rankme']:.2f}" in out
+
+
+def test_embed_writes_features_of_every_image(run, tmp_path):
+    call("embed", run.directory, "digits", "--out", tmp_path / "f.npz")
+    found = np.load(tmp_path / "f.npz")
+    assert found["features"].shape == (1797, 32) and found["features"].dtype == np.float32
+    assert len(set(found["names"])) == 1797 and set(found["split"]) == {"train", "test"}
+    assert found["labels"].max() == 9 and len(found["classes"]) == 10
+    with pytest.raises(DataError, match="reads 1-channel images; fractals has 3"):
+        call("embed", run.directory, "fractals", "--out", tmp_path / "g.npz")
+    with pytest.raises(DataError, match="nowhere"):
+        call("embed", run.directory, tmp_path / "nowhere", "--out", tmp_path / "g.npz")
+
+
+def test_exports_load_whole(run, tmp_path):
+    out = call("export", run.directory, "--out", tmp_path / "timm")
+    assert f"local-dir:{tmp_path}/timm" in out
+    call("export", run.directory, "--format", "safetensors", "--out", tmp_path / "e.safetensors")
+    weights = load_file(tmp_path / "e.safetensors")
+    model = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert model.default_cfg["input_size"] == (1, 16, 16)
+    call("embed", run.directory, "digits", "--out", tmp_path / "f.npz")
+    from fastssl.data.datasets import open_source
+    from fastssl.data.torch_views import apply
+    from fastssl.data.views import preset
+
+    split, plain = open_source(run.data.source, run.seed), preset("plain", 16)
+    with torch.no_grad():
+        mine = model(apply(plain, split.train.image(0), 0)[0][None])
+    first = np.load(tmp_path / "f.npz")["features"][0]
+    torch.testing.assert_close(mine[0], torch.from_numpy(first), rtol=1e-4, atol=1e-5)
+
+
+def test_export_refuses_what_it_cannot_write(run, tmp_path):
+    with pytest.raises(ConfigError, match="--format 'onnx' is not one of"):
+        call("export", run.directory, "--format", "onnx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        call("export", run.directory, "--out", tmp_path / "file")
+
+
+def test_recipes_and_doctor():
+    out = call("recipes")
+    assert all(name in out for name in recipes())
+    out = call("doctor")
+    for word in ("torch", "deepspeed", "apex", "nvidia-dali", "pairwise_lse", "patch_mse"):
+        assert word in out
+    assert ("missing" in out) == ("pip install" in out or "build" in out)
+
+
+def mistake(monkeypatch, capsys, *words):
+    """Exit code and what was said, through main() as the installed command runs."""
+    monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_mistakes_end_in_a_sentence_and_a_code(monkeypatch, capsys, tmp_path, run):
+    code, said = mistake(monkeypatch, capsys, "pretrain", "simclr-digits", "optim.lrr=1")
+    assert code == 2 and said.startswith("fastssl: unknown key optim.lrr=1") and said.count("\n") == 1
+    code, said = mistake(monkeypatch, capsys, "pretrain", "mae-digits", "model.name=resnet18")
+    assert code == 2 and "do not fit 'resnet18'" in said and "Traceback" not in said
+    source = ["data.source.name=folder", f"data.source.path={tmp_path}/none"]
+    code, said = mistake(monkeypatch, capsys, "pretrain", "simclr-fractals", *source)
+    assert code == 2 and said.count("\n") == 1
+    code, said = mistake(monkeypatch, capsys, "eval", tmp_path)
+    assert code == 2 and "holds no run" in said
+    code, said = mistake(monkeypatch, capsys, "nonsense")
+    assert code == 2 and "No such command" in said
+    if not torch.cuda.is_available():
+        code, said = mistake(monkeypatch, capsys, "pretrain", "mae-digits", "device=cuda")
+        assert code == 2 and "no CUDA device" in said
+    for path in (run.directory / "checkpoints").glob("step-*/encoder.safetensors"):
+        path.write_bytes(b"")
+    code, said = mistake(monkeypatch, capsys, "eval", run.directory)
+    assert code == 4 and "no intact checkpoint" in said
+
+
+def test_a_bug_shows_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
