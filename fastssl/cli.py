@@ -158,6 +158,7 @@ def main() -> None:
 
 def _print_plan(cfg: Any) -> None:
     from fastssl.data.datasets import open_source
+    from fastssl.data.loader import PretrainLoader
     from fastssl.plan import make_plan
 
     split = open_source(cfg.data.source, cfg.seed)
@@ -166,8 +167,10 @@ def _print_plan(cfg: Any) -> None:
     table = Table("per device", "MiB")
     for name in ("weights", "gradients", "optimiser", "activations", "total"):
         table.add_row(name, f"{getattr(plan, name) / 2**20:,.1f}")
-    images, steps = len(split.train), cfg.epochs * (len(split.train) // cfg.batch_size)
-    console.print(f"{images:,} training images, {len(split.test):,} held out; {steps:,} steps")
+    size, seed = cfg.batch_size, cfg.seed
+    loader = PretrainLoader(split.train, cfg.views(), batch_size=size, seed=seed, world=world)
+    images, held, steps = len(split.train), len(split.test), cfg.epochs * loader.steps_per_epoch
+    console.print(f"{images:,} training images, {held:,} held out; {steps:,} steps")
     console.print(f"{plan.parameters:,} parameters, {world} process(es)")
     console.print(table)
 

@@ -53,9 +53,7 @@ class EvaluateConfig(Section):
     every: int = Field(0, ge=0, description="Evaluate every so many epochs; 0: at the end only.")
     neighbours: int = Field(20, ge=1, description="k of the nearest-neighbour classifier.")
     batch_size: int = Field(256, ge=1, description="Images a rank embeds at once.")
-    max_images: int = Field(
-        50_000, ge=2, description="At most so many training images are embedded."
-    )
+    max_images: int = Field(10_000, ge=2, description="Of each split, at most so many embedded.")
 
 
 class LogConfig(Section):

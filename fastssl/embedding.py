@@ -44,7 +44,7 @@ class Embedded:
 
 
 def embed(features: Features, source: ImageSource, cfg: EmbedConfig) -> Embedded:
-    """Every image of `source`, or `cfg.limit` evenly spaced ones.  Collective: every rank calls it.
+    """Every image of `source`, or `cfg.limit` evenly spaced ones.  Collective.
 
     Raises DataError when no image can be read.
     """

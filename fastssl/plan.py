@@ -1,13 +1,15 @@
 """What a run will need before it starts: parameters, and memory on each device.
 
 Weights, gradients and optimiser state follow ZeRO's arithmetic (Rajbhandari et al. 2020,
-arXiv:1910.02054, figure 1).  Activations are counted, not guessed: the method runs once on the meta
-device, which computes shapes only, and every tensor that autograd keeps for backward is added up.
+arXiv:1910.02054, figure 1).  Activations are counted, not guessed: the method runs once on fake
+tensors, which have shapes but no memory and take the paths that real ones take, and every tensor
+that autograd keeps for backward is added up.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
 from fastssl.results import count_parameters
@@ -57,12 +59,15 @@ def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
 def _activations(method: torch.nn.Module, cfg: RunConfig, channels: int, world: int) -> int:
     """Bytes kept for backward on a micro-batch: linear in its size, measured at 4 and 8 images."""
     micro = cfg.batch_size // (world * cfg.engine.accumulation)
-    small, large = (_kept(method, cfg, channels, n) for n in (4, 8))
+    device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to_empty(device=device)
+        small, large = (_kept(method, cfg, channels, n, device) for n in (4, 8))
     slope = (large - small) / 4
     return int(max(0, small - 4 * slope) + slope * micro)
 
 
-def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int) -> int:
+def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int, device: str) -> int:
     own = {p.untyped_storage()._cdata for p in method.parameters()}
     kept: dict[int, int] = {}
     alive = []  # a storage freed in mid-pass would lend its address to another
@@ -75,8 +80,8 @@ def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int) -> int
         return x
 
     sizes = [view.size for view in cfg.views().crops]
-    views = [torch.empty(n, channels, size, size, device="meta") for size in sizes]
-    index = torch.zeros(n, dtype=torch.int64, device="meta")
+    views = [torch.empty(n, channels, size, size, device=device) for size in sizes]
+    index = torch.zeros(n, dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         method({"views": views, "index": index, "seeds": index})["loss"]
     return sum(kept.values())

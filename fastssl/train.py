@@ -6,8 +6,12 @@ The run is a function of its configuration: data order, augmentations and masks 
 and the step alone, so that a run that was killed and resumed ends with the same numbers.
 """
 
+import contextlib
+import fcntl
+import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,53 +72,55 @@ def build(cfg: RunConfig, channels: int) -> Method:
 def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
     """Run `cfg` to its end and return its results (also RUN/results.json).
 
-    Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted, and
-    CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
+    Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted,
+    and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
     """
     split = open_source(cfg.data.source, cfg.seed)
     method = build(cfg, split.train.channels)
     with launch.session(cfg.device) as device:
         if watch is None or distributed.rank() > 0:
             watch = Silent()
-        return Run(cfg, split, method, device, watch).go(command)
-
-
-class Run:
-    """One run's parts, and the loop over them."""
-
-    def __init__(
-        self, cfg: RunConfig, split: Split, method: Method, device: torch.device, watch: Watch
-    ):
-        self.cfg, self.split, self.watch = cfg, split, watch
-        views = cfg.views()
-        self.loader = PretrainLoader(
+        loader = PretrainLoader(
             split.train,
-            views,
+            cfg.views(),
             batch_size=cfg.batch_size,
             seed=cfg.seed,
             rank=distributed.rank(),
             world=distributed.world_size(),
             workers=cfg.data.workers,
         )
-        self.directory = prepare(cfg)
-        self.engine = Engine(
-            method,
-            cfg.optim,
-            cfg.engine,
-            device=device,
-            batch_size=cfg.batch_size,
-            monitor=self.directory / "tensorboard" if cfg.log.tensorboard else None,
-        )
+        with prepared(cfg) as directory:
+            engine = Engine(
+                method,
+                cfg.optim,
+                cfg.engine,
+                device=device,
+                batch_size=cfg.batch_size,
+                monitor=directory / "tensorboard" if cfg.log.tensorboard else None,
+            )
+            return Run(cfg, split, loader, engine, watch).go(command)
+
+
+class Run:
+    """One run's parts, and the loop over them."""
+
+    def __init__(
+        self, cfg: RunConfig, split: Split, loader: PretrainLoader, engine: Engine, watch: Watch
+    ):
+        self.cfg, self.split, self.loader, self.engine = cfg, split, loader, engine
+        self.watch, self.directory = watch, cfg.directory
         self.log = RunLog(self.directory, watch, writing=distributed.rank() == 0)
         self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
-        self.evaluator = Evaluator(cfg, split, views, self.engine)
+        self.evaluator = Evaluator(cfg, split, loader.views, engine)
         self.progress = Progress()
-        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop = False
+        torch.manual_seed((cfg.seed << 20) + distributed.rank())  # each rank its own dropout
 
     def go(self, command: str) -> dict[str, Any]:
         self.resume()
+        self.warn()
         if self.progress.step == 0:
             self.evaluator.pictures_before(self.directory)
             self.evaluate(self.progress.step)
@@ -210,6 +216,15 @@ class Run:
         self.log.event(state.step, "nonfinite", text)
         raise NonFinite(text)
 
+    def warn(self) -> None:
+        parts, method = self.cfg.engine.accumulation, self.cfg.method.name
+        if parts > 1 and self.engine.method.joint:
+            self.watch.say(
+                f"engine.accumulation={parts}: {method} compares images of one micro-batch "
+                f"({self.cfg.batch_size // parts}) only, so this is not a batch of "
+                f"{self.cfg.batch_size}"
+            )
+
     def resume(self) -> None:
         """Take up the newest intact checkpoint, if the configuration says so and there is one."""
         if self.cfg.resume != "auto":
@@ -217,6 +232,7 @@ class Run:
         notes: list[str] = []
         saved = self.checkpoints.load(self.engine, notes)
         if saved is None:
+            self.log.cut(-1)  # of a run that died before its first checkpoint
             for note in notes:
                 self.log.event(0, "damaged", note)
             return
@@ -249,24 +265,33 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def prepare(cfg: RunConfig) -> Path:
-    """The run's directory, new, replaced or taken up; its resolved configuration is in it.
+@contextlib.contextmanager
+def prepared(cfg: RunConfig) -> Iterator[Path]:
+    """The run's directory, new, replaced or taken up, with its configuration in it, and locked.
 
-    Raises ConfigError when a run of that name exists and neither resume nor overwrite is asked for,
-    and when the configuration differs from the one resumed, naming each difference.
+    Raises ConfigError when a run of that name is going on, or exists and neither resume nor
+    overwrite is asked for, and when the configuration differs from the one resumed, naming each
+    difference.
     """
-    problem: str | None = None
-    if distributed.rank() == 0:
-        problem = _prepare(cfg)
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise ConfigError(problem)
-    return cfg.directory
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if distributed.rank() == 0:
+            try:
+                cfg.output.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(cfg.output / f".{cfg.name}.lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                problem = _prepare(cfg)
+            except BlockingIOError:
+                problem = f"{cfg.directory} is being trained by another process: choose name=..."
+            except OSError as error:
+                problem = f"output={cfg.output} cannot be written to: {error}"
+        problem = distributed.broadcast_object(problem)
+        if problem:
+            raise ConfigError(problem)
+        yield cfg.directory
 
 
 def _prepare(cfg: RunConfig) -> str | None:
-    import shutil
-
     directory, saved = cfg.directory, cfg.directory / "config.yaml"
     if saved.is_file() and cfg.resume == "auto":
         changed = config.differences(config.load(directory), cfg)
@@ -279,11 +304,8 @@ def _prepare(cfg: RunConfig) -> str | None:
         )
     elif saved.is_file():
         shutil.rmtree(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config.dump(cfg))
-    except OSError as error:
-        return f"output={cfg.output} cannot be written to: {error}"
+    directory.mkdir(exist_ok=True)
+    saved.write_text(config.dump(cfg))
     return None
 
 

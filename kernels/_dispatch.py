@@ -112,3 +112,8 @@ def require_float(**tensors: torch.Tensor) -> None:
     for name, x in tensors.items():
         if not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def may_look(x: torch.Tensor) -> bool:
+    """Whether a check may read values of x: on a device it would wait, and a traced x has none."""
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()

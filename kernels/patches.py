@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import row_spans
-from ._dispatch import accumulator, declare, first_order, require_float
+from ._dispatch import accumulator, declare, first_order, may_look, require_float
 
 
 def _grid_view(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -132,7 +132,7 @@ def _check(images: Tensor, ids: Tensor, patch: int | tuple[int, int]) -> tuple[i
     if ids.device != images.device:
         raise ValueError(f"ids must be on {images.device} with the images, got {ids.device}")
     patches = (H // ph) * (W // pw)
-    if ids.device.type == "cpu" and ids.numel():  # elsewhere this look would wait for the device
+    if may_look(ids) and ids.numel():
         low, high = ids.aminmax()
         if low < 0 or high >= patches:
             raise ValueError(f"ids must lie in 0..{patches - 1}, got {int(low)}..{int(high)}")

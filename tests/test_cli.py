@@ -114,7 +114,9 @@ def mistake(monkeypatch, capsys, *words):
 
 def test_mistakes_end_in_a_sentence_and_a_code(monkeypatch, capsys, tmp_path, run):
     code, said = mistake(monkeypatch, capsys, "pretrain", "simclr-digits", "optim.lrr=1")
-    assert code == 2 and said.startswith("fastssl: unknown key optim.lrr=1") and said.count("\n") == 1
+    assert (
+        code == 2 and said.startswith("fastssl: unknown key optim.lrr=1") and said.count("\n") == 1
+    )
     code, said = mistake(monkeypatch, capsys, "pretrain", "mae-digits", "model.name=resnet18")
     assert code == 2 and "do not fit 'resnet18'" in said and "Traceback" not in said
     source = ["data.source.name=folder", f"data.source.path={tmp_path}/none"]

@@ -90,7 +90,9 @@ def test_two_ranks_step_as_one(ran, kind):
         close = dict(rtol=1e-4, atol=1e-4) if exact else dict(rtol=0.05, atol=0.05)
         torch.testing.assert_close(features, one["(0, 'fp32')"][3], **close)
     norms = [mine[kind][5] for mine in (one, *two)]
-    torch.testing.assert_close(norms, [one["(0, 'fp32')"][5]] * 3, rtol=1e-4 if exact else 0.05, atol=0)
+    torch.testing.assert_close(
+        norms, [one["(0, 'fp32')"][5]] * 3, rtol=1e-4 if exact else 0.05, atol=0
+    )
 
 
 def test_a_batch_that_does_not_divide_is_refused():

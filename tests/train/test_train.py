@@ -15,7 +15,8 @@ from fastssl.data.errors import DataError
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.engine import Engine
 from fastssl.report import read_metrics
-from fastssl.train import Interrupted, NonFinite, pretrain
+from fastssl.runlog import Silent
+from fastssl.train import Interrupted, NonFinite, prepared, pretrain
 from tests.runs import losses, tiny
 
 
@@ -174,6 +175,47 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     damaged = [r["detail"] for r in rows if r.get("what") == "damaged"]
     assert len(damaged) == 1 and "step-00000010 is damaged" in damaged[0]
     assert results["rows"] == whole["rows"]
+
+
+def test_with_no_intact_checkpoint_a_run_begins_anew(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=2)
+    pretrain(cfg)
+    whole = final(cfg)
+    for manifest in cfg.directory.glob("checkpoints/step-*/manifest.json"):
+        manifest.write_text("{")
+    pretrain(cfg.model_copy(update={"resume": "auto"}))
+    assert final(cfg) == whole
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    cfg = tiny("simclr", tmp_path, epochs=5, evaluate__every=1, checkpoint__keep=1)
+    pretrain(cfg)
+    rows = [r for r in read_metrics(cfg.directory / "metrics.jsonl") if r["kind"] == "eval"]
+    best = max(rows[1:], key=lambda row: row["knn"])  # the first of equals
+    kept = {p.name for p in (cfg.directory / "checkpoints").glob("step-*")}
+    assert kept == {f"step-{best['step']:08}", "step-00000025"}
+    assert (cfg.directory / "checkpoints/latest").read_text() == "step-00000025"
+    assert (cfg.directory / "checkpoints/best").read_text() == f"step-{best['step']:08}"
+
+
+def test_a_run_that_is_going_on_is_left_alone(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=1)
+    rival = cfg.model_copy(update={"overwrite": True})
+    with prepared(cfg), pytest.raises(ConfigError, match="is being trained by another process"):
+        pretrain(rival)
+    pretrain(rival)
+
+
+def test_accumulating_a_joint_loss_is_said(tmp_path):
+    class Ear(Silent):
+        heard = ""
+
+        def say(self, text):
+            self.heard += text
+
+    ear = Ear()
+    pretrain(tiny("simclr", tmp_path, epochs=1, engine__accumulation=2), ear)
+    assert "compares images of one micro-batch (128) only" in ear.heard
 
 
 @pytest.fixture

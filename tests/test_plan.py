@@ -1,0 +1,60 @@
+"""The plan against what a real step keeps."""
+
+import pytest
+import torch
+
+from fastssl.plan import make_plan
+from fastssl.train import build
+from tests.runs import tiny
+
+
+@pytest.mark.parametrize("method", ["simclr", "barlow_twins", "mae"])
+def test_activations_are_what_autograd_keeps(method, tmp_path):
+    cfg = tiny(method, tmp_path, batch_size=64)
+    plan = make_plan(cfg, channels=1, world=2)
+    real, kept = build(cfg, 1), {}
+    own = {p.untyped_storage().data_ptr() for p in real.parameters()}
+    alive = []
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    views = [torch.randn(32, 1, 16, 16) for _ in cfg.views().crops]
+    batch = {"views": views, "index": torch.arange(32), "seeds": torch.arange(32)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        real(batch)["loss"]
+    assert plan.parameters == sum(p.numel() for p in real.parameters())
+    assert plan.activations == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_zero_divides_what_it_shards(tmp_path):
+    """Bytes a parameter at 4 ranks, AdamW: ZeRO's own table (arXiv:1910.02054, figure 1)."""
+    want = {
+        ("bf16", 0): (2, 2, 12),
+        ("bf16", 1): (2, 2, 3),
+        ("bf16", 2): (2, 0.5, 3),
+        ("bf16", 3): (0.5, 0.5, 3),
+        ("fp32", 0): (4, 4, 8),
+    }
+    for (precision, stage), bytes_each in want.items():
+        cfg = tiny("mae", tmp_path, engine__zero_stage=stage, engine__precision=precision)
+        plan = make_plan(cfg, channels=1, world=4)
+        got = [b / plan.parameters for b in (plan.weights, plan.gradients, plan.optimiser)]
+        assert got == pytest.approx(bytes_each, rel=1e-3), (precision, stage)
+        assert plan.total == plan.weights + plan.gradients + plan.optimiser + plan.activations
+
+
+def test_activation_checkpointing_and_accumulation_show(tmp_path):
+    plain, lean, split = (
+        make_plan(tiny("simclr", tmp_path, **changes), 1, 1).activations
+        for changes in (
+            {},
+            {"engine__activation_checkpointing": True},
+            {"engine__accumulation": 4},
+        )
+    )
+    assert lean < 0.6 * plain and split == pytest.approx(plain / 4, rel=0.05)
