@@ -7,8 +7,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[
         *find_packages(include=["fastssl", "fastssl.*"]),
+        "fastssl.recipes",
         *("fastssl." + name for name in find_packages(include=["kernels*", "bench*"])),
     ],
     package_dir={"fastssl.kernels": "kernels", "fastssl.bench": "bench"},
-    package_data={"fastssl": ["recipes/*.yaml", "py.typed"]},
+    package_data={"fastssl": ["py.typed"], "fastssl.recipes": ["*.yaml"]},
 )
