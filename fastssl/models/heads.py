@@ -23,7 +23,8 @@ class BatchNorm1d(nn.BatchNorm1d):
         with torch.no_grad():
             self._track(input)
         x = standardise(input, eps=self.eps)
-        return x if self.weight is None else x * self.weight + self.bias
+        x = x if self.weight is None else x * self.weight + self.bias
+        return x.to(input.dtype)
 
     def _track(self, x: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:

@@ -40,6 +40,20 @@ def normalise(rank, world):
     return [t.detach() for t in (out, *grads, *state, norm.eval()(x))]
 
 
+def halves(rank, world):
+    """A bfloat16 head on this rank's rows, as under the engine's bf16."""
+    torch.manual_seed(0)
+    head = projection_head(7, 8, 5, 2, final_norm=True).bfloat16()
+    x = data()[1].chunk(world)[rank].bfloat16()
+    return head(x).detach()
+
+
+def test_bfloat16_stays_bfloat16_across_ranks():
+    (one,), two = run_ranks(halves, 1), run_ranks(halves, 2)
+    assert all(part.dtype == torch.bfloat16 for part in two)
+    torch.testing.assert_close(torch.cat(two), one, rtol=0.05, atol=0.1)
+
+
 def test_two_ranks_normalise_as_one():
     """The oracle is torch's own batch norm, which one process runs."""
     one = normalise(0, 1)
