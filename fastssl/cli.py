@@ -80,7 +80,7 @@ def evaluate(run: RunPath) -> None:
         table.add_row(name, _number(name, value))
     console.print(table)
     bad = (f"skipped {name}: {why}" for part in parts for name, why in part.bad)
-    for note in (*measured.notes, *bad):
+    for note in (*(measured.notes if measured else ()), *bad):
         console.print(note, markup=False)
 
 

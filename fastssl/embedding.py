@@ -86,7 +86,8 @@ def _join(source: ImageSource, gathered) -> Embedded:
 
 
 def two_views(features: Features, source: ImageSource, views: Views, seed: int, count: int = 256):
-    """Features of two random views of the same images: (n, F) each, n <= count, for alignment.
+    """Features of two random views of the same images: (n, F) each, n <= count, for alignment; None
+    where none of those looked at can be read.
 
     Both are drawn by the first entry of `views`.  Collective under ZeRO-3.
     """
@@ -97,6 +98,8 @@ def two_views(features: Features, source: ImageSource, views: Views, seed: int, 
         except BadImage:  # embed has counted and named it
             continue
         pairs.append([apply(views, image, sample_seed(seed, draw, i))[0] for draw in (0, 1)])
+    if not pairs:
+        return None
     a, b = (torch.stack(side) for side in zip(*pairs, strict=True))
     return features(a).float().cpu(), features(b).float().cpu()
 

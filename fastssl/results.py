@@ -7,6 +7,7 @@ by the run before its first step), and raw pixels (averaged down to at most 32 x
 import json
 import platform
 import resource
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +41,12 @@ MEASURES = ("knn", "linear", "rankme", "uniformity", "alignment")
 PACKAGES = ("fastssl", "torch", "deepspeed", "timm", "torchvision", "triton", "scikit-learn")
 
 
+class EvaluationError(ValueError):
+    """The features are of no use: not finite."""
+
+    exit_code = 3
+
+
 class Evaluator:
     """Measures the engine's encoder on a run's data.  Every method is collective."""
 
@@ -58,7 +65,8 @@ class Evaluator:
         """What the run trains on: a contact sheet of the first images and their views."""
         if distributed.rank() == 0:
             sheet = contact_sheet(self.split.train, self.views, self.cfg.seed)
-            plot_views([_shown(view, self.views) for view in sheet], directory / "views.png")
+            if sheet:
+                plot_views([_shown(view, self.views) for view in sheet], directory / "views.png")
 
     def pictures_after(self, directory: Path, baselines: list[dict[str, Any]]) -> None:
         """Curves, the map of the test images, and reconstructions where the method has them."""
@@ -70,18 +78,22 @@ class Evaluator:
         plot_curves(rows, directory / "curves.png")
         if painted is not None:
             plot_reconstructions(*painted, directory / "reconstructions.png")
-        test, source = self.test, self.split.test
-        if test is not None and test.labels is not None and source.classes is not None:
-            title = f"{len(test.index)} held-out images, {self.cfg.method.name} features"
-            path = directory / "embedding.png"
-            plot_embedding(test.features, test.labels, source.classes, path, title)
+        test, path = self.test, directory / "embedding.png"
+        if test is not None and len(test.index) > 2:
+            title = f"{len(test.index)} images, {self.cfg.method.name} features"
+            classes = self.split.train.classes or ()
+            plot_embedding(test.features, test.labels, classes, path, title)
 
     def _reconstructions(self) -> tuple[Tensor, Tensor, Tensor] | None:
         method = self.engine.method
         if not hasattr(method, "reconstruct"):
             return None
         plain = preset("plain", self.cfg.data.image_size, mean=self.views.mean, std=self.views.std)
-        (images,) = contact_sheet(self.split.test, plain, self.cfg.seed)
+        source = self.split.test if len(self.split.test) else self.split.train
+        sheet = contact_sheet(source, plain, self.cfg.seed)
+        if not sheet:
+            return None
+        images = sheet[0]
         seeds = torch.arange(len(images))
         method.eval()
         place = self.engine.device
@@ -98,8 +110,13 @@ class EmbeddedSplit(NamedTuple):
 
 def evaluate_on(
     cfg: RunConfig, split: Split, views: Views, features: Features
-) -> tuple[Evaluation, EmbeddedSplit]:
-    """Measure `features` on a split; with what was embedded for it.  Collective."""
+) -> tuple[Evaluation | None, EmbeddedSplit]:
+    """Measure `features` on a split; with what was embedded for it.  Collective.
+
+    With fewer than 2 held-out images the training images stand in, without labels: no accuracy
+    then.  None where fewer than 2 images can be read at all.
+    Raises EvaluationError, on every rank, for features that are not finite.
+    """
     how = EmbedConfig(
         size=cfg.data.image_size,
         mean=views.mean,
@@ -108,22 +125,30 @@ def evaluate_on(
         limit=cfg.evaluate.max_images,
         workers=cfg.data.workers if len(split.train) > 10_000 else 0,
     )
-    train, test = (embed(features, source, how) for source in (split.train, split.test))
-    pair = two_views(features, split.test, views, cfg.seed)
-    measured: Evaluation | None = None
-    if distributed.rank() == 0:
-        measured = evaluate_features(
-            train.features,
-            test.features,
-            train.labels,
-            test.labels,
-            views=pair,
-            k=cfg.evaluate.neighbours,
-        )
-    return distributed.broadcast_object(measured), EmbeddedSplit(train, test)
+    train = embed(features, split.train, how)
+    test = embed(features, split.test, how) if len(split.test) > 1 else train
+    train_y, test_y = train.labels, test.labels
+    if len(test.index) < 2 or test is train:
+        test, train_y, test_y = replace(train, labels=None), None, None
+    held = split.train if test.index is train.index else split.test
+    pair = two_views(features, held, views, cfg.seed)
+    measured, problem = None, ""
+    if distributed.rank() == 0 and len(train.index) > 1:
+        k = cfg.evaluate.neighbours
+        try:
+            measured = evaluate_features(
+                train.features, test.features, train_y, test_y, views=pair, k=k
+            )
+        except ValueError as error:
+            problem = str(error)
+    measured, problem = distributed.broadcast_object((measured, problem))
+    if problem:
+        raise EvaluationError(f"the encoder cannot be evaluated: {problem}")
+    return measured, EmbeddedSplit(train, test)
 
 
-def scores(measured: Evaluation) -> dict[str, float]:
+def scores(measured: Evaluation | None) -> dict[str, float]:
+    """The measures that were taken, by name."""
     return {name: v for name in MEASURES if (v := getattr(measured, name)) is not None}
 
 
@@ -169,7 +194,7 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
 def contact_sheet(source: ImageSource, views: Views, seed: int, count: int = 8) -> list[Tensor]:
     """Every view of up to `count` readable images spread over the source, drawn as in training.
 
-    One tensor (n, C, H, W) a view, normalised.
+    One tensor (n, C, H, W) a view, normalised; none where no image can be read.
     """
     drawn: list[list[Tensor]] = []
     for i in range(0, len(source), max(1, len(source) // (2 * count))):

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastssl.distributed import gather_objects
 from fastssl.report import read_metrics
 
 
@@ -31,6 +32,12 @@ class Silent:
     def end(self) -> None: ...
 
 
+class LogError(RuntimeError):
+    """The disk refuses the log, as it soon would the next checkpoint."""
+
+    exit_code = 4
+
+
 class RunLog:
     """Appends to RUN/metrics.jsonl; `writing` is true on the first rank alone."""
 
@@ -41,8 +48,11 @@ class RunLog:
     def row(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         row = {"kind": kind, "step": step, **values}
         if self.writing:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise LogError(f"cannot write {self.path} at step {step}: {error}") from error
         return row
 
     def event(self, step: int, what: str, detail: str) -> None:
@@ -50,8 +60,8 @@ class RunLog:
         self.watch.say(detail)
 
     def bad_images(self, step: int, found: list[tuple[str, str]]) -> None:
-        """Count unreadable images, and name each once."""
-        for name, reason in found:
+        """Count the unreadable images that any rank found, and name each once.  Collective."""
+        for name, reason in (entry for part in gather_objects(found) for entry in part):
             if name not in self.bad:
                 self.bad[name] = reason
                 self.event(step, "bad_image", f"skipped {name}: {reason}")

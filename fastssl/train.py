@@ -10,10 +10,12 @@ import contextlib
 import fcntl
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ class Progress:
 
     step: int = 0
     best: float | None = None
-    epoch_loss: float = 0.0  # sum over the steps of the current epoch
+    epoch_losses: list[float] = field(default_factory=list)  # logged in the current epoch
     seconds: float = 0.0  # spent training, over all resumptions
     images: int = 0  # trained on in those seconds
     last: dict[str, float] = field(default_factory=dict)
@@ -124,43 +126,49 @@ class Run:
         if self.progress.step == 0:
             self.evaluator.pictures_before(self.directory)
             self.evaluate(self.progress.step)
-        with self.listening():
-            self.train()
+        self.watch.begin(self.total, self.progress.step)
+        try:
+            with _Signals(self):
+                self.train()
+        finally:
+            self.watch.end()
         return finish(self, command)
 
     def train(self) -> None:
         """The loop.  A window of steps is timed as one, since the device runs behind the host."""
         state, engine = self.progress, self.engine
-        self.watch.begin(self.total, state.step)
+        bad: list[tuple[str, str]] = []
         window, since = 0, time.perf_counter()
         for batch in self.loader.stream(state.step, self.total):
-            self.log.bad_images(state.step, batch["bad"])
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             step = engine.step(batch, lr, stop=self.asked_to_stop)
             state.step += 1
             window += 1
+            bad += batch["bad"]
             if not step.finite:
                 self.refuse(step, batch)
             engine.method.after_step(state.step / self.total)
             ends_epoch = state.step % self.steps_per_epoch == 0
             row = None
             if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
-                row = self.report(step, lr, window, time.perf_counter() - since)
+                row = self.report(step, lr, window, since)
+                self.log.bad_images(state.step, bad)
+                bad = []
             self.watch.advance(state.step, row)
             self.after(ends_epoch, step.stop)
             if row is not None:
                 window, since = 0, time.perf_counter()
-        self.watch.end()
 
-    def report(self, step: Step, lr: float, window: int, seconds: float) -> dict[str, Any]:
+    def report(self, step: Step, lr: float, window: int, since: float) -> dict[str, Any]:
         """Averages over ranks of the step's metrics, logged; the only wait for the device."""
         state = self.progress
         names = sorted(step.metrics)
         values = torch.stack([step.metrics[name].float().reshape(()) for name in names])
         values = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
-        images = window * self.cfg.batch_size
+        images, seconds = window * self.cfg.batch_size, time.perf_counter() - since
         state.images, state.seconds = state.images + images, state.seconds + seconds
         state.last = dict(zip(names, values, strict=True))
+        state.epoch_losses.append(state.last["loss"])
         row = {**state.last, "lr": lr, "images_per_s": images / seconds}
         epoch = state.step / self.steps_per_epoch
         self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
@@ -171,9 +179,12 @@ class Run:
         state, cfg = self.progress, self.cfg
         epoch, last = state.step // self.steps_per_epoch, state.step == self.total
         metrics: dict[str, float] = {}
+        if ends_epoch:
+            metrics["loss"] = fmean(state.epoch_losses)
+            state.epoch_losses = []
         if ends_epoch and (last or _due(epoch, cfg.evaluate.every)):
-            metrics = self.evaluate(state.step)
-        best = self.improves({**state.last, **metrics})
+            metrics |= self.evaluate(state.step)
+        best = self.improves(metrics)
         due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
         if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
             self.checkpoints.save(self.engine, state.step, vars(state).copy(), best=best)
@@ -186,7 +197,7 @@ class Run:
     def improves(self, metrics: dict[str, float]) -> bool:
         """Whether this is the best state so far, by checkpoint.best, where that was measured."""
         name = self.cfg.checkpoint.best
-        if name not in metrics or (name == "loss" and self.progress.step % self.steps_per_epoch):
+        if name not in metrics:
             return False
         value = -metrics[name] if name == "loss" else metrics[name]
         if self.progress.best is not None and value <= self.progress.best:
@@ -242,17 +253,19 @@ class Run:
             self.log.event(self.progress.step, "damaged", note)
         self.log.event(self.progress.step, "resumed", f"resumed at step {self.progress.step}")
 
-    def listening(self):
-        return _Signals(self)
-
 
 class _Signals:
-    """While training, SIGTERM and the first Ctrl-C end the step, save, and leave."""
+    """While training, SIGTERM and the first Ctrl-C end the step, save, and leave.
+
+    In a thread other than the main one, which gets no signals, this does nothing.
+    """
 
     def __init__(self, run: Run):
         self.run, self.before = run, {}
 
     def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self.ask)
 
@@ -281,6 +294,8 @@ def prepared(cfg: RunConfig) -> Iterator[Path]:
                 lock = stack.enter_context(open(cfg.output / f".{cfg.name}.lock", "w"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 problem = _prepare(cfg)
+            except ConfigError as error:
+                problem = str(error)
             except BlockingIOError:
                 problem = f"{cfg.directory} is being trained by another process: choose name=..."
             except OSError as error:
@@ -305,7 +320,9 @@ def _prepare(cfg: RunConfig) -> str | None:
     elif saved.is_file():
         shutil.rmtree(directory)
     directory.mkdir(exist_ok=True)
-    saved.write_text(config.dump(cfg))
+    aside = directory / ".config.partial"
+    aside.write_text(config.dump(cfg))
+    aside.replace(saved)
     return None
 
 

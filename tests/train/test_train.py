@@ -15,7 +15,8 @@ from fastssl.data.errors import DataError
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.engine import Engine
 from fastssl.report import read_metrics
-from fastssl.runlog import Silent
+from fastssl.results import EvaluationError
+from fastssl.runlog import LogError, Silent
 from fastssl.train import Interrupted, NonFinite, prepared, pretrain
 from tests.runs import losses, tiny
 
@@ -241,6 +242,35 @@ def test_unreadable_images_are_named_and_counted(photos, tmp_path):
     named = {r["detail"].split(":")[0] for r in rows if r.get("what") == "bad_image"}
     assert results["train"]["bad_images"] == len(named) == 2
     assert any("03.png" in n for n in named) and any("05.png" in n for n in named)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.03])
+def test_own_images_without_labels_or_held_out_ones(fraction, photos, tmp_path):
+    source = {"name": "folder", "path": str(photos), "flat": True, "test_fraction": fraction}
+    results = pretrain(tiny("mae", tmp_path, data__source=source, batch_size=12))
+    assert set(results["rows"][0]) == {"encoder", "rankme", "uniformity", "alignment"}
+    assert (tmp_path / "run/embedding.png").is_file()
+
+
+def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
+    cfg = tiny("mae", tmp_path)
+    (cfg.directory / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(LogError, match="cannot write .*metrics.jsonl at step 0"):
+        pretrain(cfg)
+
+
+def test_features_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "features", lambda self, images: images.flatten(1) * float("nan"))
+    with pytest.raises(EvaluationError, match="cannot be evaluated: .*non-finite"):
+        pretrain(tiny("mae", tmp_path))
+
+
+def test_the_best_by_loss_is_the_epoch_with_the_lowest_mean(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=4, checkpoint__best="loss", checkpoint__keep=1)
+    pretrain(cfg)
+    curve = np.array(losses(cfg)).reshape(4, 5).mean(1)
+    best = (cfg.directory / "checkpoints/best").read_text()
+    assert best == f"step-{5 * (curve.argmin() + 1):08}"
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
