@@ -48,11 +48,11 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
     say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
-    from fastssl.config import dump, resolve
+    from fastssl.config import described, resolve
 
     cfg = resolve(recipe, overrides)
     if dry_run:
-        say(dump(cfg), markup=False)
+        say(described(cfg), markup=False)
         return _print_plan(cfg)
     say(f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name} -> {cfg.directory}")
     from fastssl.progress import RichWatch

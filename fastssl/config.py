@@ -6,8 +6,10 @@ Every key is described here or in the file of the part it configures; unknown ke
 """
 
 import difflib
+import json
 import re
 import types
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -153,6 +155,23 @@ def dump(cfg: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json")))
 
 
+def described(cfg: RunConfig) -> str:
+    """The same YAML for a reader: each key with its description behind it."""
+    return "\n".join(_described(cfg, ""))
+
+
+def _described(section: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:"
+            yield from _described(value, indent + "  ")
+        else:
+            plain = section.model_dump(mode="json", include={name})[name]
+            note = f"  # {field.description}" if field.description else ""
+            yield f"{indent}{name}: {json.dumps(plain, ensure_ascii=False)}{note}"
+
+
 def differences(saved: RunConfig, now: RunConfig) -> list[str]:
     """Keys, as `a.b: old -> new`, whose change makes it another run.
 
@@ -160,7 +179,7 @@ def differences(saved: RunConfig, now: RunConfig) -> list[str]:
     """
     free = ("output", "device", "resume", "overwrite", "checkpoint", "evaluate", "log")
     old, new = (_flatten(c.model_dump(mode="json", exclude=set(free))) for c in (saved, now))
-    free_leaves = {"data.workers", "engine.activation_checkpointing", "engine.compile"}
+    free_leaves = {"data.workers", "engine.activation_checkpointing"}
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
         free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.final"}
     keys = sorted((old.keys() | new.keys()) - free_leaves)

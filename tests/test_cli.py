@@ -1,5 +1,7 @@
 """The command line as a user meets it: answers, mistakes in one sentence, exit codes."""
 
+import json
+import subprocess
 import sys
 
 import numpy as np
@@ -39,6 +41,17 @@ def test_pretrain_prints_the_table_and_the_report(tmp_path):
     assert (tmp_path / "other/report.html").is_file()
 
 
+def test_a_process_of_its_own_runs_on_whatever_is_here(tmp_path):
+    """The one run that takes the GPU where there is one; DeepSpeed allows a process one device."""
+    cfg = tiny("simclr", tmp_path, epochs=1, device="auto", data__workers=1)
+    (tmp_path / "mine.yaml").write_text(dump(cfg))
+    words = [sys.executable, "-m", "fastssl", "pretrain", str(tmp_path / "mine.yaml")]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads((cfg.directory / "results.json").read_text())["versions"]
+    assert ("gpu" in found) == torch.cuda.is_available()
+
+
 @pytest.mark.parametrize("name", ["simclr-digits", "mae-digits", "barlow-twins-digits"])
 def test_dry_run_plans_and_trains_nothing(name, tmp_path):
     out = call("pretrain", name, f"output={tmp_path}", "--dry-run")
@@ -47,8 +60,6 @@ def test_dry_run_plans_and_trains_nothing(name, tmp_path):
 
 
 def test_eval_repeats_what_the_run_measured(run):
-    import json
-
     row = json.loads((run.directory / "results.json").read_text())["rows"][0]
     out = call("eval", run.directory)
     assert f"{100 * row['knn']:.1f} %" in out and f"{row['rankme']:.2f}" in out

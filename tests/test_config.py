@@ -2,7 +2,16 @@
 
 import pytest
 
-from fastssl.config import ConfigError, RunConfig, differences, dump, load, recipes, resolve
+from fastssl.config import (
+    ConfigError,
+    RunConfig,
+    described,
+    differences,
+    dump,
+    load,
+    recipes,
+    resolve,
+)
 from tests.runs import tiny
 
 
@@ -26,6 +35,13 @@ def test_dump_reloads_to_the_same(tmp_path):
     cfg.directory.mkdir(parents=True)
     (cfg.directory / "config.yaml").write_text(dump(cfg))
     assert load(cfg.directory) == cfg
+
+
+def test_the_described_configuration_is_the_same_yaml(tmp_path):
+    for cfg in (tiny("mae", tmp_path, optim__betas=[0.9, 0.95]), resolve("simclr-digits")):
+        (tmp_path / "described.yaml").write_text(described(cfg))
+        assert resolve(str(tmp_path / "described.yaml")) == cfg
+        assert "# Divides the cosine" in described(resolve("simclr-digits"))
 
 
 def test_overrides_are_dotted_and_typed():

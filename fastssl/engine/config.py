@@ -30,7 +30,6 @@ class EngineConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute the backbone's blocks in backward: less memory, more time."
     )
-    compile: bool = Field(False, description="torch.compile the method.")
     deepspeed: dict[str, Any] = Field(
         {}, description="Raw DeepSpeed keys, merged last (offload, bucket sizes ...)."
     )

@@ -5,6 +5,7 @@ rate is set from outside at each step; gradients are averaged over ranks and mic
 whose loss or gradient is not finite is never applied, at any stage.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,6 @@ class Engine:
             dist_init_required=False,
         )
         after_initialize(self.ds)
-        if cfg.compile:
-            self.ds.compile()
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
 
     @property
@@ -84,19 +83,19 @@ class Engine:
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self.method.train()
+        if not self.method.training:
+            self.method.train()
         finite = torch.ones((), device=self.device, dtype=torch.bool)
         sums: dict[str, Tensor] = {}
-        micro_batches = self._split(batch)
-        for i, micro in enumerate(micro_batches):
+        for i, micro in enumerate(self._split(batch)):
             out = self.ds(micro)
             finite = finite & torch.isfinite(out["loss"].detach())
-            last = i == len(micro_batches) - 1
+            last = i == self.cfg.accumulation - 1
             event = self._agree(finite, stop) if last else None
             # A loss of infinity may have finite gradients: make sure that the step is refused.
             self.ds.backward(out["loss"] * torch.where(finite, 1.0, float("nan")))
             for key, value in out.items():
-                share = value.detach().float() / len(micro_batches)
+                share = value.detach().float() / self.cfg.accumulation
                 sums[key] = sums[key] + share if key in sums else share
             if last:
                 return self._finish(sums, event)
@@ -166,14 +165,14 @@ class Engine:
             }
         return _merge(config, self.cfg.deepspeed)
 
-    def _split(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """The batch's tensors on the device, in `accumulation` equal micro-batches."""
+    def _split(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The batch in `accumulation` equal micro-batches, each moved to the device in its turn."""
         n = self.cfg.accumulation
-        views = [v.to(self.device, non_blocking=True).chunk(n) for v in batch["views"]]
-        rest = {k: batch[k].to(self.device).chunk(n) for k in ("index", "seeds")}
-        return [
-            {"views": [v[i] for v in views], **{k: v[i] for k, v in rest.items()}} for i in range(n)
-        ]
+        views = [view.chunk(n) for view in batch["views"]]
+        rest = {key: batch[key].chunk(n) for key in ("index", "seeds")}
+        for i in range(n):
+            micro = {key: parts[i].to(self.device) for key, parts in rest.items()}
+            yield {"views": [v[i].to(self.device, non_blocking=True) for v in views], **micro}
 
     def _agree(self, finite: Tensor, stop: bool) -> "torch.cuda.Event | None":
         """Send [any rank not finite, any rank to stop] to the host, without waiting for it."""

@@ -165,6 +165,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert results["train"]["steps"] == 15
 
 
+def test_a_place_that_takes_no_checkpoint_stops_the_run(tmp_path):
+    cfg = tiny("mae", tmp_path)
+    cfg.directory.mkdir()
+    (cfg.directory / "checkpoints").write_text("a file stands where the folder should")
+    with pytest.raises(CheckpointError, match="could not write.*there is no earlier one"):
+        pretrain(cfg)
+    assert losses(cfg)
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     cfg = tiny("mae", tmp_path, epochs=2)
     whole = pretrain(cfg)
