@@ -233,7 +233,8 @@ def column_moments(z: Tensor, *, unbiased: bool = False, process_group: Group = 
     """
     _check_rows(unbiased, process_group, z=z)
     with full_precision(z.device):
-        return Moments(*_ColumnMoments.apply(z, unbiased, process_group))
+        mean, var = _ColumnMoments.apply(z, unbiased, process_group)  # type: ignore[misc]
+        return Moments(mean, var)
 
 
 def standardise(

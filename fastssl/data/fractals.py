@@ -1,8 +1,9 @@
 """Labelled images from a formula: attractors of random iterated function systems (IFS).
 
 A class is an IFS code: n affine maps x -> A_k x + b_k, with A_k = R(t) diag(s1, +-s2) R(u).  An
-instance perturbs the numbers of its code, and takes its own colours and pose.  The attractor is
-drawn by the chaos game: points that take a random map at each step, many at once.
+instance perturbs the numbers of its code, and takes its own colours and pose: it stands at any
+angle, so that pixels alone say little of the class (20 classes at 48 pixels: raw kNN 40 %).  The
+attractor is drawn by the chaos game: points that take a random map at each step, many at once.
 
     s1 >= s2,  sum_k (s1 + 2 s2) ~ U((5 + n) / 2, (6 + n) / 2)     gives full, detailed shapes
 
@@ -117,7 +118,7 @@ def fractal(seed: int, label: int, instance: int, size: int) -> Tensor:
     """
     rng = np.random.default_rng([seed, 1, label, instance])
     code = _perturb(class_code(seed, label), rng)
-    turn, zoom = rng.uniform(-0.15, 0.15), rng.uniform(0.85, 1.05)
+    turn, zoom = rng.uniform(-np.pi, np.pi), rng.uniform(0.7, 1.2)
     phase, swing = rng.random(3), rng.uniform(0.3, 0.9, 3)  # of the palette's three cosines
     ground = rng.uniform(0, 0.2, 3)
     points = _chaos_game(code, min(max(6 * size * size, 8192), 400_000), rng)

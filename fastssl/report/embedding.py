@@ -96,7 +96,10 @@ def _draw_classes(axes: Axes, points: np.ndarray, y: np.ndarray, names: dict[int
             label=name,
         )
         if not short and len(names) <= 20:
-            top = np.median(mine[:, 0]), np.quantile(mine[:, 1], 0.95)  # above, not upon, its class
+            top = (
+                float(np.median(mine[:, 0])),
+                float(np.quantile(mine[:, 1], 0.95)),
+            )  # above, not upon, its class
             style = {"fontsize": 9, "color": INK, "ha": "center", "va": "bottom"}
             axes.annotate(name, top, (0, 4), textcoords="offset points", path_effects=halo, **style)
     if not short and len(names) <= 20:
