@@ -49,6 +49,11 @@ def test_overrides_are_dotted_and_typed():
     assert cfg.optim.lr == 1e-4 and cfg.model.kwargs["depth"] == 3 and cfg.data.workers == 0
 
 
+def test_a_schedule_without_a_name_is_the_cosine():
+    cfg = resolve("simclr-fractals", ["optim.schedule.warmup=0.25"])
+    assert cfg.optim.schedule.name == "cosine" and cfg.optim.schedule.warmup == 0.25
+
+
 @pytest.mark.parametrize(
     "override, sentence",
     [

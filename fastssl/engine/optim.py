@@ -141,6 +141,14 @@ class OptimConfig(_Section):
     )
     schedule: Schedule = CosineSchedule()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _cosine_unless_named(cls, values: Any) -> Any:
+        schedule = values.get("schedule") if isinstance(values, dict) else None
+        if isinstance(schedule, dict) and "name" not in schedule:
+            return {**values, "schedule": {"name": "cosine", **schedule}}
+        return values
+
     @model_validator(mode="after")
     def _options_fit_the_name(self) -> "OptimConfig":
         options = self.options()
