@@ -33,6 +33,7 @@ from fastssl.report import (
     read_metrics,
     write_report,
 )
+from fastssl.runlog import LogError
 
 if TYPE_CHECKING:
     from fastssl.train import Run
@@ -181,13 +182,20 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
         "versions": versions(),
         "command": command,
     }
+    problem = ""
+    if distributed.rank() == 0:
+        try:
+            aside = run.directory / ".results.partial"
+            aside.write_text(json.dumps(results, indent=1))
+            aside.replace(run.directory / "results.json")
+        except OSError as error:
+            problem = f"the run is complete and saved, but its results are not written: {error}"
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise LogError(problem)
     run.evaluator.pictures_after(run.directory, results["rows"][1:])
     if distributed.rank() == 0:
-        aside = run.directory / ".results.partial"
-        aside.write_text(json.dumps(results, indent=1))
-        aside.replace(run.directory / "results.json")
         write_report(run.directory)
-    distributed.barrier()
     return results
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from fastssl import distributed
-
 from .config import EngineError
 
 
@@ -49,7 +47,7 @@ def deepspeed() -> Any:
 
     # An all-reduce through shared memory, compiled at the first start: gloo needs no compiler.
     module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger.setLevel("ERROR" if distributed.rank() else "WARNING")
+    logger.setLevel("ERROR")
     return module
 
 
