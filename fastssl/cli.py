@@ -53,8 +53,9 @@ def pretrain(
     cfg = resolve(recipe, overrides)
     if dry_run:
         say(described(cfg), markup=False)
-        return _print_plan(cfg)
-    say(f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name} -> {cfg.directory}")
+        return _print_plan(cfg) if os.environ.get("RANK", "0") == "0" else None
+    what = f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name}"
+    say(f"{what} -> {cfg.directory}", markup=False)
     from fastssl.progress import RichWatch
     from fastssl.train import pretrain as run
 
@@ -151,8 +152,10 @@ def main() -> None:
         code = getattr(error, "exit_code", None)
         if code is None or os.environ.get("FASTSSL_TRACEBACK") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True, soft_wrap=True).print(f"fastssl: {error}", markup=False)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not getattr(error, "on_every_rank", False):
+            who = "fastssl" if rank == "0" else f"fastssl, rank {rank}"
+            Console(stderr=True, soft_wrap=True).print(f"{who}: {error}", markup=False)
         sys.exit(code)
 
 
@@ -160,6 +163,7 @@ def _print_plan(cfg: Any) -> None:
     from fastssl.data.datasets import open_source
     from fastssl.data.loader import PretrainLoader
     from fastssl.plan import make_plan
+    from fastssl.train import check_steps
 
     split = open_source(cfg.data.source, cfg.seed)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -169,6 +173,7 @@ def _print_plan(cfg: Any) -> None:
         table.add_row(name, f"{getattr(plan, name) / 2**20:,.1f}")
     size, seed = cfg.batch_size, cfg.seed
     loader = PretrainLoader(split.train, cfg.views(), batch_size=size, seed=seed, world=world)
+    check_steps(cfg, loader)
     images, held, steps = len(split.train), len(split.test), cfg.epochs * loader.steps_per_epoch
     console.print(f"{images:,} training images, {held:,} held out; {steps:,} steps")
     console.print(f"{plan.parameters:,} parameters, {world} process(es)")

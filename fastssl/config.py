@@ -25,11 +25,14 @@ from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import OptimConfig, check_optimizer
 from fastssl.methods import METHODS, AnyMethodConfig
 
+SWITCHED = ("method", "model", "data.source", "optim.schedule")
+VERBATIM = ("name", "output", "data.source.path", "data.source.cache", "model.name")
+
 
 class ConfigError(ValueError):
     """A configuration to be mended: one sentence naming the key, the value and what is allowed."""
 
-    exit_code = 2
+    exit_code, on_every_rank = 2, True
 
 
 class Section(BaseModel):
@@ -68,7 +71,7 @@ class RunConfig(Section):
 
     name: str = Field(description="Name of the run: its directory under `output`.", min_length=1)
     output: Path = Field(Path("runs"), description="Directory of all runs.")
-    seed: int = Field(0, ge=0, description="All randomness is a function of it.")
+    seed: int = Field(0, ge=0, lt=2**40, description="All randomness is a function of it.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda if there is one."
     )
@@ -89,7 +92,7 @@ class RunConfig(Section):
 
     @property
     def directory(self) -> Path:
-        return self.output / self.name
+        return self.output.expanduser() / self.name
 
     def views(self):
         """The augmentation: the method's preset or the one named, with the overrides."""
@@ -110,7 +113,7 @@ class RunConfig(Section):
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"engine.accumulation={self.engine.accumulation}"
             )
-        if Path(self.name).name != self.name:
+        if Path(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name:
             raise ValueError(f"name={self.name!r} must be a plain directory name")
         return self
 
@@ -198,7 +201,12 @@ def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
         read = OmegaConf.load(path)
         if not isinstance(read, DictConfig):
             raise ConfigError(f"{path} holds {type(read).__name__}, not a mapping of keys")
-        merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
+        chosen = _dotted(overrides)
+        for section in SWITCHED:  # another method, source ... has nothing of the recipe's options
+            name = OmegaConf.select(chosen, f"{section}.name")
+            if name is not None and name != OmegaConf.select(read, f"{section}.name"):
+                OmegaConf.update(read, section, {}, merge=False)
+        merged = OmegaConf.merge(read, chosen)
         unset = sorted(OmegaConf.missing_keys(merged))
         if unset:
             raise ConfigError(f"{path.stem} leaves {unset[0]} to you: add {unset[0]}=...")
@@ -206,6 +214,19 @@ def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path} with {overrides} does not read as YAML: {first}") from None
+
+
+def _dotted(overrides: list[str]) -> DictConfig:
+    """The overrides as a tree.  A value is YAML, but for the texts in VERBATIM, where a `#` or a
+    number is what it looks like."""
+    tree = OmegaConf.create({})
+    for text in overrides:
+        key, value = text.split("=", 1)
+        if key in VERBATIM:
+            OmegaConf.update(tree, key, value)
+        else:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([text]))
+    return tree  # type: ignore[return-value]
 
 
 def _sentence(error: ValidationError) -> str:

@@ -70,19 +70,26 @@ def require_even(x: Tensor, group: Group = None, name: str = "x") -> None:
     """Raise the same ValueError on every rank unless x has one shape on all of them.
 
     A collective over uneven rows would hang or mix samples up.  The shapes travel between hosts,
-    so this never waits for a device.
+    so this never waits for a device.  Ask it before any test that one rank alone may fail.
     """
+    require_all_even(group, **{name: x})
+
+
+def require_all_even(group: Group = None, **tensors: Tensor) -> None:
+    """`require_even` of several tensors by their names, in one message."""
     if world_size(group) == 1:
         return
-    if x.ndim > 7:
-        raise ValueError(f"{name} must have at most 7 dimensions, got {tuple(x.shape)}")
-    mine = torch.tensor([x.ndim, *x.shape, *[0] * (7 - x.ndim)])
+    mine = torch.tensor([[x.ndim, *x.shape[:7], *[0] * (7 - x.ndim)] for x in tensors.values()])
     host = _host_group(group)
     shapes = [torch.empty_like(mine) for _ in range(world_size(group))]
     dist.all_gather(shapes, mine, group=host)
-    seen = [tuple(s[1 : 1 + int(s[0])].tolist()) for s in shapes]
-    if any(shape != seen[0] for shape in seen):
-        raise ValueError(f"{name} must have the same shape on every rank, got {seen} by rank")
+    for i, name in enumerate(tensors):
+        rows = [s[i].tolist() for s in shapes]
+        seen = [tuple(row[1 : 1 + row[0]]) for row in rows]
+        if any(row[0] > 7 for row in rows):
+            raise ValueError(f"{name} must have at most 7 dimensions, got {seen} ... by rank")
+        if any(shape != seen[0] for shape in seen):
+            raise ValueError(f"{name} must have the same shape on every rank, got {seen} by rank")
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -127,21 +134,23 @@ def _reduce(x: Tensor, group: Group) -> Tensor:
     return total.to(x.dtype)
 
 
-def all_gather_rows(x: Tensor, group: Group = None) -> Tensor:
+def all_gather_rows(x: Tensor, group: Group = None, *, check: bool = True) -> Tensor:
     """Every rank's rows, joined in rank order: (b, ...) -> (W * b, ...), same dtype.
 
     Backward: reduce-scatter with a sum (in float32 for 16-bit tensors): row i of rank r gets the
     sum of the gradients that all ranks have for it.  First order only.
     Raises ValueError, on every rank alike, when the ranks' shapes differ; for a 0-d tensor.
+    check=False leaves out the comparison of shapes, for a caller that has just made it.
 
     >>> all_gather_rows(torch.arange(3)).tolist()
     [0, 1, 2]
     """
+    if check:
+        require_even(x, group)
     if x.ndim == 0:
         raise ValueError("x must have rows to gather, got a 0-d tensor")
     if world_size(group) == 1:
         return x
-    require_even(x, group)
     return _AllGatherRows.apply(x, group)  # pyright: ignore[reportReturnType]
 
 

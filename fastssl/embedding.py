@@ -92,7 +92,7 @@ def two_views(features: Features, source: ImageSource, views: Views, seed: int, 
     Both are drawn by the first entry of `views`.  Collective under ZeRO-3.
     """
     pairs: list[list[Tensor]] = []
-    for i in range(0, len(source), max(1, len(source) // count)):
+    for i in range(0, len(source), max(1, -(-len(source) // count))):
         try:
             image = source.image(i)
         except BadImage:  # embed has counted and named it

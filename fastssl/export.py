@@ -1,12 +1,14 @@
 """A run's encoder for use elsewhere: loaded from safetensors, never from a pickle."""
 
+import contextlib
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -54,30 +56,38 @@ def export(run: Path, out: Path, fmt: str) -> Path:
     `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names.
     Raises ConfigError for another fmt or an `out` that exists and is something else.
     """
+    if fmt not in ("timm", "safetensors"):
+        raise ConfigError(f"--format {fmt!r} is not one of timm, safetensors")
+    if out.is_dir() if fmt == "safetensors" else out.is_file():
+        wanted = "file" if fmt == "safetensors" else "directory"
+        raise ConfigError(f"--out {out} is there and no {wanted}, which {fmt} wants")
     encoder, cfg, channels = load_encoder(run, device="cpu")
     backbone = encoder.backbone
     weights = {k: v.contiguous() for k, v in backbone.state_dict().items()}
     facts = {"format": "pt", "architecture": cfg.model.name, "method": cfg.method.name}
-    if fmt == "safetensors":
+    with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, out, metadata=facts)
-        back = load_file(out)
-    elif fmt == "timm":
-        if out.is_file():
-            raise ConfigError(f"--out {out} is a file; the timm format wants a directory")
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(weights, out / "model.safetensors", metadata=facts)
-        (out / "config.json").write_text(
-            json.dumps(_timm_config(cfg, backbone, channels), indent=1)
-        )
-        back = timm.create_model(f"local-dir:{out}", pretrained=True).state_dict()
-    else:
-        raise ConfigError(f"--format {fmt!r} is not one of timm, safetensors")
+        if fmt == "safetensors":
+            save_file(weights, out, metadata=facts)
+            back = load_file(out)
+        else:
+            out.mkdir(exist_ok=True)
+            save_file(weights, out / "model.safetensors", metadata=facts)
+            text = json.dumps(_timm_config(cfg, backbone, channels), indent=1)
+            (out / "config.json").write_text(text)
+            back = timm.create_model(f"local-dir:{out}", pretrained=True).state_dict()
     different = [k for k in weights.keys() | back.keys() if not _equal(weights, back, k)]
     if different:
-        shutil.rmtree(out) if out.is_dir() else out.unlink()
         raise ValueError(f"the export of {run} does not read back equal: {sorted(different)[:5]}")
     return out
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--out {out} cannot be written: {error}") from error
 
 
 def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str, str]]]:
@@ -114,8 +124,10 @@ def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str,
         columns["labels"] = np.concatenate([e.labels.numpy() for _, _, e in done])  # type: ignore
         columns["classes"] = np.array(split.train.classes)
     aside = out.with_name(f".{out.name}.partial.npz")
-    np.savez(aside, **columns)  # type: ignore[arg-type]
-    aside.replace(out)
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(aside, **columns)  # type: ignore[arg-type]
+        aside.replace(out)
     return len(columns["names"]), [entry for _, _, e in done for entry in e.bad]
 
 
@@ -158,4 +170,6 @@ def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
 
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor], key: str) -> bool:
-    return key in a and key in b and torch.equal(a[key], b[key])
+    if key not in a or key not in b:
+        return False
+    return torch.allclose(a[key], b[key], rtol=0, atol=0, equal_nan=True)

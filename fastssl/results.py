@@ -4,9 +4,11 @@ Three encoders stand side by side: the pretrained one, the same at random initia
 by the run before its first step), and raw pixels (averaged down to at most 32 x 32).
 """
 
+import contextlib
 import json
 import platform
 import resource
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,7 +47,7 @@ PACKAGES = ("fastssl", "torch", "deepspeed", "timm", "torchvision", "triton", "s
 class EvaluationError(ValueError):
     """The features are of no use: not finite."""
 
-    exit_code = 3
+    exit_code, on_every_rank = 3, True
 
 
 class Evaluator:
@@ -64,8 +66,10 @@ class Evaluator:
 
     def pictures_before(self, directory: Path) -> None:
         """What the run trains on: a contact sheet of the first images and their views."""
-        if distributed.rank() == 0:
-            sheet = contact_sheet(self.split.train, self.views, self.cfg.seed)
+        with first_rank_writes("views.png cannot be written"):
+            sheet: list[Tensor] = []
+            if distributed.rank() == 0:
+                sheet = contact_sheet(self.split.train, self.views, self.cfg.seed)
             if sheet:
                 plot_views([_shown(view, self.views) for view in sheet], directory / "views.png")
 
@@ -98,7 +102,8 @@ class Evaluator:
         seeds = torch.arange(len(images))
         method.eval()
         place = self.engine.device
-        masked, painted = method.reconstruct(images.to(place), seeds.to(place))
+        with self.engine.whole_parameters():
+            masked, painted = method.reconstruct(images.to(place), seeds.to(place))
         return tuple(  # type: ignore[return-value]
             _shown(x.float().cpu(), self.views) for x in (images, masked, painted)
         )
@@ -150,6 +155,8 @@ def evaluate_on(
 
 def scores(measured: Evaluation | None) -> dict[str, float]:
     """The measures that were taken, by name."""
+    if measured is None:
+        return {}
     return {name: v for name in MEASURES if (v := getattr(measured, name)) is not None}
 
 
@@ -182,21 +189,28 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
         "versions": versions(),
         "command": command,
     }
-    problem = ""
-    if distributed.rank() == 0:
-        try:
+    with first_rank_writes("the run is complete and saved, but its report is not written"):
+        if distributed.rank() == 0:
             aside = run.directory / ".results.partial"
             aside.write_text(json.dumps(results, indent=1))
             aside.replace(run.directory / "results.json")
-        except OSError as error:
-            problem = f"the run is complete and saved, but its results are not written: {error}"
+        run.evaluator.pictures_after(run.directory, results["rows"][1:])
+        if distributed.rank() == 0:
+            write_report(run.directory)
+    return results
+
+
+@contextlib.contextmanager
+def first_rank_writes(sentence: str) -> Iterator[None]:
+    """A disk that refuses the first rank is a LogError on every rank, not a hang on the others."""
+    problem = ""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{sentence}: {error}"
     problem = distributed.broadcast_object(problem)
     if problem:
         raise LogError(problem)
-    run.evaluator.pictures_after(run.directory, results["rows"][1:])
-    if distributed.rank() == 0:
-        write_report(run.directory)
-    return results
 
 
 def contact_sheet(source: ImageSource, views: Views, seed: int, count: int = 8) -> list[Tensor]:

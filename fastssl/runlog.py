@@ -35,7 +35,7 @@ class Silent:
 class LogError(RuntimeError):
     """The disk refuses the log, as it soon would the next checkpoint."""
 
-    exit_code = 4
+    exit_code = 4  # raised by the first rank alone, or by all of them
 
 
 class RunLog:

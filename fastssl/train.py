@@ -6,21 +6,17 @@ The run is a function of its configuration: data order, augmentations and masks 
 and the step alone, so that a run that was killed and resumed ends with the same numbers.
 """
 
-import contextlib
-import fcntl
-import shutil
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from fastssl import config, distributed
+from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig
 from fastssl.data.datasets import Split, open_source
 from fastssl.data.loader import PretrainLoader
@@ -30,19 +26,20 @@ from fastssl.engine.engine import Engine, Step
 from fastssl.methods import Method, build_method
 from fastssl.models import build_backbone
 from fastssl.results import Evaluator, finish
+from fastssl.rundir import forget_replaced, prepared
 from fastssl.runlog import RunLog, Silent, Watch
 
 
 class NonFinite(RuntimeError):
     """The loss or a gradient was not finite: says where, on which images, what is still good."""
 
-    exit_code = 3
+    exit_code, on_every_rank = 3, True
 
 
 class Interrupted(RuntimeError):
     """The run was asked to stop; its state is saved."""
 
-    exit_code = 5
+    exit_code, on_every_rank = 5, True
 
 
 @dataclass
@@ -91,6 +88,7 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
             world=distributed.world_size(),
             workers=cfg.data.workers,
         )
+        check_steps(cfg, loader)
         with prepared(cfg) as directory:
             engine = Engine(
                 method,
@@ -100,7 +98,16 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
                 batch_size=cfg.batch_size,
                 monitor=directory / "tensorboard" if cfg.log.tensorboard else None,
             )
+            forget_replaced(cfg)
             return Run(cfg, split, loader, engine, watch).go(command)
+
+
+def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
+    """Raise ConfigError for a schedule that does not fit the run's number of steps."""
+    try:
+        cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from error
 
 
 class Run:
@@ -118,6 +125,7 @@ class Run:
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop = False
+        self.bad: list[tuple[str, str]] = []  # unreadable images not yet logged
         torch.manual_seed((cfg.seed << 20) + distributed.rank())  # each rank its own dropout
 
     def go(self, command: str) -> dict[str, Any]:
@@ -137,14 +145,13 @@ class Run:
     def train(self) -> None:
         """The loop.  A window of steps is timed as one, since the device runs behind the host."""
         state, engine = self.progress, self.engine
-        bad: list[tuple[str, str]] = []
         window, since = 0, time.perf_counter()
         for batch in self.loader.stream(state.step, self.total):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             step = engine.step(batch, lr, stop=self.asked_to_stop)
             state.step += 1
             window += 1
-            bad += batch["bad"]
+            self.bad += batch["bad"]
             if not step.finite:
                 self.refuse(step, batch)
             engine.method.after_step(state.step / self.total)
@@ -152,8 +159,7 @@ class Run:
             row = None
             if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
                 row = self.report(step, lr, window, since)
-                self.log.bad_images(state.step, bad)
-                bad = []
+                self.log_bad()
             self.watch.advance(state.step, row)
             self.after(ends_epoch, step.stop)
             if row is not None:
@@ -168,7 +174,8 @@ class Run:
         images, seconds = window * self.cfg.batch_size, time.perf_counter() - since
         state.images, state.seconds = state.images + images, state.seconds + seconds
         state.last = dict(zip(names, values, strict=True))
-        state.epoch_losses.append(state.last["loss"])
+        if math.isfinite(state.last["loss"]):
+            state.epoch_losses.append(state.last["loss"])
         row = {**state.last, "lr": lr, "images_per_s": images / seconds}
         epoch = state.step / self.steps_per_epoch
         self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
@@ -179,7 +186,7 @@ class Run:
         state, cfg = self.progress, self.cfg
         epoch, last = state.step // self.steps_per_epoch, state.step == self.total
         metrics: dict[str, float] = {}
-        if ends_epoch:
+        if ends_epoch and state.epoch_losses:
             metrics["loss"] = fmean(state.epoch_losses)
             state.epoch_losses = []
         if ends_epoch and (last or _due(epoch, cfg.evaluate.every)):
@@ -187,6 +194,7 @@ class Run:
         best = self.improves(metrics)
         due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
         if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
+            self.log_bad()
             self.checkpoints.save(self.engine, state.step, vars(state).copy(), best=best)
         if stop and not last:
             raise Interrupted(
@@ -194,10 +202,14 @@ class Run:
                 f"{self.checkpoints.folder}: resume=auto continues"
             )
 
+    def log_bad(self) -> None:
+        self.log.bad_images(self.progress.step, self.bad)
+        self.bad = []
+
     def improves(self, metrics: dict[str, float]) -> bool:
         """Whether this is the best state so far, by checkpoint.best, where that was measured."""
         name = self.cfg.checkpoint.best
-        if name not in metrics:
+        if name not in metrics or not math.isfinite(metrics[name]):
             return False
         value = -metrics[name] if name == "loss" else metrics[name]
         if self.progress.best is not None and value <= self.progress.best:
@@ -218,14 +230,16 @@ class Run:
         state = self.progress
         indices = [i for part in distributed.gather_objects(batch["index"].tolist()) for i in part]
         where = f"the loss or a gradient was not finite at step {state.step}"
+        some = f"images {indices[:16]}"
+        if len(indices) > 16:
+            some += f" and {len(indices) - 16} more, all in metrics.jsonl"
+        self.log.row("event", state.step, what="nonfinite", detail=where, images=indices)
         if self.cfg.engine.on_nonfinite == "skip":
-            self.log.event(state.step, "nonfinite", f"{where}: step skipped (images {indices})")
+            self.watch.say(f"{where}: step skipped ({some})")
             return
         last = self.checkpoints.latest()
         good = self.checkpoints.folder / last if last else "none yet"
-        text = f"{where}; images {indices}; last good checkpoint: {good}"
-        self.log.event(state.step, "nonfinite", text)
-        raise NonFinite(text)
+        raise NonFinite(f"{where}; {some}; last good checkpoint: {good}")
 
     def warn(self) -> None:
         parts, method = self.cfg.engine.accumulation, self.cfg.method.name
@@ -247,6 +261,11 @@ class Run:
             for note in notes:
                 self.log.event(0, "damaged", note)
             return
+        if saved["step"] > self.total:
+            raise ConfigError(
+                f"epochs={self.cfg.epochs} is {self.total} steps, and the run is at step "
+                f"{saved['step']} already: give more epochs"
+            )
         self.progress = Progress(**{k: saved[k] for k in vars(self.progress)})
         self.log.cut(self.progress.step)
         for note in notes:
@@ -276,54 +295,6 @@ class _Signals:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def prepared(cfg: RunConfig) -> Iterator[Path]:
-    """The run's directory, new, replaced or taken up, with its configuration in it, and locked.
-
-    Raises ConfigError when a run of that name is going on, or exists and neither resume nor
-    overwrite is asked for, and when the configuration differs from the one resumed, naming each
-    difference.
-    """
-    with contextlib.ExitStack() as stack:
-        problem = None
-        if distributed.rank() == 0:
-            try:
-                cfg.output.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(cfg.output / f".{cfg.name}.lock", "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                problem = _prepare(cfg)
-            except ConfigError as error:
-                problem = str(error)
-            except BlockingIOError:
-                problem = f"{cfg.directory} is being trained by another process: choose name=..."
-            except OSError as error:
-                problem = f"output={cfg.output} cannot be written to: {error}"
-        problem = distributed.broadcast_object(problem)
-        if problem:
-            raise ConfigError(problem)
-        yield cfg.directory
-
-
-def _prepare(cfg: RunConfig) -> str | None:
-    directory, saved = cfg.directory, cfg.directory / "config.yaml"
-    if saved.is_file() and cfg.resume == "auto":
-        changed = config.differences(config.load(directory), cfg)
-        if changed:
-            return f"{directory} is another run: {'; '.join(changed)}; give name=... a new name"
-    elif saved.is_file() and not cfg.overwrite:
-        return (
-            f"{directory} already holds a run: resume=auto continues it, overwrite=true replaces "
-            f"it, name=... makes another"
-        )
-    elif saved.is_file():
-        shutil.rmtree(directory)
-    directory.mkdir(exist_ok=True)
-    aside = directory / ".config.partial"
-    aside.write_text(config.dump(cfg))
-    aside.replace(saved)
-    return None
 
 
 def _due(count: int, every: int) -> bool:

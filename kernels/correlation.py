@@ -28,7 +28,7 @@ from fastssl.distributed import (
     all_gather_nograd,
     all_gather_rows,
     all_reduce_sum,
-    require_even,
+    require_all_even,
     world_size,
 )
 
@@ -211,12 +211,15 @@ _FROBENIUS = declare("frobenius_sq", torch=_frobenius_torch, reference=frobenius
 
 
 def _check_rows(unbiased: bool, group: Group, **tensors: Tensor) -> None:
-    """Refuse what is not (N, D) float rows, as many on every rank and enough for a variance."""
+    """Refuse what is not (N, D) float rows, as many on every rank and enough for a variance.
+
+    What all ranks refuse together comes first: one that left alone would leave the others waiting.
+    """
+    require_all_even(group, **tensors)
     require_float(**tensors)
     for name, x in tensors.items():
         if x.ndim != 2:
             raise ValueError(f"{name} must be (N, D), got {tuple(x.shape)}")
-        require_even(x, group, name)
         if len(x) * world_size(group) <= int(unbiased):
             raise ValueError(f"{name} must have more than {int(unbiased)} rows, got {len(x)}")
 
@@ -295,9 +298,9 @@ def frobenius_sq(
     >>> frobenius_sq(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])).item()
     45.0
     """
+    _check_rows(False, process_group, a=a, b=b)
     if a.shape[:1] != b.shape[:1] or a.dtype != b.dtype:
         got = f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
         raise ValueError(f"a and b must have the same rows and dtype, got {got}")
-    _check_rows(False, process_group, a=a, b=b)
     out = _FROBENIUS(impl, a.device, a, b, process_group)
     return out.to(accumulator(a.dtype))

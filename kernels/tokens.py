@@ -49,7 +49,8 @@ class _RestoreTokens(torch.autograd.Function):
         if pos is not None:
             added = pos.to(visible.dtype)
             shown, hidden = visible + added[places], (token + added).expand(B, -1, -1)
-        out = hidden.contiguous().scatter_(1, _wide(places, D), shown)
+        out = hidden.clone(memory_format=torch.contiguous_format)  # else, at one place, mask_token
+        out.scatter_(1, _wide(places, D), shown)
         ctx.save_for_backward(places, ids_restore)
         ctx.dtypes = mask_token.dtype, None if pos is None else pos.dtype
         return out

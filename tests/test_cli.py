@@ -102,8 +102,17 @@ def test_export_refuses_what_it_cannot_write(run, tmp_path):
     with pytest.raises(ConfigError, match="--format 'onnx' is not one of"):
         call("export", run.directory, "--format", "onnx")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(ConfigError, match="is there and no directory"):
         call("export", run.directory, "--out", tmp_path / "file")
+
+
+def test_a_failed_export_deletes_nothing(run, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    monkeypatch.setattr("fastssl.export._equal", lambda *a: False)
+    with pytest.raises(ValueError, match="does not read back equal"):
+        call("export", run.directory, "--out", tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
 def test_recipes_and_doctor():
@@ -129,7 +138,7 @@ def test_mistakes_end_in_a_sentence_and_a_code(monkeypatch, capsys, tmp_path, ru
         code == 2 and said.startswith("fastssl: unknown key optim.lrr=1") and said.count("\n") == 1
     )
     code, said = mistake(monkeypatch, capsys, "pretrain", "mae-digits", "model.name=resnet18")
-    assert code == 2 and "do not fit 'resnet18'" in said and "Traceback" not in said
+    assert code == 2 and "VisionTransformer" in said and "Traceback" not in said
     source = ["data.source.name=folder", f"data.source.path={tmp_path}/none"]
     code, said = mistake(monkeypatch, capsys, "pretrain", "simclr-fractals", *source)
     assert code == 2 and said.count("\n") == 1

@@ -49,6 +49,23 @@ def test_overrides_are_dotted_and_typed():
     assert cfg.optim.lr == 1e-4 and cfg.model.kwargs["depth"] == 3 and cfg.data.workers == 0
 
 
+def test_texts_are_taken_as_they_are():
+    cfg = resolve("simclr-digits", ["name=2024 #1", "output=/a b#c"])
+    assert cfg.name == "2024 #1" and str(cfg.output) == "/a b#c"
+    home = resolve("simclr-digits", ["output=~/runs"])
+    assert "~" not in str(home.directory)
+
+
+def test_another_choice_leaves_the_recipes_options_behind():
+    cfg = resolve("simclr-digits", ["method.name=barlow_twins", "method.layers=2"])
+    assert cfg.method.name == "barlow_twins" and cfg.method.layers == 2
+    cfg = resolve("simclr-digits", ["optim.schedule.name=infinite"])
+    assert cfg.optim.schedule.name == "infinite"
+    cfg = resolve("mae-fractals", ["data.source.name=digits"])
+    assert cfg.data.source.name == "digits"
+    assert resolve("simclr-digits", ["method.name=simclr"]).method.hidden_dim == 256
+
+
 def test_a_schedule_without_a_name_is_the_cosine():
     cfg = resolve("simclr-fractals", ["optim.schedule.warmup=0.25"])
     assert cfg.optim.schedule.name == "cosine" and cfg.optim.schedule.warmup == 0.25
@@ -74,6 +91,8 @@ def test_a_schedule_without_a_name_is_the_cosine():
         ("optim.name=adamz", "optim.name=adamz is no optimizer.*did you mean adam"),
         ("optim.name=muon", "optim.name=muon needs whole tensors, and ZeRO stage 1"),
         ("engine.accumulation=3", "batch_size=256 is not a multiple of engine.accumulation=3"),
+        ("name=..", "name='..' must be a plain directory name"),
+        ("seed=99999999999999999999", "seed=99999999999999999999 is refused"),
         ("name=a/b", "name='a/b' must be a plain directory name"),
         ("data.source=digits", "data.source='digits' is refused"),
         ("optim", "override 'optim' is not of the form key=value"),

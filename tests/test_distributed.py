@@ -88,6 +88,11 @@ def each_rank(rank, world):
     calls = [D.all_gather_rows, D.all_gather_nograd, lambda z: frobenius_sq(z, z)]
     calls += [lambda z: standardise(z, eps=0.1), column_moments]
     seen["uneven"] = [refusal(lambda: call(uneven)) for call in calls]  # noqa: B023
+    seen["flat"] = [refusal(lambda: call(x[0] if rank == 1 else x)) for call in calls]  # noqa: B023
+    scalar = torch.tensor(1.0) if rank == 1 else x
+    seen["flat"].append(refusal(lambda: D.all_gather_rows(scalar)))
+    deep = torch.zeros([1] * (8 if rank == 1 else 2))
+    seen["deep"] = refusal(lambda: D.require_even(deep))
     return seen
 
 
@@ -204,6 +209,13 @@ def test_uneven_ranks_are_refused_on_every_rank(ranks):
     for seen in ranks:
         for words in seen["uneven"]:
             assert f"must have the same shape on every rank, got {shapes} by rank" in words
+
+
+def test_other_numbers_of_dimensions_are_refused_on_every_rank(ranks):
+    for seen in ranks:
+        assert len(seen["flat"]) == 6
+        assert all("must have the same shape on every rank" in words for words in seen["flat"])
+        assert "x must have at most 7 dimensions" in seen["deep"]
 
 
 def test_checks_of_a_group_without_a_cpu_backend(ranks):

@@ -13,7 +13,7 @@ LEVELS = [
     {"kernels"},
     {"losses", "models"},
     {"data", "methods", "evaluate", "report", "engine"},
-    {"train", "config", "results", "embedding", "runlog", "plan", "export", "doctor"},
+    {"train", "config", "results", "rundir", "embedding", "runlog", "plan", "export", "doctor"},
     {"cli", "progress", "__main__"},
 ]
 # Part of the same level, but a package of its own may not look into its neighbours.

@@ -10,6 +10,7 @@ config says which; `open_source` opens it:
 
 import fcntl
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .errors import DataError
@@ -94,11 +95,16 @@ class FractalsSource(_Source):
     )
 
 
+def _absolute(path: Path) -> Path:
+    """The same folder from wherever a saved config is read; `~nobody` stays, to be missed later."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
 class FolderSource(_Source):
     """Image files below a folder."""
 
     name: Literal["folder"] = Field(default="folder", description="which source this is")
-    path: Path = Field(
+    path: Annotated[Path, AfterValidator(_absolute)] = Field(
         description="class folders, or images alone; train/ and val/ (or test/) in it are the split"
     )
     flat: bool = Field(default=False, description="take every image below path, without labels")

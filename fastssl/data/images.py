@@ -4,6 +4,7 @@ Colour is what a viewer would show: EXIF orientation applied, transparency over 
 palettes converted, 16-bit grey scaled to 8, and float images stretched unless they are in [0, 1].
 """
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,13 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2".split()
 )
 _ORIENTATION = 0x0112  # the EXIF tag
+# What fails for want of files, memory or a disk says nothing of the image.
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE)
+
+
+def _of_the_machine(error: Exception) -> bool:
+    code = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MemoryError) or code in _MACHINE
 
 
 def _deep_to_8_bit(image: Image.Image) -> Image.Image:
@@ -39,7 +47,9 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # a damaged EXIF block says nothing against the pixels
+    except Exception as error:  # a damaged EXIF block says nothing against the pixels
+        if _of_the_machine(error):
+            raise
         return image
 
 
@@ -67,12 +77,15 @@ def _decode(path: Path) -> Tensor:
 def decode(path: Path, name: str) -> Tensor:
     """The pixels of an image file, uint8 (3, H, W); its first frame if it has several.
 
-    Raises BadImage(name, reason) for whatever cannot be read as an image.
+    Raises BadImage(name, reason) for whatever cannot be read as an image.  A failure of
+    the machine (no memory or file handle left, a disk's I/O error) is raised as it is.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit is checked above, odd metadata is harmless
             return _decode(path)
     except Exception as error:  # decoders raise whatever the bytes lead them to
+        if _of_the_machine(error):
+            raise
         what = str(error).replace(str(path), "the file") or type(error).__name__
         raise BadImage(name, " ".join(what.split())) from error

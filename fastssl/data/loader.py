@@ -6,6 +6,8 @@ the pair (epoch, index) and all its randomness is keyed by (seed, epoch, index):
 state, and to resume is to start at another step.
 """
 
+import atexit
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +119,34 @@ def _same(batch: Any) -> Any:
     return batch
 
 
+def _outlive_signals(worker: int) -> None:
+    """In a worker: the main process alone decides when to stop.
+
+    A cluster, or Ctrl-C, signals the whole process group, and a run that wants to finish its step
+    and save still needs batches.  An orphan is ended by torch's watchdog.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _ended(batches: Any) -> Iterator[None]:
+    """Workers told to end when the stream is left, at the latest when Python exits.
+
+    Python itself ends them by a SIGTERM, which they ignore, and would wait for them for ever.
+    """
+    end = getattr(batches, "_shutdown_workers", None)
+    if end is None:  # no workers
+        yield
+        return
+    atexit.register(end)
+    try:
+        yield
+    finally:
+        atexit.unregister(end)
+        end()
+
+
 def _run(fetch: _Fetch, batches: Any, workers: int) -> Iterator[Batch]:
     """One DataLoader over all of `batches`: no pause between epochs, workers started once."""
     loader = DataLoader(
@@ -126,16 +156,18 @@ def _run(fetch: _Fetch, batches: Any, workers: int) -> Iterator[Batch]:
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global one
+        worker_init_fn=_outlive_signals,
     )
     with (
         warnings.catch_warnings()
     ):  # Python 3.12 on warns of any fork beside threads; torch has some
         warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
         batches = iter(loader)
-    for batch in batches:
-        if "error" in batch:
-            raise DataError(batch["error"])
-        yield batch
+    with _ended(batches):
+        for batch in batches:
+            if "error" in batch:
+                raise DataError(batch["error"])
+            yield batch
 
 
 def _check_split(rank: int, world: int, workers: int) -> None:

@@ -121,6 +121,7 @@ class Views(BaseModel):
 
 _CROP = {"crop_ratio": (3 / 4, 4 / 3), "flip": 0.5}
 _STRONG = {"jitter": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+_HALF = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 _MILD = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 
 
@@ -130,8 +131,13 @@ def _blur(size: int, probability: float) -> dict[str, float]:
 
 
 def _simclr(size: int) -> list[dict[str, Any]]:
-    """Chen et al. 2020, arXiv:2002.05709, appendix A (224 pixels) and B.9 (32: no blur)."""
-    look = {**_CROP, **_STRONG, "grayscale": 0.2, **_blur(size, 0.5)}
+    """Chen et al. 2020, arXiv:2002.05709, appendix A (224 pixels) and B.9 (32: no blur).
+
+    Up to 32 pixels its colour changes have half the strength, as google-research/simclr says for
+    CIFAR-10 (color_jitter_strength=0.5).
+    """
+    colour = _STRONG if size > 32 else _HALF
+    look = {**_CROP, **colour, "grayscale": 0.2, **_blur(size, 0.5)}
     return [{"size": size, "count": 2, "crop_scale": (0.08, 1.0), **look}]
 
 

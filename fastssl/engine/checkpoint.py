@@ -35,7 +35,7 @@ TAG = "deepspeed"
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; says which, why, and what is still good."""
 
-    exit_code = 4
+    exit_code, on_every_rank = 4, True
 
 
 @dataclass
@@ -72,6 +72,9 @@ class Checkpoints:
             _try(errors, lambda: _fresh_directory(aside))
         self._all_ok(errors, aside)
         encoder = engine.encoder_state()
+        if not all(torch.isfinite(value).all() for value in encoder.values()):
+            errors.append("the encoder's weights are not finite")
+        self._all_ok(errors, aside)
         with _recording(engine, errors):
             engine.ds.save_checkpoint(str(aside), tag=TAG, save_latest=False)
         _try(errors, lambda: torch.save(_rng_state(), aside / f"rng-{distributed.rank()}.pt"))
@@ -96,6 +99,9 @@ class Checkpoints:
             damage = [d for d in distributed.gather_objects(damaged(path, share=True)) if d]
             if damage:
                 notes.append(f"checkpoint {name} is damaged ({damage[0]}): passed over")
+                if distributed.rank() == 0:  # it must not count among those that are kept
+                    shutil.rmtree(self.folder / f".damaged-{name}", ignore_errors=True)
+                    os.replace(path, self.folder / f".damaged-{name}")
                 continue
             trainer = json.loads((path / "trainer.json").read_text())
             world = distributed.world_size()
@@ -187,13 +193,15 @@ def encoder_file(run: Path) -> Path:
 @contextlib.contextmanager
 def _recording(engine: Engine, errors: list[str]):
     """DeepSpeed has barriers between its writes: a rank whose write failed must reach them too."""
-    writer = engine.ds.checkpoint_engine
+    writer, ds = engine.ds.checkpoint_engine, engine.ds
     save = writer.save
     writer.save = lambda state_dict, path: _try(errors, lambda: save(state_dict, path))
+    ds._copy_recovery_script = lambda path: None  # scripts that nobody here needs
     try:
         yield
     finally:
         writer.save = save
+        del ds._copy_recovery_script
 
 
 def _try(errors: list[str], action) -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class EngineError(ValueError):
     """This machine cannot run what was asked for.  The message says what to do."""
 
-    exit_code = 2
+    exit_code, on_every_rank = 2, True
 
 
 class Section(BaseModel):

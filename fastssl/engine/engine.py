@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import distributed
+from fastssl.models import widen_batch_norms
 
 from .config import EngineConfig, EngineError
 from .launch import deepspeed
@@ -41,7 +42,7 @@ class Engine:
     batch_size: images in an optimiser step over all ranks and micro-batches.
     monitor: directory of TensorBoard events, or None.
     Raises EngineError when the batch does not divide among ranks and micro-batches,
-    and for activation checkpointing of an encoder without it.
+    for activation checkpointing of an encoder without it, and for what DeepSpeed refuses.
     """
 
     def __init__(
@@ -63,12 +64,17 @@ class Engine:
             )
         if cfg.activation_checkpointing:
             _checkpoint_activations(method.encoder)  # type: ignore[arg-type]
-        self.ds, *_ = deepspeed().initialize(
-            model=method,
-            optimizer=build_optimizer(method, optim),
-            config=self._deepspeed_config(optim.clip, batch_size // shares, monitor),
-            dist_init_required=False,
-        )
+        if cfg.precision == "bf16":
+            widen_batch_norms(method)
+        try:
+            self.ds, *_ = deepspeed().initialize(
+                model=method,
+                optimizer=build_optimizer(method, optim),
+                config=self._deepspeed_config(optim.clip, batch_size // shares, monitor),
+                dist_init_required=False,
+            )
+        except (AssertionError, ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"DeepSpeed or the optimiser refuses this: {error}") from error
         after_initialize(self.ds)
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
 
@@ -82,7 +88,7 @@ class Engine:
         stop: this rank was asked to stop; the answer tells whether any rank was.
         """
         for group in self.ds.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr
         if not self.method.training:
             self.method.train()
         finite = torch.ones((), device=self.device, dtype=torch.bool)
@@ -107,6 +113,11 @@ class Engine:
         self.method.eval()
         with torch.no_grad():
             return self.method.features(images.to(self.device, non_blocking=True))
+
+    def whole_parameters(self):
+        """A context in which every rank sees whole parameters, also at stage 3.  Collective."""
+        parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
+        return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's whole tensors on the CPU, float32 masters where there are any.
@@ -171,7 +182,9 @@ class Engine:
         views = [view.chunk(n) for view in batch["views"]]
         rest = {key: batch[key].chunk(n) for key in ("index", "seeds")}
         for i in range(n):
-            micro = {key: parts[i].to(self.device) for key, parts in rest.items()}
+            micro = {
+                key: parts[i].to(self.device, non_blocking=True) for key, parts in rest.items()
+            }
             yield {"views": [v[i].to(self.device, non_blocking=True) for v in views], **micro}
 
     def _agree(self, finite: Tensor, stop: bool) -> "torch.cuda.Event | None":

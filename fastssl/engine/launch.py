@@ -10,6 +10,8 @@ import torch
 
 from .config import EngineError
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets
+
 
 @contextlib.contextmanager
 def session(device: str) -> Iterator[torch.device]:
@@ -17,13 +19,13 @@ def session(device: str) -> Iterator[torch.device]:
 
     device: "auto", "cpu" or "cuda".  Under torchrun the ranks it made; alone, a world of one.
     Back end: nccl on CUDA, gloo on CPU.  A process group that is there already is used and left.
-    Raises EngineError when CUDA is asked for and absent.
+    Raises EngineError when CUDA is asked for and absent, and in half of a launcher's environment.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
     on_cuda = device != "cpu" and torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-    alone = {} if "RANK" in os.environ else _world_of_one()
+    alone = {} if _launched() else _world_of_one()
     os.environ.update(alone)
     place = torch.device("cpu")
     if on_cuda:
@@ -49,6 +51,16 @@ def deepspeed() -> Any:
     module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel("ERROR")
     return module
+
+
+def _launched() -> bool:
+    """Whether a launcher has set this process up as one of several, or as the only one."""
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise EngineError(
+            f"RANK is set, but {', '.join(missing)} not: start with torchrun, or unset RANK"
+        )
+    return not missing
 
 
 def _world_of_one() -> dict[str, str]:

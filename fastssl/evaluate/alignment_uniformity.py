@@ -10,6 +10,7 @@ Source: Wang & Isola 2020, arXiv:2005.10242, section 4.1 (alpha = 2, t = 2).
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +41,7 @@ def alignment(a: Tensor, b: Tensor, alpha: float = 2.0) -> float:
 def uniformity(x: Tensor, t: float = 2.0) -> float:
     """Log of the mean Gaussian potential over pairs of different rows of `x` (N, D).
 
+    A row of zeros has no direction: it coincides with its like, orthogonal to all other rows.
     Takes O(N * N * D) operations and O(N) memory beside the features.
     Raises ValueError: fewer than 2 samples, non-finite features, t <= 0.
 
@@ -49,7 +51,9 @@ def uniformity(x: Tensor, t: float = 2.0) -> float:
     """
     if t <= 0:
         raise ValueError(f"t must be > 0, got {t}")
-    x = F.normalize(checked_features("x", x), dim=1)
+    x = checked_features("x", x)
+    zero = (x == 0).all(1, keepdim=True).to(x.dtype)
+    x = torch.cat([F.normalize(x, dim=1), zero], dim=1)
     # On the sphere -t |x_i - x_j|^2 = 2t (x_i . x_j - 1): each row is one streamed log-sum-exp.
     rows = pairwise_lse(x, x, 2 * t, mask=exclude_self).double()
     return float(rows.logsumexp(0)) - 2 * t - math.log(len(x) * (len(x) - 1))

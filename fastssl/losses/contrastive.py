@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.distributed import LOCAL, Group, all_gather_rows, rank
+from fastssl.distributed import LOCAL, Group, all_gather_rows, rank, require_all_even
 from fastssl.kernels import exclude_self, pairwise_lse
 
 
@@ -54,11 +54,13 @@ class NTXentLoss(nn.Module):
         self.process_group = process_group if gather_distributed else LOCAL
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        # First what all ranks refuse together: one that left alone would leave the others waiting.
+        require_all_even(self.process_group, z0=z0, z1=z1)
         if z0.ndim != 2 or z0.shape != z1.shape or len(z0) == 0:
             shapes = f"{tuple(z0.shape)} and {tuple(z1.shape)}"
             raise ValueError(f"z0 and z1 must both be (B, D) with B > 0, got {shapes}")
         pairs = torch.stack([z0, z1], dim=1)  # (B, 2, D): a view's twin is its neighbour
-        everyone = all_gather_rows(pairs, self.process_group).flatten(0, 1)
+        everyone = all_gather_rows(pairs, self.process_group, check=False).flatten(0, 1)
         keys = F.normalize(everyone.double() if z0.dtype == torch.float64 else everyone.float())
         images = torch.arange(len(keys), device=keys.device) // 2
         mine, mine_images = keys, images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastssl.distributed import LOCAL, Group, all_reduce_sum, world_size
+from fastssl.distributed import LOCAL, Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels import cross_diagonal, frobenius_sq, standardise
 
 
@@ -49,10 +49,12 @@ class BarlowTwinsLoss(nn.Module):
         self.process_group = process_group if gather_distributed else LOCAL
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        group = self.process_group
+        # First what all ranks refuse together: one that left alone would leave the others waiting.
+        require_all_even(group, z_a=z_a, z_b=z_b)
         if z_a.ndim != 2 or z_a.shape != z_b.shape:
             shapes = f"{tuple(z_a.shape)} and {tuple(z_b.shape)}"
             raise ValueError(f"z_a and z_b must both be (B, D), got {shapes}")
-        group = self.process_group
         n = len(z_a) * world_size(group)
         if n < 2:
             raise ValueError(f"the joined batch must have at least 2 rows, got {n}")

@@ -1,7 +1,7 @@
 """Encoders and heads: timm backbones by name, MaskedViT over a timm ViT, projection heads."""
 
 from .backbones import backbone_arguments, build_backbone, feature_dim, is_vit
-from .heads import BatchNorm1d, MAEDecoder, projection_head
+from .heads import BatchNorm1d, MAEDecoder, projection_head, widen_batch_norms
 from .masked_vit import MaskedViT
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "feature_dim",
     "is_vit",
     "projection_head",
+    "widen_batch_norms",
 ]

@@ -32,7 +32,10 @@ def build_backbone(name: str, *, channels: int, image_size: int, kwargs: dict[st
 
 def backbone_arguments(name: str, channels: int, image_size: int, kwargs: dict[str, Any]):
     """What `timm.create_model` is given besides the name: our defaults, then `kwargs`."""
-    family = {**_VIT_DEFAULTS, "img_size": image_size} if is_vit(name) else {}
+    family: dict[str, Any] = dict(_VIT_DEFAULTS) if is_vit(name) else {}
+    fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
+    if fixed or is_vit(name):
+        family["img_size"] = image_size
     return {"num_classes": 0, "in_chans": channels, **family, **kwargs}
 
 

@@ -1,5 +1,7 @@
 """Heads that stand between an encoder and its loss, and the light decoder of MAE."""
 
+from functools import lru_cache
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -31,11 +33,35 @@ class BatchNorm1d(nn.BatchNorm1d):
             return
         mean, var = column_moments(x)
         n = x.shape[0] * world_size()
-        momentum = 0.1 if self.momentum is None else self.momentum
+        assert self.momentum is not None, "a cumulative average is not offered across ranks"
+        momentum = self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), momentum)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+
+
+def widen_batch_norms(model: nn.Module) -> None:
+    """Let every batch norm of a bfloat16 model compute in float32, as its statistics are.
+
+    The engine casts parameters and leaves buffers; torch refuses the mixture.  The layer then sees
+    float32 copies of its weight and bias; names, parameters and state_dict stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = _widened(type(module))
+
+
+@lru_cache
+def _widened(kind: type) -> type:
+    def wide(name: str) -> property:
+        def get(module: nn.Module) -> Tensor | None:
+            value = module._parameters[name]
+            return None if value is None else value.float()
+
+        return property(get)
+
+    return type(kind.__name__, (kind,), {"weight": wide("weight"), "bias": wide("bias")})
 
 
 def projection_head(dim: int, hidden: int, out: int, layers: int, *, final_norm: bool):

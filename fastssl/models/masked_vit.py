@@ -10,6 +10,7 @@ Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:
 """
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ class MaskedViT(nn.Module):
     """Wraps `vit`; `forward(images, ids)` gives the normed tokens (B, P + K, E) of those patches.
 
     Exact: equal to embedding every patch, adding positions, then dropping the hidden ones.
-    Raises ValueError for a model that is not a timm VisionTransformer with learned positions and
-    a plain convolution as patch embedding.
+    Raises ValueError for a model that is not a timm VisionTransformer with learned positions, a
+    plain convolution as patch embedding and no tokens but class and registers, and for an image
+    size that its patches do not fill.
     """
 
     def __init__(self, vit: nn.Module):
@@ -34,6 +36,7 @@ class MaskedViT(nn.Module):
             )
         if vit.pos_embed is None or vit.dynamic_img_size:
             raise ValueError("MaskedViT needs learned positions of a fixed image size")
+        _check_embedding(vit)
         self.vit = vit
 
     @property
@@ -68,3 +71,19 @@ class MaskedViT(nn.Module):
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # type: ignore[union-attr, operator]
         x = nn.functional.linear(patches.to(weight.dtype), weight, conv.bias)  # type: ignore
         return self.vit.patch_embed.norm(x)  # type: ignore[operator]
+
+
+def _check_embedding(vit: VisionTransformer) -> None:
+    """Refuse patches and prefix tokens that `MaskedViT` would embed otherwise than `vit` does."""
+    embed = vit.patch_embed
+    prefix = sum(t.shape[1] for t in (vit.cls_token, vit.reg_token) if t is not None)
+    if not isinstance(embed, PatchEmbed) or prefix != vit.num_prefix_tokens:
+        raise ValueError(
+            "MaskedViT needs a convolution as patch embedding and no tokens but class and "
+            f"registers, got {type(vit).__name__} with {type(embed).__name__} and "
+            f"{vit.num_prefix_tokens} prefix tokens, {prefix} of them class and registers"
+        )
+    size, patch = embed.img_size, embed.patch_size
+    whole = tuple(g * p for g, p in zip(embed.grid_size or (), patch, strict=True))
+    if size != whole:
+        raise ValueError(f"patch size must divide the image size, got {patch} and {size}")

@@ -94,6 +94,15 @@ def test_relative_path_and_pickle(tmp_path, monkeypatch):
     assert names(copy) == names(whole) and copy.image(1).shape == (3, 5, 6)
 
 
+def test_a_saved_config_finds_its_folder_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    saved = FolderSource.model_validate({"path": "x"}).model_dump_json()
+    monkeypatch.chdir("/")
+    assert FolderSource.model_validate_json(saved).path == tmp_path / "x"
+    assert FolderSource.model_validate({"path": "~/y"}).path == tmp_path / "home" / "y"
+
+
 def test_names_that_are_not_utf8():
     odd = os.fsdecode(b"caf\xe9.png")
     kept = Names(["a", "", odd, "é"])

@@ -1,5 +1,6 @@
 """Decoding: every mode as a viewer would show it, every broken file named."""
 
+import errno
 import warnings
 
 import numpy as np
@@ -74,6 +75,11 @@ def test_float_images(tmp_path):
         assert read(path)[0, :, 0].tolist() == [0, 102, 255]
 
 
+def test_float_images_within_0_and_1_keep_their_grey(tmp_path):
+    path = saved(tmp_path, Image.fromarray(np.array([[0.2, 0.4]], np.float32)), "a.tif")
+    assert read(path)[0, :, 0].tolist() == [51, 102]
+
+
 def test_bilevel_and_grey_become_three_channels(tmp_path):
     grey = Image.fromarray(RGB[..., 0])
     assert (read(saved(tmp_path, grey, "a.png")) == RGB[..., :1]).all()
@@ -127,6 +133,37 @@ def test_broken_file_is_named_with_its_reason(tmp_path, kind):
         decode(path, "class/a b é.jpg")
     assert error.value.name == "class/a b é.jpg" and words in error.value.reason
     assert str(tmp_path) not in error.value.reason
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(getattr(errno, n), n) for n in ("EMFILE", "ENFILE", "EIO", "ENOMEM", "ESTALE")),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_a_failing_machine_is_not_a_bad_image(tmp_path, monkeypatch, error):
+    path = saved(tmp_path, Image.fromarray(RGB), "a.png")
+    for name in ("open", "Image.getexif"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"PIL.Image.{name}", failing(error))
+            with pytest.raises(type(error)) as seen:
+                read(path)
+            assert seen.value is error
+
+
+def test_a_file_one_may_not_read_is_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "open", failing(PermissionError(errno.EACCES, "not yours")))
+    with pytest.raises(BadImage, match="not yours"):
+        read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("limit", [700, 300])  # 24 x 32 = 768: above the limit, above twice it

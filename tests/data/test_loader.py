@@ -1,6 +1,13 @@
 """Batches: the same whatever the workers, the ranks and where the run began; bad images told."""
 
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +150,11 @@ def test_bad_images_are_replaced_counted_and_named():
     assert len(swaps) > 3  # not always the same image in the place
 
 
+def test_every_unreadable_replacement_is_listed():
+    batch = next(loader(Images(bad=range(11)), batch_size=22).stream(0, 1))
+    assert len(batch["bad"]) > 11
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_mostly_unreadable_data_stops_with_examples(workers):
     with pytest.raises(DataError) as error:
@@ -174,9 +186,44 @@ def test_impossible_steps(steps):
 
 
 def test_stream_may_be_left_early():
-    stream = loader(workers=2).stream(0, 10)
+    stream = loader(workers=2).stream(0, 100)
     next(stream)
+    started = time.monotonic()
     stream.close()
+    assert time.monotonic() - started < 4  # torch waits 5 s for a worker before it uses force
+    assert not multiprocessing.active_children()
+
+
+def test_workers_outlive_the_signals_of_their_group():
+    """A cluster signals every process; the main one may want its step done, and saves."""
+    stream = loader(workers=1).stream(0, 12)
+    first = next(stream)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    rest = list(stream)
+    assert_same_stream([first, *rest], loader().stream(0, 12))
+
+
+LEFT_OPEN = """
+from tests.data.test_loader import loader
+stream = loader(workers=1).stream(0, 100)
+next(stream)
+raise ArithmeticError("with the stream open")
+"""
+
+
+def test_python_exits_with_a_stream_open():
+    """The workers ignore the signal by which Python would end them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stderr.endswith("with the stream open\n")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

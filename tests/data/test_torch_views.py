@@ -160,6 +160,12 @@ def test_views_come_in_order_and_differ():
     assert not torch.equal(got[0], got[1]) and not torch.equal(got[3], got[4])
 
 
+def test_no_view_of_one_seed_is_one_of_the_next():
+    views = Views(views=(View(size=16, count=4, rotate=180),))
+    got = [view for seed in range(4) for view in apply(views, image(), seed)]
+    assert len({view.numpy().tobytes() for view in got}) == 16
+
+
 def test_pure_in_the_seed_and_no_global_generator_touched():
     views = preset("simclr", 32, blur=0.5)
     states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
@@ -236,6 +242,13 @@ def test_crop_stays_inside(height, width):
         p = draw(view, height, width, seed)
         assert 0 <= p.top <= height - p.height and 0 <= p.left <= width - p.width
         assert p.height > 0 and p.width > 0
+
+
+@pytest.mark.parametrize(
+    "height, width, crop", [(100, 10, (43, 0, 13, 10)), (10, 100, (0, 43, 10, 13))]
+)
+def test_crop_that_never_fits_is_the_largest_within_the_ratios(height, width, crop):
+    assert draw(View(size=8, crop_ratio=(3 / 4, 4 / 3)), height, width, 0)[:4] == crop
 
 
 def test_probabilities_and_their_independence():

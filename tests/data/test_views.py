@@ -18,12 +18,35 @@ def test_every_field_is_described():
         assert all(field.description for field in model.model_fields.values())
 
 
+def _colour(view):
+    return view.jitter, view.brightness, view.contrast, view.saturation, view.hue
+
+
 def test_simclr():
     views = preset("simclr", 96)
     (view,) = views.views
     assert (views.count, view.size, view.crop_scale) == (2, 96, (0.08, 1.0))
     assert (view.brightness, view.hue, view.grayscale, view.blur) == (0.8, 0.2, 0.2, 0.5)
-    assert preset("simclr", 32).views[0].blur == 0
+
+
+def test_simclr_at_cifars_size_has_half_the_colour_and_no_blur():
+    view = preset("simclr", 32).views[0]
+    assert _colour(view) == (0.8, 0.4, 0.4, 0.4, 0.1) and view.blur == 0
+    assert _colour(preset("simclr", 33).views[0]) == (0.8, 0.8, 0.8, 0.8, 0.2)
+
+
+def test_published_numbers():
+    for name in ("barlow_twins", "dino"):
+        for view in preset(name, 224).views:
+            assert _colour(view) == (0.8, 0.4, 0.4, 0.2, 0.1)
+            assert (view.flip, view.grayscale, view.blur_sigma) == (0.5, 0.2, (0.1, 2.0))
+    crops = {
+        "barlow_twins": [(0.08, 1.0)] * 2,
+        "mae": [(0.2, 1.0)],
+        "dino": [(0.4, 1.0), (0.4, 1.0), (0.05, 0.4)],
+    }
+    for name, scales in crops.items():
+        assert [view.crop_scale for view in preset(name, 224).views] == scales
 
 
 def test_barlow_twins_views_are_unequal():

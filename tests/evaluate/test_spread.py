@@ -66,6 +66,9 @@ def test_uniformity_agrees_with_the_paper():
 
 def test_known_uniformities():
     assert uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-5)  # all at one point
+    assert uniformity(torch.zeros(5, 3)) == pytest.approx(0, abs=1e-5)  # collapsed to nothing
+    mixed = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])  # distances 0, and sqrt(2) twice
+    assert uniformity(mixed) == pytest.approx(math.log((1 + 2 * math.exp(-4)) / 3))
     assert uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(-8)
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert uniformity(opposite, t=400.0) == pytest.approx(-1600)  # exp alone would be 0

@@ -59,6 +59,13 @@ def test_a_far_mean_costs_no_accuracy():
     )
 
 
+def test_a_mean_farther_still_leaves_the_variance():
+    torch.manual_seed(0)
+    z = 1e6 + torch.randn(999, 3, device=DEVICE)
+    true_var = z.double().var(0, correction=0)
+    torch.testing.assert_close(column_moments(z).var.double(), true_var, rtol=1e-6, atol=0)
+
+
 def test_a_constant_column_is_zero():
     z = torch.full((50, 2), 3.3, device=DEVICE)
     assert (standardise(z, eps=1e-5) == 0).all()
@@ -142,6 +149,7 @@ Z = torch.zeros(4, 3)
         (lambda: standardise(Z, eps=0.1, impl="triton"), "torch, reference for standardise"),
         (lambda: column_moments(Z[:0]), "z must have more than 0 rows, got 0"),
         (lambda: frobenius_sq(Z, Z[:3]), r"a and b must .* \(4, 3\) .* \(3, 3\)"),
+        (lambda: frobenius_sq(Z, Z.double()), "same rows and dtype, got .* torch.float64"),
         (lambda: frobenius_sq(Z, Z, impl="fast"), "for frobenius_sq, got 'fast'"),
         (lambda: cross_diagonal(Z, Z[:, :2]), r"a and b must .* \(4, 3\) and \(4, 2\)"),
     ],

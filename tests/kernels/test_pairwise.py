@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fastssl.kernels import PairMask, exclude_self, pairwise_lse
+from fastssl.kernels import PairMask, exclude_self, pairwise, pairwise_lse
 from fastssl.kernels._chunks import tile_shape
 from fastssl.kernels.pairwise import pairwise_lse_reference
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
@@ -59,6 +59,16 @@ def test_mask_reads_the_ids_it_is_given(mask):
     )
 
 
+def test_two_sets_of_ids_on_one_tensor():
+    (z,) = embeddings(torch.float32, (61, 4))
+    rows, cols = ids(61), ids(61, 30)
+    assert_no_worse(
+        lambda z: pairwise_lse(z, z, 2.0, mask=exclude_self, row_ids=rows, col_ids=cols),
+        lambda z: pairwise_lse_reference(z, z, 2.0, exclude_self, rows, cols),
+        [z],
+    )
+
+
 def test_one_sided_mask_on_one_tensor_is_not_mirrored():
     (z,) = embeddings(torch.float32, (61, 4))
     ours = grads(lambda z: pairwise_lse(z, z, 1.0, mask=LOWER)[1:], [z])
@@ -105,6 +115,12 @@ def test_large_scale_does_not_overflow():
     )
 
 
+def test_scores_far_below_zero_do_not_vanish():
+    q, k = torch.ones(3, 2, device=DEVICE), -torch.ones(40, 2, device=DEVICE)
+    lse = pairwise_lse(q, k, 1e4)
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(40) - 2e4), rtol=1e-6, atol=0)
+
+
 def test_scale_may_be_zero():
     q, k = embeddings(torch.float32, (5, 3), (6, 3))
     scale = torch.zeros((), device=DEVICE)
@@ -126,6 +142,18 @@ def test_holds_tiles_and_never_all_pairs(same):
     run = lambda: pairwise_lse(z, k, 1.0, mask=exclude_self).mean()  # noqa: E731
     assert saved_elements(run) <= 3 * 1200 + 4 * 300 + 8
     assert largest_tensor(lambda: run().backward()) <= 1200  # an operand; a tile has 512
+
+
+def test_one_tensor_visits_each_pair_of_tiles_once(monkeypatch):
+    calls, scores = [], pairwise.scores
+    monkeypatch.setattr(pairwise, "scores", lambda *args: calls.append(args) or scores(*args))
+    (z,) = embeddings(torch.float32, (220, 5))
+    counts = []
+    for k in (z, z.clone()):
+        calls.clear()
+        pairwise_lse(z, k, 1.0)
+        counts.append(len(calls))
+    assert counts[0] < 0.6 * counts[1]
 
 
 @pytest.mark.parametrize("m, n", [(1, 1), (10, 10), (300, 300), (1, 5000), (5000, 1), (7, 90)])

@@ -65,6 +65,13 @@ def test_gradient_adds_up_over_repeats(dtype, reduce):
     )
 
 
+def test_gradient_of_16_bits_adds_up_in_float32():
+    images = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    ids = torch.zeros(1, 300, dtype=torch.int64, device=DEVICE)
+    gather_patches(images, ids, 2).sum().backward()
+    assert images.grad is not None and (images.grad == 300).all()  # in bfloat16 256 + 1 is 256
+
+
 def test_no_patch_chosen():
     images, ids = problem(2, 1, 4, 4, (2, 2), 0)
     assert gather_patches(images, ids, 2).shape == (2, 0, 4)
@@ -136,10 +143,12 @@ P = torch.zeros(2, 1, 12)
         (lambda: gather_patches(X, I, 0), "got 0 x 0"),
         (lambda: gather_patches(X, I[:1], 2), r"ids must be \(2, K\) int64, got \(1, 1\)"),
         (lambda: gather_patches(X, I.int(), 2), "int64, got .* torch.int32"),
+        (lambda: gather_patches(X, I.to("meta"), 2), "ids must be on cpu .* got meta"),
         (lambda: gather_patches(X, I + 6, 2), r"ids must lie in 0\.\.5, got 6\.\.6"),
         (lambda: gather_patches(X, I - 1, 2), r"ids must lie in 0\.\.5, got -1\.\.-1"),
         (lambda: gather_patches(X, I, 2, impl="triton"), "torch, reference for gather_patches"),
         (lambda: patch_mse(P[..., 1:], X, I, 2), r"pred must be \(2, 1, 12\) .* \(2, 1, 11\)"),
+        (lambda: patch_mse(P.to("meta"), X, I, 2), "pred must be .* on cpu, got .* on meta"),
         (lambda: patch_mse(P.long(), X, I, 2), "pred must be a floating-point tensor"),
         (lambda: patch_mse(P[..., :1], X[:, :1], I, 1), "at least 2 pixels a patch, got 1"),
         (lambda: patch_mse(P, X, I, 2, eps=-1e-6), "eps must be >= 0, got -1e-06"),

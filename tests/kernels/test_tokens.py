@@ -57,6 +57,13 @@ def test_frozen_inputs_get_no_gradient():
     assert visible.grad is None and pos.grad is None and (token.grad == 4).all()
 
 
+def test_the_mask_token_is_not_written_to():
+    """One sequence of one place: the token, expanded over it, is the parameter itself."""
+    token = torch.zeros(4)
+    out = restore_tokens(torch.ones(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64), token)
+    assert (token == 0).all() and (out == 1).all()
+
+
 def test_holds_nothing_larger_than_the_result():
     ids, (visible, token, pos) = problem(9, 30, 40, 8)
     leaves = [x.requires_grad_() for x in (visible, token, pos)]
@@ -85,6 +92,7 @@ V, T, R = torch.zeros(2, 3, 4), torch.zeros(4), torch.zeros(2, 5, dtype=torch.in
             r"\(B, K, D\) and \(D,\), got \(2, 3, 4\) and \(3,\)",
         ),
         (lambda: restore_tokens(V, R[:, :2], T), r"ids_restore must be \(2, L\) with L >= 3"),
+        (lambda: restore_tokens(V, R[:1], T), r"ids_restore must be \(2, L\) .* got \(1, 5\)"),
         (lambda: restore_tokens(V, R.int(), T), "ids_restore must be int64, got torch.int32"),
         (lambda: restore_tokens(V, R, T, V[0]), r"pos must be \(5, 4\), got \(3, 4\)"),
         (lambda: restore_tokens(V.long(), R, T), "visible must be a floating-point tensor"),

@@ -47,6 +47,12 @@ def test_value_and_gradient_of_lightly(B, D, temperature, reduce):
         as_accurate_as_eager(a, e, t)
 
 
+def test_a_negative_temperature_is_lightlys_too():
+    ours = grads(NTXentLoss(-0.5), [z.double() for z in views(9, 4)])
+    theirs = grads(lightly.loss.NTXentLoss(-0.5), [z.double() for z in views(9, 4)])
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_in_float32_out(dtype):
     inputs = views(65, 16, dtype)

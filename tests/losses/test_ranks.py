@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastssl.kernels import column_moments
 from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
 from fastssl.masking import random_masking
 from tests.ranks import run_ranks
@@ -53,19 +55,43 @@ def step(model, loss, data):
     return {"value": value.detach(), "grads": [p.grad.clone() for p in model.parameters()]}
 
 
+def refusal(loss, z_a, z_b):
+    try:
+        loss(z_a, z_b)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def refusals(rank):
+    """What a rank hears when rank 1's views are not the others': nobody may be left waiting."""
+    z, other = torch.ones(B, OUTPUT), rank == 1
+    cases = {
+        "uneven": [z[: B - other]] * 2,
+        "empty": [z[: B * (not other)]] * 2,
+        "flat": [z.flatten() if other else z] * 2,
+        "second": [z, z[: B - other]],
+    }
+    losses = {"ntxent": NTXentLoss(), "barlow": BarlowTwinsLoss()}
+    return {f"{n} {c}": refusal(losses[n], *zs) for n in losses for c, zs in cases.items()}
+
+
+def pairs(rank, world):
+    """NTXentLoss in each of two groups of two ranks."""
+    groups = [dist.new_group([r, r + 1]) for r in range(0, world, 2)]  # every rank makes them all
+    return NTXentLoss(0.2, process_group=groups[rank // 2])(*batch(rank)[0])
+
+
 def each_rank(rank, world):
     """Every case in one start of the ranks, plain and under DDP."""
     seen = {}
     for name, (loss, width) in CASES.items():
         seen[name] = step(network(width), loss, batch(rank))
         seen["ddp " + name] = step(DistributedDataParallel(network(width)), loss, batch(rank))
-    narrow = torch.ones(B - (rank == 1), OUTPUT)
-    for name in ("ntxent", "barlow covariance"):
-        try:
-            CASES[name][0](nn.Identity(), narrow.expand(2, -1, -1), None, None)
-            seen["uneven " + name] = "not refused"
-        except ValueError as error:
-            seen["uneven " + name] = str(error)
+    seen["refusals"] = refusals(rank)
+    seen["pairs"] = pairs(rank, world)
+    x = torch.tensor([[1.0 * rank, 3.0 * rank]])
+    seen["one row"] = column_moments(x, unbiased=True).var, BarlowTwinsLoss()(x, x)
     return seen
 
 
@@ -117,7 +143,22 @@ def test_barlow_has_one_value_on_every_rank(ranks, name):
     assert all(torch.equal(seen[name]["value"], ranks[0][name]["value"]) for seen in ranks)
 
 
-@pytest.mark.parametrize("name", ["ntxent", "barlow covariance"])
-def test_uneven_batches_are_refused_on_every_rank(ranks, name):
+def test_views_that_differ_are_refused_on_every_rank(ranks):
     for seen in ranks:
-        assert "must have the same shape on every rank" in seen["uneven " + name]
+        assert len(seen["refusals"]) == 8
+        for case, words in seen["refusals"].items():
+            assert "must have the same shape on every rank" in words, case
+
+
+def test_each_group_contrasts_within_itself(ranks):
+    for r in range(0, len(ranks), 2):
+        joined = torch.cat([batch(r)[0], batch(r + 1)[0]], dim=1).double()
+        close((ranks[r]["pairs"] + ranks[r + 1]["pairs"]) / 2, NTXentLoss(0.2)(*joined))
+
+
+def test_one_row_on_each_rank(ranks):
+    rows = torch.arange(len(ranks))[:, None] * torch.tensor([1.0, 3.0])
+    for seen in ranks:
+        var, loss = seen["one row"]
+        torch.testing.assert_close(var, rows.var(0))  # [0.5, 4.5] of two ranks
+        assert loss.isfinite()

@@ -63,6 +63,26 @@ def test_models_that_cannot_be_masked_are_refused():
         MaskedViT(vit(pos_embed="none"))
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("deit_tiny_distilled_patch16_224", "2 prefix tokens, 1 of them"),
+        ("vit_tiny_r_s16_p8_224", "with HybridEmbed"),
+    ],
+)
+def test_other_embeddings_are_refused(name, words):
+    with pytest.raises(ValueError, match=f"needs a convolution as patch embedding.*{words}"):
+        MaskedViT(timm.create_model(name, num_classes=0))
+
+
+def test_an_image_that_patches_do_not_fill_is_refused():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=18, patch_size=4, num_classes=0)
+    with pytest.raises(
+        ValueError, match=r"must divide the image size, got \(4, 4\) and \(18, 18\)"
+    ):
+        MaskedViT(model)
+
+
 def test_decoder_predicts_hidden_patches_in_their_order():
     """Hidden patches at the same place, in another order, get the same prediction."""
     torch.manual_seed(0)

@@ -18,6 +18,22 @@ def command(cfg, tmp_path, *more):
     return [sys.executable, "-m", "fastssl", "pretrain", str(recipe), *more]
 
 
+def test_a_whole_group_told_to_stop_saves_its_state(tmp_path):
+    """As a cluster does it: SIGTERM reaches the loader's workers as well."""
+    cfg = tiny("mae", tmp_path, name="told", epochs=400, data__workers=2)
+    with open(tmp_path / "out", "w") as out:
+        words = command(cfg, tmp_path)
+        run = subprocess.Popen(words, stdout=out, stderr=out, start_new_session=True)
+        while not (cfg.directory / "metrics.jsonl").is_file() or len(losses(cfg)) < 3:
+            assert run.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.wait(timeout=120) == 5, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert "resume=auto continues" in said and "Traceback" not in said
+    assert list(cfg.directory.glob("checkpoints/step-*/manifest.json"))
+
+
 def test_killed_and_resumed_equals_undisturbed(tmp_path):
     whole = tiny("simclr", tmp_path, name="whole", epochs=8, checkpoint__every_steps=3)
     killed = whole.model_copy(update={"name": "killed"})

@@ -10,14 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, load
 from fastssl.data.errors import DataError
 from fastssl.engine.checkpoint import CheckpointError
+from fastssl.engine.config import EngineError
 from fastssl.engine.engine import Engine
 from fastssl.report import read_metrics
 from fastssl.results import EvaluationError
+from fastssl.rundir import prepared
 from fastssl.runlog import LogError, Silent
-from fastssl.train import Interrupted, NonFinite, prepared, pretrain
+from fastssl.train import Interrupted, NonFinite, Progress, Run, pretrain
 from tests.runs import losses, tiny
 
 
@@ -174,6 +176,66 @@ def test_a_place_that_takes_no_checkpoint_stops_the_run(tmp_path):
     assert losses(cfg)
 
 
+@pytest.mark.parametrize(
+    "model, stage",
+    [("vit_tiny_patch16_224", stage) for stage in (0, 1, 3)] + [("resnet10t", 1)],
+)
+def test_bfloat16_trains_with_batch_norms(model, stage, tmp_path):
+    # Not at 16 pixels: on maps of one pixel the CPU's bfloat16 convolution has returned NaN.
+    resnet = {"model__name": model, "model__kwargs": {}, "data__image_size": 48}
+    changes = {"epochs": 1, "engine__zero_stage": stage, **(resnet if "resnet" in model else {})}
+    exact = tiny("simclr", tmp_path, name="exact", **changes)
+    half = tiny("simclr", tmp_path, name="half", engine__precision="bf16", **changes)
+    pretrain(exact)
+    pretrain(half)
+    np.testing.assert_allclose(losses(half), losses(exact), rtol=0.03)
+
+
+def test_a_finished_masked_run_is_shown_again_at_stage_3(tmp_path):
+    uncut = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    cfg = tiny("mae", tmp_path, epochs=1, engine__zero_stage=3, engine__deepspeed=uncut)
+    first = pretrain(cfg)
+    (cfg.directory / "reconstructions.png").unlink()
+    assert pretrain(cfg.model_copy(update={"resume": "auto"}))["rows"] == first["rows"]
+    assert (cfg.directory / "reconstructions.png").is_file()
+
+
+def test_overwriting_needs_a_run_that_can_start(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=1)
+    pretrain(cfg)
+    whole = final(cfg)
+    broken = cfg.engine.model_copy(update={"deepspeed": {"train_batch_size": 3}})
+    with pytest.raises(EngineError, match="DeepSpeed or the optimiser refuses this"):
+        pretrain(cfg.model_copy(update={"overwrite": True, "engine": broken}))
+    assert final(cfg) == whole
+    pretrain(cfg.model_copy(update={"overwrite": True}))
+    assert not load(cfg.directory).overwrite  # or its config.yaml would replace it unasked
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["run"]
+
+
+def test_an_infinite_run_asks_for_more_epochs(tmp_path):
+    schedule = {"name": "infinite", "warmup_steps": 2, "cooldown_steps": 3}
+    cfg = tiny("mae", tmp_path, epochs=2, optim__schedule=schedule)
+    pretrain(cfg)
+    with pytest.raises(ConfigError, match="epochs=1 is 5 steps, and the run is at step 10"):
+        pretrain(cfg.model_copy(update={"resume": "auto", "epochs": 1}))
+    annealed = tiny("mae", tmp_path, epochs=3, optim__schedule=schedule | {"anneal_steps": 4})
+    pretrain(annealed.model_copy(update={"resume": "auto"}))
+    rates = [r["lr"] for r in read_metrics(cfg.directory / "metrics.jsonl") if "lr" in r]
+    assert len(rates) == 15 and len(set(rates[5:11])) == 1 and rates[-1] < 0.1 * rates[10]
+    with pytest.raises(ConfigError, match="optim.schedule.anneal_steps=100 leaves nothing"):
+        pretrain(tiny("mae", tmp_path, optim__schedule=schedule | {"anneal_steps": 100}))
+
+
+def test_what_is_not_a_number_is_never_the_best(tmp_path):
+    class Stub:
+        cfg = tiny("mae", tmp_path, checkpoint__best="loss")
+        progress = Progress()
+
+    told = [Run.improves(Stub, {"loss": loss}) for loss in (2.0, float("nan"), 5.0, 1.0)]
+    assert told == [True, False, False, True]
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     cfg = tiny("mae", tmp_path, epochs=2)
     whole = pretrain(cfg)
@@ -184,6 +246,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     rows = read_metrics(cfg.directory / "metrics.jsonl")
     damaged = [r["detail"] for r in rows if r.get("what") == "damaged"]
     assert len(damaged) == 1 and "step-00000010 is damaged" in damaged[0]
+    kept = {p.name for p in newest.parent.iterdir()}
+    assert {".damaged-step-00000010", "step-00000010", "step-00000005"} <= kept
+    assert not list(newest.rglob("*.py"))
     assert results["rows"] == whole["rows"]
 
 
@@ -259,6 +324,19 @@ def test_own_images_without_labels_or_held_out_ones(fraction, photos, tmp_path):
     results = pretrain(tiny("mae", tmp_path, data__source=source, batch_size=12))
     assert set(results["rows"][0]) == {"encoder", "rankme", "uniformity", "alignment"}
     assert (tmp_path / "run/embedding.png").is_file()
+
+
+def test_too_few_readable_images_to_measure(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        (tmp_path / "few" / part / "a").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"few/{part}/a/{i}.png")
+    for i in (0, 2):
+        (tmp_path / f"few/train/a/{i}.png").write_bytes(b"no image")
+    source = {"name": "folder", "path": str(tmp_path / "few")}
+    results = pretrain(tiny("mae", tmp_path, data__source=source, batch_size=2, epochs=1))
+    assert results["rows"][0] == {"encoder": "pretrained"}
+    assert results["train"]["bad_images"] == 2
 
 
 def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
