@@ -25,13 +25,13 @@ def session(device: str) -> Iterator[torch.device]:
         raise EngineError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
     on_cuda = device != "cpu" and torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-    alone = {} if _launched() else _world_of_one()
+    found = torch.distributed.is_initialized()
+    alone = {} if found or _launched() else _world_of_one()
     os.environ.update(alone)
     place = torch.device("cpu")
     if on_cuda:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    found = torch.distributed.is_initialized()
     deepspeed().init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
     try:
         yield place

@@ -21,4 +21,14 @@ def build_method(encoder: nn.Module, cfg: AnyMethodConfig) -> Method:
     return METHODS[cfg.name](encoder, cfg)  # type: ignore[call-arg]
 
 
-__all__ = ["METHODS", "AnyMethodConfig", "Batch", "Method", "MethodConfig", "build_method"]
+__all__ = [
+    "MAE",
+    "METHODS",
+    "AnyMethodConfig",
+    "BarlowTwins",
+    "Batch",
+    "Method",
+    "MethodConfig",
+    "SimCLR",
+    "build_method",
+]

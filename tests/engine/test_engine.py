@@ -9,7 +9,7 @@ from fastssl.engine import launch
 from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.engine import Engine
 from fastssl.engine.optim import OptimConfig
-from fastssl.methods import build_method
+from fastssl.methods import MAE, build_method
 from fastssl.models import build_backbone
 from tests.ranks import run_ranks
 from tests.runs import VIT, tiny
@@ -125,3 +125,26 @@ def test_raw_deepspeed_keys_are_merged_last():
         e = engine(2, "fp32")
         zero = e.ds.config["zero_optimization"]
         assert zero == {"stage": 2, "stage3_param_persistence_threshold": 0}
+
+
+def test_half_of_a_launchers_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    refusal = "RANK is set, but .*MASTER_PORT not: start with torchrun"
+    with pytest.raises(EngineError, match=refusal), launch.session("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("kind", [(0, "fp32"), (1, "fp32"), (0, "bf16")])
+def test_an_infinite_loss_with_finite_gradients_moves_nothing(kind, monkeypatch):
+    forward = MAE.forward
+
+    def infinite(self, batch):
+        return {"loss": forward(self, batch)["loss"] + torch.inf}
+
+    monkeypatch.setattr(MAE, "forward", infinite)
+    with launch.session("cpu"):
+        e = engine(*kind)
+        before, step = e.encoder_state(), e.step(batch(), 1e-3)
+        assert (step.finite, step.applied) == (False, False)
+        torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
