@@ -55,7 +55,7 @@ class _Fetch(Dataset):
             return {"error": str(error)}
 
     def batch(self, items: Items) -> Batch:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define batch(items)")
 
 
 class _PretrainFetch(_Fetch):

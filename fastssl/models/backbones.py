@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -25,9 +26,15 @@ def build_backbone(name: str, *, channels: int, image_size: int, kwargs: dict[st
         raise ValueError(f"model.name={name!r} is not a timm model{hint}")
     arguments = backbone_arguments(name, channels, image_size, kwargs)
     try:
-        return timm.create_model(name, pretrained=False, **arguments)
+        model = timm.create_model(name, pretrained=False, **arguments)
+        with torch.no_grad():  # a model of another image size is found out here, not in a worker
+            model.eval()(torch.zeros(1, channels, image_size, image_size))
+        return model.train()
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model.kwargs={kwargs!r} do not fit {name!r}: {error}") from error
+        first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{name} with model.kwargs={kwargs} does not take {image_size}-pixel images: {first}"
+        ) from error
 
 
 def backbone_arguments(name: str, channels: int, image_size: int, kwargs: dict[str, Any]):

@@ -113,5 +113,13 @@ def test_unknown_backbone_names_the_closest():
         ValueError, match="'vit_tiny_patch16_225'.*did you mean.*vit_tiny_patch16_224"
     ):
         build_backbone("vit_tiny_patch16_225", channels=3, image_size=16, kwargs={})
-    with pytest.raises(ValueError, match="model.kwargs=.*depht"):
+    with pytest.raises(ValueError, match="with model.kwargs=.*depht"):
         build_backbone("vit_tiny_patch16_224", channels=3, image_size=16, kwargs={"depht": 2})
+
+
+def test_a_model_of_another_image_size_is_refused():
+    with pytest.raises(ValueError, match="does not take 16-pixel images"):
+        build_backbone("vit_tiny_patch16_224", channels=1, image_size=16, kwargs={"img_size": 32})
+    with pytest.raises(ValueError, match="does not take 32-pixel images"):
+        name = "swin_tiny_patch4_window7_224"
+        build_backbone(name, channels=3, image_size=32, kwargs={"window_size": 7, "img_size": 224})
