@@ -20,7 +20,7 @@ bench: .venv/dev       ## losses against their reference and lightly
 	$(BIN)/python -m fastssl.bench
 
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv build dist *.egg-info  # not runs/: what was trained is yours
 
 .venv/pip:
 	$(PYTHON) -m venv .venv

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Checkpoints:
 
     run: Path
     cfg: CheckpointConfig
-    written: int = field(default=0, init=False)
 
     @property
     def folder(self) -> Path:
@@ -85,7 +84,6 @@ class Checkpoints:
         self._all_ok(errors, aside)
         self._seal(aside, name, errors, best)
         self._all_ok(errors, aside)
-        self.written += 1
         return self.folder / name
 
     def load(self, engine: Engine, notes: list[str]) -> dict[str, Any] | None:

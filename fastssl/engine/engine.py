@@ -201,7 +201,10 @@ class Engine:
         return event
 
     def _finish(self, metrics: dict[str, Tensor], event: "torch.cuda.Event | None") -> Step:
-        """Apply the step unless something is not finite.  Waits for the forward pass at most."""
+        """Apply the step unless something is not finite.
+
+        The host waits for the forward pass; at stage 0 in float32 for the gradients as well.
+        """
         if event is not None:
             event.synchronize()
         finite, stop = bool(self._flags[0] == 0), bool(self._flags[1] > 0)
@@ -219,7 +222,7 @@ class Engine:
         applied = bool(self.ds.was_step_applied())
         norm = self.ds.get_global_grad_norm()
         if norm is not None and not plain:
-            metrics["grad_norm"] = torch.as_tensor(norm)
+            metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
         return Step(metrics, applied=applied, finite=finite and applied, stop=stop)
 
 
