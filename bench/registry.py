@@ -1,0 +1,157 @@
+"""The cases: what is measured, beside whom, against which floor, and behind which gate.
+
+A case is a function from (shape, dtype, device) to a `Problem`; `@case` registers it.  Runs,
+sweeps, pytest-benchmark and the GPU slices read this one registry: a case is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS, REFERENCE = "fastssl", "reference"
+SIZES = ("quick", "cpu", "cuda")
+Shape = dict[str, int]
+Outputs = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Stands where a rival would: why it is not here, in a few words with the remedy."""
+
+    why: str
+
+
+Rival = Callable[..., Outputs]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shape of a case made concrete: what every rival is called with, and what it must do.
+
+    inputs       what each rival is called with; those that require a gradient get one, and then
+                 the rival returns one scalar or tensor whose sum is differentiated.
+    rivals       by name: a callable of the inputs, or Absent.  "fastssl" is ours; "reference" is
+                 the formula as written.  Keep the order: it is the table's.
+    flops        floating-point operations the *problem* needs at least, by pass: fwd and bwd
+                 (or run, when nothing is differentiated).  The same for every rival.
+    bytes_moved  least bytes through memory, by pass: each input read once, each output written.
+    items        what one call works through, for a rate: (128, "images").
+    truth        float64 outputs; by default the reference on the inputs in float64.
+    check        instead of the triangle: (rival's name, its outputs) -> why it is wrong, or "".
+    rotate       whether the inputs may be copied, so that no call finds its own in the cache.
+    own_memory   whether a call's memory is this process's, and so can be measured.
+    """
+
+    inputs: tuple[Tensor, ...]
+    rivals: Mapping[str, Rival | Absent]
+    flops: Mapping[str, float] = field(default_factory=dict)
+    bytes_moved: Mapping[str, float] = field(default_factory=dict)
+    items: tuple[int, str] | None = None
+    truth: Callable[[], Outputs] | None = None
+    check: Callable[[str, Sequence[Tensor]], str] | None = None
+    rotate: bool = True
+    own_memory: bool = True
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether a call is a forward and a backward."""
+        return any(x.requires_grad for x in self.inputs)
+
+
+Make = Callable[[Shape, torch.dtype, torch.device], Problem]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A shape with one side left free: how time and memory grow with `variable`."""
+
+    variable: str
+    values: tuple[int, ...]
+    fixed: Mapping[str, int]
+
+    def shapes(self) -> list[Shape]:
+        """The shapes of the sweep, in the order of its values."""
+        return [{**self.fixed, self.variable: value} for value in self.values]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A registered case; see `case` for its fields."""
+
+    name: str
+    make: Make
+    test: str
+    shapes: Mapping[str, Sequence[Shape]]
+    sweeps: Mapping[str, Sequence[Sweep]]
+    dtypes: tuple[str, ...]
+    gate_shape: Shape | None = None
+
+    @property
+    def about(self) -> str:
+        """The first line of what the case's function says of itself."""
+        return (self.make.__doc__ or "").strip().splitlines()[0]
+
+
+_cases: dict[str, Case] = {}
+
+
+def case(
+    name: str,
+    *,
+    test: str,
+    shapes: Mapping[str, Sequence[Shape]],
+    sweeps: Mapping[str, Sequence[Sweep]] | None = None,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"),
+    gate_shape: Shape | None = None,
+) -> Callable[[Make], Make]:
+    """Register a case; the function stays as it is, and its docstring's first line describes it.
+
+    test         the test that proves the thing measured, as a path from the repository's root.
+    shapes       by size: "quick" (seconds on a CPU), "cpu", "cuda".
+    sweeps       by size: what `--sweep` runs.
+    dtypes       those it is measured in; another one asked for leaves the case out.
+    gate_shape   the shape its answers are checked at, where the timed ones are too large for the
+                 reference in float64; by default the timed shape itself.
+    Raises ValueError when the name is taken or a size is not one of quick, cpu, cuda.
+    """
+    unknown = {*shapes, *(sweeps or {})} - set(SIZES)
+    if unknown:
+        raise ValueError(f"sizes are {', '.join(SIZES)}, got {sorted(unknown)} in case {name!r}")
+
+    def register(make: Make) -> Make:
+        if name in _cases:
+            raise ValueError(f"case {name!r} is registered twice")
+        _cases[name] = Case(name, make, test, shapes, sweeps or {}, dtypes, gate_shape)
+        return make
+
+    return register
+
+
+def all_cases() -> dict[str, Case]:
+    """Every case, by name, in the order of the table."""
+    from fastssl.bench import cases  # noqa: F401  registers them
+
+    return dict(_cases)
+
+
+def select(patterns: Iterable[str]) -> list[Case]:
+    """The cases whose names match one of the patterns (`ntxent`, `train-*`); all, without any.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    known, wanted = all_cases(), list(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(f"no case is called {pattern!r}; there are {', '.join(known)}")
+    return [c for c in known.values() if not wanted or any(fnmatchcase(c.name, p) for p in wanted)]
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """What a rival returned, as a list of tensors."""
+    return [value] if isinstance(value, Tensor) else list(value)

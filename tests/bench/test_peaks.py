@@ -1,0 +1,36 @@
+"""Ceilings: measured, plausible, and the floor they give."""
+
+import pytest
+import torch
+
+from fastssl.bench import peaks
+from fastssl.bench.peaks import DATASHEETS, datasheet, floor_ms, measure_ceilings
+from fastssl.bench.record import Ceiling
+
+HAVE = [Ceiling("copy", 100.0, "GB/s"), Ceiling("matmul float32", 2.0, "TFLOP/s")]
+
+
+def test_ceilings_are_measured(monkeypatch):
+    monkeypatch.setattr(peaks, "_ENOUGH_S", 0)
+    copy, product = measure_ceilings(torch.device("cpu"), ("float32",))
+    assert (copy.what, copy.unit) == ("copy", "GB/s") and 0.1 < copy.measured < 2000
+    assert (product.what, product.unit) == ("matmul float32", "TFLOP/s")
+    assert 1e-3 < product.measured < 50
+    assert copy.datasheet is None and product.datasheet is None
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory_in_each_pass():
+    flops, moved = {"fwd": 2e9, "bwd": 1e9}, {"fwd": 1e6, "bwd": 1e9}
+    assert floor_ms(flops, moved, "float32", HAVE) == pytest.approx(1.0 + 10.0)
+    assert floor_ms({}, {"run": 1e8}, "float32", HAVE) == pytest.approx(1.0)
+    assert floor_ms(flops, moved, "bfloat16", HAVE) is None
+    assert floor_ms({}, {}, "float32", HAVE) is None
+
+
+def test_datasheets():
+    sheet = datasheet("NVIDIA H100 80GB HBM3")
+    assert sheet is not None and sheet.gbs == 3350
+    assert datasheet("a toaster") is None
+    for sheet in DATASHEETS.values():
+        assert sheet.source and sheet.gbs > 100
+        assert sheet.tflops["float32"] < sheet.tflops["tf32"] < sheet.tflops["bfloat16"]
