@@ -1,92 +1,181 @@
-"""`python -m fastssl.bench`: a table of the losses' times beside their rivals'.
+"""`fastssl bench`, or `python -m fastssl.bench`: losses, kernels and training beside their rivals.
 
-Exit code 0; 1 when one of our own losses is wrong, and then it has no time.
+Exit code 0; 1 when one of ours is wrong or failed, or --compare finds that ours regressed; 2 for
+a mistake in the command.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import platform
-import shlex
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from fastssl.bench.harness import OURS, Timing, run_case
-from fastssl.bench.losses import cases
+from fastssl.bench import compare, record, table
+from fastssl.bench.peaks import measure_ceilings
+from fastssl.bench.published import quoted
+from fastssl.bench.record import Ceiling, Run
+from fastssl.bench.registry import OURS, SIZES, Case, select
+from fastssl.bench.run import Settings, plan, run_case
+from fastssl.bench.scaling import fits
+
+DTYPES = ("float32", "bfloat16", "float16")
+SLOW_TO_START = "compile"  # a minute of C++ or Triton before the first time
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark that `argv` asks for, print its table, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastssl.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small shapes, under 20 s")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    args = parser.parse_args(argv)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    size = "quick" if args.quick else "cuda" if device.type == "cuda" else "cpu"
-    conditions = describe(device)
-    print(f"{conditions['device']}, torch {conditions['versions']['torch']}, {args.dtype}")
-    print("forward + backward, milliseconds; x: median over that of fastssl\n")
-    timings: list[Timing] = []
-    for case in cases(size):
-        done = run_case(case, dtype, device, budget_s=1.0 if args.quick else 5.0)
-        print(table(done), flush=True)
-        timings += done
-    if args.json:
-        words = ["python", "-m", "fastssl.bench", *(sys.argv[1:] if argv is None else argv)]
-        record = {**conditions, "command": shlex.join(words), "results": [*map(row, timings)]}
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return int(any(t.wrong for t in timings if t.rival == OURS))
+    """Run the benchmark that `argv` asks for, and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(words)
+    try:
+        if args.compare:
+            text, code = compare.compare_files(*args.compare)
+            print(text)
+            return code
+        cases = select(args.cases)
+        if args.list:
+            print(_listing(cases))
+            return 0
+        return _run(args, cases, ["python", "-m", "fastssl.bench", *words])
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"fastssl bench: {error}\n")
 
 
-def table(timings: Sequence[Timing]) -> str:
-    """One case as text, a line for each rival; a wrong one says why instead of a time."""
-    first = timings[0]
-    shape = ", ".join(f"{name}={value}" for name, value in first.shape.items())
-    lines = [f"{first.case}  {shape}", f"  {'':10}{'p20':>9}{'p50':>9}{'p80':>9}{'x':>8}{'MiB':>8}"]
-    ours = next((t.percentiles()[1] for t in timings if t.rival == OURS and not t.wrong), None)
-    for t in timings:
-        if t.wrong:
-            lines.append(f"  {t.rival:10}WRONG: {t.wrong}")
-            continue
-        p20, p50, p80 = t.percentiles()
-        ratio = "" if ours is None else f"{p50 / ours:.2f}"
-        peak = "" if t.peak_mib is None else f"{t.peak_mib:.0f}"
-        lines.append(f"  {t.rival:10}{p20:9.2f}{p50:9.2f}{p80:9.2f}{ratio:>8}{peak:>8}")
-    return "\n".join(lines) + "\n"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastssl bench", description=__doc__)
+    add = parser.add_argument
+    add("cases", nargs="*", metavar="CASE", help="names or patterns (ntxent, 'train-*'); all")
+    add("--list", action="store_true", help="say which cases there are, and stop")
+    add("--quick", action="store_true", help="small shapes, under a minute on a CPU")
+    add("--size", choices=SIZES, help="shapes; by default cuda on a GPU, else cpu")
+    add("--sweep", action="store_true", help="the sweeps: how time and memory grow")
+    add("--dtype", choices=DTYPES, action="append", help="may be given again; float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--rival", action="append", metavar="NAME", help="only this one beside ours and eager")
+    add("--budget", type=float, metavar="S", help="seconds of rounds for a case at a shape; 5")
+    add("--no-memory", action="store_true", help="leave peak memory out (CPU: a process a rival)")
+    add("--json", type=Path, metavar="FILE", help="write the record there, line by line")
+    add("--report", type=Path, metavar="DIR", help="record, plots and a page into that folder")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="what B changed since A")
+    return parser
 
 
-def row(timing: Timing) -> dict[str, object]:
-    """`timing` for JSON: percentiles instead of every time, none when it is wrong."""
-    result = {key: value for key, value in asdict(timing).items() if key != "times_ms"}
-    result["rounds"] = len(timing.times_ms)
-    if not timing.wrong:
-        result |= zip(("p20_ms", "p50_ms", "p80_ms"), timing.percentiles(), strict=True)
-    return result
+def _run(args: argparse.Namespace, cases: Sequence[Case], command: Sequence[str]) -> int:
+    device = _device(args.device)
+    size = args.size or ("quick" if args.quick else device.type if device.type in SIZES else "cpu")
+    dtypes = args.dtype or ["float32"]
+    todo = list(plan(cases, size, dtypes, sweep=args.sweep))
+    if not todo:
+        kind = "sweep" if args.sweep else "shape"
+        raise ValueError(
+            f"none of these cases has a {kind} of size {size!r} in {', '.join(dtypes)}"
+        )
+    path = _record_path(args)
+    start = time.perf_counter()
+    run = Run(record.conditions(device, command))
+    print(_heading(run, todo, args))
+    _keep(path, "run", run.conditions)
+    for ceiling in measure_ceilings(device, tuple(dtypes)):
+        run.ceilings.append(ceiling)
+        _keep(path, "ceiling", ceiling)
+    for case, shape, dtype, variable in todo:
+        settings = _settings(args, device, dtype, run.ceilings)
+        rows = run_case(case, shape, settings, sweep=variable)
+        run.results.extend(rows)
+        for row in rows:
+            _keep(path, "result", row)
+        table.show(rows, ceilings=run.ceilings, summary=False)
+    return _finish(args, run, path, time.perf_counter() - start)
 
 
-def describe(device: torch.device) -> dict:
-    """Where and with what this runs: device, threads, versions, time."""
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "CPU"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("fastssl", "triton", "lightly"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "device": f"{name}" if on_gpu else f"{name}, {torch.get_num_threads()} threads",
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "versions": versions,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+def _finish(args: argparse.Namespace, run: Run, path: Path | None, seconds: float) -> int:
+    names = {row.case for row in run.results}
+    run.fits.extend(fits(run.results))
+    run.published.extend(quoted(names))
+    run = Run(**{**vars(run), "seconds": seconds})
+    for kind, lines in (("fit", run.fits), ("published", run.published)):
+        for line in lines:
+            _keep(path, kind, line)
+    _keep(path, "end", {"seconds": seconds})
+    print(table.summary(run))
+    if args.report:
+        _report(run, args.report)
+    elif path:
+        print(f"record: {path}")
+    ours = [row for row in run.results if row.rival.startswith(OURS)]
+    return int(any(row.status in ("wrong", "failed") for row in ours))
+
+
+def _report(run: Run, folder: Path) -> None:
+    from fastssl.bench.page import write_page
+    from fastssl.bench.plots import save_all
+
+    if find_spec("matplotlib"):
+        for picture in save_all(run, folder):
+            print(picture)
+    else:
+        print("no plots: pip install matplotlib")
+    write_page(run, folder / "index.html")
+    print(folder / "index.html")
+
+
+def _settings(
+    args: argparse.Namespace, device: torch.device, dtype: str, ceilings: Sequence[Ceiling]
+) -> Settings:
+    quick = args.quick or args.size == "quick"
+    return Settings(
+        device=device,
+        dtype=getattr(torch, dtype),
+        ceilings=ceilings,
+        budget_s=args.budget if args.budget is not None else 0.5 if quick else 5.0,
+        rivals=frozenset(args.rival) if args.rival else None,
+        without=frozenset([SLOW_TO_START]) if quick else frozenset(),
+        memory=not args.no_memory,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: {reason}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name}")
+    return device
+
+
+def _record_path(args: argparse.Namespace) -> Path | None:
+    """Where the record goes; its folder is made, an old record there is removed."""
+    path = args.json or (args.report / "results.jsonl" if args.report else None)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    return path
+
+
+def _keep(path: Path | None, kind: str, content: object) -> None:
+    if path is not None:
+        record.write_line(path, kind, content)
+
+
+def _heading(run: Run, todo: Sequence[tuple], args: argparse.Namespace) -> str:
+    said = [table.heading(run), f"{len(todo)} measurements"]
+    if (args.quick or args.size == "quick") and not args.rival:
+        said[-1] += f"; rival left out: {SLOW_TO_START} (it takes a minute to start)"
+    return "\n".join(said) + "\n"
+
+
+def _listing(cases: Sequence[Case]) -> str:
+    width = max(len(case.name) for case in cases)
+    lines = [f"{case.name:{width}}  {case.about}  [{', '.join(case.dtypes)}]" for case in cases]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

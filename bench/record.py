@@ -156,7 +156,7 @@ def conditions(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "kind": device.type,
+        "type": device.type,
         "arch": "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if on_gpu else "",
         "driver": _driver() if on_gpu else "",
         "cuda": torch.version.cuda or "",

@@ -76,7 +76,7 @@ def test_what_is_no_record_is_refused_with_its_line(tmp_path, text, complaint):
 
 def test_conditions_say_where_with_what_and_how():
     found = record.conditions(torch.device("cpu"), ["fastssl", "bench", "a b"])
-    assert found["kind"] == "cpu" and found["device"] and found["arch"] == found["driver"] == ""
+    assert found["type"] == "cpu" and found["device"] and found["arch"] == found["driver"] == ""
     assert found["versions"]["torch"] == torch.__version__ and "fastssl" in found["versions"]
     assert found["command"] == "fastssl bench 'a b'"
     assert found["threads"] == torch.get_num_threads()
