@@ -34,3 +34,44 @@ clean:
 .venv/dev: .venv/train
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
+
+# Below: for a machine that has torch, triton and a GPU, and need not have a network.  Each slice
+# ends within 8 minutes (GPU_ARGS='--minutes 20' for more, '--only memcheck' for one step of it) and
+# writes to $$OUT, or else to bench/results.  Rivals, and what training needs beside torch and timm,
+# come as wheels: `make gpu-wheels` where there is a network, and carry the folder along.
+GPU_PYTHON ?= python3
+GPU_VERSION ?= 3.12
+GPU_WHEELS ?= .whl
+GPU_ARGS ?=
+GPU := $(GPU_PYTHON) -m fastssl.bench.gpu
+PLATFORMS := $(foreach n,2_17 2_28,--platform manylinux_$(n)_x86_64) --platform manylinux2014_x86_64
+DOWNLOAD := $(PYTHON) -m pip download --quiet --only-binary=:all: --python-version $(GPU_VERSION) \
+	$(PLATFORMS) --dest $(GPU_WHEELS)
+
+.PHONY: gpu gpu-install gpu-test gpu-tune gpu-bench gpu-train gpu-wheels
+
+gpu: gpu-install       ## the four slices, one after another, then a table
+	$(GPU) all $(GPU_ARGS)
+
+gpu-test: gpu-install  ## tests in every dtype and at large shapes, compute-sanitizer
+	$(GPU) test $(GPU_ARGS)
+
+gpu-tune: gpu-install  ## which configurations are fastest, ready to be pasted
+	$(GPU) tune $(GPU_ARGS)
+
+gpu-bench: gpu-install ## kernels and losses beside their rivals
+	$(GPU) bench $(GPU_ARGS)
+
+gpu-train: gpu-install ## whole training steps
+	$(GPU) train $(GPU_ARGS)
+
+gpu-install:           ## this tree, and the wheels, into GPU_PYTHON's environment
+	$(if $(wildcard $(GPU_WHEELS)/*.whl),$(GPU_PYTHON) -m pip install --quiet --no-deps --no-index $(GPU_WHEELS)/*.whl)
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
+
+gpu-wheels:            ## 8 MB for a GPU machine with Python GPU_VERSION on x86-64
+	rm -rf $(GPU_WHEELS)
+	$(DOWNLOAD) pydantic
+	$(DOWNLOAD) --no-deps lightly open_clip_torch ftfy wcwidth pytorch-metric-learning \
+		siglip-kernel cut-cross-entropy hjson
+	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(GPU_WHEELS) deepspeed

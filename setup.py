@@ -11,5 +11,9 @@ setup(
         *("fastssl." + name for name in find_packages(include=["kernels*", "bench*"])),
     ],
     package_dir={"fastssl.kernels": "kernels", "fastssl.bench": "bench"},
-    package_data={"fastssl": ["py.typed"], "fastssl.recipes": ["*.yaml"]},
+    package_data={
+        "fastssl": ["py.typed"],
+        "fastssl.recipes": ["*.yaml"],
+        "fastssl.kernels": ["tuned.json"],
+    },
 )

@@ -7,6 +7,7 @@ is still the same loss.  Wrong means no time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -82,6 +83,27 @@ def judge(problem: Problem) -> dict[str, Callable[[], str]]:
         for name, rival in problem.rivals.items()
         if not isinstance(rival, Absent)
     }
+
+
+def glance(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> str:
+    """Why outputs at a shape too large for float64 cannot be right; "" when nothing shows.
+
+    They must be finite, and where the reference got through, the norm of each must be the
+    reference's to eight times the root of its dtype's precision: a kernel that is right at the
+    gate's shape and wrong at this one seldom passes.
+    """
+    for i, x in enumerate(outputs):
+        what = f"gradient {i}" if i else "value"
+        if not x.is_floating_point():
+            continue
+        if not torch.isfinite(x).all():
+            return f"{what} is not finite at this shape"
+        if reference is None or (i and x.numel() == 1):  # a scale's gradient cancels
+            continue
+        mine, theirs = (float(y.float().norm()) for y in (x, reference[i]))
+        if abs(mine - theirs) > 8 * math.sqrt(torch.finfo(x.dtype).eps) * theirs:
+            return f"{what} has norm {mine:.4g} at this shape, the reference's has {theirs:.4g}"
+    return ""
 
 
 def _truth(problem: Problem, reference: Rival) -> list[Tensor]:

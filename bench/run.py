@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastssl.bench import memory
-from fastssl.bench.gate import judge, step
+from fastssl.bench.gate import glance, judge, step
 from fastssl.bench.measure import (
     RivalFailed,
     Times,
@@ -76,6 +76,8 @@ def run_case(case: Case, shape: Shape, settings: Settings, *, sweep: str = "") -
             _peak_on_cpu(standing, case, shape, name, settings)
     gate_shape = case.gate_shape or shape
     _gate(standing, problem if gate_shape == shape else _make(case, gate_shape, settings))
+    if gate_shape != shape:
+        _glance(standing, problem)
     if settings.device.type == "cuda" and problem.own_memory:
         for name in standing.alive(names):
             _peak_on_gpu(standing, problem, name, settings.device)
@@ -130,6 +132,23 @@ def _gate(standing: _Standing, problem: Problem) -> None:
         else:
             if why:
                 standing.status[name] = ("wrong", why)
+        _forget()
+
+
+def _glance(standing: _Standing, problem: Problem) -> None:
+    """What was checked at a smaller shape must at least not look wrong at this one."""
+    reference: list[torch.Tensor] | None = None
+    alive = standing.alive(list(problem.rivals))
+    for name in sorted(alive, key=lambda name: name != REFERENCE):
+        rival: Any = problem.rivals[name]
+        try:
+            made = step(rival, problem.inputs)
+            if why := glance(made, reference):
+                standing.status[name] = ("wrong", why)
+            elif name == REFERENCE:
+                reference = made
+        except Exception as error:
+            standing.fail(name, memory.failure(error))
         _forget()
 
 

@@ -129,6 +129,17 @@ def recipes() -> None:
     console.print(table)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Losses, kernels and training steps beside their rivals; see `fastssl bench --help`."""
+    from fastssl.bench.__main__ import main as measure
+
+    sys.exit(measure(context.args))
+
+
 @app.command()
 def doctor() -> None:
     """What is installed, what will run on what, and what to install for what is missing."""

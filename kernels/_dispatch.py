@@ -46,9 +46,14 @@ class Primitive:
             return run(*args)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look inside
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Outside autocast; devices such as meta have none to leave."""
-    if torch.amp.is_autocast_available(device.type):
+    if _has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -100,6 +105,15 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(None if g is None else _NoSecond.apply(g, anchor) for g in several)
 
     return guarded
+
+
+def finished(x: torch.Tensor) -> torch.Tensor:
+    """x, to be returned from a forward that wrote it in place.
+
+    Compiled by torch 2.11, such an output has gradient zero, silently; a copy has the right one,
+    and the compiler takes the copy out again.
+    """
+    return x.clone() if torch.compiler.is_compiling() else x
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -33,7 +33,14 @@ from fastssl.distributed import (
 )
 
 from ._chunks import row_spans
-from ._dispatch import accumulator, declare, first_order, full_precision, require_float
+from ._dispatch import (
+    accumulator,
+    declare,
+    finished,
+    first_order,
+    full_precision,
+    require_float,
+)
 
 
 class Moments(NamedTuple):
@@ -96,7 +103,7 @@ class _Standardise(torch.autograd.Function):
         out *= inv_std
         ctx.save_for_backward(out, inv_std)
         ctx.group, ctx.dtype = group, z.dtype
-        return out
+        return finished(out)
 
     @staticmethod
     @first_order
@@ -135,7 +142,7 @@ class _CrossDiagonal(torch.autograd.Function):
     def forward(ctx: Any, a, b):
         ctx.save_for_backward(a, b)
         acc = accumulator(a.dtype)
-        return _column_dot(a.to(acc), b.to(acc))
+        return finished(_column_dot(a.to(acc), b.to(acc)))
 
     @staticmethod
     @first_order

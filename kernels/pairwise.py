@@ -13,6 +13,7 @@ When q is k the scores are symmetric: each unordered pair of tiles is visited on
 rows' sums, which halves the products: 2 units of N^2 D forward and backward, where eager has 3.
 Traffic: the tiles stay in cache; q and k are read once per row of tiles.  Compute-bound.
 Memory: O((M + N) D).  In place: nothing.  A row with no pair left is -inf, with gradient zero.
+Here is the reference and the implementation in torch; pairwise_fused.py has the Triton kernels.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
 """
 
@@ -20,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,30 +31,51 @@ from torch import Tensor
 from ._chunks import spans, tile_shape
 from ._dispatch import accumulator, declare, first_order, require_float
 
+fused: Any = None
+different: Any = None
+if find_spec("triton"):
+    from . import pairwise_ops as fused
+    from .pairwise_fused import different
+
 
 @dataclass(frozen=True)
 class PairMask:
     """Which pairs take part: keep(row_ids, col_ids) is a bool tensor, broadcasting the two.
 
     symmetric: keep(a, b) == keep(b, a) for all ids, so that a pair may be judged from either side.
+    triton: the same judgement for the Triton kernels, a @triton.jit function of the row and the
+    column ids: blocks (R, 1) and (1, C) or (1, R) and (C, 1), of int64 where ids are given, else
+    of int32 positions.  Its module must import triton.language, and it may read nothing but the
+    ids.  Without one the mask runs in torch.
+    Raises ValueError when triton is something else.
     """
 
     name: str
     keep: Callable[[Tensor, Tensor], Tensor]
     symmetric: bool = False
+    triton: Any = None
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        key = "" if self.triton is None or fused is None else fused.enrol(self.name, self.triton)
+        object.__setattr__(self, "key", key)
+
+    def __deepcopy__(self, memo: Any) -> PairMask:
+        return self  # nothing in it changes, and Triton's functions cannot be copied
 
 
 def _different(row_ids: Tensor, col_ids: Tensor) -> Tensor:
     return row_ids != col_ids
 
 
-exclude_self = PairMask("exclude_self", _different, symmetric=True)
+exclude_self = PairMask("exclude_self", _different, symmetric=True, triton=different)
 
 
 def pairwise_lse_reference(q, k, scale, mask, row_ids, col_ids):
     """The formula, eager, in the dtype it is given: the tests' oracle.  Holds (M, N) scores."""
     s_MN = scale * (q @ k.T)
     if mask is not None:
+        row_ids, col_ids = _ids(q, k, row_ids, col_ids)
         s_MN = s_MN.masked_fill(~mask.keep(row_ids[:, None], col_ids[None, :]), -math.inf)
     return s_MN.logsumexp(1)
 
@@ -167,13 +190,40 @@ def _upper_tiles(x: Tensor) -> list[tuple[slice, slice]]:
     return [(i, j) for a, i in enumerate(blocks) for j in blocks[a:]]
 
 
+def _same(q, k, mask, row_ids, col_ids) -> bool:
+    """Whether the scores are one tensor's with itself, alike from either side."""
+    return q is k and row_ids is col_ids and (mask is None or mask.symmetric)
+
+
+def _ids(q, k, row_ids, col_ids) -> tuple[Tensor, Tensor]:
+    """Positions where no ids are given, of one tensor's rows and columns the same tensor."""
+    rows = torch.arange(len(q), device=q.device) if row_ids is None else row_ids
+    if col_ids is not None:
+        return rows, col_ids
+    return rows, rows if q is k and row_ids is None else torch.arange(len(k), device=k.device)
+
+
 def _lse_torch(q, k, scale, mask, row_ids, col_ids):
-    if q is k and row_ids is col_ids and (mask is None or mask.symmetric):
-        return _SelfLSE.apply(q, scale, row_ids, mask)
-    return _RowLSE.apply(q, k, scale, row_ids, col_ids, mask)
+    rows, cols = _ids(q, k, row_ids, col_ids)
+    if _same(q, k, mask, row_ids, col_ids):
+        return _SelfLSE.apply(q, scale, rows, mask)
+    return _RowLSE.apply(q, k, scale, rows, cols, mask)
 
 
-_LSE = declare("pairwise_lse", torch=_lse_torch, reference=pairwise_lse_reference)
+def _lse_triton(q, k, scale, mask, row_ids, col_ids):
+    if mask is not None and mask.triton is None:
+        raise ValueError(
+            f"mask {mask.name!r} has no Triton twin: give PairMask a @triton.jit function as "
+            "`triton`, or leave impl='triton' for 'torch'"
+        )
+    same, key = _same(q, k, mask, row_ids, col_ids), mask.key if mask else ""
+    positions = mask is None or row_ids is None and col_ids is None
+    ids = [] if positions else list(_ids(q, k, row_ids, col_ids))
+    return fused.lse(q, k, scale.float(), ids, key, same)
+
+
+_twin = {"triton": _lse_triton} if fused else {}
+_LSE = declare("pairwise_lse", torch=_lse_torch, reference=pairwise_lse_reference, **_twin)
 
 
 def check_pairs(
@@ -183,6 +233,11 @@ def check_pairs(
 
     Without ids a row's and a column's are their positions; where q is k they are one tensor.
     """
+    _check(q, k, row_ids, col_ids)
+    return _ids(q, k, row_ids, col_ids)
+
+
+def _check(q, k, row_ids, col_ids) -> None:
     if q.ndim != 2 or k.ndim != 2 or q.shape[1] != k.shape[1] or 0 in (*q.shape, *k.shape):
         got = f"{tuple(q.shape)} and {tuple(k.shape)}"
         raise ValueError(f"q and k must be (M, D) and (N, D), none of them empty, got {got}")
@@ -191,13 +246,11 @@ def check_pairs(
         got = f"{q.dtype} on {q.device} and {k.dtype} on {k.device}"
         raise ValueError(f"q and k must share dtype and device, got {got}")
     for name, ids, x in (("row_ids", row_ids, q), ("col_ids", col_ids, k)):
-        if ids is not None and (ids.shape != x.shape[:1] or ids.dtype != torch.int64):
-            got = f"{tuple(ids.shape)} {ids.dtype}"
-            raise ValueError(f"{name} must be ({len(x)},) int64, got {got}")
-    rows = torch.arange(len(q), device=q.device) if row_ids is None else row_ids
-    if col_ids is not None:
-        return rows, col_ids
-    return rows, rows if q is k and row_ids is None else torch.arange(len(k), device=k.device)
+        if ids is None:
+            continue
+        if ids.shape != x.shape[:1] or ids.dtype != torch.int64 or ids.device != x.device:
+            got = f"{tuple(ids.shape)} {ids.dtype} on {ids.device}"
+            raise ValueError(f"{name} must be ({len(x)},) int64 on {x.device}, got {got}")
 
 
 def pairwise_lse(
@@ -217,19 +270,23 @@ def pairwise_lse(
     mask: None, `exclude_self` or any PairMask, judged on row_ids (M,) and col_ids (N,) int64,
     by default the positions; across ranks pass ids that are unique in the joined batch.
     A row with no pair left is -inf, with gradient zero.  First order only.
-    impl: "auto", "torch" or "reference" (the formula as written, with (M, N) scores).
-    float64 inputs are summed and returned in float64.
-    Raises ValueError for shapes, dtypes and devices that disagree, and an unknown impl.
+    impl: "auto", "triton", "torch" or "reference" (the formula as written, with (M, N) scores).
+    auto is triton on CUDA, and torch elsewhere, for float64 and for a mask without Triton twin.
+    float64 inputs are summed and returned in float64, by torch and the reference alone.
+    Raises ValueError for shapes, dtypes and devices that disagree, an impl that is not there, and
+    impl="triton" with float64, with a mask without twin, or off CUDA (unless TRITON_INTERPRET=1).
 
     >>> x = torch.eye(2)
     >>> pairwise_lse(x, x, 3.0, mask=exclude_self).tolist()
     [0.0, 0.0]
     """
-    rows, cols = check_pairs(q, k, row_ids, col_ids)
+    _check(q, k, row_ids, col_ids)
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point() or scale.device != q.device:
             got = f"{tuple(scale.shape)} {scale.dtype} on {scale.device}"
             raise ValueError(f"scale must be a number or a 0-d float tensor beside q, got {got}")
     else:
         scale = torch.full((), float(scale), dtype=accumulator(q.dtype), device=q.device)
-    return _LSE(impl, q.device, q, k, scale, mask, rows, cols).to(accumulator(q.dtype))
+    if impl == "auto" and (q.dtype == torch.float64 or mask is not None and mask.triton is None):
+        impl = "torch"
+    return _LSE(impl, q.device, q, k, scale, mask, row_ids, col_ids).to(accumulator(q.dtype))

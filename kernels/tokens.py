@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._chunks import row_spans
-from ._dispatch import accumulator, declare, first_order, require_float
+from ._dispatch import accumulator, declare, finished, first_order, require_float
 
 
 def restore_tokens_reference(visible, ids_restore, mask_token, pos):
@@ -53,7 +53,7 @@ class _RestoreTokens(torch.autograd.Function):
         out.scatter_(1, _wide(places, D), shown)
         ctx.save_for_backward(places, ids_restore)
         ctx.dtypes = mask_token.dtype, None if pos is None else pos.dtype
-        return out
+        return finished(out)
 
     @staticmethod
     @first_order

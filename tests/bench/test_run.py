@@ -68,6 +68,24 @@ def test_the_gate_may_stand_at_a_smaller_shape():
     assert {row.status for row in rows if row.rival == "wrong"} == {"wrong"}
 
 
+def test_what_is_right_at_the_gate_and_wrong_at_the_timed_shape_is_wrong():
+    def makes(shape, dtype, device):
+        made = make(shape, dtype, device)
+        rivals = {
+            OURS: lambda x: square(x[:100]),  # forgets what is past its first block
+            REFERENCE: square,
+            "overflows": lambda x: square(x) * (float("inf") if len(x) > 100 else 1),
+        }
+        return Problem(made.inputs, rivals)
+
+    case = case_of(makes, gate_shape={"N": 100})
+    rows = {r.rival: r for r in run_case(case, {"N": 1000}, settings(memory=False))}
+    assert rows[OURS].status == "wrong" and "value has norm" in rows[OURS].why
+    assert rows["overflows"].why == "value is not finite at this shape"
+    assert rows[REFERENCE].status == "ok"
+    assert {r.status for r in run_case(case, {"N": 100}, settings(memory=False))} == {"ok"}
+
+
 def test_without_a_truth_nothing_passes():
     def no_truth(shape, dtype, device):
         made = make(shape, dtype, device)

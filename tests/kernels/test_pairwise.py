@@ -189,12 +189,21 @@ Q = torch.zeros(4, 3)
         ((Q, Q.double(), 1.0), {}, "float32 on cpu and torch.float64"),
         ((Q.long(), Q.long(), 1.0), {}, "q must be a floating-point tensor, got torch.int64"),
         ((Q, Q, torch.ones(2)), {}, r"scale must .* got \(2,\)"),
-        ((Q, Q, 1.0), {"row_ids": torch.arange(3)}, r"row_ids must be \(4,\) int64, got \(3,\)"),
+        (
+            (Q, Q, 1.0),
+            {"row_ids": torch.arange(3)},
+            r"row_ids must be \(4,\) int64 on cpu, got \(3,\)",
+        ),
+        (
+            (Q, Q, 1.0),
+            {"row_ids": torch.empty(4, dtype=torch.int64, device="meta")},
+            "row_ids must be .* on cpu, got .* on meta",
+        ),
         ((Q, Q, 1.0), {"col_ids": Q[:, 0]}, "col_ids must be .* got .* torch.float32"),
         (
             (Q, Q, 1.0),
-            {"impl": "triton"},
-            "one of auto, torch, reference for pairwise_lse, got 'triton'",
+            {"impl": "fused"},
+            "one of auto, torch, reference, triton for pairwise_lse, got 'fused'",
         ),
     ],
 )

@@ -1,0 +1,157 @@
+"""The data pipeline: what one process augments, from pixels in memory to a batch of views.
+
+B images of S x S pixels, two views of V x V each.  No worker processes: they would work ahead while
+others are timed.  Reading and decoding files is left out, being the same for all.  Everything is on
+the CPU, also where the rest is measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
+from fastssl.bench.rivals import Late, Rivals, installed, library, nbytes
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class _Stream:
+    """A batch of views a call, of an endless stream; what it is called with is not looked at."""
+
+    def __init__(self, batches: Iterator[Sequence[Tensor]]) -> None:
+        self._batches = batches
+
+    def __call__(self, pixels: Tensor) -> list[Tensor]:
+        return list(next(self._batches))
+
+
+class _Images(Dataset):
+    """`transform` of each image, as tensors or as the PIL images that most users decode to."""
+
+    def __init__(self, pixels: Tensor, transform: Callable[[Any], Any], *, pil: bool) -> None:
+        to_pil = import_module("torchvision.transforms.v2.functional").to_pil_image
+        self.images = [to_pil(image) for image in pixels] if pil else list(pixels)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.transform(self.images[i])
+
+
+def _endless(images: _Images) -> Iterator[Sequence[Tensor]]:
+    """Epoch after epoch, each one batch of all images in random order."""
+    loader = DataLoader(images, batch_size=len(images), shuffle=True)
+    while True:
+        yield from loader
+
+
+def _ours(pixels: Tensor, side: int) -> _Stream:
+    datasets, loader, views = (
+        import_module("fastssl.data." + name) for name in ("datasets", "loader", "views")
+    )
+    names = [str(i) for i in range(len(pixels))]
+    labels = torch.zeros(len(pixels), dtype=torch.int64)
+    source: Any = datasets.ArrayImages(pixels, labels, ("image",), names)
+    spec = views.preset("simclr", side, mean=_MEAN, std=_STD)
+    batches = loader.PretrainLoader(source, spec, batch_size=len(pixels), seed=0)
+    return _Stream(batch["views"] for batch in batches.stream(0, 1 << 40))
+
+
+def _torchvision(v2: Any, pixels: Tensor, side: int) -> _Stream:
+    """SimCLR's appendix A in torchvision's transforms, on tensors: one image after another, twice.
+
+    A blur's kernel is a tenth of the view, as in the paper.
+    """
+    one = v2.Compose(
+        [
+            v2.RandomResizedCrop(side, scale=(0.08, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(side // 20 * 2 + 1, (0.1, 2.0))], p=0.5),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(_MEAN, _STD),
+        ]
+    )
+    return _Stream(_endless(_Images(pixels, lambda image: (one(image), one(image)), pil=False)))
+
+
+def _lightly(transforms: Any, pixels: Tensor, side: int) -> _Stream:
+    both = transforms.SimCLRTransform(input_size=side)
+    return _Stream(_endless(_Images(pixels, both, pil=True)))
+
+
+@case(
+    "data-simclr",
+    test="tests/data/test_torch_views.py",
+    shapes={
+        "quick": [{"B": 8, "S": 96, "V": 64}],
+        "cpu": [{"B": 32, "S": 256, "V": 224}],
+        "cuda": [{"B": 64, "S": 256, "V": 224}],
+    },
+    dtypes=("float32",),
+)
+def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """SimCLR's two views of each image of a batch, by one process without workers.
+
+    Views are random: the gate asks for their shape and dtype, that normalised pixels stay inside
+    what [0, 1] becomes, that mean and spread are the images' own, and that the two differ.
+    "reference" is torchvision's transforms in a DataLoader.  Bytes: images read, views written.
+    """
+    B, S, V = shape["B"], shape["S"], shape["V"]
+    coarse = torch.rand(B, 3, 8, 8)
+    smooth = F.interpolate(coarse, size=(S, S), mode="bicubic").clamp(0, 1)
+    pixels = (255 * smooth).to(torch.uint8)
+    rivals: Rivals = {OURS: Absent("pip install 'fastssl[train]'")}
+    if installed("pydantic", "numpy", "torchvision"):
+        rivals[OURS] = Late(lambda: _ours(pixels, V))
+    v2 = library("torchvision.transforms.v2", lambda m: _torchvision(m, pixels, V))
+    rivals[REFERENCE] = v2
+    rivals["lightly"] = library("lightly.transforms", lambda m: _lightly(m, pixels, V))
+    return Problem(
+        inputs=(pixels,),
+        rivals=rivals,
+        bytes_moved={"run": nbytes(pixels) + 2 * B * 3 * V * V * 4.0},
+        items=(B, "images"),
+        check=_looks_right(pixels, V),
+        rotate=False,
+    )
+
+
+def _looks_right(pixels: Tensor, side: int) -> Callable[[str, Sequence[Tensor]], str]:
+    """The check: (rival, views) -> what is wrong with them, or ""."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+    low, high = -mean / std, (1 - mean) / std
+    source = (pixels / 255 - mean) / std
+    size = (len(pixels), 3, side, side)
+
+    def check(name: str, outputs: Sequence[Tensor]) -> str:
+        if len(outputs) != 2:
+            return f"{len(outputs)} views came out, not 2"
+        for v, view in enumerate(outputs):
+            if view.shape != size or view.dtype != torch.float32:
+                return f"view {v} is {tuple(view.shape)} {view.dtype}, not {size} float32"
+            if not torch.isfinite(view).all():
+                return f"view {v} is not finite"
+            if (view < low - 1e-3).any() or (view > high + 1e-3).any():
+                return f"view {v} leaves the range that pixels in [0, 1] have"
+            # Brightness alone moves an image's mean by about one deviation.
+            away = float((view.mean() - source.mean()).abs())
+            if away > 4 / math.sqrt(len(pixels)):
+                return f"view {v} has a mean {away:.2f} deviations from the images'"
+            spread = float(view.std() / source.std())
+            if not 0.4 < spread < 2.5:
+                return f"view {v} has {spread:.2f} times the images' spread"
+        return "the two views are the same" if torch.equal(*outputs) else ""
+
+    return check

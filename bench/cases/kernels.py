@@ -1,0 +1,252 @@
+"""The primitives over pairs and columns, beside the formula as written and that compiled.
+
+N rows (M against N), D features.  Floors as in losses.py; where there is no product, every
+elementwise operation is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
+from fastssl.bench.registry import OURS, REFERENCE, Outputs, Problem, Rival, Shape, case
+from fastssl.bench.rivals import beside, by_implementation, nbytes, weighed
+from fastssl.kernels import (
+    column_moments,
+    cross_diagonal,
+    exclude_self,
+    frobenius_sq,
+    pairwise_lse,
+    pairwise_topk,
+    standardise,
+)
+from fastssl.kernels.correlation import column_moments_reference
+
+_SCALE = 1 / 0.1
+
+
+def _rows(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(n, d, device=device).to(dtype)
+
+
+def _unit(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return F.normalize(torch.randn(n, d, device=device)).to(dtype)
+
+
+@case(
+    "pairwise-lse",
+    test="tests/kernels/test_pairwise.py",
+    shapes={
+        "quick": [{"M": 256, "N": 512, "D": 128}],
+        "cpu": [{"M": 1024, "N": 4096, "D": 128}, {"M": 2048, "N": 2048, "D": 512}],
+        "cuda": [{"M": 8192, "N": 65536, "D": 128}, {"M": 16384, "N": 16384, "D": 768}],
+    },
+    gate_shape={"M": 333, "N": 1111, "D": 128},
+)
+def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Row log-sum-exp of scaled similarities, rows against other keys.
+
+    Products: 2 M N D forward; backward one as large for each side, 4 M N D.
+    """
+    M, N, D = shape["M"], shape["N"], shape["D"]
+    inputs = tuple(_unit(n, D, dtype, device).requires_grad_() for n in (M, N))
+    return Problem(
+        inputs=inputs,
+        rivals=by_implementation("pairwise_lse", _lse, device),
+        flops={"fwd": 2.0 * M * N * D, "bwd": 4.0 * M * N * D},
+        bytes_moved={"fwd": nbytes(*inputs) + 4 * M, "bwd": 2 * nbytes(*inputs) + 4 * M},
+    )
+
+
+def _lse(impl: str, q: Tensor, k: Tensor) -> Tensor:
+    return pairwise_lse(q, k, _SCALE, impl=impl)
+
+
+@case(
+    "pairwise-lse-self",
+    test="tests/kernels/test_pairwise.py",
+    shapes={
+        "quick": [{"N": 512, "D": 128}],
+        "cpu": [{"N": 2048, "D": 128}, {"N": 4096, "D": 256}],
+        "cuda": [{"N": 16384, "D": 128}, {"N": 65536, "D": 128}, {"N": 16384, "D": 1024}],
+    },
+    gate_shape={"N": 1111, "D": 128},
+)
+def lse_self(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Row log-sum-exp of similarities among themselves, each row without itself.
+
+    The scores are symmetric: N^2 D flops for half of them; backward N x N weights times the rows,
+    2 N^2 D.
+    """
+    N, D = shape["N"], shape["D"]
+    z = _unit(N, D, dtype, device).requires_grad_()
+    return Problem(
+        inputs=(z,),
+        rivals=by_implementation("pairwise_lse", _lse_self, device),
+        flops={"fwd": 1.0 * N * N * D, "bwd": 2.0 * N * N * D},
+        bytes_moved={"fwd": nbytes(z) + 4 * N, "bwd": 2 * nbytes(z) + 4 * N},
+    )
+
+
+def _lse_self(impl: str, z: Tensor) -> Tensor:
+    return pairwise_lse(z, z, _SCALE, mask=exclude_self, impl=impl)
+
+
+@case(
+    "pairwise-topk",
+    test="tests/kernels/test_topk.py",
+    shapes={
+        "quick": [{"M": 128, "N": 2048, "D": 64, "K": 20}],
+        "cpu": [{"M": 1024, "N": 16384, "D": 384, "K": 20}],
+        "cuda": [{"M": 8192, "N": 262144, "D": 384, "K": 20}],
+    },
+    gate_shape={"M": 111, "N": 3333, "D": 64, "K": 20},
+)
+def topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The K nearest of N keys for each of M rows: a k-nearest-neighbour search.
+
+    2 M N D flops of scores; to select is not counted.  Two keys nearly as near may change places:
+    the gate asks how near the named ones are, not which they are.
+    """
+    M, N, D, K = (shape[name] for name in "MNDK")
+    q, k = _unit(M, D, dtype, device), _unit(N, D, dtype, device)
+    rivals = by_implementation("pairwise_topk", partial(_topk, K), device)
+    return Problem(
+        inputs=(q, k),
+        rivals=rivals,
+        flops={"run": 2.0 * M * N * D},
+        bytes_moved={"run": nbytes(q, k) + 12.0 * M * K},
+        items=(M, "rows"),
+        check=_nearest(q, k, K, rivals[REFERENCE]),
+    )
+
+
+def _topk(n: int, impl: str, q: Tensor, k: Tensor) -> Outputs:
+    return pairwise_topk(q, k, n, impl=impl)
+
+
+def _nearest(
+    q: Tensor, k: Tensor, n: int, reference: Rival
+) -> Callable[[str, Sequence[Tensor]], str]:
+    """The check of a search: its values, and the true scores of the keys it names, are the best."""
+
+    @cache
+    def truth() -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        scores = q.double() @ k.double().T
+        best = scores.topk(n, dim=1).values
+        return scores, judged(scores, reference(q, k)), [best, best]
+
+    def judged(scores: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        values, indices = outputs
+        return [values, scores.gather(1, indices).to(values.dtype)]
+
+    def check(name: str, outputs: Sequence[Tensor]) -> str:
+        scores, eager, best = truth()
+        ordered = outputs[1].sort(dim=1).values
+        if not (ordered[:, 1:] > ordered[:, :-1]).all():
+            return "a row names a key twice"
+        slack = SLACK_OURS if name.startswith(OURS) else SLACK_OTHERS
+        return why_wrong(judged(scores, outputs), eager, best, slack=slack)
+
+    return check
+
+
+_COLUMN_SHAPES = {
+    "quick": [{"N": 256, "D": 1024}],
+    "cpu": [{"N": 256, "D": 2048}, {"N": 2048, "D": 1024}],
+    "cuda": [{"N": 2048, "D": 8192}, {"N": 8192, "D": 8192}],
+}
+
+
+@case("standardise", test="tests/kernels/test_correlation.py", shapes=_COLUMN_SHAPES)
+def standardised(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Each column of a batch to mean 0 and variance 1.
+
+    An element takes 1 flop for the mean, 2 for the variance, 2 to normalise; backward 3 for the
+    two sums and 4 for its gradient.  Forward reads z and writes the float32 result; backward reads
+    that and its gradient, and writes z's.
+    """
+    z = _rows(shape["N"], shape["D"], dtype, device).requires_grad_()
+    w = torch.randn(z.shape, device=device)
+    rivals = by_implementation("standardise", _standardise, device)
+    return Problem(
+        inputs=(z, w),
+        rivals=weighed(rivals),
+        flops={"fwd": 5.0 * z.numel(), "bwd": 7.0 * z.numel()},
+        bytes_moved={"fwd": nbytes(z, w), "bwd": nbytes(z) + 2 * nbytes(w)},
+    )
+
+
+def _standardise(impl: str, z: Tensor) -> Tensor:
+    return standardise(z, eps=1e-5, impl=impl)
+
+
+@case("column-moments", test="tests/kernels/test_correlation.py", shapes=_COLUMN_SHAPES)
+def moments(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Mean and variance of each column of a batch.
+
+    An element takes 1 flop for the mean and 2 for the variance; backward 3.
+    """
+    z = _rows(shape["N"], shape["D"], dtype, device).requires_grad_()
+    return Problem(
+        inputs=(z,),
+        rivals=beside(
+            partial(_moments, column_moments), partial(_moments, column_moments_reference)
+        ),
+        flops={"fwd": 3.0 * z.numel(), "bwd": 3.0 * z.numel()},
+        bytes_moved={"fwd": nbytes(z) + 8 * shape["D"], "bwd": 2 * nbytes(z) + 8 * shape["D"]},
+    )
+
+
+def _moments(of: Callable[[Tensor], Any], z: Tensor) -> Tensor:
+    return torch.stack(of(z))
+
+
+@case(
+    "frobenius-sq",
+    test="tests/kernels/test_correlation.py",
+    shapes=_COLUMN_SHAPES,
+    dtypes=("float32", "bfloat16"),  # in float16 the formula as written overflows
+)
+def frobenius(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Squared Frobenius norm of a cross-correlation.
+
+    By the D x D matrix 2 N D^2 flops, by two symmetric Gram matrices 2 N^2 D: the lesser of them,
+    and backward twice that.
+    """
+    N, D = shape["N"], shape["D"]
+    inputs = tuple(_rows(N, D, dtype, device).requires_grad_() for _ in range(2))
+    product = 2.0 * N * D * min(N, D)
+    return Problem(
+        inputs=inputs,
+        rivals=by_implementation("frobenius_sq", _frobenius, device),
+        flops={"fwd": product, "bwd": 2 * product},
+        bytes_moved={"fwd": nbytes(*inputs) + 4, "bwd": 2 * nbytes(*inputs)},
+    )
+
+
+def _frobenius(impl: str, a: Tensor, b: Tensor) -> Tensor:
+    return frobenius_sq(a, b, impl=impl)
+
+
+@case("cross-diagonal", test="tests/kernels/test_correlation.py", shapes=_COLUMN_SHAPES)
+def diagonal(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Diagonal of a cross-correlation: 2 flops for each element of a pair, and 2 backward."""
+    N, D = shape["N"], shape["D"]
+    inputs = tuple(_rows(N, D, dtype, device).requires_grad_() for _ in range(2))
+    return Problem(
+        inputs=inputs,
+        rivals=beside(cross_diagonal, _diagonal_reference),
+        flops={"fwd": 2.0 * N * D, "bwd": 2.0 * N * D},
+        bytes_moved={"fwd": nbytes(*inputs) + 4 * D, "bwd": 2 * nbytes(*inputs) + 4 * D},
+    )
+
+
+def _diagonal_reference(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(0)

@@ -1,0 +1,361 @@
+"""The losses, beside the formula as written, the authors' own and the libraries'.
+
+B images (or pairs), D features; S pixels a side, P a patch's.  Floors count what a loss needs,
+whoever computes it: the flops of its matrix products (2 for each multiply-add; exponentials and
+what happens elementwise are left out where there are products), without computing anything twice;
+inputs read and results written once in each pass, in the dtype they have.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.bench.registry import Absent, Problem, Shape, Sweep, case
+from fastssl.bench.rivals import beside, library, nbytes
+from fastssl.kernels import exclude_self, frobenius_sq, pairwise_lse, patch_mse, standardise
+from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
+
+_TEMPERATURE, _LAMBDA = 0.5, 5e-3
+_CLIP_TEMPERATURE = 0.07
+_SIGLIP_SCALE, _SIGLIP_BIAS = 10.0, -10.0
+_HIDDEN = 3 / 4
+
+
+def _views(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two embeddings (B, D) of the same images: alike, as after some training."""
+    z = torch.randn(shape["B"], shape["D"], device=device)
+    first, second = (z + 0.5 * torch.randn_like(z) for _ in range(2))
+    return first.to(dtype).requires_grad_(), second.to(dtype).requires_grad_()
+
+
+def _pairs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Image and text embeddings (B, D) of unit length, alike as after some training."""
+    first, second = (F.normalize(z.detach()) for z in _views(shape, torch.float32, device))
+    return first.to(dtype).requires_grad_(), second.to(dtype).requires_grad_()
+
+
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A learned number."""
+    return torch.tensor(value, dtype=dtype, device=device, requires_grad=True)
+
+
+@case(
+    "ntxent",
+    test="tests/losses/test_contrastive.py",
+    shapes={
+        "quick": [{"B": 128, "D": 128}, {"B": 512, "D": 128}],
+        "cpu": [
+            {"B": 256, "D": 128},
+            {"B": 1024, "D": 128},
+            {"B": 2048, "D": 256},
+            {"B": 4096, "D": 128},
+        ],
+        "cuda": [
+            {"B": 4096, "D": 128},
+            {"B": 4096, "D": 1024},
+            {"B": 16384, "D": 128},
+            {"B": 32768, "D": 128},
+            {"B": 32768, "D": 1024},
+        ],
+    },
+    sweeps={
+        "quick": [Sweep("B", (64, 128, 256), {"D": 64})],
+        "cpu": [
+            Sweep("B", (256, 512, 1024, 2048, 4096), {"D": 128}),
+            Sweep("D", (64, 128, 256, 512, 1024), {"B": 1024}),
+        ],
+        "cuda": [
+            Sweep("B", (1024, 2048, 4096, 8192, 16384, 32768), {"D": 128}),
+            Sweep("D", (64, 128, 256, 512, 1024, 2048), {"B": 8192}),
+        ],
+    },
+    gate_shape={"B": 600, "D": 128},
+)
+def ntxent(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """SimCLR's NT-Xent: each of 2B views finds its twin among all others.
+
+    Products: the N x N similarities of N = 2B views are symmetric, so half of them, N^2 D flops;
+    backward, the N x N weights times the N x D embeddings, 2 N^2 D (the weights of s_ij and s_ji
+    are added first).
+    pytorch-metric-learning stands here with its SupConLoss, which has the same value where a view
+    has one positive; its NTXentLoss holds (2B)^3 numbers, a minute's work at B = 512.
+    """
+    views, n = _views(shape, dtype, device), 2 * shape["B"]
+    rivals = beside(NTXentLoss(_TEMPERATURE), ntxent_reference)
+    rivals["simclr authors"] = ntxent_authors
+    rivals["lightly"] = library("lightly.loss", lambda m: m.NTXentLoss(_TEMPERATURE))
+    rivals["pytorch-metric-learning"] = library(
+        "pytorch_metric_learning.losses",
+        lambda m: m.SelfSupervisedLoss(m.SupConLoss(temperature=_TEMPERATURE)),
+    )
+    product = float(n * n * shape["D"])
+    return Problem(
+        inputs=views,
+        rivals=rivals,
+        flops={"fwd": product, "bwd": 2 * product},
+        bytes_moved={"fwd": nbytes(*views) + 4, "bwd": 2 * nbytes(*views)},
+        items=(shape["B"], "images"),
+    )
+
+
+def ntxent_reference(z0: Tensor, z1: Tensor) -> Tensor:
+    """SimCLR's equation 1 with all 2B x 2B similarities, in the dtype it is given."""
+    z = F.normalize(torch.cat([z0, z1]))
+    lse = pairwise_lse(z, z, 1 / _TEMPERATURE, mask=exclude_self, impl="reference")
+    positive = (z * z.roll(len(z0), 0)).sum(1) / _TEMPERATURE
+    return lse.mean() - positive.mean()
+
+
+def ntxent_authors(z0: Tensor, z1: Tensor) -> Tensor:
+    """As google-research/simclr has it: four blocks of logits and a cross-entropy for each view.
+
+    A view's similarity to itself is lowered by 1e9; the two cross-entropies are averaged here,
+    where its training adds them.
+    """
+    a, b, n = F.normalize(z0), F.normalize(z1), len(z0)
+    itself = torch.eye(n, dtype=z0.dtype, device=z0.device) * 1e9
+    twin = torch.arange(n, device=z0.device)
+    aa, ab = a @ a.T / _TEMPERATURE - itself, a @ b.T / _TEMPERATURE
+    bb, ba = b @ b.T / _TEMPERATURE - itself, b @ a.T / _TEMPERATURE
+    first = F.cross_entropy(torch.cat([ab, aa], 1), twin)
+    return (first + F.cross_entropy(torch.cat([ba, bb], 1), twin)) / 2
+
+
+@case(
+    "barlow-twins",
+    test="tests/losses/test_redundancy.py",
+    shapes={
+        "quick": [{"B": 128, "D": 512}, {"B": 256, "D": 1024}],
+        "cpu": [{"B": 256, "D": 2048}, {"B": 2048, "D": 1024}],
+        "cuda": [{"B": 256, "D": 8192}, {"B": 2048, "D": 8192}, {"B": 8192, "D": 2048}],
+    },
+    sweeps={
+        "quick": [Sweep("B", (32, 64, 128), {"D": 256})],
+        "cpu": [
+            Sweep("B", (128, 256, 512, 1024, 2048), {"D": 1024}),
+            Sweep("D", (256, 512, 1024, 2048, 4096), {"B": 256}),
+        ],
+        "cuda": [
+            Sweep("B", (256, 512, 1024, 2048, 4096, 8192), {"D": 8192}),
+            Sweep("D", (1024, 2048, 4096, 8192, 16384), {"B": 1024}),
+        ],
+    },
+    dtypes=("float32", "bfloat16"),  # in float16 the formula as written overflows
+)
+def barlow_twins(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Barlow Twins: the cross-correlation of two views becomes the identity.
+
+    Products: the D x D correlation is 2 B D^2 flops and its gradients 4 B D^2; the two symmetric
+    B x B Gram matrices, half of each, 2 B^2 D and 4 B^2 D for the same number.  The floor has the
+    cheaper: 2 B D min(B, D) and twice that.
+    """
+    views = _views(shape, dtype, device)
+    rivals = beside(BarlowTwinsLoss(_LAMBDA), barlow_reference)
+    rivals["barlow authors"] = barlow_authors
+    rivals["lightly"] = library("lightly.loss", lambda m: m.BarlowTwinsLoss(_LAMBDA))
+    product = 2.0 * shape["B"] * shape["D"] * min(shape["B"], shape["D"])
+    return Problem(
+        inputs=views,
+        rivals=rivals,
+        flops={"fwd": product, "bwd": 2 * product},
+        bytes_moved={"fwd": nbytes(*views) + 4, "bwd": 2 * nbytes(*views)},
+        items=(shape["B"], "images"),
+    )
+
+
+def barlow_reference(z_a: Tensor, z_b: Tensor) -> Tensor:
+    """Barlow Twins' equation 1 with the D x D correlation, in the dtype it is given."""
+    a, b = (standardise(z, eps=1e-5, impl="reference") for z in (z_a, z_b))
+    diagonal = (a * b).sum(0) / len(a)
+    total = frobenius_sq(a, b, impl="reference") / len(a) ** 2
+    return (1 - diagonal).square().sum() + _LAMBDA * (total - diagonal.square().sum())
+
+
+def barlow_authors(z_a: Tensor, z_b: Tensor) -> Tensor:
+    """As facebookresearch/barlowtwins has it: batch norm, the correlation, its off-diagonal copied.
+
+    Without the diagonal a flat D x D matrix less its last element is D - 1 rows of D + 1, each led
+    by a diagonal element.
+    """
+    a, b = (F.batch_norm(z, None, None, training=True) for z in (z_a, z_b))
+    c, d = (a.T @ b).div_(len(a)), a.shape[1]
+    off_diagonal = c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
+    on_diagonal = torch.diagonal(c) - 1
+    return on_diagonal.pow(2).sum() + _LAMBDA * off_diagonal.pow(2).sum()
+
+
+@case(
+    "mae",
+    test="tests/losses/test_reconstruction.py",
+    shapes={
+        "quick": [{"B": 8, "S": 224, "P": 16}],
+        "cpu": [{"B": 32, "S": 224, "P": 16}, {"B": 128, "S": 32, "P": 4}],
+        "cuda": [{"B": 256, "S": 224, "P": 16}, {"B": 1024, "S": 224, "P": 16}],
+    },
+    sweeps={
+        "quick": [Sweep("B", (2, 4, 8), {"S": 64, "P": 16})],
+        "cpu": [Sweep("B", (8, 16, 32, 64, 128), {"S": 224, "P": 16})],
+        "cuda": [Sweep("B", (64, 128, 256, 512, 1024, 2048), {"S": 224, "P": 16})],
+    },
+)
+def mae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """MAE: the pixels of the hidden three quarters of the patches, each patch normalised.
+
+    For each hidden pixel: 1 flop for the mean, 2 for the variance, 2 to normalise, 3 for the
+    squared error and its sum; 2 backward.  Only hidden patches need be read.
+    """
+    B, S, P = shape["B"], shape["S"], shape["P"]
+    length = (S // P) ** 2
+    images = torch.rand(B, 3, S, S, device=device).to(dtype)
+    hidden = torch.rand(B, length, device=device).argsort(1)[:, : int(_HIDDEN * length)]
+    pred = torch.randn(*hidden.shape, 3 * P * P, device=device).to(dtype).requires_grad_()
+    rivals = beside(MAELoss(P), partial(mae_reference, P))
+    rivals["mae authors"] = partial(mae_authors, P)
+    rivals["lightly"] = library("lightly.models.utils", lambda m: partial(_mae_lightly, m, P))
+    read = 2 * nbytes(pred) + nbytes(hidden)  # the pixels are as many as the predictions
+    return Problem(
+        inputs=(pred, images, hidden),
+        rivals=rivals,
+        flops={"fwd": 8.0 * pred.numel(), "bwd": 2.0 * pred.numel()},
+        bytes_moved={"fwd": read + 4, "bwd": read + nbytes(pred)},
+        items=(B, "images"),
+    )
+
+
+def mae_reference(patch: int, pred: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+    """Every patch as a copy, the hidden ones of it, normalised; in the dtype it is given."""
+    return patch_mse(pred, images, hidden, patch, impl="reference").mean()
+
+
+def mae_authors(patch: int, pred: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+    """As facebookresearch/mae has it: every patch normalised.
+
+    It then weighs the error of every patch with a mask; here predictions of hidden ones alone are
+    at hand, and only their error is computed.
+    """
+    B, C, S, _ = images.shape
+    grid = S // patch
+    target = images.reshape(B, C, grid, patch, grid, patch)
+    target = torch.einsum("nchpwq->nhwpqc", target).reshape(B, grid * grid, -1)
+    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+    target = (target - mean) / (var + 1e-6) ** 0.5
+    chosen = target.gather(1, hidden[..., None].expand(-1, -1, target.shape[-1]))
+    return (pred - chosen).square().mean(-1).mean()
+
+
+def _mae_lightly(utils, patch: int, pred: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+    """What lightly's users write, with its tools: every patch, then the hidden ones."""
+    target = utils.get_at_index(utils.patchify(images, patch), hidden)
+    return F.mse_loss(pred, utils.normalize_mean_var(target))
+
+
+_PAIR_SHAPES = {
+    "quick": [{"B": 256, "D": 256}],
+    "cpu": [{"B": 1024, "D": 512}, {"B": 4096, "D": 512}],
+    "cuda": [
+        {"B": 4096, "D": 768},
+        {"B": 16384, "D": 768},
+        {"B": 32768, "D": 768},
+        {"B": 65536, "D": 768},
+    ],
+}
+_PAIR_SWEEPS = {
+    "quick": [Sweep("B", (64, 128, 256), {"D": 64})],
+    "cpu": [Sweep("B", (256, 512, 1024, 2048, 4096), {"D": 512})],
+    "cuda": [Sweep("B", (1024, 2048, 4096, 8192, 16384, 32768, 65536), {"D": 768})],
+}
+
+
+def _pair_problem(shape: Shape, inputs: tuple[Tensor, ...], rivals: dict) -> Problem:
+    """B x B logits, 2 B^2 D flops, and the gradients to both sides, 4 B^2 D."""
+    product = 2.0 * shape["B"] ** 2 * shape["D"]
+    return Problem(
+        inputs=inputs,
+        rivals=rivals,
+        flops={"fwd": product, "bwd": 2 * product},
+        bytes_moved={"fwd": nbytes(*inputs) + 4, "bwd": 2 * nbytes(*inputs)},
+        items=(shape["B"], "pairs"),
+    )
+
+
+@case(
+    "clip",
+    test="tests/bench/test_cases.py",
+    shapes=_PAIR_SHAPES,
+    sweeps=_PAIR_SWEEPS,
+    gate_shape={"B": 333, "D": 256},
+)
+def clip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """CLIP: each image finds its text among B, and each text its image; the scale is learned."""
+    log_scale = _number(math.log(1 / _CLIP_TEMPERATURE), dtype, device)
+    inputs = *_pairs(shape, dtype, device), log_scale
+    rivals = beside(clip_loss, clip_reference)
+    rivals["open_clip"] = library("open_clip.loss", lambda m: partial(_clip_open, m.ClipLoss()))
+    rivals["cut-cross-entropy"] = library(
+        "cut_cross_entropy", lambda m: partial(_clip_cut, m.linear_cross_entropy)
+    )
+    return _pair_problem(shape, inputs, rivals)
+
+
+def clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """CLIP's loss by two streamed log-sum-exps, over rows and over columns; 0-d float32.
+
+    image, text (B, D): unit rows.  A pair's own score is left out of the sums and comes back as
+    -log sigmoid(own - others), which keeps its digits where the match is near perfect.
+    """
+    scale = log_scale.float().exp()
+    own = (image.float() * text.float()).sum(1) * scale
+    rows = pairwise_lse(image, text, scale, mask=exclude_self)
+    columns = pairwise_lse(text, image, scale, mask=exclude_self)
+    return -(F.logsigmoid(own - rows).mean() + F.logsigmoid(own - columns).mean()) / 2
+
+
+def clip_reference(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """The pseudocode of Radford et al. 2021, arXiv:2103.00020, figure 3, in the dtype given."""
+    logits = image @ text.T * log_scale.exp()
+    own = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def _clip_open(loss, image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    return loss(image, text, log_scale.exp())
+
+
+def _clip_cut(linear_cross_entropy, image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """The rows' cross-entropy and the columns', the batch standing where a vocabulary would."""
+    own, scale = torch.arange(len(image), device=image.device), log_scale.exp()
+    rows = linear_cross_entropy(image * scale, text, own)
+    return (rows + linear_cross_entropy(text * scale, image, own)) / 2
+
+
+@case(
+    "siglip",
+    test="tests/bench/test_cases.py",
+    shapes=_PAIR_SHAPES,
+    sweeps=_PAIR_SWEEPS,
+    gate_shape={"B": 333, "D": 256},
+)
+def siglip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """SigLIP: every one of B^2 image-text pairs, by itself, is a match or is not."""
+    values = math.log(_SIGLIP_SCALE), _SIGLIP_BIAS
+    numbers = tuple(_number(value, dtype, device) for value in values)
+    rivals = beside(Absent("no streamed sigmoid loss yet"), siglip_reference)
+    rivals["open_clip"] = library("open_clip.loss", lambda m: partial(_siglip_open, m.SigLipLoss()))
+    rivals["siglip-kernel"] = library("siglip_kernel", lambda m: m.fused_siglip_loss)
+    return _pair_problem(shape, (*_pairs(shape, dtype, device), *numbers), rivals)
+
+
+def siglip_reference(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+    """Algorithm 1 of Zhai et al. 2023, arXiv:2303.15343, in the dtype it is given."""
+    logits = image @ text.T * log_scale.exp() + bias
+    labels = 2 * torch.eye(len(image), dtype=logits.dtype, device=image.device) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(image)
+
+
+def _siglip_open(loss, image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+    return loss(image, text, log_scale.exp(), bias)

@@ -1,0 +1,123 @@
+"""Losses over W ranks: the joined batch, each rank holding B different images of it.
+
+A step is the whole crew's: every rank's forward and backward with the exchange between them.  The
+gate is the contract itself: the mean over ranks of value and gradients is that of the joined batch
+in one process.  "reference" is that one process, on all W x B images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fastssl.bench.crew import Crew, Loss
+from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, Sweep, case
+from fastssl.losses import BarlowTwinsLoss, NTXentLoss
+
+_TEMPERATURE, _LAMBDA = 0.5, 5e-3
+
+
+def _ntxent() -> Loss:
+    return NTXentLoss(_TEMPERATURE)
+
+
+def _ntxent_lightly() -> Loss:
+    from lightly.loss import NTXentLoss as Lightly
+
+    return Lightly(_TEMPERATURE, gather_distributed=True)
+
+
+def _barlow() -> Loss:
+    return BarlowTwinsLoss(_LAMBDA)
+
+
+def _barlow_lightly() -> Loss:
+    from lightly.loss import BarlowTwinsLoss as Lightly
+
+    return Lightly(_LAMBDA, gather_distributed=True)
+
+
+@case(
+    "ntxent-ranks",
+    test="tests/losses/test_ranks.py",
+    shapes={
+        "quick": [{"W": 2, "B": 128, "D": 128}],
+        "cpu": [{"W": 2, "B": 1024, "D": 128}],
+        "cuda": [{"W": w, "B": 4096, "D": 128} for w in (1, 2, 4, 8)],
+    },
+    sweeps={
+        "quick": [Sweep("W", (1, 2, 4), {"B": 64, "D": 64})],
+        "cpu": [Sweep("W", (1, 2, 4), {"B": 512, "D": 128})],
+        "cuda": [Sweep("W", (1, 2, 4, 8), {"B": 4096, "D": 128})],
+    },
+    dtypes=("float32",),
+)
+def ntxent_ranks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """SimCLR's loss over W ranks of B images each, embeddings gathered."""
+    return _problem(shape, device, {OURS: _ntxent, "lightly": _ntxent_lightly})
+
+
+@case(
+    "barlow-ranks",
+    test="tests/losses/test_ranks.py",
+    shapes={
+        "cpu": [{"W": 2, "B": 256, "D": 1024}],
+        "cuda": [{"W": w, "B": 512, "D": 8192} for w in (1, 2, 4, 8)],
+    },
+    sweeps={
+        "cpu": [Sweep("W", (1, 2, 4), {"B": 128, "D": 1024})],
+        "cuda": [Sweep("W", (1, 2, 4, 8), {"B": 512, "D": 8192})],
+    },
+    dtypes=("float32",),
+)
+def barlow_ranks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Barlow Twins' loss over W ranks of B images each, statistics of the joined batch."""
+    return _problem(shape, device, {OURS: _barlow, "lightly": _barlow_lightly})
+
+
+def _problem(shape: Shape, device: torch.device, builds: dict[str, Callable[[], Loss]]) -> Problem:
+    W, B, D = shape["W"], shape["B"], shape["D"]
+    if device.type == "cuda" and torch.cuda.device_count() < W:
+        why = f"needs {W} GPUs, there are {torch.cuda.device_count()}"
+        return Problem((), dict.fromkeys([*builds, REFERENCE], Absent(why)), check=lambda n, o: "")
+    z = torch.randn(W * B, D, device=device)
+    joined = [(z + 0.5 * torch.randn_like(z)).requires_grad_() for _ in range(2)]
+    rows = [x.detach().chunk(W) for x in joined]
+    loss = builds[OURS]()
+    crews: dict[str, Crew] = {}
+    rivals: dict[str, Rival | Absent] = {
+        name: _Ranks(partial(Crew, build, rows, device), name, crews)
+        for name, build in builds.items()
+    }
+    if not find_spec("lightly"):
+        rivals["lightly"] = Absent("pip install lightly")
+    rivals[REFERENCE] = lambda: step(loss, joined)[0]
+    eager = step(loss, joined)
+    truth = step(loss, [x.detach().double().requires_grad_() for x in joined])
+
+    def check(name: str, outputs: Sequence[Tensor]) -> str:
+        if name == REFERENCE:
+            return why_wrong(outputs, eager[:1], truth[:1], slack=SLACK_OURS)
+        slack = SLACK_OURS if name == OURS else SLACK_OTHERS
+        gradients = [g.to(device) for g in crews[name].gradients()]
+        return why_wrong([outputs[0].to(eager[0]), *gradients], eager, truth, slack=slack)
+
+    items = (W * B, "images")
+    return Problem((), rivals, items=items, check=check, rotate=False, own_memory=False)
+
+
+class _Ranks:
+    """A crew that starts at its first call."""
+
+    def __init__(self, start: Callable[[], Crew], name: str, crews: dict[str, Crew]) -> None:
+        self.start, self.name, self.crews = start, name, crews
+
+    def __call__(self) -> Tensor:
+        if self.name not in self.crews:
+            self.crews[self.name] = self.start()
+        return self.crews[self.name].step()

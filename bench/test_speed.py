@@ -1,0 +1,55 @@
+"""The registry through pytest-benchmark: `pytest bench/ --benchmark-only`.
+
+One benchmark for each case, shape and rival, of the size that FASTSSL_BENCH_SIZE names (quick, cpu,
+cuda; default quick) in the dtype FASTSSL_BENCH_DTYPE (default float32).  A rival whose answer is
+wrong fails its gate and is not timed.  pytest-benchmark times one function after another, not in
+turns: for a comparison use `python -m fastssl.bench`; this is for those whose CI keeps its history.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastssl.bench.gate import judge, step
+from fastssl.bench.measure import wait
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Case, Problem, Shape, all_cases
+
+SIZE = os.environ.get("FASTSSL_BENCH_SIZE", "quick")
+DTYPE = os.environ.get("FASTSSL_BENCH_DTYPE", "float32")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LEFT_OUT = ("compile",)  # a minute of C++ before the first time
+
+
+def _problem(case: Case, shape: Shape) -> Problem:
+    torch.manual_seed(0)
+    return case.make(dict(shape), getattr(torch, DTYPE), DEVICE)
+
+
+def _entries() -> Iterator[object]:
+    for case in all_cases().values():
+        if DTYPE not in case.dtypes:
+            continue
+        for shape in case.shapes.get(SIZE, ()):
+            where = "-".join(f"{k}{v}" for k, v in shape.items())
+            for rival in (OURS, REFERENCE):
+                yield pytest.param(case, shape, rival, id=f"{case.name}-{where}-{rival}")
+
+
+@pytest.mark.parametrize(("case", "shape", "rival"), _entries())
+def test_speed(benchmark, case: Case, shape: Shape, rival: str) -> None:
+    """One rival on one case at one shape, behind its gate."""
+    problem = _problem(case, shape)
+    entrant = problem.rivals.get(rival)
+    assert entrant is not None and not isinstance(entrant, Absent)
+    gate = problem if case.gate_shape is None else _problem(case, case.gate_shape)
+    why = judge(gate)[rival]()
+    assert not why, f"{rival} is wrong: {why}"
+    benchmark.group = f"{case.name} {shape}"
+
+    def call() -> None:
+        step(entrant, problem.inputs)
+        wait(DEVICE)
+
+    benchmark(call)

@@ -1,0 +1,276 @@
+"""What is tested on a GPU: every primitive and loss as (ours, the formula, inputs) at a shape.
+
+`ours` takes the fused implementation where there is one.  Each formula is written anew, or is the
+primitive's own reference, which tests/kernels holds to the formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import kernels
+from fastssl.kernels import _dispatch, exclude_self
+from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
+from fastssl.masking import random_masking
+from tests.gpu.room import DEVICE, pick
+
+
+class Trial(NamedTuple):
+    """Two functions of the same inputs, each giving one tensor to differentiate."""
+
+    ours: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    inputs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """make(dtype, *shape) -> Trial.  gpu, tiny: shapes for the GPU and for its rehearsal.
+
+    primitive: the name it is declared under; "" for a loss and for what has one implementation.
+    """
+
+    name: str
+    make: Callable[..., Trial]
+    gpu: tuple[tuple[int, ...], ...]
+    tiny: tuple[int, ...]
+    primitive: str = ""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those to test here, the first being the usual one."""
+        return pick(self.gpu, (self.tiny,))
+
+    @property
+    def fused(self) -> bool:
+        """Whether Triton runs it."""
+        return impl(self.primitive) == "triton"
+
+    def trial(self, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Trial:
+        """The same inputs every time."""
+        torch.manual_seed(sum(shape or self.shapes[0]))
+        return self.make(dtype, *(shape or self.shapes[0]))
+
+
+def impl(primitive: str) -> str:
+    """The fused implementation where it is declared, on any device; else the chunked one."""
+    declared = _dispatch._primitives.get(primitive)
+    return "triton" if declared and "triton" in declared.implementations else "torch"
+
+
+def rows(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Rows of length D^(1/4): their products have a deviation of 1 whatever D is."""
+    return (torch.randn(shape, device=DEVICE) * shape[-1] ** -0.25).to(dtype)
+
+
+def views(dtype: torch.dtype, B: int, D: int) -> list[Tensor]:
+    """Two embeddings of the same images, alike as after some training."""
+    z = torch.randn(B, D, device=DEVICE)
+    return [(z + 0.5 * torch.randn_like(z)).to(dtype) for _ in range(2)]
+
+
+def _lse(q, k, scale, mask=None, ids=None, impl="reference"):
+    row_ids, col_ids = (None, None) if ids is None else (ids[: len(q)], ids[: len(k)])
+    options = {"mask": mask, "row_ids": row_ids, "col_ids": col_ids}
+    return kernels.pairwise_lse(q, k, scale, **options, impl=impl)
+
+
+def _lse_rows(dtype, M, N, D):
+    call = partial(_lse, impl=impl("pairwise_lse"))
+    scale = torch.tensor(1.5, dtype=dtype, device=DEVICE)
+    return Trial(call, _formula_lse, [rows(dtype, M, D), rows(dtype, N, D), scale])
+
+
+def _formula_lse(q, k, scale, mask=None, ids=None):
+    s = scale * (q @ k.T)
+    if mask is not None:
+        s = s.masked_fill(~mask.keep(ids[: len(q), None], ids[None, : len(k)]), float("-inf"))
+    return s.logsumexp(1)
+
+
+def _lse_masked(dtype, M, N, D):
+    ids = torch.arange(max(M, N), device=DEVICE) // 2
+    options = {"mask": exclude_self, "ids": ids}
+    ours = partial(_lse, **options, impl=impl("pairwise_lse"))
+    inputs = [rows(dtype, M, D), rows(dtype, N, D)]
+    return Trial(
+        lambda q, k: ours(q, k, 2.0), lambda q, k: _formula_lse(q, k, 2.0, **options), inputs
+    )
+
+
+def _lse_self(dtype, N, D):
+    options = {"mask": exclude_self, "ids": torch.arange(N, device=DEVICE)}
+    ours = partial(_lse, impl=impl("pairwise_lse"))
+    scale = torch.tensor(1.5, dtype=dtype, device=DEVICE)
+    return Trial(
+        lambda z, s: ours(z, z, s, mask=exclude_self),
+        lambda z, s: _formula_lse(z, z, s, **options),
+        [rows(dtype, N, D), scale],
+    )
+
+
+def _bent(x: Tensor) -> Tensor:
+    """Its plain sum has gradient zero; this one's has not."""
+    return x * x.detach().cos()
+
+
+def _standardise(dtype, N, D):
+    call = partial(kernels.standardise, eps=1e-3)
+    return Trial(
+        lambda z: _bent(call(z, impl=impl("standardise"))),
+        lambda z: _bent((z - z.mean(0)) / (z.var(0, correction=0) + 1e-3).sqrt()),
+        [rows(dtype, N, D)],
+    )
+
+
+def _moments(dtype, N, D):
+    return Trial(
+        lambda z: torch.stack(kernels.column_moments(z)),
+        lambda z: torch.stack([z.mean(0), z.var(0, correction=0)]),
+        [rows(dtype, N, D)],
+    )
+
+
+def _diagonal(dtype, N, D):
+    eager = lambda a, b: (a * b).sum(0)  # noqa: E731
+    return Trial(kernels.cross_diagonal, eager, [rows(dtype, N, D), rows(dtype, N, D)])
+
+
+def _frobenius(dtype, N, D):
+    inputs = [(torch.randn(N, D, device=DEVICE) * 40 / N / D**0.5).to(dtype) for _ in range(2)]
+    return Trial(
+        lambda a, b: kernels.frobenius_sq(a, b, impl=impl("frobenius_sq")),
+        lambda a, b: (a.T @ b).square().sum(),
+        inputs,
+    )
+
+
+def _chosen(B, L, K):
+    return random_masking(torch.arange(B, device=DEVICE), L, K)
+
+
+def _patches(images: Tensor, ids: Tensor, side: int) -> Tensor:
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // side, side, W // side, side)
+    x = torch.einsum("nchpwq->nhwpqc", x).reshape(B, -1, side * side * C)
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _gather_patches(dtype, B, size, side):
+    ids = _chosen(B, (size // side) ** 2, (size // side) ** 2 // 4).visible
+    call = partial(kernels.gather_patches, impl=impl("gather_patches"))
+    images = torch.randn(B, 3, size, size, device=DEVICE).to(dtype)
+    return Trial(lambda x: call(x, ids, side), lambda x: _patches(x, ids, side), [images])
+
+
+def _patch_mse(dtype, B, size, side):
+    ids = _chosen(B, (size // side) ** 2, (size // side) ** 2 // 4).masked
+    images = torch.randint(256, (B, 3, size, size), device=DEVICE, dtype=torch.uint8)
+    pred = torch.randn(*ids.shape, 3 * side * side, device=DEVICE).to(dtype)
+    call = partial(kernels.patch_mse, impl=impl("patch_mse"))
+    return Trial(
+        lambda p: call(p, images, ids, side), lambda p: _formula_mse(p, images, ids, side), [pred]
+    )
+
+
+def _formula_mse(pred, images, ids, side):
+    y = _patches(images.to(pred.dtype), ids, side)
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (pred - y).square().mean(-1)
+
+
+def _restore(dtype, B, L, D):
+    ids = _chosen(B, L, max(1, L // 4)).restore
+    inputs = [rows(dtype, B, max(1, L // 4), D), rows(dtype, D), rows(dtype, L, D)]
+
+    def eager(visible, token, pos):
+        hidden = token.expand(B, L - visible.shape[1], D)
+        order = ids[..., None].expand(B, L, D)
+        return torch.cat([visible, hidden], 1).gather(1, order) + pos
+
+    call = partial(kernels.restore_tokens, impl=impl("restore_tokens"))
+    # In float32, as tests/kernels/test_tokens.py does: upstream sums have no part in it.
+    return Trial(lambda v, t, p: call(v, ids, t, p).float(), lambda *x: _wide(eager(*x)), inputs)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _gather_tokens(dtype, B, L, D):
+    ids, image = _chosen(B, L, max(1, L // 4)).visible, torch.arange(B, device=DEVICE)[:, None]
+    tokens = rows(dtype, B, L, D)
+    return Trial(lambda t: kernels.gather_tokens(t, ids), lambda t: t[image, ids], [tokens])
+
+
+def _ntxent(dtype, B, D):
+    def eager(z0, z1):
+        z = F.normalize(torch.cat([z0, z1]))
+        s = (z @ z.T / 0.1).fill_diagonal_(float("-inf"))
+        twin = torch.arange(2 * B, device=DEVICE).roll(B)
+        return F.cross_entropy(s, twin)
+
+    return Trial(NTXentLoss(0.1), eager, views(dtype, B, D))
+
+
+def _barlow(dtype, B, D):
+    def eager(z_a, z_b):
+        a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z_a, z_b))
+        c = a.T @ b / B
+        on = c.diagonal()
+        return (1 - on).square().sum() + 5e-3 * (c.square().sum() - on.square().sum())
+
+    return Trial(BarlowTwinsLoss(5e-3), eager, views(dtype, B, D))
+
+
+def _mae(dtype, B, size, side):
+    _, _, (pred,) = _patch_mse(dtype, B, size, side)
+    ids = _chosen(B, (size // side) ** 2, (size // side) ** 2 // 4).masked
+    images = torch.rand(B, 3, size, size, device=DEVICE).to(torch.bfloat16)
+    loss = MAELoss(side)
+    return Trial(
+        lambda p: loss(p, images, ids), lambda p: _formula_mse(p, images, ids, side).mean(), [pred]
+    )
+
+
+SUBJECTS = [
+    Subject(
+        "pairwise_lse",
+        _lse_rows,
+        ((4096, 8192, 128), (1, 1, 1), (4099, 2051, 70), (1027, 3000, 768), (515, 700, 4096)),
+        (21, 35, 19),
+        "pairwise_lse",
+    ),
+    Subject(
+        "pairwise_lse-masked",
+        _lse_masked,
+        ((2048, 4096, 128), (1030, 999, 33)),
+        (19, 37, 8),
+        "pairwise_lse",
+    ),
+    Subject(
+        "pairwise_lse-self",
+        _lse_self,
+        ((8192, 128), (2, 3), (3001, 200), (1500, 1024)),
+        (35, 20),
+        "pairwise_lse",
+    ),
+    Subject("standardise", _standardise, ((4096, 2048), (37, 4099)), (21, 7), "standardise"),
+    Subject("column_moments", _moments, ((4096, 2048),), (21, 7)),
+    Subject("cross_diagonal", _diagonal, ((4096, 2048), (37, 4099)), (21, 7)),
+    Subject("frobenius_sq", _frobenius, ((4096, 1024), (300, 4099)), (21, 7), "frobenius_sq"),
+    Subject("gather_patches", _gather_patches, ((64, 224, 16),), (3, 12, 4), "gather_patches"),
+    Subject("patch_mse", _patch_mse, ((64, 224, 16), (9, 96, 8)), (3, 12, 4), "patch_mse"),
+    Subject("restore_tokens", _restore, ((64, 196, 512), (7, 11, 33)), (3, 9, 5), "restore_tokens"),
+    Subject("gather_tokens", _gather_tokens, ((64, 196, 768),), (3, 9, 5)),
+    Subject("ntxent", _ntxent, ((2048, 128), (1000, 2048)), (9, 5)),
+    Subject("barlow-twins", _barlow, ((2048, 1024), (256, 4096)), (12, 7)),
+    Subject("mae", _mae, ((64, 224, 16),), (3, 12, 4)),
+]
