@@ -33,7 +33,8 @@ class Crew:
     def __init__(
         self, build: Callable[[], Loss], rows: Sequence[Sequence[Tensor]], device: torch.device
     ) -> None:
-        context = multiprocessing.get_context("spawn" if device.type == "cuda" else "forkserver")
+        start = "spawn" if device.type == "cuda" else "forkserver"  # no CUDA in a fork
+        context: Any = multiprocessing.get_context(start)
         self.world = len(rows[0])
         self._folder = tempfile.TemporaryDirectory(prefix="fastssl-crew-")
         self._pipes: list[Connection] = []

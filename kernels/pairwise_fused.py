@@ -13,7 +13,8 @@ keeps no more of u in registers and computes the scores again.  No atomics: the 
 W is rounded to the inputs' dtype for its product.  float16 has too little range for g / l, so that
 W is divided by the largest of them (UNIT); with rows alone g / l comes after the product.
 Traffic: q once, k once for each row of tiles, mostly from L2.  In place: nothing.
-In the kernels capitals are pointers, and ids that are not given are positions.  Row indices are int64, as row * stride passes 2**31.
+In the kernels capitals are pointers, and ids that are not given are positions.
+Row indices are int64, as row * stride passes 2**31.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
 """
 

@@ -68,8 +68,8 @@ class _RestoreTokens(torch.autograd.Function):
         for i in row_spans(grad, L * D):
             part = grad[i].to(acc)
             if d_token is not None:
-                masked = (ids_restore[i] >= K).to(acc)
-                d_token += masked.flatten() @ part.flatten(0, 1)
+                hidden = (ids_restore[i] >= K).to(acc)
+                d_token += (hidden[:, None] @ part).sum((0, 1))  # a sum of sums rounds less
             if d_pos is not None:
                 d_pos += part.sum(0)
         token_dtype, pos_dtype = ctx.dtypes
