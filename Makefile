@@ -1,23 +1,30 @@
 # Each target sets up what it needs in .venv first.  PYTHON picks the interpreter (3.10 - 3.13).
+# BIN=/where/bin uses an environment that is there already, as it is.
 PYTHON ?= python3
 BIN := .venv/bin
+OURS := $(filter .venv/bin,$(BIN))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench aot clean
 .DELETE_ON_ERROR:
 
-demo: .venv/train      ## pretrain on real images, evaluate, write runs/simclr-digits/report.html
+demo: $(OURS:bin=train) ## pretrain on real images, evaluate, write runs/simclr-digits/report.html
 	$(BIN)/fastssl pretrain simclr-digits overwrite=true
 
 test: lint             ## everything CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable
 
-lint: .venv/dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+lint: $(OURS:bin=dev)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/shellcheck docker/install.sh
 
-bench: .venv/dev       ## losses against their reference and lightly
+bench: $(OURS:bin=dev)  ## losses, kernels and training steps beside their rivals
 	$(BIN)/python -m fastssl.bench
+
+aot: $(OURS:bin=dev)    ## every Triton kernel and configuration, compiled and examined without a GPU
+	$(BIN)/python -m fastssl.bench.aot
 
 clean:
 	rm -rf .venv build dist *.egg-info  # not runs/: what was trained is yours

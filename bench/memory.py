@@ -12,6 +12,7 @@ import ctypes
 import multiprocessing
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from fastssl.bench.gate import step
-from fastssl.bench.registry import Absent, Make, Shape
+from fastssl.bench.registry import Absent, Make, Problem, Rival, Shape
 
 SPARE = 1 << 30  # bytes left to everybody else
 CHILD_LIMIT_S = 300.0
@@ -34,28 +35,46 @@ class Peak:
     why: str = ""
 
 
-def peak_in_child(
-    make: Make, shape: Shape, dtype: torch.dtype, rival: str, *, threads: int
-) -> Peak:
-    """Peak memory of one call of `rival` on the CPU.  `make` must be importable by its name."""
+def peaks_in_child(
+    make: Make, shape: Shape, dtype: torch.dtype, rivals: Sequence[str], *, threads: int
+) -> dict[str, Peak]:
+    """Peak memory of one call of each rival on the CPU, one after another in one child process.
+
+    `make` must be importable by its name.  When a rival takes the process down with it, another one
+    goes on with the rest.
+    """
+    found: dict[str, Peak] = {}
+    while left := [name for name in rivals if name not in found]:
+        found |= _peaks(make, shape, dtype, left, threads)
+    return found
+
+
+def _peaks(
+    make: Make, shape: Shape, dtype: torch.dtype, rivals: Sequence[str], threads: int
+) -> dict[str, Peak]:
+    """What one child finds, up to the first rival that it does not outlive."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "fastssl.losses", "fastssl.bench.gate"])
     here, there = context.Pipe(duplex=False)
     name = str(dtype).removeprefix("torch.")
-    child = context.Process(target=_child, args=(there, make, shape, name, rival, threads))
+    child = context.Process(target=_child, args=(there, make, shape, name, rivals, threads))
     child.start()
     there.close()
+    found: dict[str, Peak] = {}
     try:
-        if not here.poll(CHILD_LIMIT_S):
-            child.kill()
-            return Peak(None, "failed", f"no answer in {CHILD_LIMIT_S:.0f} s")
-        return here.recv()
+        for rival in rivals:
+            if not here.poll(CHILD_LIMIT_S):
+                child.kill()
+                found[rival] = Peak(None, "failed", f"no answer in {CHILD_LIMIT_S:.0f} s")
+                break
+            found[rival] = here.recv()
     except EOFError:
         child.join()
-        return _ended(child.exitcode)
+        found[rivals[len(found)]] = _ended(child.exitcode)
     finally:
         child.join()
         here.close()
+    return found
 
 
 def _ended(code: int | None) -> Peak:
@@ -65,26 +84,31 @@ def _ended(code: int | None) -> Peak:
 
 
 def _child(
-    pipe: Connection, make: Make, shape: Shape, dtype: str, rival: str, threads: int
+    pipe: Connection, make: Make, shape: Shape, dtype: str, rivals: Sequence[str], threads: int
 ) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:
         problem = make(shape, getattr(torch, dtype), torch.device("cpu"))
-        run = problem.rivals[rival]
-        if isinstance(run, Absent):
-            pipe.send(Peak(None, "absent", run.why))
-            return
-        limit_memory(free_bytes() - SPARE)
-        step(
-            run, problem.inputs
-        )  # what the first call loads and sets up for good is not the step's
+    except Exception as error:
+        for _ in rivals:
+            pipe.send(failure(error))
+        return
+    limit_memory(free_bytes() - SPARE)
+    for name in rivals:
+        run = problem.rivals[name]
+        pipe.send(Peak(None, "absent", run.why) if isinstance(run, Absent) else _peak(run, problem))
+
+
+def _peak(rival: Rival, problem: Problem) -> Peak:
+    try:
+        step(rival, problem.inputs)  # what the first call sets up for good is not the step's
         _settle()
         before = _status("VmRSS")
-        step(run, problem.inputs)
-        pipe.send(Peak(max(0, _status("VmHWM") - before)))
+        step(rival, problem.inputs)
+        return Peak(max(0, _status("VmHWM") - before))
     except Exception as error:
-        pipe.send(failure(error))
+        return failure(error)
 
 
 def failure(error: Exception) -> Peak:

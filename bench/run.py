@@ -72,8 +72,7 @@ def run_case(case: Case, shape: Shape, settings: Settings, *, sweep: str = "") -
         if isinstance(rival, Absent):
             standing.status[name] = ("absent", rival.why)
     if settings.device.type != "cuda" and settings.memory and problem.own_memory:
-        for name in standing.alive(names):
-            _peak_on_cpu(standing, case, shape, name, settings)
+        _peaks_on_cpu(standing, case, shape, names, settings)
     gate_shape = case.gate_shape or shape
     _gate(standing, problem if gate_shape == shape else _make(case, gate_shape, settings))
     if gate_shape != shape:
@@ -162,15 +161,17 @@ def _peak_on_gpu(standing: _Standing, problem: Problem, name: str, device: torch
     _forget()
 
 
-def _peak_on_cpu(
-    standing: _Standing, case: Case, shape: Shape, name: str, settings: Settings
+def _peaks_on_cpu(
+    standing: _Standing, case: Case, shape: Shape, names: Sequence[str], settings: Settings
 ) -> None:
-    threads = torch.get_num_threads()
-    found = memory.peak_in_child(case.make, shape, settings.dtype, name, threads=threads)
-    if found.extra is None:
-        standing.fail(name, found)
-    else:
-        standing.peak[name] = found.extra
+    found = memory.peaks_in_child(
+        case.make, shape, settings.dtype, standing.alive(names), threads=torch.get_num_threads()
+    )
+    for name, peak in found.items():
+        if peak.extra is None:
+            standing.fail(name, peak)
+        else:
+            standing.peak[name] = peak.extra
 
 
 def _time(standing: _Standing, problem: Problem, settings: Settings) -> dict[str, Times]:

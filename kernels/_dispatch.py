@@ -4,7 +4,8 @@ A primitive declares what it has; adding a fused kernel is one more keyword ther
 
     _LSE = declare("pairwise_lse", torch=_lse_torch, reference=pairwise_lse_reference)
 
-`auto` picks by the device alone: "triton" on CUDA where it is declared, "torch" elsewhere.  A
+`auto` picks by the device: "triton" on CUDA where it is declared, "torch" elsewhere; what the
+kernel is not made for (a dtype, a mask) a primitive sends to torch by a rule that it states.  A
 named implementation never falls back.  Every implementation runs outside autocast, which would
 otherwise round the products inside a primitive to 16 bits; `first_order` does it for backward.
 """

@@ -1,5 +1,10 @@
 """Problems and cases for the benchmark's own tests; importable, since child processes make them."""
 
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,6 +29,19 @@ def explodes(x: Tensor) -> Tensor:
 
 def endless(x: Tensor) -> Tensor:
     return torch.empty(1 << 42).sum() + square(x)
+
+
+def fatal(x: Tensor) -> Tensor:
+    """In a child process: what the system does to one that takes too much."""
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square(x)
+
+
+def with_fatal(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """As `make`, and a rival that takes its process down."""
+    made = make(shape, dtype, device)
+    return replace(made, rivals={**made.rivals, "fatal": fatal})
 
 
 def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
