@@ -91,6 +91,7 @@ class Case:
     sweeps: Mapping[str, Sequence[Sweep]]
     dtypes: tuple[str, ...]
     gate_shape: Shape | None = None
+    ours: bool = True
 
     @property
     def about(self) -> str:
@@ -109,6 +110,7 @@ def case(
     sweeps: Mapping[str, Sequence[Sweep]] | None = None,
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"),
     gate_shape: Shape | None = None,
+    ours: bool = True,
 ) -> Callable[[Make], Make]:
     """Register a case; the function stays as it is, and its docstring's first line describes it.
 
@@ -118,6 +120,7 @@ def case(
     dtypes       those it is measured in; another one asked for leaves the case out.
     gate_shape   the shape its answers are checked at, where the timed ones are too large for the
                  reference in float64; by default the timed shape itself.
+    ours         whether there is one of ours already, or rivals alone.
     Raises ValueError when the name is taken or a size is not one of quick, cpu, cuda.
     """
     unknown = {*shapes, *(sweeps or {})} - set(SIZES)
@@ -125,12 +128,17 @@ def case(
         raise ValueError(f"sizes are {', '.join(SIZES)}, got {sorted(unknown)} in case {name!r}")
 
     def register(make: Make) -> Make:
-        if name in _cases:
+        if name in _cases and _where(_cases[name].make) != _where(make):
             raise ValueError(f"case {name!r} is registered twice")
-        _cases[name] = Case(name, make, test, shapes, sweeps or {}, dtypes, gate_shape)
+        _cases[name] = Case(name, make, test, shapes, sweeps or {}, dtypes, gate_shape, ours)
         return make
 
     return register
+
+
+def _where(make: Make) -> tuple[str, int]:
+    """A function's place in its file: a module imported under two names has its cases once."""
+    return make.__code__.co_filename, make.__code__.co_firstlineno
 
 
 def all_cases() -> dict[str, Case]:

@@ -1,9 +1,11 @@
 """The registry through pytest-benchmark: `pytest bench/ --benchmark-only`.
 
-One benchmark for each case, shape and rival, of the size that FASTSSL_BENCH_SIZE names (quick, cpu,
-cuda; default quick) in the dtype FASTSSL_BENCH_DTYPE (default float32).  A rival whose answer is
-wrong fails its gate and is not timed.  pytest-benchmark times one function after another, not in
-turns: for a comparison use `python -m fastssl.bench`; this is for those whose CI keeps its history.
+One benchmark for each case, shape and rival: ours, the reference, and those that
+FASTSSL_BENCH_RIVALS lists (names with blanks between).  FASTSSL_BENCH_SIZE is quick (the default),
+cpu or cuda, FASTSSL_BENCH_DTYPE float32 by default.  A wrong answer fails and is not timed.
+
+pytest-benchmark times one function after another, not in turns: for a comparison use
+`python -m fastssl.bench`; this is for those whose CI keeps pytest-benchmark's history.
 """
 
 import os
@@ -18,8 +20,8 @@ from fastssl.bench.registry import OURS, REFERENCE, Absent, Case, Problem, Shape
 
 SIZE = os.environ.get("FASTSSL_BENCH_SIZE", "quick")
 DTYPE = os.environ.get("FASTSSL_BENCH_DTYPE", "float32")
+RIVALS = os.environ.get("FASTSSL_BENCH_RIVALS", "").split()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LEFT_OUT = ("compile",)  # a minute of C++ before the first time
 
 
 def _problem(case: Case, shape: Shape) -> Problem:
@@ -33,16 +35,18 @@ def _entries() -> Iterator[object]:
             continue
         for shape in case.shapes.get(SIZE, ()):
             where = "-".join(f"{k}{v}" for k, v in shape.items())
-            for rival in (OURS, REFERENCE):
+            for rival in [*([OURS] if case.ours else []), REFERENCE, *RIVALS]:
                 yield pytest.param(case, shape, rival, id=f"{case.name}-{where}-{rival}")
 
 
-@pytest.mark.parametrize(("case", "shape", "rival"), _entries())
+@pytest.mark.parametrize(("case", "shape", "rival"), list(_entries()))
 def test_speed(benchmark, case: Case, shape: Shape, rival: str) -> None:
     """One rival on one case at one shape, behind its gate."""
     problem = _problem(case, shape)
-    entrant = problem.rivals.get(rival)
-    assert entrant is not None and not isinstance(entrant, Absent)
+    entrant = problem.rivals.get(rival, Absent(f"{rival} does not do {case.name}"))
+    if rival in RIVALS and isinstance(entrant, Absent):
+        pytest.skip(entrant.why)
+    assert not isinstance(entrant, Absent), entrant.why
     gate = problem if case.gate_shape is None else _problem(case, case.gate_shape)
     why = judge(gate)[rival]()
     assert not why, f"{rival} is wrong: {why}"

@@ -96,7 +96,7 @@ def _fwd(
     lse = tl.where(none, -float("inf"), LN_2 * m + tl.log(tl.where(none, 1.0, total)))
     tl.store(LSE + row, lse, row < M)
     tl.store(STATS + row, m, row < M)
-    tl.store(STATS + M + row, tl.where(none, 0.0, 1 / tl.where(none, 1.0, total)), row < M)
+    tl.store(STATS + M + row, 1 / tl.where(none, 1.0, total), row < M)
 
 
 @triton.jit

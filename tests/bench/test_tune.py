@@ -158,7 +158,8 @@ def test_a_kernel_of_ours_goes_the_whole_way(monkeypatch, capsys, tmp_path):
     argv = ["--kernel", "pairwise_lse_*", "--jobs", "1"]
     assert tune.main(argv, CPU, lambda launch: float(len(launch())), Time().now) == 0
     printed = capsys.readouterr().out
-    assert printed.count("pairwise_lse_bwd  float16-D64-both") == 5
+    tried = _tuning.kernels()["pairwise_lse_bwd"].variants["float16-D64-both"].candidates
+    assert printed.count("pairwise_lse_bwd  float16-D64-both") == len(tried) > 1
     assert "wrong" not in printed and "failed" not in printed
 
 

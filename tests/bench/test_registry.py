@@ -1,0 +1,54 @@
+"""The registry: names are taken once, patterns must match, unknown sizes are refused."""
+
+import pytest
+
+from fastssl.bench import registry
+from fastssl.bench.registry import SIZES, Sweep, all_cases, case, select
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_cases", dict(all_cases()))
+
+
+def make(shape, dtype, device):
+    """A case of the test's.
+
+    More of it.
+    """
+
+
+def other(shape, dtype, device):
+    """Another."""
+
+
+def test_a_case_is_registered_under_a_name_of_its_own():
+    assert case("mine", test="t", shapes={"quick": [{"N": 1}]})(make) is make
+    assert all_cases()["mine"].about == "A case of the test's."
+    case("mine", test="t", shapes={})(make)  # the same function: its module came by another name
+    with pytest.raises(ValueError, match="case 'mine' is registered twice"):
+        case("mine", test="t", shapes={})(other)
+
+
+def test_unknown_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"got \['huge'\] in case 'mine'"):
+        case("mine", test="t", shapes={"huge": []})
+    with pytest.raises(ValueError, match=r"got \['tiny'\]"):
+        case("mine", test="t", shapes={}, sweeps={"tiny": []})
+
+
+def test_cases_are_selected_by_pattern():
+    names = [c.name for c in select(["train-*", "ntxent"])]
+    assert names == ["ntxent", "train-simclr", "train-barlow-twins", "train-mae"]
+    assert [c.name for c in select([])] == list(all_cases())
+    with pytest.raises(ValueError, match="no case is called 'nt-xent'; there are ntxent, "):
+        select(["nt-xent"])
+
+
+def test_every_case_has_shapes_of_some_size_and_a_sentence():
+    for one in all_cases().values():
+        assert one.about.endswith(".") and set(one.shapes) <= set(SIZES) and one.shapes
+
+
+def test_a_sweep_frees_one_side():
+    assert Sweep("B", (1, 2), {"D": 3}).shapes() == [{"D": 3, "B": 1}, {"D": 3, "B": 2}]
