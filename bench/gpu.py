@@ -8,7 +8,7 @@
     python -m fastssl.bench.gpu summary  the tables of what is in --out, without a GPU
 
 Each slice is a list of commands; what one of them writes before it is stopped is kept.  Files go,
-named by date, GPU and theme, to --out: $OUT, or else bench/results/.  They are six at most.
+named by date, GPU and theme, to --out: $OUT, or else bench/results/.  They are seven at most.
 The exit code is 1 when a step failed or a test was cut short, 2 when there is no GPU to run on.
 Run it from the root of the source tree.
 """
@@ -51,7 +51,15 @@ from fastssl.bench.deadline import (
 SLICES = ("test", "tune", "bench", "train")
 FIRST = ("ntxent", "clip", "barlow-twins", "mae")  # the cases people come for
 APART = ("train-*", "*-ranks", "data-*", "optim-*")  # not kernels and losses
-RIVALS = ("lightly", "open_clip", "pytorch-metric-learning", "siglip-kernel", "cut-cross-entropy")
+RIVALS = (
+    "fastssl torch",
+    "simclr authors",
+    "barlow authors",
+    "mae authors",
+    "lightly",
+    "open_clip",
+)
+RIVALS += ("pytorch-metric-learning", "siglip-kernel", "cut-cross-entropy")
 REHEARSAL = "FASTSSL_GPU_REHEARSAL"  # on a CPU, at the smallest shapes: proves this file
 _PROBE = """
 import json, torch, triton
@@ -256,43 +264,42 @@ def plan_bench(place: Place, end: float) -> list[Step]:
     """Kernels and losses in bfloat16, the first cases in a process each; float32; sweeps.
 
     A kernel that breaks the GPU's context takes its process along, and no other case.
-    torch.compile, 10 s and more for each shape, is left out after the first cases.
+    torch.compile, 10 s and more for each shape, comes after the others, beside the first cases.
     """
     first = [case for case in FIRST if case in place.cases]
     rest = [c for c in place.cases if c not in first and not _is(c, APART)]
     optim = [case for case in place.cases if _is(case, ("optim-*",))]
     few = [word for name in RIVALS for word in ("--rival", name)]
     quick, sweep = ["--budget", "0.5", *few], ["--budget", "0.3", "--sweep", *few]
+    compiled = ["--budget", "0.5", "--rival", "compile"]
     half, full = "bfloat16", "float32"
-    plans = [(f"bench-{half}", case, [case], 110, ["--budget", "1"]) for case in first]
+    plans = [(f"bench-{half}", case, [case], 90, ["--budget", "1", *few]) for case in first]
     plans += [(f"bench-{half}", "rest", rest, 120, quick)]
     plans += [(f"bench-{full}", case, [case], 60, quick) for case in first]
+    plans += [(f"bench-compile-{half}", case, [case], 90, compiled) for case in first]
     plans += [(f"bench-{full}", "rest", [*rest, *optim], 90, quick)]
     plans += [(f"bench-sweep-{half}", case, [case], 90, sweep) for case in first]
-    return [_measure(place, number, *plan) for number, plan in enumerate(plans) if plan[2]]
+    return [_measure(place, number, plan) for number, plan in enumerate(plans) if plan[2]]
 
 
 def plan_train(place: Place, end: float) -> list[Step]:
     """Whole training steps in bfloat16, a process for each method."""
     cases = [case for case in place.cases if _is(case, ("train-*",))]
     plans = [("train-bfloat16", case, [case], 150, ["--budget", "5"]) for case in cases]
-    return [_measure(place, number, *plan) for number, plan in enumerate(plans)]
+    return [_measure(place, number, plan) for number, plan in enumerate(plans)]
 
 
 def _is(case: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(case, pattern) for pattern in patterns)
 
 
-def _measure(
-    place: Place,
-    number: int,
-    theme: str,
-    what: str,
-    cases: Sequence[str],
-    most: float,
-    words: Sequence[str],
-) -> Step:
-    """A run of the benchmark; `theme` ends in the dtype and names the file its lines go to."""
+Plan = tuple[str, str, Sequence[str], float, Sequence[str]]
+
+
+def _measure(place: Place, number: int, plan: Plan) -> Step:
+    """A run of the benchmark.  plan: theme, which ends in the dtype and names the file the lines
+    go to; what, to name the step; cases; seconds at most; more words of the command."""
+    theme, what, cases, most, words = plan
     part = place.parts / f"{theme}.{number:02}.{what}"
     size = (
         ["--size", "quick", "--device", "cpu", "--no-memory"]

@@ -1,7 +1,7 @@
-"""The data pipeline: what one process augments, from pixels in memory to a batch of views.
+"""The data pipeline: what one worker augments, from pixels in memory to a batch of views.
 
-B images of S x S pixels, two views of V x V each.  No worker processes: they would work ahead while
-others are timed.  Reading and decoding files is left out, being the same for all.  Everything is on
+B images of S x S pixels, two views of V x V each.  One thread for everybody, as torch gives a worker
+of a DataLoader; but in this process, since workers would work ahead while others are timed.  Reading and decoding files is left out, being the same for all.  Everything is on
 the CPU, also where the rest is measured on a GPU.
 """
 
@@ -24,13 +24,18 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class _Stream:
-    """A batch of views a call, of an endless stream; what it is called with is not looked at."""
+    """A batch of views a call, on one thread; what it is called with is not looked at."""
 
     def __init__(self, batches: Iterator[Sequence[Tensor]]) -> None:
         self._batches = batches
 
     def __call__(self, pixels: Tensor) -> list[Tensor]:
-        return list(next(self._batches))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return list(next(self._batches))
+        finally:
+            torch.set_num_threads(threads)
 
 
 class _Images(Dataset):
@@ -102,7 +107,7 @@ def _lightly(transforms: Any, pixels: Tensor, side: int) -> _Stream:
     dtypes=("float32",),
 )
 def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """SimCLR's two views of each image of a batch, by one process without workers.
+    """SimCLR's two views of each image of a batch, by one thread.
 
     Views are random: the gate asks for their shape and dtype, that normalised pixels stay inside
     what [0, 1] becomes, that mean and spread are the images' own, and that the two differ.

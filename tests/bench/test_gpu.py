@@ -14,7 +14,7 @@ import pytest
 from fastssl.bench import __main__ as bench
 from fastssl.bench import deadline, gpu, record, tune
 from fastssl.bench.deadline import CUT, FAILED, NOT_RUN, OK, Step, run_command, run_steps
-from fastssl.bench.registry import all_cases
+from fastssl.bench.registry import OURS, all_cases
 
 from .sample import run as sample_run
 
@@ -201,6 +201,14 @@ def test_the_first_cases_come_first_in_both_dtypes_and_all_come(place):
         optim = {name for name in apart if name.startswith("optim-") and "float32" in theme}
         assert sorted(joined) == sorted(set(place.cases) - apart | optim)
     assert [a.sweep for a in measured(place, "bench-sweep-bfloat16")] == 4 * [True]
+    assert [a.rival for a in measured(place, "bench-compile-bfloat16")] == 4 * [["compile"]]
+
+
+def test_the_rivals_have_the_names_that_cases_give_them():
+    known = "".join(path.read_text() for path in (ROOT / "bench/cases").glob("*.py"))
+    ours = f"{OURS} torch"  # from bench/rivals.py
+    assert all(f'rivals["{name}"]' in known for name in gpu.RIVALS if name != ours)
+    assert ours in gpu.RIVALS and " torch" in (ROOT / "bench/rivals.py").read_text()
 
 
 def test_a_rehearsal_is_small_and_on_the_cpu(place):
@@ -300,7 +308,7 @@ def test_all_slices_leave_few_flat_files(tmp_path, machine, monkeypatch, capsys)
     calls = []
     assert gpu.main(["all", "--out", str(tmp_path), "--minutes", "9"], scripted(calls)) == 0
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 6 and all(f.is_file() for f in files)
+    assert len(files) == 7 and all(f.is_file() for f in files)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d-nvidia-h200-[a-z0-9.-]+", f.name) for f in files)
     said = capsys.readouterr().out
     assert said.index("\ntest\n") < said.index("\ntune\n") < said.index("\nbench\n")
