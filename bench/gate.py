@@ -89,8 +89,8 @@ def glance(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> str
     """Why outputs at a shape too large for float64 cannot be right; "" when nothing shows.
 
     They must be finite, and where the reference got through, the norm of each must be the
-    reference's to eight times the root of its dtype's precision: a kernel that is right at the
-    gate's shape and wrong at this one seldom passes.
+    reference's to eight times the root of the precision of the coarser dtype of the two: a kernel
+    that is right at the gate's shape and wrong at this one seldom passes.
     """
     for i, x in enumerate(outputs):
         what = f"gradient {i}" if i else "value"
@@ -101,7 +101,8 @@ def glance(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> str
         if reference is None or (i and x.numel() == 1):  # a scale's gradient cancels
             continue
         mine, theirs = (float(y.float().norm()) for y in (x, reference[i]))
-        if abs(mine - theirs) > 8 * math.sqrt(torch.finfo(x.dtype).eps) * theirs:
+        eps = max(torch.finfo(y.dtype).eps for y in (x, reference[i]))
+        if abs(mine - theirs) > 8 * math.sqrt(eps) * theirs:
             return f"{what} has norm {mine:.4g} at this shape, the reference's has {theirs:.4g}"
     return ""
 

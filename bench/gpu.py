@@ -301,11 +301,8 @@ def _measure(place: Place, number: int, plan: Plan) -> Step:
     go to; what, to name the step; cases; seconds at most; more words of the command."""
     theme, what, cases, most, words = plan
     part = place.parts / f"{theme}.{number:02}.{what}"
-    size = (
-        ["--size", "quick", "--device", "cpu", "--no-memory"]
-        if place.rehearsal
-        else ["--size", "cuda"]
-    )
+    small = ["--size", "quick", "--device", "cpu", "--no-memory"]
+    size = small if place.rehearsal else ["--size", "cuda"]
     argv = [sys.executable, "-m", "fastssl.bench", *cases, *size]
     argv += ["--dtype", theme.rpartition("-")[2], "--json", str(part), *words]
     return Step(f"{theme} {what}", tuple(argv), most, judge=partial(by_record, part))
@@ -313,7 +310,8 @@ def _measure(place: Place, number: int, plan: Plan) -> Step:
 
 def by_record(part: Path, code: int | None, lines: Sequence[str]) -> tuple[str, str]:
     """Judge a benchmark by what it wrote: how many rows of ours have a time, and which have not."""
-    ours = [row for row in _records([part]) if row.get("rival") == "fastssl"]
+    rows = [row for row in _records([part]) if row["kind"] == "result"]
+    ours = [row for row in rows if row["rival"] == "fastssl"]
     if ours and all(row["status"] == "absent" for row in ours):
         return NOT_RUN, ours[0]["why"]
     timed = [row for row in ours if row["status"] == "ok"]

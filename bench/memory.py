@@ -24,6 +24,9 @@ from fastssl.bench.registry import Absent, Make, Problem, Rival, Shape
 
 SPARE = 1 << 30  # bytes left to everybody else
 CHILD_LIMIT_S = 300.0
+# Imported once, before the children fork; what is not installed is passed over.
+PRELOAD = ["torch", "fastssl.losses", "fastssl.bench.gate", "fastssl.bench.cases", "lightly.loss"]
+PRELOAD += ["open_clip.loss", "pytorch_metric_learning.losses", "fastssl.methods"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def _peaks(
 ) -> dict[str, Peak]:
     """What one child finds, up to the first rival that it does not outlive."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "fastssl.losses", "fastssl.bench.gate"])
+    context.set_forkserver_preload(PRELOAD)
     here, there = context.Pipe(duplex=False)
     name = str(dtype).removeprefix("torch.")
     child = context.Process(target=_child, args=(there, make, shape, name, rivals, threads))

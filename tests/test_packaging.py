@@ -12,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TORCH_ONLY = ["fastssl", "fastssl.kernels", "fastssl.losses", "fastssl.distributed"]
-TORCH_ONLY += ["fastssl.masking", "fastssl.schedules", "fastssl.bench.__main__", "fastssl.bench.cases"]
+TORCH_ONLY += [
+    "fastssl.masking",
+    "fastssl.schedules",
+    "fastssl.bench.__main__",
+    "fastssl.bench.cases",
+]
 TRY = """
 import torch, fastssl, fastssl.kernels, fastssl.losses
 {imports}

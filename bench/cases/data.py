@@ -1,8 +1,9 @@
 """The data pipeline: what one worker augments, from pixels in memory to a batch of views.
 
-B images of S x S pixels, two views of V x V each.  One thread for everybody, as torch gives a worker
-of a DataLoader; but in this process, since workers would work ahead while others are timed.  Reading and decoding files is left out, being the same for all.  Everything is on
-the CPU, also where the rest is measured on a GPU.
+B images of S x S pixels, two views of V x V each.  One thread for everybody, as torch gives a
+worker of a DataLoader; but in this process, since workers would work ahead while others are timed.
+Reading and decoding files is left out, being the same for all.  Everything is on the CPU, also
+where the rest is measured on a GPU.
 """
 
 from __future__ import annotations

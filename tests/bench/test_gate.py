@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastssl.bench.gate import judge, step, why_wrong
+from fastssl.bench.gate import glance, judge, step, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem
 
 from .problems import CPU, make, square
@@ -81,3 +81,11 @@ def test_a_step_is_value_and_gradients():
     torch.testing.assert_close(value, made.inputs[0].detach().square().sum())
     torch.testing.assert_close(gradient, 2 * made.inputs[0].detach())
     assert not value.requires_grad
+
+
+def test_a_glance_is_as_exact_as_the_coarser_of_the_two():
+    """A loss in float32 beside a reference in bfloat16, which rounds it to 8 bits."""
+    ours, off = torch.tensor(1.8038), torch.tensor(1.7969)
+    assert glance([ours], [off.bfloat16()]) == ""
+    assert "value has norm 1.804" in glance([ours], [off])
+    assert "gradient" not in glance([ours, ours], [ours, off])  # one number may cancel

@@ -151,6 +151,8 @@ def rows(path, *statuses, rival="fastssl"):
         record.write_line(
             path, "result", record.Result("clip", {}, "float32", rival, status, why="because")
         )
+    fit = record.Fit("clip", "float32", rival, "B", {}, "ms", 2.0, 1.0, 5)
+    record.write_line(path, "fit", fit)
 
 
 @pytest.mark.parametrize(
