@@ -1,8 +1,17 @@
 """Every test runs on the CPU or the GPU alike; without a GPU, Triton interprets its kernels."""
 
 import os
+import sys
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastssl.kernels  # noqa: E402  after the variable is set
+
+# The doctests of kernels/ are collected by the folder's name.  Imported a second time under it, the
+# operators would be registered twice, and the second would not know the masks of the first.
+for name, module in list(sys.modules.items()):
+    if name.startswith("fastssl.kernels"):
+        sys.modules[name.removeprefix("fastssl.")] = module
