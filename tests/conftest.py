@@ -13,5 +13,5 @@ import fastssl.kernels  # noqa: E402  after the variable is set
 # The doctests of kernels/ are collected by the folder's name.  Imported a second time under it, the
 # operators would be registered twice, and the second would not know the masks of the first.
 for name, module in list(sys.modules.items()):
-    if name.startswith("fastssl.kernels"):
+    if name.startswith(fastssl.kernels.__name__):
         sys.modules[name.removeprefix("fastssl.")] = module
