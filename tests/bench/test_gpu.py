@@ -1,6 +1,7 @@
 """The GPU's slices, without a GPU: times, names, command lines, verdicts and tables."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -370,8 +371,17 @@ def test_a_machine_that_lacks_something_is_told_what(
 @pytest.mark.parametrize("name", ["", *gpu.SLICES])
 def test_make_has_a_target_for_each_slice(name):
     target = f"gpu-{name}" if name else "gpu"
-    words = ["make", "-n", target, "GPU_PYTHON=py", "GPU_ARGS=--minutes 3", "GPU_WHEELS=none"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = [
+        "make",
+        "-n",
+        "--no-print-directory",
+        target,
+        "GPU_PYTHON=py",
+        "GPU_ARGS=--minutes 3",
+        "GPU_WHEELS=none",
+    ]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, env=env)
     install, run = done.stdout.strip().splitlines()
     assert install.startswith("py -m pip install") and "--no-index --editable ." in install
     assert run == f"py -m fastssl.bench.gpu {name or 'all'} --minutes 3"
