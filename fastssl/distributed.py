@@ -8,6 +8,7 @@ and the mean over ranks of the parameters' gradients (DDP, ZeRO, FSDP) is exactl
     collective          forward                               backward (the true adjoint)
     all_gather_rows     (b, ...) -> (W * b, ...), rank order  reduce-scatter, sum
     all_reduce_sum      sum over ranks, on every rank         all-reduce, sum
+    all_to_all_rows     (W * b, ...): block s goes to rank s  all-to-all
 
 `group` is a process group, None (the world; one process when torch.distributed is not
 initialised) or LOCAL (this rank alone, whatever runs beside it).  A group of one costs nothing.
@@ -120,6 +121,24 @@ class _AllReduceSum(torch.autograd.Function):
         return _reduce(grad, ctx.group), None
 
 
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _exchange(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grad, ctx.group), None
+
+
+def _exchange(x: Tensor, group: Group) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group)
+    return out
+
+
 def _gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(world_size(group) * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
@@ -163,6 +182,19 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     if world_size(group) == 1:
         return x
     return _AllReduceSum.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+def all_to_all_rows(x: Tensor, group: Group = None) -> Tensor:
+    """x (W * b, ...) in W blocks of rows: block s goes to rank s, and every rank's comes, in order.
+
+    Backward: the same exchange.  First order only.  Shapes must agree across ranks, unchecked.
+    Raises ValueError for rows that W does not divide.
+    """
+    if x.ndim == 0 or len(x) % world_size(group):
+        raise ValueError(f"x must have rows that {world_size(group)} divides, got {tuple(x.shape)}")
+    if world_size(group) == 1:
+        return x
+    return _AllToAllRows.apply(x, group)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

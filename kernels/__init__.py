@@ -2,7 +2,14 @@
 
 from ._dispatch import implementations
 from .correlation import Moments, column_moments, cross_diagonal, frobenius_sq, standardise
-from .pairwise import PairMask, exclude_self, pairwise_lse
+from .masks import (
+    PairMask,
+    different_group,
+    exclude_self,
+    exclude_self_and_pair,
+    same_group,
+)
+from .pairwise import pairwise_lse
 from .patches import gather_patches, patch_mse
 from .tokens import gather_tokens, restore_tokens
 from .topk import pairwise_topk
@@ -12,7 +19,9 @@ __all__ = [
     "PairMask",
     "column_moments",
     "cross_diagonal",
+    "different_group",
     "exclude_self",
+    "exclude_self_and_pair",
     "frobenius_sq",
     "gather_patches",
     "gather_tokens",
@@ -21,5 +30,6 @@ __all__ = [
     "pairwise_topk",
     "patch_mse",
     "restore_tokens",
+    "same_group",
     "standardise",
 ]

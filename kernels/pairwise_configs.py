@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ._tuning import Config, Variant
+from .masks import Masks, exclude_self
+from .pairwise_torch import Pairs
+from .scores_fused import weights
 
 # (BLOCK_M, BLOCK_N, warps, stages).  The first is the safe one: its shared memory fits in 99 KB,
 # all that a consumer GPU has.
@@ -43,24 +46,27 @@ CLASSES += [("tf32", ""), ("float32", "")]
 SIDES = {"both": (True, True), "rows": (True, False), "cols": (False, True)}  # ROWS, COLS
 TRIAL_ROWS = 16384
 
-# "x" stands for the inputs' type.  Sizes and strides are taken to be divisible by 16, and ids to
-# be given: positions, which the trials have, cost less.
-SIZES = {"M": "i32:16", "N": "i32:16", "D": "i32:16"}
-FORWARD_TYPES = {
-    **{"Q": "x", "K": "x", "SCALE": "*fp32:16", "ROW_IDS": "*i64:16", "COL_IDS": "*i64:16"},
-    **{"LSE": "*fp32:16", "STATS": "*fp32:16", **SIZES, "q_row": "i32:16", "k_row": "i32:16"},
-}
-BACKWARD_TYPES = {
-    **{"X": "x", "Y": "x", "SCALE": "*fp32:16", "X_IDS": "*i64:16", "Y_IDS": "*i64:16"},
-    **{"MAXIMA": "*fp32:16", "WEIGHTS": "*fp32:16", "UNIT": "*fp32:16", "OUT": "x"},
-    **{**SIZES, "x_row": "i32:16", "y_row": "i32:16"},
-}
+# What each class is compiled with beside its dtype and width.  A launch goes to the class that is
+# nearest to it: "full" has a rule on ids, a bias and a scale for each row, "both" is one tensor
+# with itself, "rows" and "cols" are one side of two tensors, and "full" both sides of them.
+FORWARD_PARTS = ("masked", "all", "full")
+BACKWARD_PARTS = ("both", "rows", "cols", "full")
+MASKED = {"RULES": (exclude_self.triton,), "PLACES": (0,)}
+PLAIN = {"RULES": (), "PLACES": (), "X_IDS": None, "Y_IDS": None}
+
+# "x" stands for the inputs' type.  Sizes and strides are taken to be divisible by 16.
+SIZES = {key: "i32:16" for key in ("M", "N", "D", "x_row", "y_row")}
+FLOATS = ("SCALE", "BIAS", "STATS", "X_SIDE", "Y_SIDE", "UNIT", "OUT", "SUMS")
+TYPES = {"X": "x", "Y": "x", "X_IDS": "*i64:16", "Y_IDS": "*i64:16", **SIZES}
+TYPES |= {key: "*fp32:16" for key in FLOATS}
+FORWARD_NAMES = ("X", "Y", "SCALE", "BIAS", "X_IDS", "Y_IDS", "STATS", *SIZES)
+BACKWARD_NAMES = (*FORWARD_NAMES[:6], "X_SIDE", "Y_SIDE", "UNIT", "OUT", "SUMS", *SIZES)
 
 Launch = Callable[..., Any]
 
 
 def shape_class(x: Tensor, part: str) -> str:
-    """The name of x's class; part: "masked", "all" (forward), "both", "rows", "cols" (backward).
+    """The name of x's class; part: one of FORWARD_PARTS or BACKWARD_PARTS.
 
     float32 is "tf32" where torch.set_float32_matmul_precision allows that.
 
@@ -74,36 +80,33 @@ def shape_class(x: Tensor, part: str) -> str:
     return _name(str(x.dtype).removeprefix("torch."), width, part)
 
 
-def forward_variants(mask: Any, launch: Launch) -> dict[str, Variant]:
-    """The classes of the forward.
-
-    mask: the Triton mask to compile with.  launch: (q, k, scale, ids, mask, (name, config)).
-    """
+def forward_variants(launch: Launch) -> dict[str, Variant]:
+    """The classes of the forward.  launch: (pairs, flip, (name, config))."""
     found = {}
     for dtype, width in CLASSES:
-        for part, keep in (("masked", mask), ("all", None)):
+        for part in FORWARD_PARTS:
             name = _name(dtype, width, part)
-            constants = {**_constants(dtype, width), "MASK": keep}
-            trial = partial(_try_forward, launch, name, keep)
-            found[name] = _variant(name, FORWARD_TYPES, constants, FORWARD, trial)
+            trial = partial(_try_forward, launch, name)
+            constants = _constants(dtype, width, part)
+            found[name] = _variant(name, FORWARD_NAMES, constants, FORWARD, trial)
     return found
 
 
-def backward_variants(mask: Any, launch: Launch, forward: Launch) -> dict[str, Variant]:
-    """The classes of the backward: both sides with a mask, either side alone without.
+def backward_variants(launch: Launch, forward: Launch) -> dict[str, Variant]:
+    """The classes of the backward.
 
-    launch: (pair, scale, stats, grad, mask, wide, (name, config)).  forward: that of the forward.
+    launch: (pairs, sides, flip, sums, (name, config)).  forward: that of the forward.
     """
     found = {}
     for dtype, width in CLASSES:
-        for part, (rows, cols) in SIDES.items():
-            name, keep = _name(dtype, width, part), mask if part == "both" else None
-            constants = {**_constants(dtype, width), "MASK": keep, "ROWS": rows, "COLS": cols}
-            constants["SCALED"] = True
-            if not cols or dtype != "float16":
-                constants["UNIT"] = None
-            trial = partial(_try_backward, launch, forward, name, keep)
-            found[name] = _variant(name, BACKWARD_TYPES, constants, BACKWARD, trial)
+        for part in BACKWARD_PARTS:
+            name, constants = _name(dtype, width, part), _constants(dtype, width, part)
+            absent = {"rows": ["Y_SIDE"], "cols": ["X_SIDE"]}.get(part, [])
+            absent += [] if part == "full" else ["SUMS"]
+            absent += [] if dtype == "float16" else ["UNIT"]
+            constants |= dict.fromkeys(absent)
+            trial = partial(_try_backward, launch, forward, name)
+            found[name] = _variant(name, BACKWARD_NAMES, constants, BACKWARD, trial)
     return found
 
 
@@ -111,12 +114,15 @@ def _name(dtype: str, width: str, part: str) -> str:
     return "-".join(filter(None, (dtype, width, part)))
 
 
-def _constants(dtype: str, width: str) -> dict[str, Any]:
-    return {"WHOLE": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+def _constants(dtype: str, width: str, part: str) -> dict[str, Any]:
+    found = {"WHOLE": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    found["VECTOR"], found["FLIP"] = part == "full", part in ("cols", "full")
+    found |= MASKED if part in ("masked", "both", "full") else PLAIN
+    return found if part == "full" else {**found, "BIAS": None}
 
 
 def _variant(
-    name: str, types: dict[str, str], constants: dict[str, Any], table: dict, trial: Launch
+    name: str, arguments: tuple[str, ...], constants: dict[str, Any], table: dict, trial: Launch
 ) -> Variant:
     dtype, width = name.split("-")[0], name.split("-")[-2]  # without a width, the dtype again
     d, o = CHUNKS.get(width) or (WIDTHS[width], WIDTHS[width])
@@ -126,35 +132,43 @@ def _variant(
         for m, n, warps, stages in table[width]
     )
     signature = {
-        key: kind.replace("x", f"*{TRITON[dtype]}:16")
-        for key, kind in types.items()
+        key: TYPES[key].replace("x", f"*{TRITON[dtype]}:16")
+        for key in arguments
         if key not in constants
     }
     return Variant(name, signature, constants, dtype != "float32", configs, configs[0], trial)
 
 
-def _inputs(name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """q, k of unit rows, a scale and the ids (positions), the same at each call."""
-    dtype, width = name.split("-")[0], name.split("-")[-2]
+def _pairs(name: str, device: torch.device) -> Pairs:
+    """Unit rows and ids that are positions, the same at each call."""
+    dtype, part = name.split("-")[0], name.split("-")[-1]
+    width = name.split("-")[-2]
     D = WIDTHS.get(width, 1024 if width == "long" else 128)
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(2, TRIAL_ROWS, D, generator=generator, device=device)
     q, k = torch.nn.functional.normalize(x, dim=2).to(getattr(torch, dtype, torch.float32))
-    return q, k, torch.full((), 10.0, device=device), []
+    scale, bias, mask = torch.full((), 10.0, device=device), None, Masks()
+    if part in ("masked", "both", "full"):
+        mask = exclude_self(torch.arange(len(q), device=device))
+    if part == "full":
+        scale, bias = scale.expand(len(q)).contiguous(), x.new_zeros(len(k))
+    same = part in ("masked", "both")
+    return Pairs(q, q if same else k, scale, bias, *mask.ids(), mask.key, same)
 
 
-def _try_forward(
-    launch: Launch, name: str, mask: Any, config: Config, device: torch.device
-) -> Launch:
-    inputs = _inputs(name, device)
-    return lambda: launch(*inputs, mask, (name, config))
+def _try_forward(launch: Launch, name: str, config: Config, device: torch.device) -> Launch:
+    pairs, flip = _pairs(name, device), name.endswith("full")
+    return lambda: launch(pairs, flip, (name, config))
 
 
 def _try_backward(
-    launch: Launch, forward: Launch, name: str, mask: Any, config: Config, device: torch.device
+    launch: Launch, forward: Launch, name: str, config: Config, device: torch.device
 ) -> Launch:
-    q, k, scale, ids = _inputs(name, device)
-    k = q if name.endswith("both") else k
-    _, stats = forward(q, k, scale, ids, mask)
-    grad = torch.full((), 1 / len(q), device=device).expand(len(q))
-    return lambda: launch([q, k, *ids], scale, stats, grad, mask, False, (name, config))
+    pairs, part = _pairs(name, device), name.split("-")[-1]
+    grad = torch.full((), 1 / TRIAL_ROWS, device=device).expand(TRIAL_ROWS)
+    rows = weights(forward(pairs), grad) if part != "cols" else None
+    cols = {"both": rows, "rows": None}.get(part, rows)
+    if part in ("cols", "full"):
+        cols = weights(forward(pairs, True), grad)
+    flip = part in ("cols", "full")
+    return lambda: launch(pairs, [rows, cols], flip, part == "full", (name, config))

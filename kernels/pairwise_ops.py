@@ -1,117 +1,113 @@
-"""The Triton log-sum-exp as operators of torch: with a fake, a gradient, and masks by key.
+"""Pairwise log-sum-exps as operators of torch: with a fake and a gradient.
 
 torch.compile keeps an operator whole in its graph, and an operator takes tensors, numbers and
-strings; so a pair mask, which is a function, goes by a key that was given when it was made.
+strings: so a mask goes by its key, and the implementation by its name.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ._dispatch import first_order
-from .pairwise_fused import BWD, INTERPRETED, backward, choose, forward
+from . import pairwise_torch
+from ._dispatch import accumulator, first_order
+from .masks import twins
+from .pairwise_torch import Grads, Pairs
 
-_masks: dict[str, Any] = {"": None}
-
-
-def enrol(name: str, mask: Any) -> str:
-    """A key by which the operators find a pair mask's @triton.jit function.
-
-    Raises ValueError when it is none.
-    """
-    if not isinstance(mask, triton.KernelInterface):
-        raise ValueError(
-            f"triton must be a @triton.jit function of (row_ids, col_ids) in mask {name!r}, "
-            f"got {mask!r}"
-        )
-    key = name if name not in _masks else f"{name}#{len(_masks)}"
-    _masks[key] = mask
-    return key
+fused: Any = None
+if twins is not None:
+    from . import pairwise_fused as fused
 
 
-def _given(row_ids: Tensor | None, col_ids: Tensor | None) -> list[Tensor]:
-    return [] if row_ids is None or col_ids is None else [row_ids, col_ids]
+def engine(impl: str) -> Any:
+    """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` for impl."""
+    return fused if impl == "triton" else pairwise_torch
 
 
-@torch.library.custom_op("fastssl::pairwise_lse", mutates_args=())
-def _lse(
+@torch.library.custom_op("fastssl::pairwise_stats", mutates_args=())
+def stats(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     mask: str,
     same: bool,
+    both: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return forward(q, k, scale, _given(row_ids, col_ids), _masks[mask])
+    """`statistics` of rows and columns."""
+    pairs = Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
+    return engine(impl).statistics(pairs, both)
 
 
-@_lse.register_fake
-def _(q, k, scale, row_ids, col_ids, mask, same):
-    return scale.new_empty(q.shape[0]), scale.new_empty(2, q.shape[0])
+@stats.register_fake
+def _(q, k, scale, bias, row_ids, col_ids, mask, same, both, impl):
+    like = q.new_empty(0, dtype=accumulator(q.dtype))
+    return like.new_empty(2, q.shape[0]), like.new_empty(2, k.shape[0] if both else 0)
 
 
-@torch.library.custom_op("fastssl::pairwise_lse_grad", mutates_args=())
-def _grad(
-    pair: list[Tensor], scale: Tensor, stats: Tensor, grad: Tensor, mask: str, side: str, wide: bool
-) -> Tensor:
-    return backward(pair, scale, stats, grad, _masks[mask], wide, choose(BWD, pair[0], side))
+@torch.library.custom_op("fastssl::pairwise_grads", mutates_args=())
+def grads(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    mask: str,
+    same: bool,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    need: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gradients` to q, k, scale and bias."""
+    pairs = Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
+    return tuple(engine(impl).gradients(pairs, rows, cols, tuple(need)))
 
 
-@_grad.register_fake
-def _(pair, scale, stats, grad, mask, side, wide):
-    return pair[0].new_empty(pair[0].shape, dtype=torch.float32 if wide else pair[0].dtype)
+@grads.register_fake
+def _(q, k, scale, bias, row_ids, col_ids, mask, same, rows, cols, need, impl):
+    like = q.new_empty(0, dtype=accumulator(q.dtype))
+    sizes = q.shape, k.shape, scale.shape, k.shape[:1]
+    asked = need[0] or same, need[1] and not same, need[2], need[3]
+    return tuple(like.new_empty(s if a else 0) for s, a in zip(sizes, asked, strict=True))
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.mask, ctx.same = inputs
-    ctx.save_for_backward(*tensors, output[1])
+class _LSE(torch.autograd.Function):
+    """Row and column log-sum-exps of Pairs; k is None for symmetric scores of q with itself."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, scale, bias, row_ids, col_ids, mask, both, impl):
+        given = (scale, bias, row_ids, col_ids, mask, k is None)
+        rows, cols = stats(q, q if k is None else k, *given, both, impl)
+        ctx.save_for_backward(q, k, *given[:4], rows, cols)
+        ctx.options = mask, both, impl
+        log_sum = engine(impl).log_sum
+        return log_sum(rows), log_sum(cols)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_rows, grad_cols):
+        q, k, scale, bias, row_ids, col_ids, rows, cols = ctx.saved_tensors
+        mask, both, impl = ctx.options
+        weights, need, same = engine(impl).weights, ctx.needs_input_grad[:4], k is None
+        if same and both:  # the two are one
+            grad_rows, both = grad_rows + grad_cols, False
+        given = (q, q if same else k, scale, bias, row_ids, col_ids, mask, same)
+        sides = weights(rows, grad_rows), weights(cols, grad_cols) if both else None
+        found = Grads(*grads(*given, *sides, list(need), impl))
+        tensors = q, k, scale, bias
+        out = [g.to(x.dtype) if n else None for g, x, n in zip(found, tensors, need, strict=True)]
+        return *out, *(None,) * 5
 
 
-def _side(pair, scale, stats, grad, mask: str, side: str, dot: bool):
-    """The gradient of x, and x . u if asked for."""
-    out = _grad(pair, scale, stats, grad, mask, side, dot)
-    return ((out * scale).to(pair[0].dtype), (pair[0] * out).sum()) if dot else (out, None)
-
-
-@first_order
-def _backward(ctx, grad, _):
-    q, k, scale, row_ids, col_ids, stats = ctx.saved_tensors
-    need_q, need_k, need_scale = ctx.needs_input_grad[:3]
-    ids = _given(row_ids, col_ids)
-    saved, rest = (scale, stats, grad, ctx.mask), (None,) * 4
-    if ctx.same:
-        dq, dot = _side([q, q, *ids], *saved, "both", need_scale)
-        return dq, None, None if dot is None else dot / 2, *rest  # each pair was met twice
-    dq = dk = dot = None
-    by_row = need_q or not need_k  # the gradient of scale is read off one side, whichever it is
-    if by_row:
-        dq, dot = _side([q, k, *ids], *saved, "rows", need_scale)
-    if need_k:
-        dk, seen = _side([k, q, *ids[::-1]], *saved, "cols", need_scale and not by_row)
-        dot = dot if by_row else seen
-    return dq, dk, dot, *rest
-
-
-_lse.register_autograd(_backward, setup_context=_save)
-
-
-def lse(q: Tensor, k: Tensor, scale: Tensor, ids: list[Tensor], mask: str, same: bool) -> Tensor:
-    """Row log-sum-exp (M,) float32.
-
-    scale: 0-d float32.  ids: of rows and columns, int64; none for the positions.
-    mask: a key that `enrol` gave, or "".
-    same: q is k with the same ids, and the mask symmetric.
-    Raises ValueError for float64, and off CUDA unless Triton interprets its kernels.
-    """
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"impl='triton' is for float32, bfloat16 and float16, got q in {q.dtype}")
-    if q.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"impl='triton' needs CUDA tensors, got q on {q.device}; "
-            "TRITON_INTERPRET=1 set before the import runs it there, slowly"
-        )
-    row_ids, col_ids = [x.contiguous() for x in ids] or (None, None)
-    return _lse(q, k, scale, row_ids, col_ids, mask, same)[0]
+def lse(pairs: Pairs, both: bool, impl: str) -> tuple[Tensor, Tensor]:
+    """Row log-sum-exps (M,), and column ones (N,); (0,) of them unless `both`."""
+    q, k, *rest, same = pairs
+    k = None if same else k.view_as(k) if k is q else k  # the compiler wants no tensor twice
+    return _LSE.apply(q, k, *rest, both, impl)  # pyright: ignore[reportReturnType]

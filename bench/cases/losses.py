@@ -304,15 +304,14 @@ def clip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 def clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
-    """CLIP's loss by two streamed log-sum-exps, over rows and over columns; 0-d float32.
+    """CLIP's loss by streamed log-sum-exps over rows and columns; 0-d float32.
 
     image, text (B, D): unit rows.  A pair's own score is left out of the sums and comes back as
     -log sigmoid(own - others), which keeps its digits where the match is near perfect.
     """
     scale = log_scale.float().exp()
     own = (image.float() * text.float()).sum(1) * scale
-    rows = pairwise_lse(image, text, scale, mask=exclude_self)
-    columns = pairwise_lse(text, image, scale, mask=exclude_self)
+    rows, columns = pairwise_lse(image, text, scale, mask=exclude_self, both=True)
     return -(F.logsigmoid(own - rows).mean() + F.logsigmoid(own - columns).mean()) / 2
 
 

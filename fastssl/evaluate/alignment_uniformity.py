@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.evaluate._checks import checked_features, same_width
-from fastssl.kernels.pairwise import exclude_self, pairwise_lse
+from fastssl.kernels import exclude_self, pairwise_lse
 
 
 def alignment(a: Tensor, b: Tensor, alpha: float = 2.0) -> float:

@@ -76,44 +76,51 @@ def views(dtype: torch.dtype, B: int, D: int) -> list[Tensor]:
     return [(z + 0.5 * torch.randn_like(z)).to(dtype) for _ in range(2)]
 
 
-def _lse(q, k, scale, mask=None, ids=None, impl="reference"):
-    row_ids, col_ids = (None, None) if ids is None else (ids[: len(q)], ids[: len(k)])
-    options = {"mask": mask, "row_ids": row_ids, "col_ids": col_ids}
-    return kernels.pairwise_lse(q, k, scale, **options, impl=impl)
-
-
 def _lse_rows(dtype, M, N, D):
-    call = partial(_lse, impl=impl("pairwise_lse"))
     scale = torch.tensor(1.5, dtype=dtype, device=DEVICE)
+    call = partial(kernels.pairwise_lse, impl=impl("pairwise_lse"))
     return Trial(call, _formula_lse, [rows(dtype, M, D), rows(dtype, N, D), scale])
 
 
-def _formula_lse(q, k, scale, mask=None, ids=None):
-    s = scale * (q @ k.T)
-    if mask is not None:
-        s = s.masked_fill(~mask.keep(ids[: len(q), None], ids[None, : len(k)]), float("-inf"))
+def _formula_lse(q, k, scale, bias=0.0, ids=None):
+    s = scale * (q @ k.T) + bias
+    if ids is not None:
+        s = s.masked_fill(ids[: len(q), None] == ids[None, : len(k)], float("-inf"))
     return s.logsumexp(1)
 
 
 def _lse_masked(dtype, M, N, D):
     ids = torch.arange(max(M, N), device=DEVICE) // 2
-    options = {"mask": exclude_self, "ids": ids}
-    ours = partial(_lse, **options, impl=impl("pairwise_lse"))
-    inputs = [rows(dtype, M, D), rows(dtype, N, D)]
+    options = {"mask": exclude_self(ids[:M], ids[:N]), "impl": impl("pairwise_lse")}
     return Trial(
-        lambda q, k: ours(q, k, 2.0), lambda q, k: _formula_lse(q, k, 2.0, **options), inputs
+        lambda q, k: kernels.pairwise_lse(q, k, 2.0, **options),
+        lambda q, k: _formula_lse(q, k, 2.0, ids=ids),
+        [rows(dtype, M, D), rows(dtype, N, D)],
     )
 
 
 def _lse_self(dtype, N, D):
-    options = {"mask": exclude_self, "ids": torch.arange(N, device=DEVICE)}
-    ours = partial(_lse, impl=impl("pairwise_lse"))
+    ids = torch.arange(N, device=DEVICE)
+    ours = partial(kernels.pairwise_lse, mask=exclude_self, impl=impl("pairwise_lse"))
     scale = torch.tensor(1.5, dtype=dtype, device=DEVICE)
     return Trial(
-        lambda z, s: ours(z, z, s, mask=exclude_self),
-        lambda z, s: _formula_lse(z, z, s, **options),
+        lambda z, s: ours(z, z, s),
+        lambda z, s: _formula_lse(z, z, s, ids=ids),
         [rows(dtype, N, D), scale],
     )
+
+
+def _lse_both(dtype, M, N, D):
+    """Rows and columns, a scale for each row and a bias for each column."""
+    call = partial(kernels.pairwise_lse, both=True, impl=impl("pairwise_lse"))
+
+    def eager(q, k, scale, bias):
+        s = scale[:, None] * (q @ k.T) + bias
+        return torch.cat([s.logsumexp(1), s.logsumexp(0)])
+
+    inputs = [rows(dtype, M, D), rows(dtype, N, D)]
+    inputs += [torch.rand(M, device=DEVICE).to(dtype), torch.rand(N, device=DEVICE).to(dtype)]
+    return Trial(lambda q, k, s, b: torch.cat(call(q, k, s, bias=b)), eager, inputs)
 
 
 def _bent(x: Tensor) -> Tensor:
@@ -260,6 +267,13 @@ SUBJECTS = [
         _lse_self,
         ((8192, 128), (2, 3), (3001, 200), (1500, 1024)),
         (35, 20),
+        "pairwise_lse",
+    ),
+    Subject(
+        "pairwise_lse-both",
+        _lse_both,
+        ((2048, 4096, 128), (1030, 999, 33), (1027, 3000, 768)),
+        (19, 37, 8),
         "pairwise_lse",
     ),
     Subject("standardise", _standardise, ((4096, 2048), (37, 4099)), (21, 7), "standardise"),

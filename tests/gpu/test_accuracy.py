@@ -71,7 +71,7 @@ def test_a_row_with_no_pair_left():
     ids[7] = -1
     everywhere = torch.full((N,), -1, device=DEVICE)
     q.requires_grad_(), k.requires_grad_()
-    options = {"mask": exclude_self, "row_ids": ids, "col_ids": everywhere}
+    options = {"mask": exclude_self(ids, everywhere)}
     lse = pairwise_lse(q, k, 2.0, **options, impl=impl("pairwise_lse"))
     assert lse[7] == -torch.inf and int(lse.isfinite().sum()) == M - 1
     dq, dk = torch.autograd.grad(lse.sum(), [q, k])

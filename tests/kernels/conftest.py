@@ -1,10 +1,50 @@
+"""Small chunks and blocks, so that the tests' small shapes cross several and divide none."""
+
+from contextlib import ExitStack
+from functools import partial
+
 import pytest
 
-from fastssl.kernels import _chunks
+from fastssl.kernels import (
+    _chunks,
+    _tuning,
+    pairwise_fused,
+    pairwise_lse,
+    pairwise_products,
+    pairwise_tiles,
+)
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
+FORCED = {
+    "pairwise_lse_fwd": {**SMALL, "BLOCK_D": 16},
+    "pairwise_lse_bwd": {**SMALL, "BLOCK_D": 16, "BLOCK_O": 16},
+    "pairwise_summarise": SMALL,
+    "pairwise_weigh": SMALL,
+}
+SCHEDULES = {"tiles": pairwise_tiles, "products": pairwise_products}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """512 floats a chunk, so that the tests' small shapes cross several and divide none."""
+    """512 floats a chunk."""
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(_chunks.CHUNK_BYTES, device, 2048)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """16 rows and columns a tile; blocks of products of 20 rows and 40 columns."""
+    with ExitStack() as stack:
+        for kernel, blocks in FORCED.items():
+            stack.enter_context(_tuning.forced(kernel, _tuning.Config(blocks)))
+        monkeypatch.setattr(pairwise_products, "BLOCK_BYTES", 4 * 800)
+        yield
+
+
+@pytest.fixture(params=["torch", *SCHEDULES])
+def lse(request, monkeypatch, small_blocks):
+    """pairwise_lse by one implementation: chunked torch, or one of Triton's two schedules."""
+    if request.param == "torch":
+        return partial(pairwise_lse, impl="torch")
+    monkeypatch.setattr(pairwise_fused, "schedule", lambda x: SCHEDULES[request.param])
+    return partial(pairwise_lse, impl="triton")

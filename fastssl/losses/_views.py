@@ -1,0 +1,147 @@
+"""What contrastive losses share: their checks, rows of length one, and two views side by side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.distributed import LOCAL, Group, rank, require_all_even, world_size
+from fastssl.kernels import exclude_self, pairwise_lse
+from fastssl.losses._sharded import STRATEGIES, Rule, sharded_lse
+from fastssl.losses.queue import Queue
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_embeddings(shape: str = "B, D", **given: Tensor) -> None:
+    """Raise ValueError unless all have one shape, with the axes named, none of them empty, and
+    one floating dtype and device."""
+    first, names = next(iter(given.values())), " and ".join(given)
+    axes = len(shape.split(","))
+    if any(x.ndim != axes or x.shape != first.shape or 0 in x.shape for x in given.values()):
+        shapes = " and ".join(str(tuple(x.shape)) for x in given.values())
+        both = "both " if len(given) == 2 else ""
+        raise ValueError(f"{names} must {both}be ({shape}), none of them empty, got {shapes}")
+    if any(not x.is_floating_point() for x in given.values()):
+        seen = " and ".join(str(x.dtype) for x in given.values())
+        raise ValueError(f"{names} must be floating-point, got {seen}")
+    if any(x.dtype != first.dtype or x.device != first.device for x in given.values()):
+        seen = " and ".join(f"{x.dtype} on {x.device}" for x in given.values())
+        raise ValueError(f"{names} must share dtype and device, got {seen}")
+
+
+def check_ids(name: str, ids: Tensor, z: Tensor) -> None:
+    """Raise ValueError unless ids are integers, one for each image, on the embeddings' device."""
+    if ids.shape != z.shape[:1] or ids.dtype not in INTEGERS or ids.device != z.device:
+        got = f"{tuple(ids.shape)} {ids.dtype} on {ids.device}"
+        raise ValueError(f"{name} must be ({len(z)},) integers on {z.device}, got {got}")
+
+
+def unit(z: Tensor) -> Tensor:
+    """z with rows of length one, in float32, or float64 for float64; a zero row stays zero."""
+    return F.normalize(z.double() if z.dtype == torch.float64 else z.float(), dim=-1)
+
+
+def joined_ids(n: int, group: Group, device: torch.device) -> Tensor:
+    """The places that this rank's n rows have in the joined batch."""
+    return torch.arange(n, device=device) + n * rank(group)
+
+
+def info_nce(positive: Tensor, negative: Tensor) -> Tensor:
+    """-log of the positive's share, of its score and the log-sum-exp of the negatives' scores.
+
+    Near a perfect match log(e^p + e^n) - p would be a difference of two large numbers; this keeps
+    its digits.  Without negatives, n = -inf, it is 0 with gradient 0.
+    """
+    return -F.logsigmoid(positive - negative)
+
+
+def against_queue(z: Tensor, keys: Tensor, queue: Queue, temperature: float) -> Tensor:
+    """The mean InfoNCE of rows z (B, D), each with its positive in keys, against the queue's."""
+    queue.fit(keys)
+    queries = unit(z)
+    positive = (queries * unit(keys)).sum(-1) / temperature
+    return info_nce(positive, pairwise_lse(queries, queue.keys.to(queries), 1 / temperature)).mean()
+
+
+class ContrastiveLoss(nn.Module):
+    """What every contrastive loss has: a temperature, and the ranks that it contrasts over."""
+
+    def __init__(
+        self,
+        temperature: float,
+        gather_distributed: bool = True,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__()
+        self.check_temperature(temperature)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        self.temperature = temperature
+        self.process_group = process_group if gather_distributed else LOCAL
+        self.strategy = strategy
+
+    def check_temperature(self, temperature: float) -> None:
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+
+    def two_views(self, z0: Tensor, z1: Tensor, **ids: Tensor) -> TwoViews:
+        """Check z0, z1 (B, D) and ids (B,), then lay the views of an image side by side."""
+        # First what all ranks refuse together: one that left alone would leave the others waiting.
+        require_all_even(self.process_group, z0=z0, z1=z1, **ids)
+        check_embeddings(z0=z0, z1=z1)
+        for name, given in ids.items():
+            check_ids(name, given, z0)
+        rows = torch.stack([unit(z0), unit(z1)], dim=1).flatten(0, 1)
+        images = joined_ids(len(z0), self.process_group, z0.device)
+        return TwoViews(rows, twice(images), self.process_group, self.strategy)
+
+    def extra_repr(self) -> str:
+        gather = self.process_group != LOCAL
+        return f"temperature={self.temperature}, gather_distributed={gather}"
+
+
+class TwoViews(NamedTuple):
+    """This rank's b images: 2b rows of length one, the two of an image together, and their ids."""
+
+    rows: Tensor
+    images: Tensor
+    group: Group
+    strategy: str
+
+    def twins(self) -> Tensor:
+        """(b, 1) cosines of each image's two views."""
+        first, second = self.rows.unflatten(0, (-1, 2)).unbind(1)
+        return (first * second).sum(-1, keepdim=True)
+
+    def others(self, scale: float | Tensor, *rules: Rule) -> Tensor:
+        """(b, 2) log-sum-exps of each view's scaled cosines with all views of other images.
+
+        scale: a number, or one for each row.  rules: which of those pairs are kept, by row.
+        """
+        self_out = Rule(exclude_self, self.images, self.images)
+        negatives, _ = sharded_lse(
+            self.rows,
+            self.rows,
+            scale,
+            rules=(self_out, *rules),
+            process_group=self.group,
+            strategy=self.strategy,
+        )
+        return negatives.unflatten(0, (-1, 2))
+
+    def joined_images(self, at_least: int = 1) -> int:
+        """The images of the joined batch.  Raises ValueError when they are too few."""
+        images = len(self.rows) // 2 * world_size(self.group)
+        if images < at_least:
+            raise ValueError(f"the joined batch must have at least {at_least} images, got {images}")
+        return images
+
+
+def twice(per_image: Tensor) -> Tensor:
+    """(b,) -> (2b,): each image's value for both of its views."""
+    return per_image.unsqueeze(1).expand(-1, 2).flatten()

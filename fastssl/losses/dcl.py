@@ -1,0 +1,117 @@
+"""Decoupled contrastive losses: the positive stands outside the denominator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastssl.distributed import Group, all_gather_nograd, rank
+from fastssl.losses._views import ContrastiveLoss
+
+
+class DCLLoss(ContrastiveLoss):
+    """NT-Xent without the positive in its denominator, and with a weight on the positive.
+
+    With z the 2N normalised embeddings and p(i) the other view of i:
+
+        loss = mean_i [ n_i - w_i z_i.z_p(i) / t ]                                   [nats]
+        n_i = log sum_{j not i, p(i)} exp(z_i.z_j / t)
+
+    Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
+             weight_fn: None, all w = 1; or a function of two (B, D) tensors, the normalised views
+             of this rank in float32, the anchors first: their weights (B,).  It is called for
+             either direction, and its gradient is kept: detach in it what should have none.
+    Returns  scalar float32: the mean over this rank's 2B rows.  It has no lower end at 0;
+             ln(2N - 2) - 1 / t when all embeddings agree.
+    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
+             differ, or are not floats; a joined batch of one image, which has no negatives; weights
+             that are not (B,); temperature not > 0; batches that differ between ranks (on every
+             rank).
+    Ranks    each rank's rows meet the keys of all (strategy: "gather" or "ring").  The mean over
+             ranks of value and gradient is that of the joined batch.  gather_distributed=False
+             contrasts within each rank's batch only.
+    Source   Yeh et al. 2021, Decoupled Contrastive Learning, arXiv:2110.06848, eq. 6.
+    Differs  from lightly.loss.DCLLoss, whose value and gradient it has in one process: gathers by
+             default; normalises and sums in float32 whatever the dtype; temperature > 0.
+
+    >>> z = torch.eye(4)
+    >>> round(DCLLoss(temperature=0.5)(z, z).item(), 4)  # ln 6 - 2
+    -0.2082
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = True,
+        *,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__(temperature, gather_distributed, process_group, strategy)
+        self.weight_fn = weight_fn
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        views = self.two_views(z0, z1)
+        views.joined_images(at_least=2)
+        positive = views.twins() / self.temperature
+        if self.weight_fn is not None:
+            first, second = views.rows.unflatten(0, (-1, 2)).unbind(1)
+            positive = positive * torch.stack(
+                [self._weights(first, second), self._weights(second, first)], dim=1
+            )
+        return (views.others(1 / self.temperature) - positive).mean()
+
+    def _weights(self, anchors: Tensor, positives: Tensor) -> Tensor:
+        assert self.weight_fn is not None
+        weights = self.weight_fn(anchors, positives)
+        if weights.shape != anchors.shape[:1]:
+            want, got = (len(anchors),), tuple(weights.shape)
+            raise ValueError(f"weight_fn must return weights {want}, got {got}")
+        return weights
+
+
+class DCLWLoss(DCLLoss):
+    """DCL that dwells on the pairs that do not match yet: negative von Mises-Fisher weights.
+
+        w_i = 2 - N softmax_i(z0_i.z1_i / sigma), over the N images; no gradient
+
+    Raises   ValueError: sigma not > 0, and what DCLLoss raises.
+    Ranks    the softmax is over the joined batch (gather_distributed=False: this rank's).
+    Source   Yeh et al. 2021, arXiv:2110.06848, section 3.2.
+    Differs  from lightly.loss.DCLWLoss as DCLLoss from lightly's.  In the rest it is DCLLoss.
+
+    >>> z = torch.eye(4)
+    >>> round(DCLWLoss(temperature=0.5)(z, z).item(), 4)  # all weights are 1
+    -0.2082
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sigma: float = 0.5,
+        gather_distributed: bool = True,
+        *,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__(
+            temperature, None, gather_distributed, process_group=process_group, strategy=strategy
+        )
+        if not 0 < sigma < float("inf"):
+            raise ValueError(f"sigma must be > 0 and finite, got {sigma}")
+        self.sigma = sigma
+        self.weight_fn = partial(_mises_fisher, sigma=sigma, group=self.process_group)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sigma={self.sigma}"
+
+
+@torch.no_grad()
+def _mises_fisher(anchors: Tensor, positives: Tensor, sigma: float, group: Group) -> Tensor:
+    match = all_gather_nograd((anchors * positives).sum(-1) / sigma, group, check=False)
+    weights = 2 - len(match) * match.softmax(0)
+    return weights.unflatten(0, (-1, len(anchors)))[rank(group)]

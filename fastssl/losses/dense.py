@@ -1,0 +1,138 @@
+"""Contrast between positions: each local feature must find its match among the other places."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
+from fastssl.kernels import exclude_self
+from fastssl.kernels._dispatch import full_precision
+from fastssl.losses._sharded import Rule, sharded_lse
+from fastssl.losses._views import (
+    INTEGERS,
+    ContrastiveLoss,
+    check_embeddings,
+    info_nce,
+    joined_ids,
+    unit,
+)
+
+SCORES = 2**22  # how many scores are held at a time, 16 MB; or those of one image, if more
+
+
+class DenseInfoNCELoss(ContrastiveLoss):
+    """InfoNCE of local features: position l of one view must find its match m(l) in the other.
+
+        loss = mean_l -log [ e^(q_l.k_m(l) / t) / sum_j e^(q_l.k_j / t) ]            [nats]
+        j: the positions of the same image (negatives="image"), or of all images ("batch")
+
+    One direction: the symmetric loss is loss(z0, z1) + loss(z1, z0), with either's match.
+
+    Shapes   z0 (B, L, D), z1 (B, M, D): local features of two views of the same B images; any float
+             dtype.  match (B, L): integers, the position in z1 of the same image that shows what
+             l shows; one below 0 or past M - 1: none, and l is left out.  None: m(l) = l, L = M.
+    Returns  scalar float32: the mean over this rank's matched positions, weighed so that the mean
+             over ranks is that over all matched ones; 0 when there is none.  0 <= loss; when all
+             features agree ln M ("image") or ln(B M) ("batch").
+    Memory   "image": the L x M scores of a few images at a time, made again for backward: 16 MB in
+             float32, or one image's if more.  "batch": no scores are held.
+    Raises   ValueError: z0 and z1 that are not (B, L, D) and (B, M, D), none empty; dtypes or
+             devices that differ, or are not floats; a match that is not (B, L) integers beside
+             them, or left out with L != M; negatives that are neither; temperature not > 0; batches
+             that differ between ranks (on every rank).
+    Ranks    "batch" meets the positions of all ranks (strategy: "gather" or "ring").  The mean over
+             ranks of value and gradient is that of the joined batch.
+    Source   Chaitanya et al. 2020, arXiv:2006.10511, eq. 3 ("image"); Wang et al. 2021, DenseCL,
+             arXiv:2011.09157, eq. 2, with the batch's keys in the queue's place ("batch").
+
+    >>> z = torch.eye(4).expand(2, 4, 4)
+    >>> round(DenseInfoNCELoss(temperature=0.5)(z, z).item(), 4)  # ln(e^2 + 3) - 2
+    0.3408
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        negatives: str = "image",
+        *,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__(temperature, process_group=process_group, strategy=strategy)
+        if negatives not in ("image", "batch"):
+            raise ValueError(f"negatives must be 'image' or 'batch', got {negatives!r}")
+        self.negatives = negatives
+
+    def forward(self, z0: Tensor, z1: Tensor, match: Tensor | None = None) -> Tensor:
+        group = self.process_group
+        require_all_even(group, z0=z0, z1=z1, **{} if match is None else {"match": match})
+        _check(z0, z1, match)
+        q, k = unit(z0), unit(z1)
+        B, L, _ = q.shape
+        M = k.shape[1]
+        match = torch.arange(L, device=q.device).expand(B, L) if match is None else match.long()
+        found = (match >= 0) & (match < M)
+        match = match.clamp(0, M - 1)
+        twins = k.gather(1, match.unsqueeze(-1).expand(-1, -1, k.shape[2]))
+        positive = (q * twins).sum(-1) / self.temperature
+        across = self._across if self.negatives == "batch" else self._within
+        losses = torch.where(found, info_nce(positive, across(q, k, match)), 0)
+        count = all_reduce_sum(found.sum(), group)
+        return losses.sum() * world_size(group) / count.clamp(min=1)
+
+    def _within(self, q: Tensor, k: Tensor, match: Tensor) -> Tensor:
+        """(B, L) log-sum-exps of an image's other positions."""
+        images = max(1, SCORES // (q.shape[1] * k.shape[1]))
+        parts = zip(q.split(images), k.split(images), match.split(images), strict=True)
+        return torch.cat([self._few(*part) for part in parts])
+
+    def _few(self, *part: Tensor) -> Tensor:
+        out = checkpoint(
+            _negatives, *part, self.temperature, use_reentrant=False, preserve_rng_state=False
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def _across(self, q: Tensor, k: Tensor, match: Tensor) -> Tensor:
+        """(B, L) log-sum-exps of all other positions of the joined batch."""
+        B, M = k.shape[:2]
+        ids = joined_ids(B * M, self.process_group, k.device)
+        own = ids[::M].unsqueeze(1) + match
+        lse, _ = sharded_lse(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            1 / self.temperature,
+            rules=(Rule(exclude_self, own.flatten(), ids),),
+            process_group=self.process_group,
+            strategy=self.strategy,
+        )
+        return lse.view(match.shape)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, negatives={self.negatives!r}"
+
+
+def _negatives(q: Tensor, k: Tensor, match: Tensor, temperature: float) -> Tensor:
+    with full_precision(q.device):
+        scores = (q / temperature) @ k.mT
+    return scores.scatter_(2, match.unsqueeze(-1), -torch.inf).logsumexp(-1)
+
+
+def _check(z0: Tensor, z1: Tensor, match: Tensor | None) -> None:
+    check_embeddings("B, L, D", z0=z0)
+    check_embeddings("B, M, D", z1=z1)
+    if (len(z0), z0.shape[2]) != (len(z1), z1.shape[2]):
+        got = f"{tuple(z0.shape)} and {tuple(z1.shape)}"
+        raise ValueError(f"z0 and z1 must be (B, L, D) and (B, M, D), got {got}")
+    if z0.dtype != z1.dtype or z0.device != z1.device:
+        got = f"{z0.dtype} on {z0.device} and {z1.dtype} on {z1.device}"
+        raise ValueError(f"z0 and z1 must share dtype and device, got {got}")
+    if match is None and z0.shape[1] != z1.shape[1]:
+        raise ValueError(f"without match L must be M, got {z0.shape[1]} and {z1.shape[1]}")
+    if match is None:
+        return
+    if match.shape != z0.shape[:2] or match.dtype not in INTEGERS or match.device != z0.device:
+        got = f"{tuple(match.shape)} {match.dtype} on {match.device}"
+        raise ValueError(f"match must be {tuple(z0.shape[:2])} integers by z0, got {got}")

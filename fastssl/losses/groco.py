@@ -1,0 +1,120 @@
+"""GroCo: a view's similarities, sorted, must have the positive above the negatives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.distributed import Group, all_gather_nograd, require_all_even
+from fastssl.kernels import exclude_self, pairwise_topk
+from fastssl.losses._views import check_embeddings, joined_ids, unit
+
+
+class GroCoLoss(nn.Module):
+    """Each view's other view must sort above the most alike views of other images.
+
+    For an anchor z_i, of the view v, an odd-even sorting network sorts n + 1 numbers, upwards: its
+    n greatest cosines with view v of other images, and above them that with its other view.  An
+    exchange of neighbours a, b is relaxed: both keep their place by the share
+
+        A = 1/2 + arctan(steepness (b - a)) / pi          (a Cauchy distribution's)
+
+    so that at the end m_e of each number e lies in the last place, the positive's:
+
+        loss = mean over anchors, of both views, and over the n + 1 numbers e of
+               -log m_e for the positive, -log(1 - m_e) for a negative               [nats]
+
+    Keys get no gradient: each view is moved as an anchor, to keys that stay.
+
+    Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
+    Returns  scalar float32: the mean over this rank's 2B anchors.  0 <= loss; no number has more
+             than 87 nats.
+    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
+             differ, or are not floats; negatives < 1; steepness not > 0; a joined batch of one
+             image, which has no negatives; batches that differ between ranks (on every rank).  A
+             non-finite input is not an error here: it gives a non-finite loss.
+    Ranks    the views are gathered once, without gradient; this rank's anchors sort the nearest of
+             all ranks.  The mean over ranks of value and gradient is that of the joined batch.
+    Source   Shvetsova et al. 2023, arXiv:2301.02009, section 3; the network: Petersen et al. 2022,
+             arXiv:2203.09630, and the authors' code.  The places' masses are propagated backwards
+             through the network, of which the permutation matrix is never made.
+    Differs  from the authors' code: a joined batch of n images or fewer gives fewer negatives,
+             where theirs fails; m is clamped at the least float, where theirs clamps the logarithm
+             at -100.
+
+    >>> round(GroCoLoss(1)(torch.eye(2), torch.eye(2)).item(), 4)  # arctan(1) is pi / 4: -ln(3/4)
+    0.2877
+    """
+
+    def __init__(
+        self, negatives: int = 10, steepness: float = 1.0, *, process_group: Group = None
+    ) -> None:
+        super().__init__()
+        if negatives < 1:
+            raise ValueError(f"negatives must be at least 1, got {negatives}")
+        if not 0 < steepness < math.inf:
+            raise ValueError(f"steepness must be > 0 and finite, got {steepness}")
+        self.negatives, self.steepness, self.process_group = negatives, steepness, process_group
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        require_all_even(self.process_group, z0=z0, z1=z1)
+        check_embeddings(z0=z0, z1=z1)
+        everyone = all_gather_nograd(torch.stack([z0, z1], 1), self.process_group, check=False)
+        if len(everyone) < 2:
+            raise ValueError("the joined batch must have at least 2 images, got 1")
+        x0, x1 = unit(z0), unit(z1)
+        keys0, keys1 = unit(everyone).unbind(1)
+        return (self._ordered(x0, x1, keys0) + self._ordered(x1, x0, keys1)) / 2
+
+    def _ordered(self, anchors: Tensor, positives: Tensor, keys: Tensor) -> Tensor:
+        """The loss of anchors (B, D), their positives, and keys (N, D) with other images'."""
+        mine = joined_ids(len(anchors), self.process_group, anchors.device)
+        others = exclude_self(mine, torch.arange(len(keys), device=keys.device))
+        n = min(self.negatives, len(keys) - 1)
+        nearest = pairwise_topk(anchors, keys, n, mask=others)[1].flip(1)
+        numbers = torch.cat([keys[nearest], positives.detach().unsqueeze(1)], dim=1)
+        mass = last_place_mass(torch.einsum("bd,bnd->bn", anchors, numbers), self.steepness)
+        right = torch.cat([1 - mass[:, :-1], mass[:, -1:]], dim=1)
+        return -right.clamp_min(torch.finfo(right.dtype).tiny).log().mean()
+
+    def extra_repr(self) -> str:
+        return f"negatives={self.negatives}, steepness={self.steepness}"
+
+
+def last_place_mass(x: Tensor, steepness: float) -> Tensor:
+    """(B, n): how much of each of x (B, n) the relaxed sorting network puts in the last place.
+
+    A layer mixes the columns of the permutation matrix by a symmetric matrix L of its own, so that
+    the last column of L_1 ... L_n is L_1 (... (L_n e_n)): what the last place has, taken back.
+
+    >>> last_place_mass(torch.tensor([[0.0, 1.0]]), 1.0)
+    tensor([[0.2500, 0.7500]])
+    """
+    layers = []
+    for layer in range(x.shape[1]):
+        start = layer % 2
+        a, b = _neighbours(x, start)
+        share = 0.5 + torch.atan(steepness * (b - a)) / math.pi
+        layers.append((start, share))
+        x = _exchanged(x, start, share)
+    mass = torch.zeros_like(x)
+    mass[:, -1] = 1
+    for start, share in reversed(layers):
+        mass = _exchanged(mass, start, share)
+    return mass
+
+
+def _exchanged(x: Tensor, start: int, share: Tensor) -> Tensor:
+    """x, its pairs of neighbours from `start` on mixed: each keeps `share` and takes the rest."""
+    a, b = _neighbours(x, start)
+    swap = (1 - share) * (b - a)
+    mixed = torch.stack([a + swap, b - swap], dim=-1).flatten(1)
+    return torch.cat([x[:, :start], mixed, x[:, start + mixed.shape[1] :]], dim=1)
+
+
+def _neighbours(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The left and the right of each pair of columns from `start` on; the last may have no pair."""
+    pairs = (x.shape[1] - start) // 2
+    return x[:, start::2][:, :pairs], x[:, start + 1 :: 2]

@@ -1,0 +1,185 @@
+"""Contrast with a temperature for each image, and normalisers that remember past batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
+from fastssl.kernels._dispatch import may_look
+from fastssl.losses._views import ContrastiveLoss, twice
+
+
+class ISogCLRLoss(ContrastiveLoss):
+    """A global contrastive objective: each image has its own temperature and its own normaliser.
+
+    Of a view z of image i, with s_j = z.z_j over the n = 2N - 2 views of the batch's other images:
+
+        g = mean_j exp(s_j / t_i)         u = (1 - gamma) u_i + gamma g   (g on the first visit)
+        loss = mean [ t_i (log u + rho) - z.z' ],   z' the other view     (the value)
+        d loss = mean [ mean_j exp(s_j / t_i) / u ds_j - d(z.z') ]        (the gradient)
+
+    u stands for the mean over the whole data set, so that a small batch has nearly the gradient of
+    a large one; it is not the gradient of the value, which is a report.  Then, in training:
+
+        G = log u + rho - mean_j exp(s_j / t_i) / u s_j / t_i, the objective's slope in t_i
+        m_i = (1 - beta) m_i + beta G     G the two views' mean, cut to +-3
+        t_i = t_i - eta m_i, kept in tau_range          u_i = the two views' mean u
+
+    Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
+             index (B,): integers in [0, size), each image's place in the data set.  Of an image
+             that a batch has twice, one of the updates is kept.
+    Returns  scalar float32: the mean over this rank's 2B rows.  Nothing of N x N is held; G costs
+             a second pass over the pairs, 6 units where the loss alone has 4 (see pairwise.py).
+    State    t_i, log u_i and m_i: 12 bytes an image, float32.  Rank r of W keeps images r, r + W,
+             ...  state_dict has this rank's alone: each rank saves and loads its own.
+             `gather_state` and `load_state` have all of it, for another number of ranks.
+             Without gradients, in eval(), and for an image whose new numbers would not be finite,
+             nothing is updated.
+    Fixed    gamma = 0.8, beta = 0.9, as the authors' code: attributes, to be set if need be.
+    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
+             differ, or are not floats; an index that is not (B,) integers beside them, or (on a
+             CPU, where looking costs no wait) outside the data set; a joined batch of one image;
+             size < 1; not 0 < tau_range[0] <= tau_init <= tau_range[1]; rho or eta < 0; batches
+             that differ between ranks (on every rank); more ranks than when it was made.
+    Ranks    as one process with the joined batch: value, mean gradient, and state.
+    Source   Qiu et al. 2023, arXiv:2305.11965, algorithm 1; as in the authors' code for images,
+             the positive stands outside u, and G is cut.  Their loss is the sum of the two views',
+             which here are averaged, and their value the gradient's linear form.
+
+    >>> loss, z = ISogCLRLoss(size=9, tau_init=1.0, rho=0.5), torch.eye(4)
+    >>> round(loss(z, z, torch.arange(4)).item(), 4)  # u = 1, so rho - 1
+    -0.5
+    """
+
+    gamma, beta, grad_clip = 0.8, 0.9, 3.0
+
+    def __init__(
+        self,
+        size: int,
+        tau_init: float = 0.07,
+        tau_range: tuple[float, float] = (0.05, 1.0),
+        rho: float = 6.0,
+        eta: float = 1e-3,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__(tau_init, process_group=process_group, strategy=strategy)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        if not 0 < tau_range[0] <= tau_init <= tau_range[1] < math.inf:
+            got = f"{tau_init} and {tau_range}"
+            raise ValueError(f"tau_init must lie in tau_range, above 0, got {got}")
+        if not (0 <= rho < math.inf and 0 <= eta < math.inf):
+            raise ValueError(f"rho and eta must be >= 0 and finite, got {rho} and {eta}")
+        self.size, self.tau_range, self.rho, self.eta = size, tau_range, rho, eta
+        # Not a buffer: data-parallel wrappers would make rank 0's everybody's.
+        self.samples = _Samples(size, (tau_init, -math.inf, 0.0), process_group)
+
+    def forward(self, z0: Tensor, z1: Tensor, index: Tensor) -> Tensor:
+        views = self.two_views(z0, z1, index=index)
+        log_n = math.log(2 * views.joined_images(at_least=2) - 2)
+        where = self.samples.places(index)
+        everyone = self.samples.read(where)
+        state = everyone.unflatten(0, (-1, len(z0)))[rank(self.process_group)]
+        tau, log_u, _ = state.to(views.rows).unsqueeze(1).unbind(-1)  # (b, 1) each
+        train = self.training and torch.is_grad_enabled()
+        scale = twice(1 / tau.squeeze(1)).requires_grad_(train)
+        lse = views.others(scale)
+        log_g = (lse - log_n).detach()
+        moved = torch.logaddexp(log_u + math.log1p(-self.gamma), log_g + math.log(self.gamma))
+        now = torch.where(log_u == -math.inf, log_g, moved)
+        if train:
+            (slope,) = torch.autograd.grad(lse.sum(), scale, retain_graph=True)
+            slope = slope.view_as(now) * (log_g - now).exp() / tau
+            self._update(where, state, now, (now + self.rho - slope).mean(1))
+        value = tau * (now + self.rho)
+        share = tau * (lse - log_n - now).exp()  # its gradient is the loss's, its value is not
+        return (value + share - share.detach() - views.twins()).mean()
+
+    @torch.no_grad()
+    def _update(self, where: Tensor, state: Tensor, log_u: Tensor, slope: Tensor) -> None:
+        slope = slope.clamp(-self.grad_clip, self.grad_clip)
+        momentum = (1 - self.beta) * state[:, 2] + self.beta * slope
+        tau = (state[:, 0] - self.eta * momentum).clamp(*self.tau_range)
+        mean = log_u.logsumexp(1) - math.log(2)
+        new = torch.stack([tau, mean, momentum], 1)
+        # One bad batch must not stay with its images for ever.
+        good = new.isfinite().all(1, keepdim=True)
+        self.samples.write(where, torch.where(good, new, state))
+
+    def gather_state(self) -> Tensor:
+        """t, log u and m of every image, (size, 3) float32, on every rank: all must ask for it."""
+        return self.samples.joined()
+
+    def load_state(self, state: Tensor) -> None:
+        """Take what `gather_state` gave.  Raises ValueError unless it is (size, 3)."""
+        self.samples.split(state)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.samples.saved()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.samples.restore(state)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, tau_range={self.tau_range}, rho={self.rho}, eta={self.eta}"
+
+
+class _Samples:
+    """Three float32 numbers for each image of a data set: image i's on rank i % W, at i // W."""
+
+    def __init__(self, size: int, start: tuple[float, ...], group: Group) -> None:
+        self.size, self.group = size, group
+        self.rank, self.world = rank(group), world_size(group)
+        rows = -(-size // self.world)
+        # One row more, for writes of images that are other ranks'.
+        self.values = torch.tensor(start, dtype=torch.float32).repeat(rows + 1, 1)
+
+    def places(self, index: Tensor) -> Tensor:
+        """Where the images of every rank's index (b,) are here, (W b,); the last row: not here."""
+        if world_size(self.group) != self.world:
+            ranks = f"{self.world} ranks, got {world_size(self.group)}"
+            raise ValueError(f"this loss was made for {ranks}: join the ranks before making it")
+        joined = all_gather_nograd(index.long(), self.group, check=False)
+        if may_look(joined) and not 0 <= int(joined.min()) <= int(joined.max()) < self.size:
+            seen = f"{int(joined.min())} to {int(joined.max())}"
+            raise ValueError(f"index must be in [0, {self.size}), got {seen}")
+        self.values = self.values.to(index.device)
+        here = joined % self.world == self.rank
+        return torch.where(here, joined // self.world, len(self.values) - 1)
+
+    @torch.no_grad()
+    def read(self, places: Tensor) -> Tensor:
+        """(W b, 3): the numbers of all those images, on every rank."""
+        here = (places < len(self.values) - 1).unsqueeze(1)
+        return all_reduce_sum(torch.where(here, self.values[places], 0), self.group)
+
+    def write(self, places: Tensor, mine: Tensor) -> None:
+        """Keep what is this rank's of every rank's (b, 3)."""
+        everyone = all_gather_nograd(mine.float(), self.group, check=False)
+        self.values.index_copy_(0, places, everyone)
+
+    def joined(self) -> Tensor:
+        by_rank = all_gather_nograd(self.values[:-1], self.group, check=False)
+        return by_rank.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(0, 1)[: self.size]
+
+    def split(self, state: Tensor) -> None:
+        if state.shape != (self.size, 3):
+            raise ValueError(f"state must be ({self.size}, 3), got {tuple(state.shape)}")
+        mine = state[self.rank :: self.world].to(self.values)
+        self.values[: len(mine)] = mine
+
+    def saved(self) -> dict[str, Any]:
+        mine = {"size": self.size, "rank": self.rank, "world": self.world}
+        return {"values": self.values[:-1].clone(), **mine}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        want = {"size": self.size, "rank": self.rank, "world": self.world}
+        got = {name: state[name] for name in want}
+        if got != want:
+            raise ValueError(f"want the per-sample state of {want}, got that of {got}")
+        self.values[:-1] = state["values"].to(self.values)

@@ -1,0 +1,84 @@
+"""Embeddings whose first few numbers are embeddings already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MatryoshkaLoss(nn.Module):
+    """The sum of one loss over nested prefixes of the embeddings: their first m of D numbers.
+
+        loss = sum_m w_m loss_m(z0[..., :m], z1[..., :m], ...)
+
+    A loss that normalises its inputs, as ours do, normalises each prefix on its own.
+
+    loss     the loss; or one for each of dims, for those that keep state (a queue, per-sample
+             temperatures): prefixes must not share it.
+    dims     the prefixes' lengths, rising; the last is usually D.
+    weights  w_m, one for each of dims; None: all 1.
+    Inputs   what the loss takes, by place or by name.  Cut are the floating-point tensors of two or
+             more axes, which must share their last one, D; labels, indices and a scale go as they
+             are.
+    Raises   ValueError: dims that do not rise from 1 or pass D; weights or losses that are not one
+             for each of dims; a weight < 0; a single loss with buffers; no embedding among the
+             inputs, or embeddings of different D.  And what the loss raises.
+    Ranks    as the loss: a sum of exact losses is exact.
+    Source   Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147, eq. 1.
+
+    >>> from fastssl.losses import NTXentLoss
+    >>> loss = MatryoshkaLoss(NTXentLoss(temperature=0.5), dims=(2, 4))
+    >>> z = torch.ones(4, 4)
+    >>> round(loss(z, z).item(), 4)  # 2 ln 7
+    3.8918
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module | Iterable[nn.Module],
+        dims: Sequence[int] = (8, 16, 32, 64, 128),
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not dims or any(a >= b for a, b in zip((0, *dims), dims, strict=False)):
+            raise ValueError(f"dims must rise, from 1 or more, got {tuple(dims)}")
+        weights = [1.0] * len(dims) if weights is None else list(weights)
+        if len(weights) != len(dims) or not all(0 <= w < float("inf") for w in weights):
+            want = f"{len(dims)} finite numbers >= 0"
+            raise ValueError(f"weights must be {want}, one for each of dims, got {weights}")
+        one = isinstance(loss, nn.Module)
+        if one and any(True for _ in loss.buffers()):
+            raise ValueError(f"a loss with state must be given once for each of dims, got {loss}")
+        losses = [loss] if isinstance(loss, nn.Module) else list(loss)
+        if not one and len(losses) != len(dims):
+            raise ValueError(f"loss must be one, or {len(dims)} as dims, got {len(losses)}")
+        self.losses = nn.ModuleList(losses)
+        self.dims, self.weights = tuple(dims), weights
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        cut = [x for x in (*inputs, *named.values()) if _is_embedding(x)]
+        widths = {x.shape[-1] for x in cut}
+        if len(widths) != 1 or min(widths) < self.dims[-1]:
+            got = [tuple(x.shape) for x in cut]
+            raise ValueError(f"want embeddings (..., D) of one D >= {self.dims[-1]}, got {got}")
+        losses = list(self.losses) * (len(self.dims) if len(self.losses) == 1 else 1)
+        values = [
+            weight
+            * loss(*(_prefix(x, m) for x in inputs), **{n: _prefix(x, m) for n, x in named.items()})
+            for loss, m, weight in zip(losses, self.dims, self.weights, strict=True)
+        ]
+        return torch.stack(values).sum()
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}, weights={self.weights}"
+
+
+def _is_embedding(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point()
+
+
+def _prefix(x: Any, m: int) -> Any:
+    return x[..., :m] if _is_embedding(x) else x

@@ -1,0 +1,105 @@
+"""A queue of past keys: the negatives, or the neighbours, that a batch alone does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.distributed import Group, all_gather_nograd, require_even
+
+
+class Queue(nn.Module):
+    """The last `size` keys, normalised: first in, first out.
+
+    size     how many keys; the oldest give way to new ones.
+    dim      their width; None: that of the first keys the queue is fitted to.
+    State    bank (size, dim) float32 and next, 0-d int64: the place of the oldest key, which the
+             next one takes.  Both are in state_dict.  At first the bank is full of random
+             directions, the same on every rank and in every run: it has a generator of its own.
+    Memory   4 size dim bytes, and as much for each copy that `keys` makes.
+    Raises   ValueError: size or dim below 1; keys that are not (B, dim) with B > 0; batches that
+             differ between ranks (on every rank); keys asked of a queue that has no width yet.
+    Ranks    push() gathers all ranks' keys first, in rank order, so that every rank holds the same
+             queue, as one process with the joined batch would.
+    Differs  from lightly's MemoryBankModule: a batch that reaches past the end goes on at the
+             start, where lightly drops what is left over (equal when the batch divides the size);
+             of a batch larger than the queue the last keys stay, there the first; keys are
+             normalised here; always (size, dim), never (dim, size); the state is saved.
+    Source   He et al. 2020, MoCo, arXiv:1911.05722, section 3.2.
+
+    >>> queue = Queue(3, 2)
+    >>> queue.push(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 4.0]]))
+    >>> queue.keys.tolist()
+    [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+    """
+
+    bank: Tensor
+    next: Tensor
+
+    def __init__(self, size: int, dim: int | None = None) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self.size = size
+        self.register_buffer("bank", torch.empty(size, 0))
+        self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+        if dim is not None:
+            self._fill(dim)
+
+    @property
+    def dim(self) -> int | None:
+        """The width of a key; None as long as the queue has seen none."""
+        return self.bank.shape[1] or None
+
+    @property
+    def keys(self) -> Tensor:
+        """A float32 copy of the bank, (size, dim), which later pushes do not change."""
+        if self.dim is None:
+            raise ValueError("this queue has no width yet: give it dim, or keys to fit or to push")
+        return self.bank.to(torch.float32, copy=True)
+
+    def fit(self, keys: Tensor) -> None:
+        """Take the width, and the device, of keys (B, dim) if the queue has none yet.
+
+        Raises ValueError for keys that are not (B, dim) with B > 0.
+        """
+        width = "dim" if self.dim is None else self.dim
+        if keys.ndim != 2 or 0 in keys.shape or width not in ("dim", keys.shape[1]):
+            raise ValueError(f"keys must be (B, {width}) with B > 0, got {tuple(keys.shape)}")
+        if self.dim is None:
+            self.bank, self.next = self.bank.to(keys.device), self.next.to(keys.device)
+            self._fill(keys.shape[1])
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, process_group: Group = None, *, check: bool = True) -> None:
+        """Put every rank's keys (B, dim), any float dtype, normalised, in the oldest ones' place.
+
+        check=False leaves out the comparison of shapes between ranks, for a caller that made it.
+        """
+        if check:
+            require_even(keys, process_group, "keys")
+        self.fit(keys)
+        everyone = all_gather_nograd(keys, process_group, check=False)[-self.size :]
+        places = (self.next + torch.arange(len(everyone), device=self.next.device)) % self.size
+        self.bank.index_copy_(0, places, F.normalize(everyone.float()).to(self.bank))
+        self.next.copy_((self.next + len(everyone)) % self.size)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, dim={self.dim}"
+
+    def _fill(self, dim: int) -> None:
+        generator = torch.Generator("cpu").manual_seed(0)
+        random = torch.randn(self.size, dim, generator=generator, device="cpu")
+        self.bank = F.normalize(random).to(self.bank)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A queue without width takes that of the saved one."""
+        saved = state_dict.get(prefix + "bank")
+        if self.dim is None and saved is not None:
+            self.bank = self.bank.new_empty(self.size, saved.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *rest)

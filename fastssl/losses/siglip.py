@@ -1,0 +1,107 @@
+"""SigLIP's loss: every image-text pair by itself is a match or is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastssl.distributed import (
+    Group,
+    all_gather_rows,
+    rank,
+    require_all_even,
+    world_size,
+)
+from fastssl.kernels import same_group
+from fastssl.kernels.masks import Masks, PairMask
+from fastssl.kernels.pairwise_sigmoid import pairwise_sigmoid, pairwise_sigmoid_grads
+
+STRATEGIES = ("gather", "ring")
+Need = tuple[bool, bool, bool, bool]  # which gradients: of images, texts, scale and bias
+
+
+class SigLIPLoss(nn.Module):
+    """Each image matches its own text, and none of all the others.
+
+        loss = sum_ij softplus(-y_ij (scale x_i . t_j + bias)) / B        [nats]
+
+    with y_ij = 1 where image i and text j are a pair and -1 elsewhere; B images on this rank, and
+    the texts of all ranks.
+
+    Shapes   image_features, text_features (B, D): a pair in each row, any float dtype, used as they
+             are: normalise them first.  logit_scale, logit_bias: numbers or tensors of one element,
+             with gradients; the scale as it multiplies (the model learns its logarithm), the bias
+             None for 0.  Recommended at the start: scale 10 (its logarithm ln 10), bias -10, so
+             that the B - 1 negatives of a row do not outweigh its one positive.
+    Returns  scalar float32 (float64 for float64); with output_dict=True as "contrastive_loss" of a
+             dict.  0 <= loss; W B ln 2 on W ranks where scale and bias are 0.
+    Raises   ValueError: shapes that are not two equal (B, D) with B > 0; other strategies; batches
+             that differ between ranks (on every rank); what `pairwise_sigmoid` refuses.  A
+             non-finite input is not an error here: it gives a non-finite loss.
+    Ranks    the mean over ranks of value and gradient is that of the joined batch, B then counting
+             all images.  "gather": the texts are gathered once, in their own dtype.  "ring": they
+             travel from rank to rank, each beside the gradient it collects, and no rank holds more
+             than its own texts and two others' blocks; the gradients are made in the forward, so
+             every rank must multiply its loss by the same factor before backward.
+             process_group=LOCAL contrasts within each rank's batch.
+    Source   Zhai et al. 2023, SigLIP, arXiv:2303.15343, eq. 1, algorithm 1 and section 3.3 (ring).
+    Differs  from open_clip.loss.SigLipLoss, whose value and gradient it has: the group tells rank
+             and world size, and the strategy how texts travel, so that cache_labels, rank,
+             world_size and dist_impl are taken and not used; holds no (B, B) scores; sums in
+             float32 whatever the dtype.
+
+    >>> x = torch.eye(2)
+    >>> round(SigLIPLoss()(x, x, 10.0, -10.0).item(), 4)  # ln 2 and log1p(e^-10) a row
+    0.6932
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        strategy: str = "gather",
+        process_group: Group = None,
+    ) -> None:
+        super().__init__()
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        self.strategy, self.process_group = strategy, process_group
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        x, t, group = image_features, text_features, self.process_group
+        # First what all ranks refuse together: one that left alone would leave the others waiting.
+        require_all_even(group, image_features=x, text_features=t)
+        if x.ndim != 2 or x.shape != t.shape or len(x) == 0:
+            got = f"{tuple(x.shape)} and {tuple(t.shape)}"
+            raise ValueError(f"image_features and text_features must be (B, D), B > 0, got {got}")
+        numbers = _number(logit_scale), 0.0 if logit_bias is None else _number(logit_bias)
+        if world_size(group) == 1:
+            total = pairwise_sigmoid(x, t, *numbers, positive=same_group)
+        elif self.strategy == "ring":
+            total = _ring(x, t, *numbers, group)
+        else:
+            texts = all_gather_rows(t, group, check=False)
+            total = pairwise_sigmoid(x, texts, *numbers, positive=_twins(x, None, group))
+        loss = total / len(x)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        return f"strategy={self.strategy!r}"
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    one = isinstance(value, Tensor) and value.numel() == 1
+    return value.reshape(()) if one else value  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,115 @@
+"""Supervised contrast: every view of every image of the same label is a positive."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastssl.distributed import (
+    Group,
+    all_gather_nograd,
+    all_gather_rows,
+    rank,
+    require_all_even,
+    world_size,
+)
+from fastssl.kernels import exclude_self
+from fastssl.losses._sharded import Rule, sharded_lse
+from fastssl.losses._views import (
+    ContrastiveLoss,
+    check_embeddings,
+    check_ids,
+    joined_ids,
+    unit,
+)
+
+
+class SupConLoss(ContrastiveLoss):
+    """Each view must find all views of its label's images among all other views of the batch.
+
+    With z the normalised views of the batch, P(i) the other views whose image has i's label:
+
+        loss_i = log sum_{j != i} exp(z_i.z_j / t) - mean_{p in P(i)} z_i.z_p / t     [nats]
+
+    The mean over positives stands outside the logarithm (the paper's L_out), so that it is
+    z_i . (S - z_i) / |P(i)| with S the sum over i's label: no pair but the log-sum-exp's is seen.
+
+    Shapes   features (B, V, D): V views of B images; any float dtype.  labels (B,): integers of any
+             size, or None: each image is its own label (SimCLR's loss over V views).
+    Returns  scalar float32: the mean of loss_i over the anchors that have a positive, 0 when none
+             has.  ln(N - 1) when all N embeddings agree.  Nothing of N x N is held.  Of two views
+             without labels it is NTXentLoss, which keeps more digits near a perfect match.
+    Raises   ValueError: features that are not (B, V, D), none empty, or not floats; labels that are
+             not (B,) integers beside them; one view without labels; temperature not > 0; batches
+             that differ between ranks (on every rank).
+    Ranks    labels are compared over the joined batch; with them, each image's summed views are
+             gathered whatever the strategy ("gather" or "ring").  The mean over ranks of value and
+             gradient is that of the joined batch.  gather_distributed=False: this rank's batch.
+    Source   Khosla et al. 2020, Supervised Contrastive Learning, arXiv:2004.11362, eq. 2.
+    Differs  from pytorch_metric_learning's SupConLoss, whose value and gradient it has: that takes
+             (B V, D) and (B V,); leaves anchors whose loss rounds to 0 out of the mean; and is 0 in
+             a batch of one label.  The paper's code multiplies by t / 0.07; neither does this.
+
+    >>> z = torch.eye(2).repeat_interleave(2, 0).unsqueeze(1)  # one view of four images
+    >>> round(SupConLoss(temperature=0.5)(z, torch.tensor([7, 7, 3, 3])).item(), 4)  # ln(e^2+2) - 2
+    0.2395
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        gather_distributed: bool = True,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__(temperature, gather_distributed, process_group, strategy)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        group = self.process_group
+        require_all_even(group, features=features, **{} if labels is None else {"labels": labels})
+        check_embeddings("B, V, D", features=features)
+        z = unit(features)
+        B, V, _ = z.shape
+        if labels is not None:
+            check_ids("labels", labels, features)
+            sums, images, anchors = _by_label(z.sum(1), V, labels, group)
+        elif V > 1:
+            sums, images = z.sum(1), torch.ones(B, dtype=torch.int64, device=z.device)
+            anchors = images.sum() * V * world_size(group)
+        else:
+            raise ValueError(f"one view has no positives without labels, got {tuple(z.shape)}")
+        positives = (images * V - 1).unsqueeze(1)
+        dots = (z * (sums.unsqueeze(1) - z)).sum(-1)  # (B, V)
+        positive = dots / positives.clamp(min=1) / self.temperature
+        rows = z.flatten(0, 1)
+        ids = joined_ids(len(rows), group, rows.device)
+        lse, _ = sharded_lse(
+            rows,
+            rows,
+            1 / self.temperature,
+            rules=(Rule(exclude_self, ids, ids),),
+            process_group=group,
+            strategy=self.strategy,
+        )
+        losses = torch.where(positives > 0, lse.view_as(positive) - positive, 0)
+        return losses.sum() / anchors.clamp(min=1) * world_size(group)
+
+
+def _by_label(x: Tensor, V: int, labels: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the joined batch, of x (b, D), this rank's sums over views, and labels (b,).
+
+    The sums of x over each image's label, (b, D); the images of that label, (b,); and, 0-d, how
+    many views have a positive.
+    """
+    everyone = all_gather_rows(x, group, check=False)
+    given, order = all_gather_nograd(labels, group, check=False).sort(stable=True)
+    # Labels are numbered in their order: how many there are need not be asked of the device.
+    new = (given != given.roll(1)).long()
+    new[0] = 0
+    number = torch.empty_like(order).index_copy(0, order, new.cumsum(0))
+    images = torch.zeros_like(number).index_put((number,), torch.ones_like(number), accumulate=True)
+    sums = torch.zeros_like(everyone).index_put((number,), everyone, accumulate=True)
+    anchors = (images[number] * V > 1).sum() * V
+    mine = number.unflatten(0, (-1, len(x)))[rank(group)]
+    return sums[mine], images[mine], anchors
