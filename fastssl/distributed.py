@@ -16,6 +16,7 @@ initialised) or LOCAL (this rank alone, whatever runs beside it).  A group of on
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -208,6 +209,32 @@ def all_gather_nograd(x: Tensor, group: Group = None, *, check: bool = True) -> 
     if check:
         require_even(x, group)
     return _gather(x, group)
+
+
+def shift(tensors: Sequence[Tensor], by: int, group: Group = None) -> Callable[[], list[Tensor]]:
+    """Start to send tensors `by` ranks on, round the ring, and to receive as many from behind.
+
+    Returns a function that waits and gives what came: like the tensors sent, which must not be
+    written before.  No gradient.  Shapes and dtypes must agree across ranks: they are not checked.
+    """
+    W, here = world_size(group), rank(group)
+    if W == 1:
+        return lambda: list(tensors)
+    whole: Any = dist.group.WORLD if group is None else group
+    ranks = [dist.get_global_rank(whole, (here + distance) % W) for distance in (by, -by)]
+    sent = [x.detach().contiguous() for x in tensors]
+    came = [torch.empty_like(x) for x in sent]
+    ops = [dist.P2POp(dist.isend, x, ranks[0], group) for x in sent]
+    ops += [dist.P2POp(dist.irecv, x, ranks[1], group) for x in came]
+    works = dist.batch_isend_irecv(ops)
+
+    def wait() -> list[Tensor]:
+        for work in works:
+            work.wait()
+        sent.clear()  # kept until here: a send reads it
+        return came
+
+    return wait
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -119,6 +120,12 @@ def as_number(name: str, value: float | Tensor, q: Tensor, *, rows: bool = False
 def implementation(impl: str, q: Tensor, mask: Masks) -> str:
     """ "auto" is torch for what the Triton kernels are not made for: float64, rules without twin."""
     return "torch" if impl == "auto" and (q.dtype == torch.float64 or not mask.fused) else impl
+
+
+def blockwise(q: Tensor, masks: Masks) -> ModuleType:
+    """What `auto` streams with, for who joins blocks of a larger whole: `statistics`, `log_sum`,
+    `join`, `weights` and `gradients`, as pairwise_torch has them; no autograd."""
+    return pairwise_ops.engine(_LSE.choose(implementation("auto", q, masks), q.device))
 
 
 @overload

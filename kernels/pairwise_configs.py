@@ -21,7 +21,7 @@ from .pairwise_torch import Pairs
 from .scores_fused import weights
 
 # (BLOCK_M, BLOCK_N, warps, stages).  The first is the safe one: its shared memory fits in 99 KB,
-# all that a consumer GPU has.
+# all that a consumer GPU has, and its registers do for "full", which tries no other.
 FORWARD = {
     "D128": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 2)],
     "D64": [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 3)],
@@ -129,7 +129,7 @@ def _variant(
     chunks = {"BLOCK_D": d} if table is FORWARD else {"BLOCK_D": d, "BLOCK_O": o}
     configs = tuple(
         Config({"BLOCK_M": m, "BLOCK_N": n, **chunks}, warps, stages)
-        for m, n, warps, stages in table[width]
+        for m, n, warps, stages in table[width][: 1 if name.endswith("full") else None]
     )
     signature = {
         key: TYPES[key].replace("x", f"*{TRITON[dtype]}:16")

@@ -16,7 +16,7 @@ Traffic: the tiles stay in cache; q and k are read once per row of tiles.  Compu
 Memory: O((M + N) D): the gradients in float32, kept for backward.  In place: nothing.
 Here are the reference and the public functions; sigmoid_torch.py streams in torch, and
 sigmoid_fused.py has the Triton kernels.
-Source: Zhai et al. 2023, SigLIP, arXiv:2303.15343, eq. 1 (without its 1 / |B|) and algorithm 1.
+Source: Zhai et al. 2023, SigLIP, arXiv:2303.15343, section 3.2, without its 1 / |B|.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@
     cols (n,)   over all W b rows                 of this rank's keys, with both=True
 
 "gather": this rank's rows meet every rank's keys, b x W n pairs; the columns' sums, of which each
-rank has a part, are exchanged.  Value and gradient are exact: see fastssl.distributed.
+rank has a part, are exchanged.  "ring": the keys go round, and no rank holds them all (_ring.py);
+of symmetric scores every pair is computed once, where "gather" computes both halves.
+Value and gradient are exact either way: see fastssl.distributed.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from fastssl.distributed import (
 )
 from fastssl.kernels import PairMask, pairwise_lse
 from fastssl.kernels.masks import Masks
+from fastssl.kernels.pairwise import as_number, check_pairs
+
+from ._ring import ring_lse
 
 STRATEGIES = ("gather", "ring")
 
@@ -55,6 +60,12 @@ def sharded_lse(
     scale: as in `pairwise_lse`.  The columns' are (0,) unless `both`.
     """
     W = world_size(process_group)
+    if strategy == "ring" and W > 1:
+        masks = Masks()
+        for rule, row_ids, col_ids in rules:
+            masks = masks & (rule(row_ids) if row_ids is col_ids else rule(row_ids, col_ids))
+        check_pairs(q, k, masks)
+        return ring_lse(q, k, as_number("scale", scale, q, rows=True), masks, both, process_group)
     keys = all_gather_rows(k, process_group, check=False) if W > 1 else k
     masks = Masks()
     for rule, row_ids, col_ids in rules:
@@ -68,3 +79,10 @@ def sharded_lse(
     if W > 1:
         cols = all_to_all_rows(cols, process_group).unflatten(0, (W, -1)).logsumexp(0)
     return rows, cols
+
+
+def check_strategy(strategy: str) -> str:
+    """Raise ValueError for a strategy that is not there."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    return strategy

@@ -25,7 +25,7 @@ class DCLLoss(ContrastiveLoss):
              of this rank in float32, the anchors first: their weights (B,).  It is called for
              either direction, and its gradient is kept: detach in it what should have none.
     Returns  scalar float32: the mean over this rank's 2B rows.  It has no lower end at 0;
-             ln(2N - 2) - 1 / t when all embeddings agree.
+             ln(2N - 2) when all embeddings agree.
     Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
              differ, or are not floats; a joined batch of one image, which has no negatives; weights
              that are not (B,); temperature not > 0; batches that differ between ranks (on every

@@ -16,11 +16,16 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels import same_group
-from fastssl.kernels.masks import Masks, PairMask
-from fastssl.kernels.pairwise_sigmoid import pairwise_sigmoid, pairwise_sigmoid_grads
+from fastssl.kernels._dispatch import first_order
+from fastssl.kernels.masks import Masks
+from fastssl.kernels.pairwise_sigmoid import (
+    Need,
+    Results,
+    pairwise_sigmoid,
+    pairwise_sigmoid_grads,
+)
 
 STRATEGIES = ("gather", "ring")
-Need = tuple[bool, bool, bool, bool]  # which gradients: of images, texts, scale and bias
 
 
 class SigLIPLoss(nn.Module):
@@ -47,7 +52,7 @@ class SigLIPLoss(nn.Module):
              than its own texts and two others' blocks; the gradients are made in the forward, so
              every rank must multiply its loss by the same factor before backward.
              process_group=LOCAL contrasts within each rank's batch.
-    Source   Zhai et al. 2023, SigLIP, arXiv:2303.15343, eq. 1, algorithm 1 and section 3.3 (ring).
+    Source   Zhai et al. 2023, SigLIP, arXiv:2303.15343, section 3.2; the ring is of 3.3.
     Differs  from open_clip.loss.SigLipLoss, whose value and gradient it has: the group tells rank
              and world size, and the strategy how texts travel, so that cache_labels, rank,
              world_size and dist_impl are taken and not used; holds no (B, B) scores; sums in
@@ -94,7 +99,8 @@ class SigLIPLoss(nn.Module):
             total = _ring(x, t, *numbers, group)
         else:
             texts = all_gather_rows(t, group, check=False)
-            total = pairwise_sigmoid(x, texts, *numbers, positive=_twins(x, None, group))
+            positive = _twins(len(x), None, group, x.device)
+            total = pairwise_sigmoid(x, texts, *numbers, positive=positive)
         loss = total / len(x)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -105,3 +111,80 @@ class SigLIPLoss(nn.Module):
 def _number(value: float | Tensor) -> float | Tensor:
     one = isinstance(value, Tensor) and value.numel() == 1
     return value.reshape(()) if one else value  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _twins(b: int, owner: int | None, group: Group, device: torch.device) -> Masks:
+    """Pairs of this rank's images and the texts of one rank, or of all."""
+    images = torch.arange(b, device=device) + b * rank(group)
+    if owner is None:
+        return same_group(images, torch.arange(b * world_size(group), device=device))
+    return same_group(images, torch.arange(b, device=device) + b * owner)
+
+
+def _ring(x: Tensor, t: Tensor, scale: Any, bias: Any, group: Group) -> Tensor:
+    learned = torch.is_grad_enabled()
+    need = tuple(learned and isinstance(v, Tensor) and v.requires_grad for v in (x, t, scale, bias))
+    return _Ring.apply(x, t, scale, bias, need, group)  # pyright: ignore[reportReturnType]
+
+
+class _Ring(torch.autograd.Function):
+    """This rank's images against every rank's texts, a block of them at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x, t, scale, bias, need, group):
+        total, *grads = _travel(x, t, (scale, bias), need, group)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [
+            v.dtype if n else None for v, n in zip((x, t, scale, bias), need, strict=True)
+        ]
+        return total
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad):
+        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *((grad * g).to(dtype) if dtype else None for g, dtype in made), None, None
+
+
+def _travel(x: Tensor, t: Tensor, numbers: tuple[Any, Any], need: Need, group: Group) -> Results:
+    """The sum over this rank's images and all texts, and the gradients of it.
+
+    That of t is of all ranks' sums: each rank adds its part to the block's, which goes on with it
+    and is at home after W hops, where the texts themselves make W - 1.
+    """
+    W, me = world_size(group), rank(group)
+    block, back, dt = t.detach().contiguous(), None, x.new_empty(0)
+    sums: list[Tensor] = []
+    for hop in range(W):
+        coming = _Passed(block, group, tag=0) if hop + 1 < W else None  # while products are made
+        positive = _twins(len(x), (me - hop) % W, group, x.device)
+        total, dx, dt, dscale, dbias = pairwise_sigmoid_grads(
+            x, block, *numbers, positive=positive, need=need
+        )
+        if need[1]:
+            back = _Passed(back.arrived().add_(dt) if back else dt, group, tag=1)
+        parts = [total, dx, dscale, dbias]
+        sums = [a.add_(b) for a, b in zip(sums, parts, strict=True)] if sums else parts
+        block = coming.arrived() if coming else block
+    return Results(*sums[:2], back.arrived() if back else dt, *sums[2:])
+
+
+class _Passed:
+    """A tensor on its way to the next rank, while one like it comes from the rank before."""
+
+    def __init__(self, x: Tensor, group: Group, tag: int) -> None:
+        whole: Any = dist.group.WORLD if group is None else group
+        W, me = world_size(group), rank(group)
+        after, before = (dist.get_global_rank(whole, (me + step) % W) for step in (1, -1))
+        self.sent, self.came = x, torch.empty_like(x)
+        ops = [
+            dist.P2POp(dist.isend, x, after, group, tag),
+            dist.P2POp(dist.irecv, self.came, before, group, tag),
+        ]
+        self.works = dist.batch_isend_irecv(ops)
+
+    def arrived(self) -> Tensor:
+        """What came, once it is here; what was sent is then free."""
+        for work in self.works:
+            work.wait()
+        return self.came

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+
+from fastssl.losses import HCLLoss, NTXentLoss
+from tests.losses.views import assert_as_good, stacked, views
+from tests.oracle import DEVICE, UPSTREAM, grads
+
+
+def authors(z0, z1, temperature, tau_plus, beta):
+    """Robinson et al., as their code has it: exponentials, and every weight in a matrix."""
+    z, other = stacked(z0, z1)
+    B, n = len(z0), 2 * len(z0) - 2
+    scores = torch.exp(z @ z.T / temperature)
+    negative = scores[other].view(2 * B, n)
+    positive = scores.diagonal(B).repeat(2)
+    importance = (beta * negative.log()).exp()
+    reweighted = (importance * negative).sum(1) / importance.mean(1)
+    total = (-tau_plus * n * positive + reweighted) / (1 - tau_plus)
+    total = total.clamp(min=n * math.exp(-1 / temperature))
+    return -(positive / (positive + total)).log().mean()
+
+
+@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
+@pytest.mark.parametrize("tau_plus, beta", [(0, 0), (0.1, 1.0), (0.1, 0), (0, 2.5), (0.2, 0.5)])
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+@pytest.mark.parametrize("B, D", [(2, 3), (65, 16)])
+def test_the_authors_formula(B, D, temperature, tau_plus, beta, reduce):
+    assert_as_good(
+        HCLLoss(temperature, tau_plus, beta),
+        lambda a, b: authors(a, b, temperature, tau_plus, beta),
+        views(B, D),
+        reduce,
+        score=(1 + beta) / temperature,
+    )
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+def test_the_least_negative_mass_is_kept(beta):
+    """Matches so good that the correction takes more than there is: rows on either side of it."""
+    z0, z1 = (z.double() for z in views(40, 16))
+    z1 = z0 + 0.4 * z1
+    ours = grads(HCLLoss(0.3, 0.3, beta), [z0, z1])
+    torch.testing.assert_close(ours, grads(lambda a, b: authors(a, b, 0.3, 0.3, beta), [z0, z1]))
+    near = grads(HCLLoss(0.1, 0.3, beta), [z0, z0 + 1e-3])
+    want = math.log1p(78 * math.exp(-20))
+    assert near[0].item() == pytest.approx(want, rel=1e-3)
+    assert all(x.isfinite().all() for x in near)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.02])
+def test_without_hardness_or_correction_it_is_simclr(temperature):
+    inputs = [z.double() for z in views(33, 8)]
+    ours = grads(HCLLoss(temperature, tau_plus=0, beta=0), inputs)
+    torch.testing.assert_close(ours, grads(NTXentLoss(temperature), inputs))
+
+
+def test_harder_negatives_cost_more():
+    inputs = views(33, 8)
+    losses = [HCLLoss(0.5, 0, beta)(*inputs).item() for beta in (0, 0.5, 1, 4)]
+    assert losses == sorted(losses) and losses[0] < losses[-1]
+
+
+def test_known_value():
+    same = torch.ones(50, 4, device=DEVICE)
+    assert HCLLoss(tau_plus=0.3)(same, same).item() == pytest.approx(math.log(99), rel=1e-6)
+
+
+def test_small_temperature_overflows_nothing():
+    inputs = views(40, 8)
+    truth = grads(HCLLoss(0.005, 0.1, 3), [z.double() for z in inputs])
+    ours = grads(HCLLoss(0.005, 0.1, 3), inputs)
+    assert all(x.isfinite().all() for x in ours)
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=0)
+
+
+def test_refuses_one_image():
+    with pytest.raises(ValueError, match="joined batch must have at least 2 images, got 1"):
+        HCLLoss()(torch.ones(1, 3), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("tau_plus", [-0.1, 1, float("nan")])
+def test_refuses_tau_plus(tau_plus):
+    with pytest.raises(ValueError, match=r"tau_plus must be in \[0, 1\), got"):
+        HCLLoss(tau_plus=tau_plus)
+
+
+@pytest.mark.parametrize("beta", [-0.1, float("inf"), float("nan")])
+def test_refuses_beta(beta):
+    with pytest.raises(ValueError, match="beta must be >= 0 and finite, got"):
+        HCLLoss(beta=beta)
