@@ -135,6 +135,9 @@ def _weigh(
         tl.store(SUMS + 1, tl.sum(tl.sum(w, 1), 0))
         tl.store(SUMS + 2, tl.sum(tl.sum(w * p, 1), 0))
         tl.store(W + at, (w * UNIT).to(W.dtype.element_ty), inside)
+    else:
+        tl.store(SUMS + 1, 0.0)
+        tl.store(SUMS + 2, 0.0)
 
 
 Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
@@ -196,7 +199,7 @@ def weigh(
 ) -> tuple[Tensor, Tensor]:
     """The sums (3,) of a block of products, and its W times UNIT in the inputs' dtype.
 
-    part: "loss" or "grad"; of "loss" there is no W, and the sums of W mean nothing.
+    part: "loss" or "grad"; of "loss" there is no W, and the sums of W are 0.
     float32 products become their W.
     """
     choice = choice or choose(WEIGH, logits.q, part)

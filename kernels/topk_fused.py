@@ -33,6 +33,7 @@ from .topk_configs import shape_class, variants
 
 LEAST_SHARE = 512  # columns
 DROPPED = tl.constexpr(-(1 << 63))  # the key of a pair that is not there: below all others
+NAN = tl.constexpr(0x7FC00000)  # its bits, whatever its sign was
 MINUS_INFINITY = tl.constexpr(-0x7F800001)  # its rank
 PAST = tl.constexpr((1 << 63) - 1)  # a place beyond the n: above all keys, so that none takes it
 
@@ -40,7 +41,7 @@ PAST = tl.constexpr((1 << 63) - 1)  # a place beyond the n: above all keys, so t
 @triton.jit
 def _keys(s, col):
     """The int64 keys of scores s (R, C) of columns col (C,); no two of a row are equal."""
-    bits = tl.where(s == s, s, float("nan")).to(tl.int32, bitcast=True)
+    bits = tl.where(s == s, s.to(tl.int32, bitcast=True), NAN)
     rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (rank.to(tl.int64) << 32) + (0x7FFFFFFF - col)[None, :]
 

@@ -1,29 +1,39 @@
 """Losses: thin modules over fastssl.kernels, exact across ranks.  They need torch alone."""
 
+from .clip import CLIPLoss
 from .dcl import DCLLoss, DCLWLoss
 from .dense import DenseInfoNCELoss
+from .groco import GroCoLoss
 from .grouped import GroupedNTXentLoss
 from .hcl import HCLLoss
 from .isogclr import ISogCLRLoss
 from .matryoshka import MatryoshkaLoss
+from .mochi import MoCHiLoss
 from .moco import MoCoLoss, MoCoV3Loss
+from .nnclr import NNCLRLoss
 from .ntxent import NTXentLoss
 from .reconstruction import MAELoss
 from .redundancy import BarlowTwinsLoss
+from .siglip import SigLIPLoss
 from .supcon import SupConLoss
 
 __all__ = [
     "BarlowTwinsLoss",
+    "CLIPLoss",
     "DCLLoss",
     "DCLWLoss",
     "DenseInfoNCELoss",
+    "GroCoLoss",
     "GroupedNTXentLoss",
     "HCLLoss",
     "ISogCLRLoss",
     "MAELoss",
     "MatryoshkaLoss",
+    "MoCHiLoss",
     "MoCoLoss",
     "MoCoV3Loss",
+    "NNCLRLoss",
     "NTXentLoss",
+    "SigLIPLoss",
     "SupConLoss",
 ]

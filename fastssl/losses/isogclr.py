@@ -165,7 +165,7 @@ class _Samples:
 
     def joined(self) -> Tensor:
         by_rank = all_gather_nograd(self.values[:-1], self.group, check=False)
-        return by_rank.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(0, 1)[: self.size]
+        return by_rank.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(0, 1)[: self.size].clone()
 
     def split(self, state: Tensor) -> None:
         if state.shape != (self.size, 3):

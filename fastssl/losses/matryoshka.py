@@ -24,7 +24,7 @@ class MatryoshkaLoss(nn.Module):
              more axes, which must share their last one, D; labels, indices and a scale go as they
              are.
     Raises   ValueError: dims that do not rise from 1 or pass D; weights or losses that are not one
-             for each of dims; a weight < 0; a single loss with buffers; no embedding among the
+             for each of dims; a weight < 0; a single loss with state; no embedding among the
              inputs, or embeddings of different D.  And what the loss raises.
     Ranks    as the loss: a sum of exact losses is exact.
     Source   Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147, eq. 1.
@@ -50,7 +50,7 @@ class MatryoshkaLoss(nn.Module):
             want = f"{len(dims)} finite numbers >= 0"
             raise ValueError(f"weights must be {want}, one for each of dims, got {weights}")
         one = isinstance(loss, nn.Module)
-        if one and any(True for _ in loss.buffers()):
+        if one and _has_state(loss):
             raise ValueError(f"a loss with state must be given once for each of dims, got {loss}")
         losses = [loss] if isinstance(loss, nn.Module) else list(loss)
         if not one and len(losses) != len(dims):
@@ -74,6 +74,11 @@ class MatryoshkaLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, weights={self.weights}"
+
+
+def _has_state(loss: nn.Module) -> bool:
+    learnt = {name for name, _ in loss.named_parameters()}
+    return bool(set(loss.state_dict()) - learnt or list(loss.buffers()))
 
 
 def _is_embedding(x: Any) -> bool:

@@ -23,7 +23,7 @@ def authors(z0, z1, temperature, tau_plus, beta):
 
 
 @pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("tau_plus, beta", [(0, 0), (0.1, 1.0), (0.1, 0), (0, 2.5), (0.2, 0.5)])
+@pytest.mark.parametrize("tau_plus, beta", [(0, 0), (0.1, 1.0), (0.1, 0), (0, 2.5)])
 @pytest.mark.parametrize("temperature", [0.5, 0.1])
 @pytest.mark.parametrize("B, D", [(2, 3), (65, 16)])
 def test_the_authors_formula(B, D, temperature, tau_plus, beta, reduce):
@@ -34,6 +34,16 @@ def test_the_authors_formula(B, D, temperature, tau_plus, beta, reduce):
         reduce,
         score=(1 + beta) / temperature,
     )
+
+
+@pytest.mark.parametrize("tau_plus, beta", [(0.2, 0.5), (0.4, 0.5), (0.7, 0)])
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+def test_strong_correction(temperature, tau_plus, beta):
+    """In float64: a small difference of large numbers is nobody's to have in float32."""
+    inputs = [z.double() for z in views(65, 16)]
+    ours = grads(HCLLoss(temperature, tau_plus, beta), inputs)
+    want = grads(lambda a, b: authors(a, b, temperature, tau_plus, beta), inputs)
+    torch.testing.assert_close(ours, want)
 
 
 @pytest.mark.parametrize("beta", [0, 1])

@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl.losses import (
+    BarlowTwinsLoss,
+    DenseInfoNCELoss,
+    GroupedNTXentLoss,
+    ISogCLRLoss,
+    MatryoshkaLoss,
+    MoCoLoss,
+    NTXentLoss,
+    SupConLoss,
+)
+from tests.losses.views import views
+from tests.oracle import DEVICE, grads
+
+IDS = torch.arange(12, device=DEVICE) % 5
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own and a scale by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(()))
+
+    def forward(self, image, text, logit_scale):
+        assert image.shape == text.shape and logit_scale.ndim == 0
+        return logit_scale * (image * text).sum() + self.bias
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 0, 2)])
+def test_a_weighted_sum_over_prefixes(weights):
+    inputs, one = [z.double() for z in views(12, 8)], NTXentLoss(0.2)
+
+    def spelt(a, b):
+        parts = zip(weights or (1, 1, 1), (2, 3, 8), strict=True)
+        return sum(w * one(a[:, :m], b[:, :m]) for w, m in parts)
+
+    loss = MatryoshkaLoss(one, dims=(2, 3, 8), weights=weights)
+    torch.testing.assert_close(grads(loss, inputs), grads(spelt, inputs))
+
+
+@pytest.mark.parametrize(
+    "loss, extra",
+    [
+        (NTXentLoss(), ()),
+        (GroupedNTXentLoss(), (IDS,)),
+        (BarlowTwinsLoss(), ()),
+    ],
+)
+def test_any_loss_of_two_embeddings(loss, extra):
+    a, b = views(12, 8)
+    want = loss(a[:, :4], b[:, :4], *extra) + loss(a, b, *extra)
+    torch.testing.assert_close(MatryoshkaLoss(loss, (4, 8))(a, b, *extra), want)
+
+
+def test_stacked_views_and_positions():
+    z = torch.randn(12, 3, 8, device=DEVICE)
+    want = SupConLoss()(z[..., :4], IDS) + SupConLoss()(z, IDS)
+    torch.testing.assert_close(MatryoshkaLoss(SupConLoss(), (4, 8))(z, labels=IDS), want)
+    match = torch.tensor([[2, 0, 1]], device=DEVICE).expand(12, 3)
+    dense = DenseInfoNCELoss()
+    want = dense(z[..., :4], z[..., :4], match) + dense(z, z, match)
+    torch.testing.assert_close(MatryoshkaLoss(dense, (4, 8))(z, z, match), want)
+
+
+def test_scales_pass_and_parameters_are_shared():
+    image, text = views(5, 4)
+    scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    loss = MatryoshkaLoss(Scaled().to(DEVICE), (1, 4))
+    loss(image, text, logit_scale=scale).backward()
+    want = (image * text)[:, 0].sum() + (image * text).sum()
+    torch.testing.assert_close(scale.grad, want)
+    assert [p.grad.item() for p in loss.parameters()] == [2.0]
+
+
+def test_state_is_kept_by_prefix():
+    torch.manual_seed(0)
+    loss = MatryoshkaLoss([MoCoLoss(2, size=6), MoCoLoss(4, size=6)], (2, 4)).to(DEVICE)
+    query, key = views(6, 4)
+    alone = [MoCoLoss(2, size=6).to(DEVICE), MoCoLoss(4, size=6).to(DEVICE)]
+    for _ in range(2):
+        want = alone[0](query[:, :2], key[:, :2]) + alone[1](query, key)
+        torch.testing.assert_close(loss(query, key), want)
+    assert [one.queue.dim for one in loss.losses] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "loss", [MoCoLoss(4, size=3), NTXentLoss(0.5, (3, 4)), ISogCLRLoss(12)], ids=repr
+)
+def test_refuses_one_state_for_all(loss):
+    with pytest.raises(ValueError, match="a loss with state must be given once for each of dims"):
+        MatryoshkaLoss(loss, (2, 4))
+
+
+def test_known_value():
+    same = torch.ones(50, 8, device=DEVICE)
+    value = MatryoshkaLoss(NTXentLoss(), (1, 2, 4, 8))(same, same).item()
+    assert value == pytest.approx(4 * math.log(99), rel=1e-6)
+
+
+@pytest.mark.parametrize("dims", [(), (0, 4), (4, 4), (8, 4), (-1,)])
+def test_refuses_dims(dims):
+    with pytest.raises(ValueError, match="dims must rise, from 1 or more, got"):
+        MatryoshkaLoss(NTXentLoss(), dims)
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, -1), (1, float("nan"))])
+def test_refuses_weights(weights):
+    with pytest.raises(ValueError, match="weights must be 2 finite numbers >= 0"):
+        MatryoshkaLoss(NTXentLoss(), (2, 4), weights)
+
+
+def test_refuses_losses_that_are_not_as_dims():
+    with pytest.raises(ValueError, match="loss must be one, or 2 as dims, got 3"):
+        MatryoshkaLoss([NTXentLoss()] * 3, (2, 4))
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (4, 3)), ((4, 8), (4, 9)), ((4,), (4,))])
+def test_refuses_embeddings(shapes):
+    with pytest.raises(ValueError, match=r"want embeddings \(..., D\) of one D >= 4, got"):
+        MatryoshkaLoss(NTXentLoss(), (2, 4))(*(torch.ones(s) for s in shapes))
