@@ -6,6 +6,7 @@ strings: so a mask goes by its key, and the implementation by its name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,50 +29,42 @@ def engine(impl: str) -> Any:
 
 @torch.library.custom_op("fastssl::pairwise_stats", mutates_args=())
 def stats(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    mask: str,
-    same: bool,
-    both: bool,
-    impl: str,
+    tensors: list[Tensor | None], mask: str, same: bool, both: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """`statistics` of rows and columns."""
-    pairs = Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
-    return engine(impl).statistics(pairs, both)
+    """`statistics` of rows and columns.  tensors: q, k, scale, bias, row_ids, col_ids."""
+    return engine(impl).statistics(_pairs(tensors, mask, same), both)
+
+
+def _pairs(tensors: Sequence[Any], mask: str, same: bool) -> Pairs:
+    q, k, scale, bias, row_ids, col_ids = tensors
+    return Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
 
 
 @stats.register_fake
-def _(q, k, scale, bias, row_ids, col_ids, mask, same, both, impl):
+def _(tensors, mask, same, both, impl):
+    q, k = tensors[:2]
     like = q.new_empty(0, dtype=accumulator(q.dtype))
     return like.new_empty(2, q.shape[0]), like.new_empty(2, k.shape[0] if both else 0)
 
 
 @torch.library.custom_op("fastssl::pairwise_grads", mutates_args=())
 def grads(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    mask: str,
-    same: bool,
+    tensors: list[Tensor | None],
     rows: Tensor | None,
     cols: Tensor | None,
+    mask: str,
+    same: bool,
     need: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gradients` to q, k, scale and bias."""
-    pairs = Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
+    pairs = _pairs(tensors, mask, same)
     return tuple(engine(impl).gradients(pairs, rows, cols, tuple(need)))
 
 
 @grads.register_fake
-def _(q, k, scale, bias, row_ids, col_ids, mask, same, rows, cols, need, impl):
+def _(tensors, rows, cols, mask, same, need, impl):
+    q, k, scale = tensors[:3]
     like = q.new_empty(0, dtype=accumulator(q.dtype))
     sizes = q.shape, k.shape, scale.shape, k.shape[:1]
     asked = need[0] or same, need[1] and not same, need[2], need[3]
@@ -79,14 +72,14 @@ def _(q, k, scale, bias, row_ids, col_ids, mask, same, rows, cols, need, impl):
 
 
 class _LSE(torch.autograd.Function):
-    """Row and column log-sum-exps of Pairs; k is None for symmetric scores of q with itself."""
+    """Row and column log-sum-exps; k is None for symmetric scores of q with itself."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, scale, bias, row_ids, col_ids, mask, both, impl):
-        given = (scale, bias, row_ids, col_ids, mask, k is None)
-        rows, cols = stats(q, q if k is None else k, *given, both, impl)
-        ctx.save_for_backward(q, k, *given[:4], rows, cols)
-        ctx.options = mask, both, impl
+    def forward(ctx: Any, q, k, scale, bias, row_ids, col_ids, *options):
+        mask, both, impl = ctx.options = options
+        same, rest = k is None, (scale, bias, row_ids, col_ids)
+        rows, cols = stats([q, q if same else k, *rest], mask, same, both, impl)
+        ctx.save_for_backward(q, k, *rest, rows, cols)
         log_sum = engine(impl).log_sum
         return log_sum(rows), log_sum(cols)
 
@@ -98,11 +91,11 @@ class _LSE(torch.autograd.Function):
         weights, need, same = engine(impl).weights, ctx.needs_input_grad[:4], k is None
         if same and both:  # the two are one
             grad_rows, both = grad_rows + grad_cols, False
-        given = (q, q if same else k, scale, bias, row_ids, col_ids, mask, same)
+        given = [q, q if same else k, scale, bias, row_ids, col_ids]
         sides = weights(rows, grad_rows), weights(cols, grad_cols) if both else None
-        found = Grads(*grads(*given, *sides, list(need), impl))
-        tensors = q, k, scale, bias
-        out = [g.to(x.dtype) if n else None for g, x, n in zip(found, tensors, need, strict=True)]
+        found = Grads(*grads(given, *sides, mask, same, list(need), impl))
+        leaves = q, k, scale, bias
+        out = [g.to(x.dtype) if n else None for g, x, n in zip(found, leaves, need, strict=True)]
         return *out, *(None,) * 5
 
 

@@ -52,18 +52,29 @@ def _(q, k, scale, bias, row_ids, col_ids, mask, need, impl):
 
 
 class _Sigmoid(torch.autograd.Function):
+    """Backward multiplies the gradients where they lie; a second one makes them anew."""
+
     @staticmethod
     def forward(ctx: Any, q, k, scale, bias, row_ids, col_ids, mask, need, impl):
-        total, *grads = sigmoid(q, k, scale, bias, row_ids, col_ids, mask, list(need), impl)
-        ctx.save_for_backward(*grads)
-        ctx.dtypes, ctx.need = (q.dtype, k.dtype, scale.dtype, bias.dtype), need
-        return total
+        given = q, k, scale, bias, row_ids, col_ids
+        found, *made = sigmoid(*given, mask, list(need), impl)
+        ctx.made = None if torch.compiler.is_compiling() else made
+        ctx.save_for_backward(*(made if ctx.made is None else given))
+        ctx.dtypes = [x.dtype if n else None for x, n in zip(given, need, strict=False)]
+        ctx.options = mask, list(need), impl
+        return found
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad):
-        made = zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
-        return *((grad * g).to(dtype) if n else None for g, dtype, n in made), *(None,) * 5
+        if torch.compiler.is_compiling():  # which plans memory itself
+            made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            return *((grad * g).to(dtype) if dtype else None for g, dtype in made), *(None,) * 5
+        made = ctx.made or list(sigmoid(*ctx.saved_tensors, *ctx.options)[1:])  # which is emptied
+        out = [made.pop(0).mul_(grad).to(dtype) if dtype else made.pop(0) for dtype in ctx.dtypes]
+        return *(g if dtype else None for g, dtype in zip(out, ctx.dtypes, strict=True)), *(
+            None,
+        ) * 5
 
 
 def total(logits: Logits, impl: str) -> Tensor:

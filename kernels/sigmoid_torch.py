@@ -5,15 +5,15 @@
     dscale = sum_i q_i . u_i                          dbias = sum_ij W_ij
 
 On a CPU a tile without a positive pair, as most are, is spared the passes that turn signs.
-Memory: a tile three times over, k and the gradients in float32.  See pairwise_sigmoid.py.
+Memory: tiles, k and the gradients in float32.  See pairwise_sigmoid.py.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._chunks import spans, tile_shape
@@ -59,16 +59,20 @@ def results(logits: Logits, need: Need) -> Results:
     dk = torch.zeros_like(keys) if need_k else keys.new_empty(0)
     totals, dscale, dbias = [], [], []
     R, C = tile_shape(len(q), len(keys), keys)
-    for i in spans(len(q), R):
+    scores, spare = keys.new_empty(2, max(1, R // 2) * C)
+    for i in spans(len(q), max(1, R // 2)):  # the two together keep to the budget
         rows = q[i].to(acc)
         x, u = rows * scale, torch.zeros_like(rows) if need_q or need_scale else None
         for j in spans(len(keys), C):
+            size = len(rows), min(C, len(keys) - j.start)
+            z, other = (b[: math.prod(size)].view(size) for b in (scores, spare))
             positive = _some(tile.keep(i, j))
-            z = _turned(torch.addmm(bias, x, keys[j].T), positive)
-            totals.append(F.softplus(z, threshold=LINEAR).sum())
+            torch.addmm(bias, x, keys[j].T, out=z)
+            _turn(z, positive, other)
+            totals.append(torch.ops.aten.softplus.out(z, 1, LINEAR, out=other).sum())
             if not any(need):
                 continue
-            w = _turned(z.sigmoid_(), positive)
+            w = _turn(z.sigmoid_(), positive, other)
             if need_bias:
                 dbias.append(w.sum())
             if u is not None:
@@ -88,6 +92,9 @@ def _some(positive: Tensor) -> Tensor | None:
     return positive if positive.device.type != "cpu" or positive.any() else None
 
 
-def _turned(x: Tensor, positive: Tensor | None) -> Tensor:
-    """-y x."""
-    return x if positive is None else torch.where(positive, -x, x)
+def _turn(x: Tensor, positive: Tensor | None, spare: Tensor) -> Tensor:
+    """x becomes -y x; `spare` is overwritten."""
+    if positive is None:
+        return x
+    one = x.new_ones(())
+    return x.mul_(torch.where(positive, -one, one, out=spare))

@@ -9,6 +9,13 @@ from fastssl.config import RunConfig, from_mapping
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"name": "simclr", "hidden_dim": 32, "projection_dim": 16},
+    "dcl": {"name": "dcl", "hidden_dim": 32, "projection_dim": 16},
+    "mocov3": {"name": "mocov3", "hidden_dim": 32, "projection_dim": 16, "layers": 2},
+    "nnclr": {
+        **{"name": "nnclr", "hidden_dim": 32, "projection_dim": 16, "layers": 2},
+        **{"prediction_hidden_dim": 32, "queue_size": 300},
+    },
+    "clip": {"name": "clip", "hidden_dim": 32, "projection_dim": 16},
     "barlow_twins": {"name": "barlow_twins", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
     "mae": {"name": "mae", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
 }

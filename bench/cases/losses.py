@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.bench.registry import Absent, Problem, Shape, Sweep, case
+from fastssl.bench.registry import Problem, Shape, Sweep, case
 from fastssl.bench.rivals import beside, library, nbytes
 from fastssl.kernels import exclude_self, frobenius_sq, pairwise_lse, patch_mse, standardise
 from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
+from fastssl.losses.siglip import SigLIPLoss
 
 _TEMPERATURE, _LAMBDA = 0.5, 5e-3
 _CLIP_TEMPERATURE = 0.07
@@ -335,17 +336,16 @@ def _clip_cut(linear_cross_entropy, image: Tensor, text: Tensor, log_scale: Tens
 
 @case(
     "siglip",
-    test="tests/bench/test_cases.py",
+    test="tests/losses/test_siglip.py",
     shapes=_PAIR_SHAPES,
     sweeps=_PAIR_SWEEPS,
     gate_shape={"B": 333, "D": 256},
-    ours=False,
 )
 def siglip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """SigLIP: every one of B^2 image-text pairs, by itself, is a match or is not."""
     values = math.log(_SIGLIP_SCALE), _SIGLIP_BIAS
     numbers = tuple(_number(value, dtype, device) for value in values)
-    rivals = beside(Absent("no streamed sigmoid loss yet"), siglip_reference)
+    rivals = beside(partial(_siglip_open, SigLIPLoss()), siglip_reference)
     rivals["open_clip"] = library("open_clip.loss", lambda m: partial(_siglip_open, m.SigLipLoss()))
     rivals["siglip-kernel"] = library("siglip_kernel", lambda m: m.fused_siglip_loss)
     return _pair_problem(shape, (*_pairs(shape, dtype, device), *numbers), rivals)

@@ -71,7 +71,9 @@ class _PretrainFetch(_Fetch):
             i, image = self._readable(epoch, index, bad)
             used.append(i)
             samples.append(apply(self.views, image, seed))
+        labels = self.source.labels
         return {
+            **({} if labels is None else {"label": labels[used]}),
             "views": [torch.stack(view) for view in zip(*samples, strict=True)],
             "index": torch.tensor(used),
             "seeds": torch.from_numpy(seeds),
@@ -242,9 +244,10 @@ class PretrainLoader:
         """The batches of steps start_step to end_step - 1, counted over all epochs.
 
         Each is {"views": [(b, C, size, size) float32 for each view], "index": (b,) int64 into the
-        source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world.  A bad
-        image is replaced by another, that (seed, epoch, index) names; "index" has the replacement,
-        "seeds" the place's own, "bad" every image that could not be read.
+        source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
+        "label": (b,) int64 where the source has labels.  A bad image is replaced by another, that
+        (seed, epoch, index) names; "index" has the replacement, "seeds" the place's own, "bad"
+        every image that could not be read.
         Raises DataError when image after image is bad; ValueError for an impossible range.
         """
         if not 0 <= start_step <= end_step:

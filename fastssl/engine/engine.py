@@ -180,7 +180,7 @@ class Engine:
         """The batch in `accumulation` equal micro-batches, each moved to the device in its turn."""
         n = self.cfg.accumulation
         views = [view.chunk(n) for view in batch["views"]]
-        rest = {key: batch[key].chunk(n) for key in ("index", "seeds")}
+        rest = {key: batch[key].chunk(n) for key in ("index", "seeds", "label") if key in batch}
         for i in range(n):
             micro = {
                 key: parts[i].to(self.device, non_blocking=True) for key, parts in rest.items()

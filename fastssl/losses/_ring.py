@@ -58,7 +58,8 @@ class _RingLSE(torch.autograd.Function):
     """k is None for symmetric scores of q with itself."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, scale, row_ids, col_ids, mask, both, engine, group):
+    def forward(ctx: Any, q, k, scale, row_ids, col_ids, *options):
+        mask, both, engine, group = ctx.options = options
         same = k is None
         journey, given = _Journey(group, same), (scale, row_ids, mask)
         rows = _nothing(len(q), q)
@@ -78,7 +79,6 @@ class _RingLSE(torch.autograd.Function):
             rows = engine.join(rows, found)
         cols = found if both and not same else rows if both else rows.new_empty(2, 0)
         ctx.save_for_backward(q, k, scale, row_ids, col_ids, rows, cols)
-        ctx.options = mask, both, engine, group
         return engine.log_sum(rows), engine.log_sum(cols)
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, rank, require_all_even, world_size
 from fastssl.kernels import exclude_self, pairwise_lse
-from fastssl.losses._sharded import STRATEGIES, Rule, sharded_lse
+from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
 from fastssl.losses.queue import Queue
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -79,11 +79,9 @@ class ContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.check_temperature(temperature)
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
         self.temperature = temperature
         self.process_group = process_group if gather_distributed else LOCAL
-        self.strategy = strategy
+        self.strategy = check_strategy(strategy)
 
     def check_temperature(self, temperature: float) -> None:
         if not 0 < temperature < float("inf"):

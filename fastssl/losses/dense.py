@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels import exclude_self
-from fastssl.kernels._dispatch import full_precision
+from fastssl.kernels._dispatch import first_order, full_precision
 from fastssl.losses._sharded import Rule, sharded_lse
 from fastssl.losses._views import (
     INTEGERS,
@@ -75,7 +76,8 @@ class DenseInfoNCELoss(ContrastiveLoss):
         match = torch.arange(L, device=q.device).expand(B, L) if match is None else match.long()
         found = (match >= 0) & (match < M)
         match = match.clamp(0, M - 1)
-        twins = k.gather(1, match.unsqueeze(-1).expand(-1, -1, k.shape[2]))
+        # By index, not gather: the sum of its backward has one order.
+        twins = k.flatten(0, 1)[torch.arange(B, device=k.device).unsqueeze(1) * M + match]
         positive = (q * twins).sum(-1) / self.temperature
         across = self._across if self.negatives == "batch" else self._within
         losses = torch.where(found, info_nce(positive, across(q, k, match)), 0)
@@ -84,16 +86,7 @@ class DenseInfoNCELoss(ContrastiveLoss):
 
     def _within(self, q: Tensor, k: Tensor, match: Tensor) -> Tensor:
         """(B, L) log-sum-exps of an image's other positions."""
-        images = max(1, SCORES // (q.shape[1] * k.shape[1]))
-        parts = zip(q.split(images), k.split(images), match.split(images), strict=True)
-        return torch.cat([self._few(*part) for part in parts])
-
-    def _few(self, *part: Tensor) -> Tensor:
-        out = checkpoint(
-            _negatives, *part, self.temperature, use_reentrant=False, preserve_rng_state=False
-        )
-        assert isinstance(out, Tensor)
-        return out
+        return _ImageLSE.apply(q, k, match, 1 / self.temperature)  # pyright: ignore[reportReturnType]
 
     def _across(self, q: Tensor, k: Tensor, match: Tensor) -> Tensor:
         """(B, L) log-sum-exps of all other positions of the joined batch."""
@@ -114,10 +107,45 @@ class DenseInfoNCELoss(ContrastiveLoss):
         return f"temperature={self.temperature}, negatives={self.negatives!r}"
 
 
-def _negatives(q: Tensor, k: Tensor, match: Tensor, temperature: float) -> Tensor:
+class _ImageLSE(torch.autograd.Function):
+    """Log-sum-exp over an image's positions but the match, of a few images at a time.
+
+    Kept are each row's maximum m and sum l apart, as in pairwise.py; a row without others is -inf.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, match: Tensor, scale: float) -> Tensor:
+        m, total = q.new_empty(2, *match.shape)
+        for i in _parts(q, k):
+            s = _scores(q[i], k[i], match[i], scale)
+            m[i] = s.amax(-1).clamp_(min=torch.finfo(s.dtype).min)
+            total[i] = s.sub_(m[i].unsqueeze(-1)).exp_().sum(-1)
+        ctx.save_for_backward(q, k, match, m, total)
+        ctx.scale = scale
+        return m + total.log()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q, k, match, m, total = ctx.saved_tensors
+        weight = torch.where(total > 0, grad * ctx.scale / total, 0)
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        for i in _parts(q, k):
+            s = _scores(q[i], k[i], match[i], ctx.scale)
+            w = s.sub_(m[i].unsqueeze(-1)).exp_().mul_(weight[i].unsqueeze(-1))
+            dq[i], dk[i] = w @ k[i], w.mT @ q[i]
+        return dq, dk, None, None
+
+
+def _parts(q: Tensor, k: Tensor) -> list[slice]:
+    images = max(1, SCORES // (q.shape[1] * k.shape[1]))
+    return [slice(start, start + images) for start in range(0, len(q), images)]
+
+
+def _scores(q: Tensor, k: Tensor, match: Tensor, scale: float) -> Tensor:
+    """(images, L, M), the matches at -inf."""
     with full_precision(q.device):
-        scores = (q / temperature) @ k.mT
-    return scores.scatter_(2, match.unsqueeze(-1), -torch.inf).logsumexp(-1)
+        return ((q * scale) @ k.mT).scatter_(2, match.unsqueeze(-1), -torch.inf)
 
 
 def _check(z0: Tensor, z1: Tensor, match: Tensor | None) -> None:

@@ -34,6 +34,7 @@ class ISogCLRLoss(ContrastiveLoss):
              that a batch has twice, one of the updates is kept.
     Returns  scalar float32: the mean over this rank's 2B rows.  Nothing of N x N is held; G costs
              a second pass over the pairs, 6 units where the loss alone has 4 (see pairwise.py).
+             torch.compile breaks its graph there.
     State    t_i, log u_i and m_i: 12 bytes an image, float32.  Rank r of W keeps images r, r + W,
              ...  state_dict has this rank's alone: each rank saves and loads its own.
              `gather_state` and `load_state` have all of it, for another number of ranks.
@@ -165,7 +166,8 @@ class _Samples:
 
     def joined(self) -> Tensor:
         by_rank = all_gather_nograd(self.values[:-1], self.group, check=False)
-        return by_rank.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(0, 1)[: self.size].clone()
+        by_place = by_rank.unflatten(0, (self.world, -1)).transpose(0, 1)
+        return by_place.flatten(0, 1)[: self.size].clone()
 
     def split(self, state: Tensor) -> None:
         if state.shape != (self.size, 3):

@@ -7,12 +7,31 @@ from torch import nn
 
 from .barlow_twins import BarlowTwins, BarlowTwinsConfig
 from .base import Batch, Method, MethodConfig
+from .clip import CLIP, CLIPConfig
+from .dcl import DCL, DCLConfig
 from .mae import MAE, MAEConfig
+from .mocov3 import MoCoV3, MoCoV3Config
+from .nnclr import NNCLR, NNCLRConfig
 from .simclr import SimCLR, SimCLRConfig
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "barlow_twins": BarlowTwins, "mae": MAE}
+METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR,
+    "dcl": DCL,
+    "mocov3": MoCoV3,
+    "nnclr": NNCLR,
+    "clip": CLIP,
+    "barlow_twins": BarlowTwins,
+    "mae": MAE,
+}
 AnyMethodConfig = Annotated[
-    SimCLRConfig | BarlowTwinsConfig | MAEConfig, Field(discriminator="name")
+    SimCLRConfig
+    | DCLConfig
+    | MoCoV3Config
+    | NNCLRConfig
+    | CLIPConfig
+    | BarlowTwinsConfig
+    | MAEConfig,
+    Field(discriminator="name"),
 ]
 
 
@@ -22,6 +41,8 @@ def build_method(encoder: nn.Module, cfg: AnyMethodConfig) -> Method:
 
 
 __all__ = [
+    "CLIP",
+    "DCL",
     "MAE",
     "METHODS",
     "AnyMethodConfig",
@@ -29,6 +50,8 @@ __all__ = [
     "Batch",
     "Method",
     "MethodConfig",
+    "MoCoV3",
+    "NNCLR",
     "SimCLR",
     "build_method",
 ]

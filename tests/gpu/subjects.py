@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import kernels
-from fastssl.kernels import _dispatch, exclude_self
+from fastssl.kernels import _dispatch, exclude_self, same_group
+from fastssl.kernels.pairwise_sigmoid import pairwise_sigmoid
 from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
 from fastssl.masking import random_masking
 from tests.gpu.room import DEVICE, pick
@@ -247,6 +248,19 @@ def _mae(dtype, B, size, side):
     )
 
 
+def _sigmoid(dtype, M, N, D):
+    """Summed over k and averaged over q: a sum over all pairs is beyond float16."""
+    call = partial(pairwise_sigmoid, positive=same_group, impl=impl("pairwise_sigmoid"))
+
+    def eager(q, k, scale, bias):
+        s = scale * (q @ k.T) + bias
+        y = 2 * torch.eye(M, N, dtype=s.dtype, device=DEVICE) - 1
+        return -F.logsigmoid(y * s).mean() * N
+
+    numbers = [torch.tensor(x, dtype=dtype, device=DEVICE) for x in (1.5, -2.0)]
+    return Trial(lambda *x: call(*x) / M, eager, [rows(dtype, M, D), rows(dtype, N, D), *numbers])
+
+
 SUBJECTS = [
     Subject(
         "pairwise_lse",
@@ -287,4 +301,11 @@ SUBJECTS = [
     Subject("ntxent", _ntxent, ((2048, 128), (1000, 2048)), (9, 5)),
     Subject("barlow-twins", _barlow, ((2048, 1024), (256, 4096)), (12, 7)),
     Subject("mae", _mae, ((64, 224, 16),), (3, 12, 4)),
+    Subject(
+        "pairwise_sigmoid",
+        _sigmoid,
+        ((4096, 8192, 128), (1, 1, 1), (4099, 2051, 70), (1027, 3000, 768)),
+        (21, 35, 19),
+        "pairwise_sigmoid",
+    ),
 ]

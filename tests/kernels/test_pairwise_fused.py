@@ -161,16 +161,15 @@ def test_wide_tiles_and_chunks_of_them_agree(D, monkeypatch):
 def test_operators_are_declared_as_they_behave(same, impl):
     q, k = rows_of(torch.float32, (3, 3), (4, 3))
     pairs = pairs_of(q, q if same else k, exclude_self, None if same else torch.ones(4))
-    ops = torch.ops.fastssl
+    ops, tensors = torch.ops.fastssl, list(pairs[:6])
     for both in (True, False):
-        torch.library.opcheck(ops.pairwise_stats.default, (*pairs, both, impl))
+        torch.library.opcheck(ops.pairwise_stats.default, (tensors, *pairs[6:], both, impl))
     rows, cols = torch.ones(2, 3, device=DEVICE), torch.ones(2, len(pairs.k), device=DEVICE)
-    for need in ([True] * 4, [False, True, False, False], [True, False, False, False]):
+    needs = [[True] * 4, [False, True, False, False], [True, False, False, False]]
+    for need, other in zip(needs, (cols, cols, None), strict=True):
         need = [*need[:3], need[3] and not same]
-        torch.library.opcheck(ops.pairwise_grads.default, (*pairs, rows, cols, need, impl))
-    torch.library.opcheck(
-        ops.pairwise_grads.default, (*pairs, rows, None, [True] * 3 + [False], impl)
-    )
+        given = (tensors, rows, other, *pairs[6:], need, impl)
+        torch.library.opcheck(ops.pairwise_grads.default, given)
 
 
 def test_auto_leaves_to_torch_what_triton_has_not(monkeypatch):

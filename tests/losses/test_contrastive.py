@@ -141,6 +141,17 @@ def test_the_order_of_the_batch_is_nothing(name):
     torch.testing.assert_close(*values)
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n != "isogclr"])
+def test_compiles_whole(name):
+    make, take, kinds = CASES[name]
+    ids = (torch.arange(8, device=DEVICE) % kinds,) if kinds else ()
+    given, (a, b) = make(0.2, 4), views(8, 4)
+    loss = take(given)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda a, b: loss(a, b, *ids), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(a, b), loss(a, b, *ids))
+
+
 @EVERY
 def test_only_directions_count(name):
     a, b = views(30, 8)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor:
 
 def distance(a, b):
     """Weights that tell the directions apart, and have a gradient."""
-    return (a - 0.3 * b).square().sum(1)
+    return (a - 0.3 * b)[:, 0].square()
 
 
 PAIRS = {

@@ -82,6 +82,8 @@ def test_right_order_costs_nothing_and_wrong_order_much():
     alike = torch.ones(12, 12, device=DEVICE) + 0.1 * images  # negatives beside, positives opposite
     wrong = GroCoLoss(5, 1e6)(alike, -alike)
     assert wrong > 2 and wrong.isfinite()
+    worst = grads(GroCoLoss(5, 1e12), [alike, -alike])  # masses of 0 and 1
+    assert 2 < worst[0] < 88 and all(x.isfinite().all() for x in worst)
     order = [GroCoLoss(5)(images, images + c).item() for c in (0.0, 0.2, 1.0)]
     assert order == sorted(order) and order[0] < order[-1]
 

@@ -83,6 +83,8 @@ def test_small_temperature_overflows_nothing():
     ours = grads(HCLLoss(0.005, 0.1, 3), inputs)
     assert all(x.isfinite().all() for x in ours)
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=0)
+    apart = torch.eye(8, device=DEVICE)  # where the correction is e^200 times what there is
+    assert all(x.isfinite().all() for x in grads(HCLLoss(0.005, 0.1, 3), [apart, apart]))
 
 
 def test_refuses_one_image():

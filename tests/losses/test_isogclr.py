@@ -140,6 +140,20 @@ def test_refuses_a_state_of_another_size():
         ISogCLRLoss(SIZE).load_state_dict(ISogCLRLoss(19).state_dict())
 
 
+def test_refuses_the_share_of_another_rank():
+    saved = ISogCLRLoss(SIZE).state_dict()
+    saved["_extra_state"]["rank"] = 1
+    with pytest.raises(ValueError, match="want the per-sample state of .*'rank': 0.*'rank': 1"):
+        ISogCLRLoss(SIZE).load_state_dict(saved)
+
+
+def test_refuses_other_ranks_than_it_was_made_for():
+    loss = ISogCLRLoss(SIZE)
+    loss.samples.world = 2
+    with pytest.raises(ValueError, match="this loss was made for 2 ranks, got 1"):
+        loss(torch.ones(3, 4), torch.ones(3, 4), torch.arange(3))
+
+
 def test_scores_are_not_kept():
     loss = ISogCLRLoss(512).to(DEVICE)
     a, b = (z.requires_grad_() for z in views(256, 4))

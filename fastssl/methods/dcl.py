@@ -1,0 +1,24 @@
+"""DCL: SimCLR with the positive pair taken out of the denominator, so that small batches do.
+
+Source: Yeh et al. 2021, Decoupled Contrastive Learning, arXiv:2110.06848.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from fastssl.losses import DCLLoss, DCLWLoss
+
+from .simclr import SimCLR, SimCLRConfig
+
+
+class DCLConfig(SimCLRConfig):
+    name: Literal["dcl"] = "dcl"  # type: ignore[assignment]
+    weighted: bool = Field(False, description="Weigh positives by how unlike they are (DCLW).")
+
+
+class DCL(SimCLR):
+    def __init__(self, encoder: nn.Module, cfg: DCLConfig):
+        super().__init__(encoder, cfg)
+        self.loss = (DCLWLoss if cfg.weighted else DCLLoss)(cfg.temperature)  # type: ignore[assignment]

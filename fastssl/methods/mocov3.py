@@ -1,0 +1,52 @@
+"""MoCo v3: a view's query must find the other view's key, made by a slowly moving teacher.
+
+Source: Chen, Xie & He 2021, An Empirical Study of Training Self-Supervised Vision Transformers,
+arXiv:2104.02057, algorithm 1; the momentum rises to 1 over half a cosine (section 4.1).
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.losses import MoCoV3Loss
+from fastssl.models import EMA, feature_dim, projection_head
+from fastssl.schedules import cosine
+
+from .base import Batch, Method, MethodConfig
+
+
+class MoCoV3Config(MethodConfig):
+    name: Literal["mocov3"] = "mocov3"
+    temperature: float = Field(0.2, gt=0, description="Divides the cosine similarities.")
+    momentum: float = Field(0.99, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    hidden_dim: int = Field(4096, ge=1, description="Width inside both heads.")
+    projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+
+
+class MoCoV3(Method):
+    preset, views, joint = "simclr", 2, True
+
+    def __init__(self, encoder: nn.Module, cfg: MoCoV3Config):
+        super().__init__()
+        self.cfg = cfg
+        dim, out = feature_dim(encoder), cfg.projection_dim
+        head = projection_head(dim, cfg.hidden_dim, out, cfg.layers, final_norm=True)
+        self.student = nn.Sequential(encoder, head)
+        self.teacher = EMA(self.student)
+        self.predictor = projection_head(out, cfg.hidden_dim, out, 2, final_norm=True)
+        self.loss = MoCoV3Loss(cfg.temperature)
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.student[0]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        views = [self.cast(view) for view in batch["views"]]
+        q_0, q_1 = (self.predictor(self.student(view)) for view in views)
+        k_0, k_1 = (self.teacher(view) for view in views)
+        return {"loss": self.loss(q_0, k_1) + self.loss(q_1, k_0)}
+
+    def after_step(self, progress: float) -> None:
+        self.teacher.update(self.student, cosine(progress, self.cfg.momentum, 1.0))

@@ -1,0 +1,40 @@
+"""NNCLR: an image's nearest neighbour among past ones stands in for one of its views.
+
+Source: Dwibedi et al. 2021, With a Little Help from My Friends, arXiv:2104.14548, section 3.2.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.losses import NNCLRLoss
+from fastssl.models import feature_dim, projection_head
+
+from .base import Batch, Method, MethodConfig
+
+
+class NNCLRConfig(MethodConfig):
+    name: Literal["nnclr"] = "nnclr"
+    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
+    queue_size: int = Field(65536, ge=1, description="Past projections kept as neighbours.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+    prediction_hidden_dim: int = Field(4096, ge=1, description="Width inside the prediction head.")
+
+
+class NNCLR(Method):
+    preset, views, joint = "simclr", 2, True
+
+    def __init__(self, encoder: nn.Module, cfg: NNCLRConfig):
+        super().__init__()
+        self.encoder = encoder
+        dim, out = feature_dim(encoder), cfg.projection_dim
+        self.head = projection_head(dim, cfg.hidden_dim, out, cfg.layers, final_norm=True)
+        self.predictor = projection_head(out, cfg.prediction_hidden_dim, out, 2, final_norm=False)
+        self.loss = NNCLRLoss(cfg.queue_size, out, cfg.temperature)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        z_0, z_1 = (self.head(self.encoder(self.cast(view))) for view in batch["views"])
+        return {"loss": self.loss(z_0, z_1, self.predictor(z_0), self.predictor(z_1))}
