@@ -39,19 +39,20 @@ def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
     with torch.device("meta"):
         method = build(cfg, channels)
     P, stage, half = count_parameters(method), cfg.engine.zero_stage, cfg.engine.precision == "bf16"
+    T = sum(p.numel() for p in method.parameters() if p.requires_grad)
     if half:
         method.to(torch.bfloat16)
     if cfg.engine.activation_checkpointing:
         method.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
     width = 2 if half else 4
-    shard = P / world
+    means = 4 * (P - T) if half else 0  # of a teacher
     states = 4 * STATES.get(cfg.optim.name, 2)
     masters = 4 if half or stage > 0 else 0
     return Plan(
         parameters=P,
-        weights=int(width * (shard if stage == 3 else P)),
-        gradients=int(width * (shard if stage >= 2 else P)),
-        optimiser=int((masters + states) * (shard if stage >= 1 else P)),
+        weights=int((width * P + means) / (world if stage == 3 else 1)),
+        gradients=int(width * T / (world if stage >= 2 else 1)),
+        optimiser=int((masters + states) * T / (world if stage >= 1 else 1)),
         activations=_activations(method, cfg, channels, world),
     )
 
@@ -83,5 +84,5 @@ def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int, device
     views = [torch.empty(n, channels, size, size, device=device) for size in sizes]
     index = torch.zeros(n, dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        method({"views": views, "index": index, "seeds": index})["loss"]
+        method({"views": views, "index": index, "seeds": index, "label": index})["loss"]
     return sum(kept.values())

@@ -18,7 +18,7 @@ import torch
 
 from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig
-from fastssl.data.datasets import Split, open_source
+from fastssl.data.datasets import ImageSource, Split, open_source
 from fastssl.data.loader import PretrainLoader
 from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
@@ -75,6 +75,7 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
     and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
     """
     split = open_source(cfg.data.source, cfg.seed)
+    check_source(cfg, split.train)
     method = build(cfg, split.train.channels)
     with launch.session(cfg.device) as device:
         if watch is None or distributed.rank() > 0:
@@ -100,6 +101,15 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
             )
             forget_replaced(cfg)
             return Run(cfg, split, loader, engine, watch).go(command)
+
+
+def check_source(cfg: RunConfig, source: ImageSource) -> None:
+    """Raise ConfigError where the method needs other images than those of `source`."""
+    names = source.classes if source.labels is not None else None
+    try:
+        cfg.method.check_source(None if names is None else len(names))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:

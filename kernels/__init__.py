@@ -10,6 +10,7 @@ from .masks import (
     same_group,
 )
 from .pairwise import pairwise_lse
+from .pairwise_sigmoid import pairwise_sigmoid
 from .patches import gather_patches, patch_mse
 from .tokens import gather_tokens, restore_tokens
 from .topk import pairwise_topk
@@ -27,6 +28,7 @@ __all__ = [
     "gather_tokens",
     "implementations",
     "pairwise_lse",
+    "pairwise_sigmoid",
     "pairwise_topk",
     "patch_mse",
     "restore_tokens",

@@ -118,7 +118,7 @@ def as_number(name: str, value: float | Tensor, q: Tensor, *, rows: bool = False
 
 
 def implementation(impl: str, q: Tensor, mask: Masks) -> str:
-    """ "auto" is torch for what the Triton kernels are not made for: float64, rules without twin."""
+    """What `impl` says, but that auto is torch for float64 and for a rule without Triton twin."""
     return "torch" if impl == "auto" and (q.dtype == torch.float64 or not mask.fused) else impl
 
 

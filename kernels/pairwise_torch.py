@@ -52,18 +52,13 @@ class _Scores:
         acc = accumulator(pairs.q.dtype)
         self.keys = pairs.k.to(acc)
         self.scale = pairs.scale.to(acc)
-        if pairs.same:  # s_ij and s_ji round alike when both sides have the root of the scale
-            self.q = self.keys
-            self.x = self.keys * self.scale.abs().sqrt()
-            self.y = self.x * self.scale.sign()
-        else:
-            self.q, self.y = pairs.q.to(acc), self.keys
-            self.x = self.q * (self.scale if self.scale.ndim == 0 else self.scale[:, None])
+        self.q = self.keys if pairs.same else pairs.q.to(acc)
+        self.x = self.q * (self.scale if self.scale.ndim == 0 else self.scale[:, None])
         self.bias = None if pairs.bias is None else pairs.bias.to(acc)
         self.tile = Tile(pairs.mask, pairs.row_ids, pairs.col_ids, pairs.q.device)
 
     def __call__(self, i: slice, j: slice) -> Tensor:
-        x, y = self.x[i], self.y[j]
+        x, y = self.x[i], self.keys[j]
         s = x @ y.T if self.bias is None else torch.addmm(self.bias[j], x, y.T)
         if self.tile.rules:
             s.masked_fill_(~self.tile.keep(i, j), -math.inf)
@@ -73,7 +68,7 @@ class _Scores:
         """Whether no score can leave +-SAFE; on a CPU alone, where looking costs no wait."""
         if self.x.device.type != "cpu":
             return False
-        most = self.x.square().sum(1).max().sqrt() * self.y.square().sum(1).max().sqrt()
+        most = self.x.square().sum(1).max().sqrt() * self.keys.square().sum(1).max().sqrt()
         if self.bias is not None:
             most = most + self.bias.abs().max()
         return bool(most <= SAFE)
@@ -178,7 +173,11 @@ def gradients(
     flat = all(side is None or not side[0].any() for side in (rows, cols))
     flat = flat and score.x.device.type == "cpu"
     for i, j in _tiles(pairs, score.x):
-        w = _weigh(score(i, j), _part(rows, i), _part(cols, j), flat)
+        if pairs.same and i == j:  # s_ij and s_ji are rounded apart: a row's m is of its own scores
+            w = _weigh(score(i, j), _part(rows, i), None, flat)
+            w = w + w.T
+        else:
+            w = _weigh(score(i, j), _part(rows, i), _part(cols, j), flat)
         if u is not None:
             u[i].addmm_(w, score.keys[j])
             if pairs.same and i != j:

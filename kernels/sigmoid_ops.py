@@ -25,26 +25,17 @@ if twins is not None:
 
 @torch.library.custom_op("fastssl::pairwise_sigmoid", mutates_args=())
 def sigmoid(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    mask: str,
-    need: list[bool],
-    impl: str,
+    tensors: list[Tensor | None], mask: str, need: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`results`."""
-    logits = Logits(q, k, scale, bias, row_ids, col_ids, mask)
-    engine = fused if impl == "triton" else sigmoid_torch
-    need_q, need_k, need_scale, need_bias = need
-    found = engine.results(logits, (need_q, need_k, need_scale, need_bias))
+    """`results`.  tensors: those of `Logits`."""
+    engine: Any = fused if impl == "triton" else sigmoid_torch
+    found = engine.results(Logits(*tensors, mask), tuple(need))  # pyright: ignore
     return found.total, found.q, found.k, found.scale, found.bias
 
 
 @sigmoid.register_fake
-def _(q, k, scale, bias, row_ids, col_ids, mask, need, impl):
+def _(tensors, mask, need, impl):
+    q, k = tensors[:2]
     like = q.new_empty((), dtype=accumulator(q.dtype))
     sizes = q.shape, k.shape, (), ()
     made = (like.new_empty(s if n else 0) for s, n in zip(sizes, need, strict=True))
@@ -55,12 +46,12 @@ class _Sigmoid(torch.autograd.Function):
     """Backward multiplies the gradients where they lie; a second one makes them anew."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, scale, bias, row_ids, col_ids, mask, need, impl):
-        given = q, k, scale, bias, row_ids, col_ids
-        found, *made = sigmoid(*given, mask, list(need), impl)
+    def forward(ctx: Any, *given):
+        *tensors, mask, need, impl = given
+        found, *made = sigmoid(tensors, mask, list(need), impl)
         ctx.made = None if torch.compiler.is_compiling() else made
-        ctx.save_for_backward(*(made if ctx.made is None else given))
-        ctx.dtypes = [x.dtype if n else None for x, n in zip(given, need, strict=False)]
+        ctx.save_for_backward(*(made if ctx.made is None else tensors))
+        ctx.dtypes = [x.dtype if n else None for x, n in zip(tensors, need, strict=False)]
         ctx.options = mask, list(need), impl
         return found
 
@@ -68,13 +59,12 @@ class _Sigmoid(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad):
         if torch.compiler.is_compiling():  # which plans memory itself
-            made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            return *((grad * g).to(dtype) if dtype else None for g, dtype in made), *(None,) * 5
-        made = ctx.made or list(sigmoid(*ctx.saved_tensors, *ctx.options)[1:])  # which is emptied
-        out = [made.pop(0).mul_(grad).to(dtype) if dtype else made.pop(0) for dtype in ctx.dtypes]
-        return *(g if dtype else None for g, dtype in zip(out, ctx.dtypes, strict=True)), *(
-            None,
-        ) * 5
+            made = [grad * g for g in ctx.saved_tensors]
+        else:
+            made = ctx.made or sigmoid(list(ctx.saved_tensors), *ctx.options)[1:]
+            made, ctx.made = [g.mul_(grad) for g in made], None
+        out = (g.to(dtype) if dtype else None for g, dtype in zip(made, ctx.dtypes, strict=True))
+        return *out, *(None,) * 5
 
 
 def total(logits: Logits, impl: str) -> Tensor:
@@ -87,4 +77,4 @@ def total(logits: Logits, impl: str) -> Tensor:
 def results(logits: Logits, need: Need, impl: str) -> Results:
     """The sum and its gradients, outside of autograd."""
     with torch.no_grad(), full_precision(logits.q.device):
-        return Results(*sigmoid(*logits, list(need), impl))
+        return Results(*sigmoid(list(logits[:6]), logits.mask, list(need), impl))

@@ -26,7 +26,7 @@ TOPK = "tests/kernels/test_topk_fused.py tests/kernels/test_topk.py"
 
 
 class Mutation(NamedTuple):
-    """`old`, which stands in the kernel once, becomes `new`."""
+    """The first `old` at or after a function of kernels/ becomes `new`."""
 
     kernel: str
     old: str
@@ -48,53 +48,99 @@ TESTS = {
     "topk_fused": (TOPK, ""),
 }
 
-MUTATIONS = [
-    Mutation("pairwise_tiles._fwd", "tl.exp2(m - peak)", "tl.exp2(peak - m)"),
-    Mutation("pairwise_tiles._fwd", "peak = tl.maximum(m, tl.max(s, 1))", "peak = tl.max(s, 1)"),
-    Mutation("pairwise_tiles._fwd", "tl.exp2(s - peak[:, None])", "tl.exp2(s - m[:, None])"),
-    Mutation("pairwise_tiles._fwd", "        m = peak\n", "        m = m\n"),
-    Mutation("pairwise_tiles._fwd", "tl.store(STATS + row, m, row < M)", "tl.store(STATS + row, m, row < M - 1)"),
-    Mutation("pairwise_tiles._bwd", "if FLIP and VECTOR:", "if VECTOR:"),
-    Mutation("pairwise_tiles._bwd", "X_SIDE, Y_SIDE, M, N)", "Y_SIDE, X_SIDE, M, N)"),
-    Mutation("pairwise_tiles._bwd", "sums += tl.sum(w, 1)", "sums = tl.sum(w, 1)"),
-    Mutation("pairwise_tiles._bwd", "w *= 1 / tl.load(UNIT)", "w *= tl.load(UNIT)"),
-    Mutation("pairwise_tiles._bwd", "y, u, PRECISION)", "y, 0 * u, PRECISION)"),
-    Mutation("pairwise_products._summarise", "m = tl.maximum(tl.max(s, 1), LEAST)", "m = tl.maximum(tl.max(s, 1), 0.0)"),
-    Mutation("pairwise_products._summarise", "tl.exp2(s - m_y[None, :])", "tl.exp2(s - m[:, None])"),
-    Mutation("pairwise_products._summarise", "ROWS += tl.program_id(1)", "ROWS += tl.program_id(0) * 0"),
-    Mutation("pairwise_products._summarise", "tl.store(COLS + j, m_y, j < C)", "tl.store(COLS + j, m_y, j < C - 1)"),
-    Mutation("pairwise_products._summarise", "tl.sum(tl.exp2(s - m[:, None]), 1)", "tl.max(tl.exp2(s - m[:, None]), 1)"),
-    Mutation("pairwise_products._weigh", "ROW_SIDE, COL_SIDE, M, N)", "COL_SIDE, ROW_SIDE, M, N)"),
-    Mutation("pairwise_products._weigh", "tl.sum(w, 0), j < C)", "tl.max(w, 0), j < C)"),
-    Mutation("pairwise_products._weigh", "w *= 1 / tl.load(UNIT)", "w *= tl.load(UNIT)"),
-    Mutation("pairwise_products._weigh", "w.to(W.dtype.element_ty), inside)", "w.to(W.dtype.element_ty), i[:, None] < C)"),
-    Mutation("pairwise_products._weigh", "SUMS + tl.program_id(0)", "SUMS + 0 * tl.program_id(0)"),
-    Mutation("scores_fused.scored", "(tl.load(SCALE + x) * LOG2_E)[:, None]", "(tl.load(SCALE + x) * LN_2)[:, None]"),
-    Mutation("scores_fused.scored", "s += (tl.load(BIAS + x) * LOG2_E)", "s -= (tl.load(BIAS + x) * LOG2_E)"),
-    Mutation("scores_fused.scored", "s *= tl.load(SCALE) * LOG2_E", "s += tl.load(SCALE) * LOG2_E"),
-    Mutation("scores_fused.scored", "ok = ok & kept", "ok = ok | kept"),
-    Mutation("scores_fused.scored", "tl.where(ok, s, -float(\"inf\"))", "tl.where(ok, s, 0.0)"),
-    Mutation("scores_fused.weighed", "tl.load(X_SIDE + M + x)", "tl.load(X_SIDE + x)"),
-    Mutation("scores_fused.weighed", "tl.exp2(s - m_y[None, :]) * w_y[None, :]", "tl.exp2(s - m_y[None, :]) + w_y[None, :]"),
-    Mutation("scores_fused.weighed", "w += tl.exp2(s - m_y", "w = tl.exp2(s - m_y"),
-    Mutation("scores_fused.weighed", "tl.exp2(s - m_x[:, None])", "tl.exp2(m_x[:, None] - s)"),
-    Mutation("scores_fused.weighed", "tl.load(Y_SIDE + N + y)", "tl.load(Y_SIDE + M + y)"),
-    Mutation("masks_fused.kept", "keep = keep & RULES[t](j[None, :], i[:, None])", "keep = keep & RULES[t](i[:, None], j[None, :])"),
-    Mutation("masks_fused.kept", "X_IDS + PLACES[t] * M", "X_IDS + PLACES[t] * N"),
-    Mutation("masks_fused.kept", "keep = keep & RULES[t](i[:, None], j[None, :])", "keep = keep | RULES[t](i[:, None], j[None, :])"),
-    Mutation("masks_fused.kept", "if PLACES[t] < 0", "if PLACES[t] <= 0"),
-    Mutation("masks_fused.same_group", "return rows == cols", "return rows >= cols"),
-    Mutation("pairwise_torch.statistics", "mirrored = both if not pairs.same else i != j", "mirrored = both if not pairs.same else i == j"),
-    Mutation("pairwise_torch.statistics", "_fold(cols[:, j], s, 0)", "_fold(cols[:, i], s, 0)"),
-    Mutation("pairwise_torch.statistics", "cols[1, j] += s.sum(0)", "cols[1, j] = s.sum(0)"),
-    Mutation("pairwise_torch.bounded", "return bool(most <= SAFE)", "return bool(most <= 1000 * SAFE)"),
-    Mutation("pairwise_torch._fold", "total.mul_((m - peak).exp_())", "total.mul_((peak - m).exp_())"),
-    Mutation("pairwise_torch.gradients", "if pairs.same and i != j:", "if pairs.same:"),
-    Mutation("pairwise_torch.gradients", "dbias[j] += w.sum(0)", "dbias[j] = w.sum(0)"),
-    Mutation("pairwise_torch.gradients", "dk[j].addmm_(w.T, score.x[i])", "dk[j].addmm_(w.T, score.q[i])"),
-    Mutation("pairwise_torch._finish", "(2 if same else 1)", "(1 if same else 1)"),
-    Mutation("pairwise_torch._weigh", "s.mul_(row[1, :, None] + col[1])", "s.mul_(row[1, :, None] * col[1])"),
-]
+MUTATIONS = {  # function: (what stands in it or below, what it becomes)
+    "pairwise_tiles._fwd": [
+        ("tl.exp2(m - peak)", "tl.exp2(peak - m)"),
+        ("peak = tl.maximum(m, tl.max(s, 1))", "peak = tl.max(s, 1)"),
+        ("tl.exp2(s - peak[:, None])", "tl.exp2(s - m[:, None])"),
+        ("        m = peak", "        m = m"),
+        ("STATS + row, m, row < M", "STATS + row, m, row < M - 1"),
+    ],
+    "pairwise_tiles._bwd": [
+        ("if FLIP and VECTOR:", "if VECTOR:"),
+        ("X_SIDE, Y_SIDE, M, N)", "Y_SIDE, X_SIDE, M, N)"),
+        ("sums += tl.sum(w, 1)", "sums = tl.sum(w, 1)"),
+        ("w *= 1 / tl.load(UNIT)", "w *= tl.load(UNIT)"),
+        ("y, u, PRECISION)", "y, 0 * u, PRECISION)"),
+    ],
+    "pairwise_products._summarise": [
+        ("tl.max(s, 1), LEAST)", "tl.max(s, 1), 0.0)"),
+        ("tl.exp2(s - m_y[None, :])", "tl.exp2(s - m[:, None])"),
+        ("ROWS += tl.program_id(1)", "ROWS += tl.program_id(0) * 0"),
+        ("COLS + j, m_y, j < C", "COLS + j, m_y, j < C - 1"),
+        ("tl.sum(tl.exp2(s - m[:", "tl.max(tl.exp2(s - m[:"),
+    ],
+    "pairwise_products._weigh": [
+        ("ROW_SIDE, COL_SIDE, M, N)", "COL_SIDE, ROW_SIDE, M, N)"),
+        ("tl.sum(w, 0), j < C)", "tl.max(w, 0), j < C)"),
+        ("w *= 1 / tl.load(UNIT)", "w *= tl.load(UNIT)"),
+        ("i.to(tl.int64)[:, None] * C", "i.to(tl.int64)[:, None] * R"),
+        ("SUMS + tl.program_id(0)", "SUMS + 0 * tl.program_id(0)"),
+    ],
+    "scores_fused.scored": [
+        ("tl.load(SCALE + x) * LOG2_E", "tl.load(SCALE + x) / LOG2_E"),
+        ("s += (tl.load(BIAS + x)", "s -= (tl.load(BIAS + x)"),
+        ("s *= tl.load(SCALE)", "s += tl.load(SCALE)"),
+        ("ok = ok & kept", "ok = ok | kept"),
+        ("tl.where(ok, s, -float", "tl.where(ok, s, float"),
+    ],
+    "scores_fused.weighed": [
+        ("X_SIDE + M + x", "X_SIDE + x"),
+        ("m_y[None, :]) * w_y", "m_y[None, :]) + w_y"),
+        ("w += tl.exp2(s - m_y", "w = tl.exp2(s - m_y"),
+        ("tl.exp2(s - m_x[:, None])", "tl.exp2(m_x[:, None] - s)"),
+        ("Y_SIDE + N + y", "Y_SIDE + M + y"),
+    ],
+    "masks_fused.kept": [
+        ("RULES[t](j[None, :], i[:, None])", "RULES[t](i[:, None], j[None, :])"),
+        ("X_IDS + PLACES[t] * M", "X_IDS + PLACES[t] * N"),
+        ("keep & RULES[t](i", "keep | RULES[t](i"),
+        ("PLACES[t] < 0", "PLACES[t] <= 0"),
+        ("PLACES[t] * N + y", "PLACES[t] + y"),
+    ],
+    "sigmoid_fused._sigmoid": [
+        ("p * scale + bias", "p * scale - bias"),
+        ("tl.where(positive, -s, s)", "tl.where(positive, s, -s)"),
+        ("z > 0, 1.0, e", "z > 0, e, 1.0"),
+        ("tl.maximum(z, 0.0)", "tl.maximum(s, 0.0)"),
+        ("(positive, -w, w)", "(positive, w, -w)"),
+    ],
+    "sigmoid_fused._tiles": [
+        ("total += tl.sum(loss, 1)", "total = tl.sum(loss, 1)"),
+        ("sum_wp += tl.sum(w * p, 1)", "sum_wp += tl.sum(w, 1)"),
+        ("u *= scale / UNIT", "u *= 1 / UNIT"),
+        ("row < M, total, 0.0", "row < M - 1, total, 0.0"),
+        ("sum_w += tl.sum(w, 1)", "sum_w -= tl.sum(w, 1)"),
+    ],
+    "sigmoid_fused._weigh": [
+        ("[:, None] * C", "[:, None] * R"),
+        ("x, y, ROW_IDS, COL_IDS", "y, x, ROW_IDS, COL_IDS"),
+        ("tl.num_programs(1) + tl", "tl.num_programs(1) - tl"),
+        ("tl.sum(tl.sum(w * p, 1), 0)", "tl.sum(tl.sum(w, 1), 0)"),
+        ("(w * UNIT)", "(p * UNIT)"),
+    ],
+    "topk_fused._topk": [
+        ("first = tl.program_id(1) * share", "first = tl.program_id(1) * 0"),
+        ("(best == worst[:, None]) &", "(best != worst[:, None]) &"),
+        ("keys == top[:, None], DROPPED", "keys != top[:, None], DROPPED"),
+        ("slot < n, empty, PAST", "slot < n - 1, empty, PAST"),
+        ("| (s != s)", "| (s < s)"),
+    ],
+    "pairwise_torch.statistics": [
+        ("pairs.same else i != j", "pairs.same else i == j"),
+        ("_fold(rows[:, i], s, 1)", "_fold(rows[:, i], s, 0)"),
+        ("cols[1, j] += s.sum(0)", "cols[1, j] = s.sum(0)"),
+        ("if bounded:", "if not bounded:"),
+        ("rows[1, i] += s.sum(1)", "rows[0, i] += s.sum(1)"),
+    ],
+    "pairwise_torch.gradients": [
+        ("if pairs.same and i != j:", "if pairs.same:"),
+        ("dbias[j] += w.sum(0)", "dbias[j] = w.sum(0)"),
+        ("dk[j].addmm_(w.T, score.x", "dk[j].addmm_(w.T, score.q"),
+        ("(2 if same", "(1 if same"),
+        ("w = w + w.T", "w = w + w"),
+    ],
+}
 
 
 def survives(mutation: Mutation) -> str:
@@ -108,8 +154,7 @@ def survives(mutation: Mutation) -> str:
         shutil.copy(ROOT / "pyproject.toml", tree)
         path = tree / "fastssl" / "kernels" / f"{mutation.file}.py"
         source = path.read_text()
-        start = source.index(f"def {mutation.kernel.partition('.')[2]}(")
-        at = source.find(mutation.old, start)
+        at = source.find(mutation.old, source.index(f"def {mutation.kernel.partition('.')[2]}("))
         if at < 0:
             raise SystemExit(f"{mutation.kernel} has no {mutation.old!r}")
         path.write_text(source[:at] + mutation.new + source[at + len(mutation.old) :])
@@ -127,7 +172,8 @@ def survives(mutation: Mutation) -> str:
 
 
 def main() -> int:
-    wanted = [m for m in MUTATIONS if len(sys.argv) < 2 or sys.argv[1] in m.kernel]
+    every = [Mutation(name, *pair) for name, pairs in MUTATIONS.items() for pair in pairs]
+    wanted = [m for m in every if len(sys.argv) < 2 or sys.argv[1] in m.kernel]
     lines = [
         "# Mutations",
         "",

@@ -48,7 +48,7 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @case(
     "ntxent",
-    test="tests/losses/test_contrastive.py",
+    test="tests/losses/test_ntxent.py",
     shapes={
         "quick": [{"B": 128, "D": 128}, {"B": 512, "D": 128}],
         "cpu": [

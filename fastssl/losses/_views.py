@@ -64,7 +64,8 @@ def against_queue(z: Tensor, keys: Tensor, queue: Queue, temperature: float) -> 
     queue.fit(keys)
     queries = unit(z)
     positive = (queries * unit(keys)).sum(-1) / temperature
-    return info_nce(positive, pairwise_lse(queries, queue.keys.to(queries), 1 / temperature)).mean()
+    rows = queries.to(z.dtype)  # see TwoViews
+    return info_nce(positive, pairwise_lse(rows, queue.keys.to(rows), 1 / temperature)).mean()
 
 
 class ContrastiveLoss(nn.Module):
@@ -96,7 +97,7 @@ class ContrastiveLoss(nn.Module):
             check_ids(name, given, z0)
         rows = torch.stack([unit(z0), unit(z1)], dim=1).flatten(0, 1)
         images = joined_ids(len(z0), self.process_group, z0.device)
-        return TwoViews(rows, twice(images), self.process_group, self.strategy)
+        return TwoViews(rows, twice(images), z0.dtype, self.process_group, self.strategy)
 
     def extra_repr(self) -> str:
         gather = self.process_group != LOCAL
@@ -104,10 +105,15 @@ class ContrastiveLoss(nn.Module):
 
 
 class TwoViews(NamedTuple):
-    """This rank's b images: 2b rows of length one, the two of an image together, and their ids."""
+    """This rank's b images: 2b rows of length one, the two of an image together, and their ids.
+
+    dtype: of the products of all pairs.  Embeddings of 16 bits are normalised in float32, and then
+    rounded back: a GPU multiplies those many times as fast, and the ranks send half as much.
+    """
 
     rows: Tensor
     images: Tensor
+    dtype: torch.dtype
     group: Group
     strategy: str
 
@@ -122,9 +128,10 @@ class TwoViews(NamedTuple):
         scale: a number, or one for each row.  rules: which of those pairs are kept, by row.
         """
         self_out = Rule(exclude_self, self.images, self.images)
+        rows = self.rows.to(self.dtype)
         negatives, _ = sharded_lse(
-            self.rows,
-            self.rows,
+            rows,
+            rows,
             scale,
             rules=(self_out, *rules),
             process_group=self.group,

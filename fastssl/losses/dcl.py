@@ -81,7 +81,7 @@ class DCLWLoss(DCLLoss):
 
     Raises   ValueError: sigma not > 0, and what DCLLoss raises.
     Ranks    the softmax is over the joined batch (gather_distributed=False: this rank's).
-    Source   Yeh et al. 2021, arXiv:2110.06848, section 3.2.
+    Source   Yeh et al. 2021, arXiv:2110.06848.
     Differs  from lightly.loss.DCLWLoss as DCLLoss from lightly's.  In the rest it is DCLLoss.
 
     >>> z = torch.eye(4)

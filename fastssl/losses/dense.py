@@ -45,8 +45,8 @@ class DenseInfoNCELoss(ContrastiveLoss):
              that differ between ranks (on every rank).
     Ranks    "batch" meets the positions of all ranks (strategy: "gather" or "ring").  The mean over
              ranks of value and gradient is that of the joined batch.
-    Source   Chaitanya et al. 2020, arXiv:2006.10511, eq. 3 ("image"); Wang et al. 2021, DenseCL,
-             arXiv:2011.09157, eq. 2, with the batch's keys in the queue's place ("batch").
+    Source   Chaitanya et al. 2020, arXiv:2006.10511 ("image"); Wang et al. 2021, DenseCL,
+             arXiv:2011.09157, with the batch's keys in the queue's place ("batch").
 
     >>> z = torch.eye(4).expand(2, 4, 4)
     >>> round(DenseInfoNCELoss(temperature=0.5)(z, z).item(), 4)  # ln(e^2 + 3) - 2
@@ -80,22 +80,22 @@ class DenseInfoNCELoss(ContrastiveLoss):
         twins = k.flatten(0, 1)[torch.arange(B, device=k.device).unsqueeze(1) * M + match]
         positive = (q * twins).sum(-1) / self.temperature
         across = self._across if self.negatives == "batch" else self._within
-        losses = torch.where(found, info_nce(positive, across(q, k, match)), 0)
+        losses = torch.where(found, info_nce(positive, across(q, k, match, z0.dtype)), 0)
         count = all_reduce_sum(found.sum(), group)
         return losses.sum() * world_size(group) / count.clamp(min=1)
 
-    def _within(self, q: Tensor, k: Tensor, match: Tensor) -> Tensor:
+    def _within(self, q: Tensor, k: Tensor, match: Tensor, _: torch.dtype) -> Tensor:
         """(B, L) log-sum-exps of an image's other positions."""
         return _ImageLSE.apply(q, k, match, 1 / self.temperature)  # pyright: ignore[reportReturnType]
 
-    def _across(self, q: Tensor, k: Tensor, match: Tensor) -> Tensor:
-        """(B, L) log-sum-exps of all other positions of the joined batch."""
+    def _across(self, q: Tensor, k: Tensor, match: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, L) log-sum-exps of all other positions of the joined batch.  dtype: see TwoViews."""
         B, M = k.shape[:2]
         ids = joined_ids(B * M, self.process_group, k.device)
         own = ids[::M].unsqueeze(1) + match
         lse, _ = sharded_lse(
-            q.flatten(0, 1),
-            k.flatten(0, 1),
+            q.flatten(0, 1).to(dtype),
+            k.flatten(0, 1).to(dtype),
             1 / self.temperature,
             rules=(Rule(exclude_self, own.flatten(), ids),),
             process_group=self.process_group,

@@ -34,7 +34,7 @@ class HCLLoss(ContrastiveLoss):
              ranks of value and gradient is that of the joined batch.  gather_distributed=False
              contrasts within each rank's batch only.
     Source   Robinson et al. 2021, Contrastive Learning with Hard Negative Samples,
-             arXiv:2010.04592, eq. 4 and the authors' code, whose beta multiplies s as here.
+             arXiv:2010.04592; as in the authors' code, beta multiplies s, which is over t.
 
     >>> z = torch.eye(4)
     >>> round(HCLLoss(temperature=0.5, tau_plus=0, beta=0)(z, z).item(), 4)  # ln(e^2 + 6) - 2
@@ -60,6 +60,7 @@ class HCLLoss(ContrastiveLoss):
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         views, t = self.two_views(z0, z1), self.temperature
+        views = views._replace(dtype=views.rows.dtype)  # small differences of large numbers follow
         log_n = math.log(2 * views.joined_images(at_least=2) - 2)
         positive = views.twins() / t
         hard = views.others((1 + self.beta) / t)

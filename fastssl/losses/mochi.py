@@ -74,7 +74,8 @@ class MoCHiLoss(ContrastiveLoss):
         q, t = unit(query), self.temperature
         keys = self.queue.keys.to(q)
         positive = (q * unit(key.detach())).sum(-1) / t
-        negative = pairwise_lse(q, keys, 1 / t)
+        rows = q.to(query.dtype)  # see TwoViews
+        negative = pairwise_lse(rows, keys.to(rows), 1 / t)
         if self.s + self.s_prime > 0:
             scores = torch.einsum("bd,bsd->bs", q, self._synthetic(q, keys)) / t
             negative = torch.logaddexp(negative, scores.logsumexp(1))

@@ -110,7 +110,8 @@ class MoCoV3Loss(ContrastiveLoss):
         q, k = unit(query), unit(key.detach())
         ids = joined_ids(len(q), group, q.device)
         rules = (Rule(exclude_self, ids, ids),)
+        rows, keys = q.to(query.dtype), k.to(query.dtype)  # see TwoViews
         negative, _ = sharded_lse(
-            q, k, 1 / t, rules=rules, process_group=group, strategy=self.strategy
+            rows, keys, 1 / t, rules=rules, process_group=group, strategy=self.strategy
         )
         return 2 * t * info_nce((q * k).sum(-1) / t, negative).mean()

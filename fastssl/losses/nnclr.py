@@ -78,7 +78,7 @@ class NNCLRLoss(ContrastiveLoss):
         """The NT-Xent of the neighbours of z with p."""
         rows = torch.stack([self._neighbours(z), unit(p)], dim=1).flatten(0, 1)
         images = twice(joined_ids(len(p), self.process_group, p.device))
-        views = TwoViews(rows, images, self.process_group, self.strategy)
+        views = TwoViews(rows, images, p.dtype, self.process_group, self.strategy)
         return info_nce(views.twins() / self.temperature, views.others(1 / self.temperature)).mean()
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ class SupConLoss(ContrastiveLoss):
         positives = (images * V - 1).unsqueeze(1)
         dots = (z * (sums.unsqueeze(1) - z)).sum(-1)  # (B, V)
         positive = dots / positives.clamp(min=1) / self.temperature
-        rows = z.flatten(0, 1)
+        rows = z.flatten(0, 1).to(features.dtype)  # see TwoViews
         ids = joined_ids(len(rows), group, rows.device)
         lse, _ = sharded_lse(
             rows,

@@ -19,6 +19,9 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def check_source(self, classes: int | None) -> None:
+        """Raise ValueError for images that do not serve; classes: their number, None unlabelled."""
+
 
 class Method(nn.Module):
     """Base of all methods.  A subclass sets `encoder` and writes `forward`.

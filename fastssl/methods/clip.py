@@ -23,14 +23,29 @@ _MOST = math.log(100)  # of the scale's logarithm
 
 class CLIPConfig(MethodConfig):
     name: Literal["clip"] = "clip"
-    captions: int = Field(10, ge=1, description="How many classes may caption an image.")
+    captions: int = Field(10, ge=1, description="Captions known: at least as many as classes.")
     temperature: float = Field(0.07, gt=0, description="Of the learned scale, at first.")
     projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
     hidden_dim: int = Field(256, ge=1, description="Width inside the caption tower.")
 
+    def check_source(self, classes: int | None) -> None:
+        if classes is None:
+            raise ValueError(
+                "method.name=clip captions images with their classes, and this data.source has "
+                "no labels: give it one with labels (of a folder, one folder a class)"
+            )
+        if classes > self.captions:
+            raise ValueError(
+                f"method.captions={self.captions} leaves some of the {classes} classes of "
+                f"this data.source without a caption: give method.captions={classes}"
+            )
+
 
 class CLIP(Method):
+    """One text tower, evaluated once a caption instead of once an image."""
+
     preset, views, joint = "mae", 1, True
+    captions: Tensor
 
     def __init__(self, encoder: nn.Module, cfg: CLIPConfig):
         super().__init__()
@@ -44,16 +59,21 @@ class CLIP(Method):
             nn.Linear(cfg.hidden_dim, out, bias=False),
         )
         self.log_scale = nn.Parameter(torch.tensor([-math.log(cfg.temperature)]))
+        self.register_buffer("captions", torch.arange(cfg.captions), persistent=False)
         self.loss = CLIPLoss()
 
     def no_weight_decay(self) -> set[str]:
         return {"log_scale"}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        if "label" not in batch:
-            raise ValueError("clip needs images with classes, got a data source without labels")
+        """Beside the loss: the scale, and `accuracy`, the share of images nearest their caption."""
         (images,) = batch["views"]
         x = F.normalize(self.image_head(self.encoder(self.cast(images))), dim=-1)
-        t = F.normalize(self.text(batch["label"]), dim=-1)
-        scale = self.log_scale.float().clamp(max=_MOST).exp()
-        return {"loss": self.loss(x, t, scale), "scale": scale.detach()}
+        captions = F.normalize(self.text(self.captions), dim=-1)
+        scale = self.log_scale.float().clamp(max=_MOST).exp().squeeze(0)
+        nearest = (x.detach() @ captions.detach().T).argmax(-1)
+        return {
+            "loss": self.loss(x, captions[batch["label"]], scale),
+            "scale": scale.detach(),
+            "accuracy": (nearest == batch["label"]).float().mean(),
+        }

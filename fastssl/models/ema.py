@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ class EMA(nn.Module):
     """A copy of `student` that `update` moves towards it: t <- m t + (1 - m) s.
 
     The copy computes without gradients, and its parameters ask for none.  Where they have 16 bits
-    the mean is kept in float32 beside them: in bfloat16 a step of 1 - m = 0.004 rounds to none.
-    Buffers, such as running statistics, are the student's.  Under ZeRO-3 each rank moves the piece
-    of every parameter that it holds, without communication: both models are cut alike.
+    the mean is kept in float32 beside them, and saved with them: in bfloat16 a step of
+    1 - m = 0.004 rounds to none.  Buffers, such as running statistics, are the student's.
+    Under ZeRO-3 each rank moves the piece of every parameter that it holds, without communication:
+    both models are cut alike.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -32,18 +32,24 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
-        """Move towards `student`, whose structure is the copy's, by 1 - momentum in [0, 1]."""
-        pieces = list(zip(_pieces(self.model), _pieces(student), strict=True))
-        halves = [mine for mine, _ in pieces if mine.dtype in _HALVES]
-        if len(self._means) != len(halves):
-            self._means = [piece.float() for piece in halves]
+        """Move towards `student`, whose structure is the copy's, by 1 - momentum in [0, 1].
+
+        Raises ValueError for another momentum.
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+        halves = [_piece(p) for p in self.model.parameters() if p.dtype in _HALVES]
+        if not self._means:
+            self._means = [half.float() for half in halves]
         means = iter(self._means)
-        for mine, theirs in pieces:
-            if mine.dtype in _HALVES:
+        for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
+            piece = _piece(mine)
+            if piece.dtype in _HALVES:
                 mean = next(means)
-                mine.copy_(mean.lerp_(theirs.float(), 1 - momentum))
+                piece.copy_(mean.lerp_(_piece(theirs).float(), 1 - momentum))
             else:
-                mine.lerp_(theirs, 1 - momentum)
+                piece.lerp_(_piece(theirs), 1 - momentum)
+            _forget_whole(mine)
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -55,14 +61,12 @@ class EMA(nn.Module):
         self._means = [mean.to(device) for mean in state]
 
 
-def _pieces(model: nn.Module) -> Iterator[Tensor]:
-    """What this rank holds of each parameter: all of it, or under ZeRO-3 its piece.
+def _piece(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: all of it, or under ZeRO-3 its piece."""
+    return getattr(parameter, "ds_tensor", parameter).data
 
-    ZeRO-3 keeps small parameters whole beside their pieces: then both.
-    """
-    for parameter in model.parameters():
-        piece = getattr(parameter, "ds_tensor", None)
-        if piece is not None:
-            yield piece.data
-        if parameter.data.numel() == getattr(parameter, "ds_numel", parameter.numel()):
-            yield parameter.data
+
+def _forget_whole(parameter: Any) -> None:
+    """ZeRO-3 keeps small parameters whole beside their pieces: have it gather this one anew."""
+    if hasattr(parameter, "ds_tensor") and parameter.numel() == parameter.ds_numel:
+        parameter.partition()

@@ -24,6 +24,7 @@ PRECISIONS = (
     (torch.float16, "highest"),
 )
 SHAPES = {  # beside each subject's tiny one: a block and a bit, and D above a block
+    "pairwise_sigmoid": [(131, 67, 21), (33, 70, 300)],
     "pairwise_lse": [(131, 67, 21), (33, 70, 135), (1, 1, 1)],
     "pairwise_lse-masked": [(67, 131, 21)],
     "pairwise_lse-self": [(131, 70), (2, 300)],

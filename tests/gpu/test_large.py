@@ -64,9 +64,7 @@ def test_all_pairs_of_65536_rows(same, dtype):
     found = [ours.detach(), *torch.autograd.grad(ours, leaves, grad)]
     answers = []
     for wide in (dtype, torch.float64):
-        lse, dq, dk, dscale = _in_chunks(
-            q.to(wide), k.to(wide), scale.to(wide), grad, mask, chunk
-        )
+        lse, dq, dk, dscale = _in_chunks(q.to(wide), k.to(wide), scale.to(wide), grad, mask, chunk)
         answers.append([lse, dq + dk, dscale] if same else [lse, dq, dk, dscale])
     found[-1] = found[-1].to(dtype)  # one number may be right by luck: not below its rounding
     for mine, eager, truth in zip(found, *answers, strict=True):

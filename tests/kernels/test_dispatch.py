@@ -8,6 +8,7 @@ PRIMITIVES = {
     "frobenius_sq",
     "gather_patches",
     "pairwise_lse",
+    "pairwise_sigmoid",
     "pairwise_topk",
     "patch_mse",
     "restore_tokens",

@@ -257,7 +257,7 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize("need", [ALL, (False, True, False, False)], ids=["all", "k"])
 def test_operator_is_declared_as_it_behaves(need):
     q, k = embeddings(torch.bfloat16, (3, 3), (4, 3))
-    given = q, k, number(1.0), number(0.0), None, None, "same_group@-1", list(need), "torch"
+    given = [q, k, number(1.0), number(0.0), None, None], "same_group@-1", list(need), "torch"
     torch.library.opcheck(torch.ops.fastssl.pairwise_sigmoid.default, given)
 
 

@@ -352,7 +352,11 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize("need", [ALL, (False, True, False, False)], ids=["all", "k"])
 def test_operator_is_declared_as_it_behaves(need):
     q, k = embeddings(torch.bfloat16, (3, 3), (4, 3))
-    given = q, k, number(1.0), number(0.0), ids(3)[None], ids(4)[None], "fused-lower@0", list(need)
+    given = (
+        [q, k, number(1.0), number(0.0), ids(3)[None], ids(4)[None]],
+        "fused-lower@0",
+        list(need),
+    )
     torch.library.opcheck(torch.ops.fastssl.pairwise_sigmoid.default, (*given, "triton"))
 
 

@@ -79,10 +79,10 @@ def test_16_bits_in_float32_out(name, dtype):
     inputs, loss = views(64, 16, dtype), subject(name, 64, 16)
     ours, truth = grads(loss, inputs), grads(loss, [z.double() for z in inputs])
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
-    torch.testing.assert_close(ours[0].double(), truth[0], rtol=5e-6, atol=5e-6)
+    eps = torch.finfo(dtype).eps  # rows of length one are rounded: logits by eps / 0.1 at the most
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=0, atol=eps / 4)
     for got, want in zip(ours[1:], truth[1:], strict=True):
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=eps * 5e-2)
+        torch.testing.assert_close(got.double(), want, rtol=4 * eps, atol=eps * 5e-2)
 
 
 @EVERY

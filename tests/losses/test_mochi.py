@@ -30,7 +30,9 @@ def eager(query, key, keys, loss):
     """Cross-entropy of [positive, queue, synthetic], the positive in front."""
     q, k, keys = unit(query), unit(key).detach(), keys.to(query)
     made = torch.einsum("bd,bsd->bs", q, synthetic(q, keys, loss))
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ keys.T, made], dim=1)
+    logits = torch.cat(
+        [(q * k).sum(1, keepdim=True), q.to(query.dtype) @ keys.to(query.dtype).T, made], dim=1
+    )
     labels = torch.zeros(len(q), dtype=torch.int64, device=q.device)
     return F.cross_entropy(logits / loss.temperature, labels)
 
@@ -43,9 +45,9 @@ def test_formula(B, D, size, sizes, dtype, reduce):
     loss = MoCHiLoss(D, 0.2, size, top_n=top_n, s=s, s_prime=s_prime).to(DEVICE).eval()
     query, key = views(B, D, dtype)
     keys = loss.queue.keys
-    assert_no_worse(
-        lambda q: loss(q, key), lambda q: eager(q, key.to(q.dtype), keys, loss), [query], reduce
-    )
+    slack = 2 if dtype == torch.float32 else 8  # one number, or few: eager may be lucky
+    either = lambda q: loss(q, key), lambda q: eager(q, key.to(q.dtype), keys, loss)  # noqa: E731
+    assert_no_worse(*either, [query], reduce, slack)
 
 
 @pytest.mark.parametrize("s, s_prime", [(7, 0), (0, 7)])

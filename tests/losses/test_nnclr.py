@@ -48,6 +48,7 @@ def test_formula(B, D, size, temperature, dtype, reduce):
         lambda p0, p1: eager(z0.to(p0.dtype), z1.to(p0.dtype), p0, p1, keys, temperature),
         (p0, p1),
         reduce,
+        slack=2 if dtype == torch.float32 else 8,  # eager does not round the rows of 16 bits
     )
 
 

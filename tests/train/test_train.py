@@ -20,7 +20,7 @@ from fastssl.results import EvaluationError
 from fastssl.rundir import prepared
 from fastssl.runlog import LogError, Silent
 from fastssl.train import Interrupted, NonFinite, Progress, Run, pretrain
-from tests.runs import losses, tiny
+from tests.runs import METHODS, losses, tiny
 
 
 def final(cfg):
@@ -30,7 +30,7 @@ def final(cfg):
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in kept]
 
 
-@pytest.mark.parametrize("method", ["simclr", "barlow_twins", "mae"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_and_shows_itself(method, tmp_path):
     cfg = tiny(method, tmp_path, epochs=4, optim__lr=3e-3, log__tensorboard=True)
     results = pretrain(cfg)
@@ -61,9 +61,27 @@ def test_another_seed_gives_another_run(tmp_path):
     assert losses(one) != losses(two)
 
 
-@pytest.mark.parametrize("method", ["simclr", "mae"])
-def test_a_stopped_run_goes_on_as_if_never_stopped(method, tmp_path, monkeypatch):
-    whole = tiny(method, tmp_path, name="whole", epochs=2, model__kwargs__proj_drop_rate=0.1)
+def saved_method(cfg):
+    """All that a finished run's method keeps: parameters, queues, a teacher and its means."""
+    last = max((cfg.directory / "checkpoints").glob("step-*"))
+    (file,) = last.glob("deepspeed/*model_states.pt")
+    state = torch.load(file, weights_only=False)["module"]
+    flat = {k: [v] if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    return {f"{k}.{i}": v for k, tensors in flat.items() for i, v in enumerate(tensors)}
+
+
+@pytest.mark.parametrize(
+    "method, stage, precision",
+    [
+        *[(method, 0, "fp32") for method in ("simclr", "mae", "mocov3", "nnclr", "clip")],
+        *[("mocov3", stage, "bf16") for stage in (0, 2, 3)],
+        ("nnclr", 2, "bf16"),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_never_stopped(method, stage, precision, tmp_path, monkeypatch):
+    engine = {"engine__zero_stage": stage, "engine__precision": precision}
+    dropout = {"model__kwargs__proj_drop_rate": 0.1}
+    whole = tiny(method, tmp_path, name="whole", epochs=2, **engine, **dropout)
     pretrain(whole)
     parted = whole.model_copy(update={"name": "parted", "resume": "auto"})
     step = Engine.step
@@ -83,6 +101,8 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(method, tmp_path, monkeypatch
         c.directory / "checkpoints/step-00000010/encoder.safetensors" for c in (whole, parted)
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    kept, other = saved_method(whole), saved_method(parted)
+    assert [k for k in kept.keys() | other.keys() if not torch.equal(kept[k], other[k])] == []
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
