@@ -153,15 +153,16 @@ class Tile:
 
     def keep(self, rows: slice, cols: slice) -> Tensor:
         """A bool tensor that broadcasts to the tile."""
-        found = torch.ones((), dtype=torch.bool, device=self.device)
+        found = None
         for rule, place in zip(self.rules, self.places, strict=True):
             if place < 0 or self.row_ids is None or self.col_ids is None:
                 i = torch.arange(rows.start, rows.stop, device=self.device)
                 j = torch.arange(cols.start, cols.stop, device=self.device)
             else:
                 i, j = self.row_ids[place, rows], self.col_ids[place, cols]
-            found = found & rule.keep(i[:, None], j[None, :])
-        return found
+            kept = rule.keep(i[:, None], j[None, :])
+            found = kept if found is None else found & kept
+        return torch.ones(1, 1, dtype=torch.bool, device=self.device) if found is None else found
 
 
 @cache

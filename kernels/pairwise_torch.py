@@ -61,7 +61,7 @@ class _Scores:
         x, y = self.x[i], self.keys[j]
         s = x @ y.T if self.bias is None else torch.addmm(self.bias[j], x, y.T)
         if self.tile.rules:
-            s.masked_fill_(~self.tile.keep(i, j), -math.inf)
+            s.masked_fill_(self.tile.keep(i, j).logical_not(), -math.inf)
         return s
 
     def bounded(self) -> bool:
@@ -173,7 +173,7 @@ def gradients(
     flat = all(side is None or not side[0].any() for side in (rows, cols))
     flat = flat and score.x.device.type == "cpu"
     for i, j in _tiles(pairs, score.x):
-        if pairs.same and i == j:  # s_ij and s_ji are rounded apart: a row's m is of its own scores
+        if pairs.same and i == j and not flat:  # s_ij and s_ji are rounded apart, and m with them
             w = _weigh(score(i, j), _part(rows, i), None, flat)
             w = w + w.T
         else:

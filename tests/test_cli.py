@@ -52,7 +52,7 @@ def test_a_process_of_its_own_runs_on_whatever_is_here(tmp_path):
     assert ("gpu" in found) == torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("name", ["simclr-digits", "mae-digits", "barlow-twins-digits"])
+@pytest.mark.parametrize("name", ["simclr-digits", "mae-digits", "mocov3-digits", "clip-digits"])
 def test_dry_run_plans_and_trains_nothing(name, tmp_path):
     out = call("pretrain", name, f"output={tmp_path}", "--dry-run")
     assert "parameters" in out and "activations" in out and "1,438 training images" in out
@@ -96,6 +96,20 @@ def test_exports_load_whole(run, tmp_path):
         mine = model(apply(plain, split.train.image(0), 0)[0][None])
     first = np.load(tmp_path / "f.npz")["features"][0]
     torch.testing.assert_close(mine[0], torch.from_numpy(first), rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_student_and_a_teacher_the_students_encoder_is_exported(tmp_path):
+    cfg = tiny("mocov3", tmp_path, epochs=1, method__momentum=0.9)
+    pretrain(cfg)
+    call("export", cfg.directory, "--format", "safetensors", "--out", tmp_path / "e.safetensors")
+    (file,) = cfg.directory.glob("checkpoints/step-00000005/deepspeed/*model_states.pt")
+    saved = torch.load(file, weights_only=False)["module"]
+    weights = load_file(tmp_path / "e.safetensors")
+    assert weights and all(torch.equal(saved[f"student.0.{k}"], v) for k, v in weights.items())
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(saved[f"teacher.model.0.{name}"], weights[name])
+    row = json.loads((cfg.directory / "results.json").read_text())["rows"][0]
+    assert f"{100 * row['knn']:.1f} %" in call("eval", cfg.directory)
 
 
 def test_export_refuses_what_it_cannot_write(run, tmp_path):

@@ -58,7 +58,7 @@ class EMA(nn.Module):
 
     def set_extra_state(self, state: list[Tensor]) -> None:
         device = next(self.model.parameters()).device
-        self._means = [mean.to(device) for mean in state]
+        self._means = [mean.to(device, copy=True) for mean in state]
 
 
 def _piece(parameter: Tensor) -> Tensor:

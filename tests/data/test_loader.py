@@ -31,7 +31,7 @@ class Images(ArrayImages):
         g = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (count, 3, size, size), generator=g, dtype=torch.uint8)
         names = [f"img{i}" for i in range(count)]
-        super().__init__(pixels, torch.zeros(count, dtype=torch.int64), ("a",), names)
+        super().__init__(pixels, 3 * torch.arange(count), ("a",), names)
         self.bad = frozenset(bad)
 
     def image(self, i):
@@ -47,7 +47,7 @@ def loader(source=None, **options):
 
 def assert_same(a, b):
     assert a.keys() == b.keys() and a["bad"] == b["bad"]
-    assert torch.equal(a["index"], b["index"]) and torch.equal(a["seeds"], b["seeds"])
+    assert all(torch.equal(a[key], b[key]) for key in ("index", "seeds", "label"))
     assert len(a["views"]) == len(b["views"])
     assert all(torch.equal(x, y) for x, y in zip(a["views"], b["views"], strict=True))
 
@@ -61,13 +61,20 @@ def test_batch_is_what_the_spec_says():
     own = loader()
     batch = next(own.stream(6, 7))  # epoch 1, for an epoch has 5 steps
     assert own.steps_per_epoch == 5 and batch["bad"] == []
-    assert batch["index"].dtype == batch["seeds"].dtype == torch.int64
+    assert batch["index"].dtype == batch["seeds"].dtype == batch["label"].dtype == torch.int64
+    assert torch.equal(batch["label"], 3 * batch["index"])
     for k, i in enumerate(batch["index"].tolist()):
         seed = sample_seed(7, 1, i)
         assert batch["seeds"][k] == seed
         want = apply(VIEWS, own.source.image(i), seed)
         for v, view in enumerate(batch["views"]):
             assert view.shape == (4, 3, 12, 12) and torch.equal(view[k], want[v])
+
+
+def test_without_labels_there_are_none():
+    source = Images()
+    source.labels = None
+    assert "label" not in next(loader(source).stream(0, 1))
 
 
 def test_epoch_is_a_permutation_without_its_short_end():
@@ -109,6 +116,7 @@ def test_ranks_joined_are_one_process(world):
             "views": [torch.cat(v) for v in zip(*(s["views"] for s in shares), strict=True)],
             "index": torch.cat([s["index"] for s in shares]),
             "seeds": torch.cat([s["seeds"] for s in shares]),
+            "label": torch.cat([s["label"] for s in shares]),
             "bad": sum((s["bad"] for s in shares), []),
         }
         assert_same(one, joined)
@@ -137,6 +145,7 @@ def test_bad_images_are_replaced_counted_and_named():
     assert {*named} == {"img2", "img5", "img11"} and len(named) >= 9  # three epochs
     for got, want in zip(batches, clean, strict=True):
         assert torch.equal(got["seeds"], want["seeds"])  # the place's own
+        assert torch.equal(got["label"], 3 * got["index"])  # the replacement's
         assert not bad & {*got["index"].tolist()}
         for k, (i, j) in enumerate(zip(got["index"], want["index"], strict=True)):
             assert (i == j) != (int(j) in bad)

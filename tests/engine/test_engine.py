@@ -100,6 +100,16 @@ def test_a_batch_that_does_not_divide_is_refused():
         engine(1, "fp32", accumulation=3)
 
 
+def test_micro_batches_are_the_batch_and_labels_go_along():
+    whole = {**batch(), "label": torch.arange(8) % 3, "bad": []}
+    with launch.session("cpu"):
+        parts = list(engine(0, "fp32", accumulation=4)._split(whole))
+    assert [len(part["label"]) for part in parts] == [2] * 4
+    for key in ("index", "seeds", "label"):
+        assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
+    assert torch.equal(torch.cat([part["views"][0] for part in parts]), whole["views"][0])
+
+
 def test_activation_checkpointing_changes_nothing_but_memory():
     results = []
     with launch.session("cpu"):

@@ -1,10 +1,15 @@
 """Each method computes its paper's loss on what its own parts produce."""
 
+import math
+
 import lightly.loss
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fastssl.losses import NNCLRLoss
 from fastssl.methods import METHODS, build_method
+from fastssl.methods.clip import CLIPConfig
 from fastssl.models import build_backbone
 from tests.runs import METHODS as OPTIONS
 from tests.runs import VIT, tiny
@@ -20,29 +25,125 @@ def method(name, tmp_path, **changes):
 def batch(views, n=6):
     torch.manual_seed(1)
     images = [torch.randn(n, 1, 16, 16) for _ in range(views)]
-    return {"views": images, "index": torch.arange(n), "seeds": torch.arange(n) + 11}
+    each = torch.arange(n)
+    return {"views": images, "index": each, "seeds": each + 11, "label": each % 4}
 
 
 def test_every_method_has_options_here():
     assert set(METHODS) == set(OPTIONS)
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")  # lightly's own
 @pytest.mark.parametrize(
     "name, rival",
     [
         ("simclr", lightly.loss.NTXentLoss(temperature=0.1)),
         ("barlow_twins", lightly.loss.BarlowTwinsLoss(lambda_param=5e-3)),
+        ("dcl", lightly.loss.DCLLoss(temperature=0.1)),
+        ("dcl, weighted", lightly.loss.DCLWLoss(temperature=0.1)),
     ],
 )
 def test_joint_methods(name, rival, tmp_path):
-    ours, _ = method(name, tmp_path)
+    name, _, weighted = name.partition(", ")
+    ours, _ = method(name, tmp_path, **({"method__weighted": True} if weighted else {}))
     data = batch(2)
     loss = ours(data)["loss"]
     z_0, z_1 = (ours.head(ours.encoder(view)) for view in data["views"])
     torch.testing.assert_close(loss, rival(z_0, z_1), rtol=1e-5, atol=1e-5)
+    assert_gradients_reach(ours, loss)
+
+
+def assert_gradients_reach(ours, loss):
+    """All that is trained, and nothing else."""
     loss.backward()
-    unused = [n for n, p in ours.named_parameters() if p.grad is None]
-    assert not unused, f"no gradient reaches {unused}"
+    wrong = [n for n, p in ours.named_parameters() if (p.grad is None) == p.requires_grad]
+    assert not wrong, f"trained without gradient, or the reverse: {wrong}"
+
+
+def info_nce(q, k, temperature):
+    """The cross-entropy of each query with its own key, as MoCo v3's algorithm 1 has it."""
+    logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / temperature
+    return 2 * temperature * F.cross_entropy(logits, torch.arange(len(q)))
+
+
+def test_mocov3_matches_queries_with_the_teachers_keys(tmp_path):
+    ours, cfg = method("mocov3", tmp_path)
+    with torch.no_grad():  # a teacher that has fallen behind
+        for p in ours.student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    data = batch(2)
+    loss = ours(data)["loss"]
+    q = [ours.predictor(ours.student(view)) for view in data["views"]]
+    k = [ours.teacher.model(view) for view in data["views"]]
+    t = cfg.method.temperature
+    torch.testing.assert_close(loss, info_nce(q[0], k[1], t) + info_nce(q[1], k[0], t))
+    assert_gradients_reach(ours, loss)
+    assert ours.encoder is ours.student[0] and not any(p.requires_grad for p in k)
+    assert all(not p.requires_grad for p in ours.teacher.parameters())
+
+
+@pytest.mark.parametrize("progress, momentum", [(0.0, 0.8), (0.5, 0.9), (1.0, 1.0)])
+def test_the_teachers_momentum_rises_to_1(progress, momentum, tmp_path):
+    ours, _ = method("mocov3", tmp_path, method__momentum=0.8)
+    before = {n: p.clone() for n, p in ours.teacher.model.named_parameters()}
+    with torch.no_grad():
+        for p in ours.student.parameters():
+            p.add_(1.0)
+    ours.after_step(progress)
+    for name, p in ours.teacher.model.named_parameters():
+        torch.testing.assert_close(p, before[name] + (1 - momentum), rtol=0, atol=1e-6)
+
+
+def test_nnclr_contrasts_neighbours_with_predictions(tmp_path):
+    ours, _ = method("nnclr", tmp_path)
+    alone = NNCLRLoss(300, 16, temperature=0.1)
+    assert torch.equal(ours.loss.queue.bank, alone.queue.bank)
+    for filled in (6, 12):
+        data = batch(2)
+        loss = ours(data)["loss"]
+        z = [ours.head(ours.encoder(view)) for view in data["views"]]
+        want = alone(*z, *map(ours.predictor, z))
+        torch.testing.assert_close(loss, want)
+        assert ours.loss.queue.next == filled  # once a step, by the second view's projections
+        new = ours.loss.queue.bank[filled - 6 : filled]
+        torch.testing.assert_close(new, F.normalize(z[1].detach()))
+    assert_gradients_reach(ours, loss)
+    ours.eval()
+    ours(data)
+    assert ours.loss.queue.next == 12
+
+
+def test_clip_matches_images_with_their_captions(tmp_path):
+    ours, cfg = method("clip", tmp_path)
+    assert ours.log_scale.shape == (1,)  # ZeRO cannot send a parameter without dimensions
+    data = batch(1)
+    out = ours(data)
+    x = F.normalize(ours.image_head(ours.encoder(data["views"][0])), dim=1)
+    captions = F.normalize(ours.text(torch.arange(10)), dim=1)
+    logits = x @ captions[data["label"]].T / cfg.method.temperature
+    own = torch.arange(6)
+    want = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(out["loss"], want)
+    hits = [(x[i] @ captions.T).argmax() == data["label"][i] for i in range(6)]
+    assert out["accuracy"] == sum(hits) / 6
+    torch.testing.assert_close(out["scale"], torch.tensor(1 / cfg.method.temperature))
+    assert_gradients_reach(ours, out["loss"])
+
+
+def test_clips_scale_stops_at_100(tmp_path):
+    ours, _ = method("clip", tmp_path)
+    with torch.no_grad():
+        ours.log_scale.fill_(math.log(300))
+    torch.testing.assert_close(ours(batch(1))["scale"], torch.tensor(100.0))
+
+
+def test_clip_asks_for_a_caption_for_every_class():
+    ten = CLIPConfig(captions=10)
+    ten.check_source(10)
+    with pytest.raises(ValueError, match="no labels"):
+        ten.check_source(None)
+    with pytest.raises(ValueError, match=r"method.captions=10 .* 11 classes"):
+        ten.check_source(11)
 
 
 def test_mae_is_the_mean_error_over_hidden_patches(tmp_path):
@@ -56,8 +157,7 @@ def test_mae_is_the_mean_error_over_hidden_patches(tmp_path):
     truth = grid.gather(1, masking.masked[..., None].expand(-1, -1, 16))
     truth = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(loss, (prediction - truth).square().mean())
-    loss.backward()
-    assert not [n for n, p in ours.named_parameters() if p.grad is None]
+    assert_gradients_reach(ours, loss)
 
 
 def test_mae_hides_the_same_patches_whatever_the_batch(tmp_path):

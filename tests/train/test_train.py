@@ -346,6 +346,15 @@ def test_own_images_without_labels_or_held_out_ones(fraction, photos, tmp_path):
     assert (tmp_path / "run/embedding.png").is_file()
 
 
+def test_captions_are_asked_for_before_the_training(photos, tmp_path):
+    source = {"name": "folder", "path": str(photos), "flat": True}
+    with pytest.raises(ConfigError, match="method.name=clip .*data.source has no labels"):
+        pretrain(tiny("clip", tmp_path, data__source=source, batch_size=12))
+    with pytest.raises(ConfigError, match="method.captions=9 .*10 classes.*method.captions=10"):
+        pretrain(tiny("clip", tmp_path, method__captions=9))
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_few_readable_images_to_measure(tmp_path):
     for part, count in (("train", 3), ("val", 2)):
         (tmp_path / "few" / part / "a").mkdir(parents=True)
