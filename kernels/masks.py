@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -165,7 +164,6 @@ class Tile:
         return torch.ones(1, 1, dtype=torch.bool, device=self.device) if found is None else found
 
 
-@cache
 def decode(key: str) -> tuple[tuple[PairMask, ...], tuple[int, ...]]:
     """The rules of a `Masks.key`, and the place of each one's ids."""
     parts = [part.rpartition("@") for part in key.split("|") if part]

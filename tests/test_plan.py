@@ -49,6 +49,19 @@ def test_zero_divides_what_it_shards(tmp_path):
         assert plan.total == plan.weights + plan.gradients + plan.optimiser + plan.activations
 
 
+def test_a_teacher_has_no_gradient_and_in_16_bits_a_float32_mean(tmp_path):
+    for precision, stage, teachers in (("fp32", 0, 4), ("bf16", 0, 6), ("bf16", 3, 1.5)):
+        changes = {"engine__zero_stage": stage, "engine__precision": precision}
+        plan = make_plan(tiny("mocov3", tmp_path, **changes), 1, 4)
+        trained = sum(p.numel() for p in build(tiny("mocov3", tmp_path), 1).student.parameters())
+        own = plan.parameters - trained
+        student = {("fp32", 0): (4, 4, 8), ("bf16", 0): (2, 2, 12), ("bf16", 3): (0.5, 0.5, 3)}
+        weights, gradients, optimiser = student[precision, stage]
+        assert plan.weights == pytest.approx(weights * own + teachers * trained, rel=1e-3)
+        got = [plan.gradients / own, plan.optimiser / own]
+        assert got == pytest.approx([gradients, optimiser], rel=1e-3)
+
+
 def test_activation_checkpointing_and_accumulation_show(tmp_path):
     plain, lean, split = (
         make_plan(tiny("simclr", tmp_path, **changes), 1, 1).activations

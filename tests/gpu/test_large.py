@@ -11,6 +11,7 @@ import torch
 from fastssl import kernels
 from fastssl.kernels import exclude_self, pairwise_lse
 from fastssl.kernels.pairwise import pairwise_lse_reference
+from fastssl.losses import CLIPLoss, NTXentLoss, SigLIPLoss
 from tests.gpu.room import DEVICE, REHEARSAL, pick
 from tests.gpu.subjects import impl, rows
 from tests.oracle import as_accurate_as_eager
@@ -209,3 +210,38 @@ def test_tokens_past_the_boundary():
     image = torch.arange(3, device=DEVICE)[:, None]
     picked = kernels.gather_tokens(tokens, places)
     assert torch.equal(picked[-3:], tokens[-3:][image, places[-3:]])
+
+
+def _peak_gib(run):
+    """GiB that `run` holds at its most, beside what is there before."""
+    if REHEARSAL:
+        run()
+        return 0.0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def test_a_million_views_in_4_gib():
+    B, D = pick((524_288, 128), (20, 6))
+    z0, z1 = (rows(torch.bfloat16, B, D).requires_grad_() for _ in range(2))
+    peak = _peak_gib(lambda: NTXentLoss(0.1)(z0, z1).backward())
+    assert z0.grad.isfinite().all() and z0.grad.any() and peak < 4
+
+
+def test_pairs_of_65536_images_and_texts_in_2_gib():
+    B, D = pick((65_536, 768), (20, 6))
+    x, t = (rows(torch.bfloat16, B, D).requires_grad_() for _ in range(2))
+    for loss in (CLIPLoss(), lambda x, t, s: SigLIPLoss()(x, t, s, -10.0)):
+        peak = _peak_gib(lambda: loss(x, t, 10.0).backward())  # noqa: B023
+        assert x.grad.isfinite().all() and t.grad.any() and peak < 2
+
+
+def test_a_search_holds_no_scores():
+    M, N, D, n = pick((50_000, 1_310_720, 1024, 20), (9, 31, 5, 3))
+    q, k = (rows(torch.bfloat16, count, D) for count in (M, N))
+    peak = _peak_gib(lambda: kernels.pairwise_topk(q, k, n, impl=impl("pairwise_topk")))
+    assert peak < 1
