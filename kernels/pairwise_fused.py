@@ -12,7 +12,9 @@ from . import pairwise_products, pairwise_tiles
 from .pairwise_torch import Grads, Pairs
 from .scores_fused import INTERPRETED, join, log_sum, weights
 
-FUSED_UP_TO = 256  # features; from others' measurements, to be confirmed by `make gpu-tune`
+FUSED_UP_TO = 256  # features; from others' measurements, to be confirmed by `make gpu-bench`
+
+SCHEDULES = {"tiles": pairwise_tiles, "products": pairwise_products}
 
 __all__ = ["INTERPRETED", "gradients", "join", "log_sum", "statistics", "weights"]
 

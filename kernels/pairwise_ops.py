@@ -18,13 +18,19 @@ from .masks import twins
 from .pairwise_torch import Grads, Pairs
 
 fused: Any = None
+_engines: dict[str, Any] = {"torch": pairwise_torch}
 if twins is not None:
     from . import pairwise_fused as fused
 
+    _engines |= {"triton": fused, **fused.SCHEDULES}
+
 
 def engine(impl: str) -> Any:
-    """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` for impl."""
-    return fused if impl == "triton" else pairwise_torch
+    """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` for impl.
+
+    impl: "torch", "triton", or one of Triton's schedules by name, to be compared.
+    """
+    return _engines[impl]
 
 
 @torch.library.custom_op("fastssl::pairwise_stats", mutates_args=())

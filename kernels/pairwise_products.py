@@ -27,7 +27,9 @@ from ._chunks import spans
 from ._tuning import Config, Kernel, Variant, config_for, forced, register
 from .masks import Masks, decode, exclude_self
 from .pairwise_torch import Grads, Pairs
-from .scores_fused import LEAST, join, scored, unit, weighed
+from .scores_fused import LEAST, join, log_sum, scored, unit, weighed, weights
+
+__all__ = ["SUMMARISE", "WEIGH", "gradients", "join", "log_sum", "statistics", "weights"]
 
 BLOCK_BYTES = 1 << 25  # of S: with W, an H200's L2 holds it
 

@@ -26,7 +26,21 @@ from ._tuning import Config, Kernel, config_for, register
 from .masks import decode
 from .pairwise_configs import backward_variants, forward_variants, shape_class
 from .pairwise_torch import Grads, Pairs
-from .scores_fused import LEAST, dot, precision, product, rows_contiguous, scored, unit, weighed
+from .scores_fused import (
+    LEAST,
+    dot,
+    join,
+    log_sum,
+    precision,
+    product,
+    rows_contiguous,
+    scored,
+    unit,
+    weighed,
+    weights,
+)
+
+__all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
-from fastssl.bench.registry import OURS, REFERENCE, Outputs, Problem, Rival, Shape, case
+from fastssl.bench.registry import OURS, REFERENCE, Outputs, Problem, Rival, Shape, Sweep, case
 from fastssl.bench.rivals import beside, by_implementation, nbytes, weighed
 from fastssl.kernels import (
     column_moments,
@@ -23,10 +23,12 @@ from fastssl.kernels import (
     exclude_self,
     frobenius_sq,
     pairwise_lse,
+    pairwise_ops,
     pairwise_topk,
     standardise,
 )
 from fastssl.kernels.correlation import column_moments_reference
+from fastssl.kernels.pairwise_torch import Pairs
 
 _SCALE = 1 / 0.1
 
@@ -47,18 +49,23 @@ def _unit(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         "cpu": [{"M": 1024, "N": 4096, "D": 128}, {"M": 2048, "N": 2048, "D": 512}],
         "cuda": [{"M": 8192, "N": 65536, "D": 128}, {"M": 16384, "N": 16384, "D": 768}],
     },
+    sweeps={"cuda": [Sweep("D", (64, 128, 256, 384, 512, 1024), {"M": 16384, "N": 16384})]},
     gate_shape={"M": 333, "N": 1111, "D": 128},
 )
 def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Row log-sum-exp of scaled similarities, rows against other keys.
 
     Products: 2 M N D forward; backward one as large for each side, 4 M N D.
+    On a GPU the two schedules of Triton stand beside each other.
     """
     M, N, D = shape["M"], shape["N"], shape["D"]
     inputs = tuple(_unit(n, D, dtype, device).requires_grad_() for n in (M, N))
+    rivals = by_implementation("pairwise_lse", _lse, device)
+    if device.type == "cuda":
+        rivals |= {f"{OURS} {name}": partial(_by_schedule, name) for name in ("tiles", "products")}
     return Problem(
         inputs=inputs,
-        rivals=by_implementation("pairwise_lse", _lse, device),
+        rivals=rivals,
         flops={"fwd": 2.0 * M * N * D, "bwd": 4.0 * M * N * D},
         bytes_moved={"fwd": nbytes(*inputs) + 4 * M, "bwd": 2 * nbytes(*inputs) + 4 * M},
     )
@@ -66,6 +73,11 @@ def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
 
 def _lse(impl: str, q: Tensor, k: Tensor) -> Tensor:
     return pairwise_lse(q, k, _SCALE, impl=impl)
+
+
+def _by_schedule(name: str, q: Tensor, k: Tensor) -> Tensor:
+    pairs = Pairs(q, k, torch.full((), _SCALE, device=q.device), None, None, None, "", False)
+    return pairwise_ops.lse(pairs, False, name)[0]
 
 
 @case(

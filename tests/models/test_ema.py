@@ -23,7 +23,7 @@ def move(model):
 
 def test_a_teacher_begins_as_the_student_and_asks_for_no_gradient():
     model = student()
-    teacher, x = EMA(model), torch.randn(7, 3)
+    teacher, x = EMA(model), torch.randn(7, 3, requires_grad=True)
     out = teacher(x)
     assert torch.equal(out, model(x)) and not out.requires_grad
     assert not any(p.requires_grad for p in teacher.parameters())
