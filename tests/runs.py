@@ -56,3 +56,12 @@ def losses(cfg: RunConfig) -> list[float]:
 
     rows = read_metrics(cfg.directory / "metrics.jsonl")
     return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def final(cfg: RunConfig) -> list[dict[str, Any]]:
+    """What a run ends with, less what depends on the clock."""
+    from fastssl.report import read_metrics
+
+    rows = read_metrics(cfg.directory / "metrics.jsonl")
+    kept = [row for row in rows if row["kind"] != "event"]
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in kept]

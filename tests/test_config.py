@@ -83,7 +83,7 @@ def test_a_schedule_without_a_name_is_the_cosine():
         ("epochs=ten", "epochs='ten' is refused: input should be a valid integer"),
         ("optim.lr=-1", "optim.lr=-1 is refused: input should be greater than 0"),
         ("engine.zero_stage=4", "engine.zero_stage=4 is refused: input should be 0, 1, 2 or 3"),
-        ("method.name=simclir", "method.name='simclir' is not one of 'simclr', 'barlow_twins'"),
+        ("method.name=simclir", "method.name='simclir' is not one of 'simclr', 'dcl'"),
         ("data.source.name=digit", "data.source.name='digit' is not one of 'digits'"),
         ("data.overrides.flipp=1", "unknown override of preset 'simclr' 'flipp'.*'flip'"),
         ("data.augment=simcler", "unknown preset 'simcler'.*'simclr'"),

@@ -8,6 +8,7 @@ import torch
 
 from fastssl.kernels import (
     PairMask,
+    _tuning,
     exclude_self,
     pairwise,
     pairwise_fused,
@@ -20,7 +21,7 @@ from fastssl.kernels.masks import as_masks
 from fastssl.kernels.pairwise import pairwise_lse_reference
 from fastssl.kernels.pairwise_configs import shape_class
 from fastssl.kernels.pairwise_torch import Pairs
-from tests.oracle import DEVICE, UPSTREAM, grads, largest_tensor, saved_elements
+from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 from .conftest import SCHEDULES
 
@@ -82,6 +83,21 @@ def test_products_meet_each_pair_of_blocks_once(same, both, monkeypatch):
     else:  # blocks of 20 rows: the four on the diagonal, and those above it
         diagonal = 3 * 20**2 + 10**2
         assert sum(m * n for m, n in sizes) == diagonal + (70**2 - diagonal) // 2
+
+
+@pytest.mark.parametrize("impl", ["torch", "tiles", "products"])
+def test_the_most_features(impl):
+    q, k = rows_of(torch.float32, (3, 4096), (21, 4096))
+    chunks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 256}
+    with (
+        _tuning.forced("pairwise_lse_fwd", _tuning.Config(chunks)),
+        _tuning.forced("pairwise_lse_bwd", _tuning.Config({**chunks, "BLOCK_O": 512})),
+    ):
+        assert_no_worse(
+            lambda q, k: torch.cat(pairwise_ops.lse(pairs_of(q, k), True, impl)),
+            lambda q, k: torch.cat(pairwise_lse_reference(q, k, 1.0, None, None, True)),
+            (q, k),
+        )
 
 
 @schedules

@@ -16,12 +16,12 @@ WHOLE = "3, uncut"  # parameters this small are whole on every rank, beside thei
 RUNS: dict[str, tuple[int | str, ...]] = {
     "simclr": STAGES,
     "mae": STAGES,
-    "mocov3": (2, 3, WHOLE),
+    "mocov3": (3, WHOLE),
     "nnclr": (2,),
     "clip": (2,),
 }
 ALL = [(method, stage) for method, stages in RUNS.items() for stage in stages]
-RESUMED = [("mae", 1), ("mae", 2), ("mae", 3), ("mocov3", 3), ("mocov3", WHOLE), ("nnclr", 2)]
+RESUMED = [("mae", 1), ("mae", 2), ("mae", 3), ("mocov3", 3), ("nnclr", 2)]
 
 
 def configuration(method: str, stage: int | str, output: Path, world: int):

@@ -1,7 +1,6 @@
 """Whole runs in one process: they learn, they are reproducible, and bad luck is handled."""
 
 import json
-import os
 import resource
 import signal
 
@@ -19,15 +18,8 @@ from fastssl.report import read_metrics
 from fastssl.results import EvaluationError
 from fastssl.rundir import prepared
 from fastssl.runlog import LogError, Silent
-from fastssl.train import Interrupted, NonFinite, Progress, Run, pretrain
-from tests.runs import METHODS, losses, tiny
-
-
-def final(cfg):
-    """What a run ends with, less what depends on the clock."""
-    rows = read_metrics(cfg.directory / "metrics.jsonl")
-    kept = [row for row in rows if row["kind"] != "event"]
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in kept]
+from fastssl.train import NonFinite, Progress, Run, pretrain
+from tests.runs import METHODS, final, losses, tiny
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,50 +51,6 @@ def test_another_seed_gives_another_run(tmp_path):
     pretrain(one)
     pretrain(two)
     assert losses(one) != losses(two)
-
-
-def saved_method(cfg):
-    """All that a finished run's method keeps: parameters, queues, a teacher and its means."""
-    last = max((cfg.directory / "checkpoints").glob("step-*"))
-    (file,) = last.glob("deepspeed/*model_states.pt")
-    state = torch.load(file, weights_only=False)["module"]
-    flat = {k: [v] if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-    return {f"{k}.{i}": v for k, tensors in flat.items() for i, v in enumerate(tensors)}
-
-
-@pytest.mark.parametrize(
-    "method, stage, precision",
-    [
-        *[(method, 0, "fp32") for method in ("simclr", "mae", "mocov3", "nnclr", "clip")],
-        *[("mocov3", stage, "bf16") for stage in (0, 2, 3)],
-        ("nnclr", 2, "bf16"),
-    ],
-)
-def test_a_stopped_run_goes_on_as_if_never_stopped(method, stage, precision, tmp_path, monkeypatch):
-    engine = {"engine__zero_stage": stage, "engine__precision": precision}
-    dropout = {"model__kwargs__proj_drop_rate": 0.1}
-    whole = tiny(method, tmp_path, name="whole", epochs=2, **engine, **dropout)
-    pretrain(whole)
-    parted = whole.model_copy(update={"name": "parted", "resume": "auto"})
-    step = Engine.step
-
-    def step_and_ask(self, *args, **options):
-        if self.ds.global_steps == 6:  # in mid-epoch
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args, **options)
-
-    monkeypatch.setattr(Engine, "step", step_and_ask)
-    with pytest.raises(Interrupted, match="step 8 of 10.*resume=auto"):
-        pretrain(parted)
-    monkeypatch.undo()
-    pretrain(parted)
-    assert final(parted) == final(whole)
-    weights = [
-        c.directory / "checkpoints/step-00000010/encoder.safetensors" for c in (whole, parted)
-    ]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    kept, other = saved_method(whole), saved_method(parted)
-    assert [k for k in kept.keys() | other.keys() if not torch.equal(kept[k], other[k])] == []
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
