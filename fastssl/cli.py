@@ -174,9 +174,10 @@ def _print_plan(cfg: Any) -> None:
     from fastssl.data.datasets import open_source
     from fastssl.data.loader import PretrainLoader
     from fastssl.plan import make_plan
-    from fastssl.train import check_steps
+    from fastssl.train import check_source, check_steps
 
     split = open_source(cfg.data.source, cfg.seed)
+    check_source(cfg, split.train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plan = make_plan(cfg, split.train.channels, world)
     table = Table("per device", "MiB")

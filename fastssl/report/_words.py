@@ -3,7 +3,10 @@
 import math
 from typing import Any
 
-_METHODS = {"simclr": "SimCLR", "barlow_twins": "Barlow Twins", "mae": "MAE"}
+_METHODS = {
+    **{"simclr": "SimCLR", "dcl": "DCL", "mocov3": "MoCo v3", "nnclr": "NNCLR", "clip": "CLIP"},
+    **{"barlow_twins": "Barlow Twins", "mae": "MAE"},
+}
 PRETRAINED, RANDOM, PIXELS = "pretrained", "random initialisation", "raw pixels"
 
 

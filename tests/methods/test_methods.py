@@ -113,6 +113,14 @@ def test_nnclr_contrasts_neighbours_with_predictions(tmp_path):
     assert ours.loss.queue.next == 12
 
 
+def test_nnclr_survives_a_batch_that_is_not_finite(tmp_path):
+    ours, _ = method("nnclr", tmp_path)
+    bad = batch(2)
+    bad["views"][1][0] = torch.nan
+    assert ours(bad)["loss"].isnan()
+    assert ours(batch(2))["loss"].isfinite() and ours.loss.queue.next == 12
+
+
 def test_clip_matches_images_with_their_captions(tmp_path):
     ours, cfg = method("clip", tmp_path)
     assert ours.log_scale.shape == (1,)  # ZeRO cannot send a parameter without dimensions
