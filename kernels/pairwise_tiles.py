@@ -186,7 +186,8 @@ def backward(
     """
     operands = _operands(pairs, flip)
     x, M, D = operands["X"], operands["M"], operands["D"]
-    part = "both" if pairs.same else "full" if None not in sides else "rows"
+    one_sided = any(side is None for side in sides)
+    part = "both" if pairs.same else "full" if not one_sided else "cols" if flip else "rows"
     choice = choice or choose(BWD, pairs.q, part)
     constants = _constants(BWD, choice, pairs, flip)
     vector = flip and pairs.scale.ndim == 1

@@ -6,7 +6,13 @@ import torch
 
 from fastssl.bench import tune
 from fastssl.bench.tune import FAILED, LEFT, OK, SCARCE, WRONG
-from fastssl.kernels import _tuning, pairwise_configs
+from fastssl.kernels import (
+    _tuning,
+    pairwise_configs,
+    pairwise_products,
+    sigmoid_configs,
+    topk_configs,
+)
 from fastssl.kernels._tuning import Config, Kernel, Variant
 
 CPU = torch.device("cpu")
@@ -149,17 +155,35 @@ def test_the_command_says_what_it_did_not_reach(one_kernel, capsys):
     assert "sm_90" in _tuning.TABLE.read_text() and '"k"' not in _tuning.TABLE.read_text()
 
 
-def test_a_kernel_of_ours_goes_the_whole_way(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(pairwise_configs, "TRIAL_ROWS", 20)
-    for name in ("pairwise_lse_fwd", "pairwise_lse_bwd"):
-        known = _tuning.kernels()[name]
-        some = {v: x for v, x in known.variants.items() if v.startswith("float16-D64")}
-        monkeypatch.setitem(_tuning._kernels, name, Kernel(name, known.fn, some))
-    argv = ["--kernel", "pairwise_lse_*", "--jobs", "1"]
+OURS = {  # a class of each kernel
+    "pairwise_lse_fwd": "float16-D64-full",
+    "pairwise_lse_bwd": "float16-D64-both",
+    "pairwise_summarise": "float16-full",
+    "pairwise_weigh": "float16-plain",
+    "pairwise_sigmoid_tiles": "float16-D64-rows",
+    "pairwise_sigmoid_weigh": "float16-grad",
+    "pairwise_topk": "float16-n16",
+}
+
+
+def test_every_kernel_has_a_class_here():
+    assert set(_tuning.kernels()) == set(OURS)
+
+
+@pytest.mark.parametrize("name, variant", OURS.items(), ids=OURS)
+def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
+    for configs in (pairwise_configs, sigmoid_configs):
+        monkeypatch.setattr(configs, "TRIAL_ROWS", 20)
+    monkeypatch.setattr(sigmoid_configs, "TRIAL_BLOCK", (10, 20))
+    monkeypatch.setattr(pairwise_products, "TRIAL", (20, 10))
+    monkeypatch.setattr(topk_configs, "TRIAL", (5, 40, 8))
+    known = _tuning.kernels()[name]
+    some = {variant: known.variants[variant]}
+    monkeypatch.setitem(_tuning._kernels, name, Kernel(name, known.fn, some))
+    argv = ["--kernel", name, "--jobs", "1"]
     assert tune.main(argv, CPU, lambda launch: float(len(launch())), Time().now) == 0
     printed = capsys.readouterr().out
-    tried = _tuning.kernels()["pairwise_lse_bwd"].variants["float16-D64-both"].candidates
-    assert printed.count("pairwise_lse_bwd  float16-D64-both") == len(tried) > 1
+    assert printed.count(f"{name}  {variant}") == len(some[variant].candidates)
     assert "wrong" not in printed and "failed" not in printed
 
 

@@ -37,7 +37,7 @@ def test_value_and_gradient_of_lightly(case, B, D, temperature, reduce):
     eager = grads(rival, views(B, D), reduce)
     mine = grads(ours(temperature, **options), views(B, D), reduce)
     for a, e, t in zip(mine, eager, truth, strict=True):
-        as_accurate_as_eager(a, e, t)
+        as_accurate_as_eager(a, e, t, slack=4)  # of two images eager's error may be none
 
 
 def test_known_values():
