@@ -53,22 +53,32 @@ class _Scores:
         self.keys = pairs.k.to(acc)
         self.scale = pairs.scale.to(acc)
         self.q = self.keys if pairs.same else pairs.q.to(acc)
-        self.x = self.q * (self.scale if self.scale.ndim == 0 else self.scale[:, None])
+        # A product takes one number with it; on other devices to read it would wait.  With 0 it
+        # would not look at the rows, and hide a nan.
+        host = self.scale.ndim == 0 and self.scale.device.type == "cpu" and float(self.scale) != 0
+        self.alpha = float(self.scale) if host else 1.0
+        self.x = self.q if host else self.q * self.by_row
         self.bias = None if pairs.bias is None else pairs.bias.to(acc)
         self.tile = Tile(pairs.mask, pairs.row_ids, pairs.col_ids, pairs.q.device)
 
     def __call__(self, i: slice, j: slice) -> Tensor:
-        x, y = self.x[i], self.keys[j]
-        s = x @ y.T if self.bias is None else torch.addmm(self.bias[j], x, y.T)
+        add, beta = (self.x.new_empty(()), 0) if self.bias is None else (self.bias[j], 1)
+        s = torch.addmm(add, self.x[i], self.keys[j].T, beta=beta, alpha=self.alpha)
         if self.tile.rules:
             s.masked_fill_(self.tile.keep(i, j).logical_not(), -math.inf)
         return s
+
+    @property
+    def by_row(self) -> Tensor:
+        """The scale, to be multiplied with (M, D)."""
+        return self.scale if self.scale.ndim == 0 else self.scale[:, None]
 
     def bounded(self) -> bool:
         """Whether no score can leave +-SAFE; on a CPU alone, where looking costs no wait."""
         if self.x.device.type != "cpu":
             return False
-        most = self.x.square().sum(1).max().sqrt() * self.keys.square().sum(1).max().sqrt()
+        x, y = (torch.linalg.vector_norm(z, dim=1).max() for z in (self.x, self.keys))
+        most = abs(self.alpha) * x * y
         if self.bias is not None:
             most = most + self.bias.abs().max()
         return bool(most <= SAFE)
@@ -183,7 +193,7 @@ def gradients(
             if pairs.same and i != j:
                 u[j].addmm_(w.T, score.keys[i])
         if dk is not None:
-            dk[j].addmm_(w.T, score.x[i])
+            dk[j].addmm_(w.T, score.x[i], alpha=score.alpha)
         if need_bias:
             dbias[j] += w.sum(0)
     return _finish(score, pairs.same, u, dk, dbias, need)
@@ -216,11 +226,10 @@ def _finish(
     need: tuple[bool, bool, bool, bool],
 ) -> Grads:
     none = partial(score.x.new_empty, 0)  # an operator may not return one tensor twice
-    by_row = score.scale if score.scale.ndim == 0 else score.scale[:, None]
     dscale = none()
     if need[2] and u is not None:
-        dscale = (score.q * u).sum(1)
+        dscale = torch.bmm(score.q.unsqueeze(1), u.unsqueeze(2)).flatten()  # no (M, D) between
         # Of symmetric scores each pair stands in u twice, once from either side.
         dscale = dscale if score.scale.ndim else dscale.sum() / (2 if same else 1)
-    dq = none() if u is None or not (need[0] or same) else u * by_row
+    dq = none() if u is None or not (need[0] or same) else u.mul_(score.by_row)
     return Grads(dq, none() if dk is None else dk, dscale, dbias)

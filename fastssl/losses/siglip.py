@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl.distributed import (
@@ -13,6 +12,7 @@ from fastssl.distributed import (
     all_gather_rows,
     rank,
     require_all_even,
+    shift,
     world_size,
 )
 from fastssl.kernels import same_group
@@ -24,8 +24,7 @@ from fastssl.kernels.pairwise_sigmoid import (
     pairwise_sigmoid,
     pairwise_sigmoid_grads,
 )
-
-STRATEGIES = ("gather", "ring")
+from fastssl.losses._sharded import check_strategy
 
 
 class SigLIPLoss(nn.Module):
@@ -74,9 +73,7 @@ class SigLIPLoss(nn.Module):
         process_group: Group = None,
     ) -> None:
         super().__init__()
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-        self.strategy, self.process_group = strategy, process_group
+        self.strategy, self.process_group = check_strategy(strategy), process_group
 
     def forward(
         self,
@@ -156,35 +153,14 @@ def _travel(x: Tensor, t: Tensor, numbers: tuple[Any, Any], need: Need, group: G
     block, back, dt = t.detach().contiguous(), None, x.new_empty(0)
     sums: list[Tensor] = []
     for hop in range(W):
-        coming = _Passed(block, group, tag=0) if hop + 1 < W else None  # while products are made
+        coming = shift([block], 1, group) if hop + 1 < W else None  # while products are made
         positive = _twins(len(x), (me - hop) % W, group, x.device)
         total, dx, dt, dscale, dbias = pairwise_sigmoid_grads(
             x, block, *numbers, positive=positive, need=need
         )
         if need[1]:
-            back = _Passed(back.arrived().add_(dt) if back else dt, group, tag=1)
+            back = shift([back()[0].add_(dt) if back else dt], 1, group)
         parts = [total, dx, dscale, dbias]
         sums = [a.add_(b) for a, b in zip(sums, parts, strict=True)] if sums else parts
-        block = coming.arrived() if coming else block
-    return Results(*sums[:2], back.arrived() if back else dt, *sums[2:])
-
-
-class _Passed:
-    """A tensor on its way to the next rank, while one like it comes from the rank before."""
-
-    def __init__(self, x: Tensor, group: Group, tag: int) -> None:
-        whole: Any = dist.group.WORLD if group is None else group
-        W, me = world_size(group), rank(group)
-        after, before = (dist.get_global_rank(whole, (me + step) % W) for step in (1, -1))
-        self.sent, self.came = x, torch.empty_like(x)
-        ops = [
-            dist.P2POp(dist.isend, x, after, group, tag),
-            dist.P2POp(dist.irecv, self.came, before, group, tag),
-        ]
-        self.works = dist.batch_isend_irecv(ops)
-
-    def arrived(self) -> Tensor:
-        """What came, once it is here; what was sent is then free."""
-        for work in self.works:
-            work.wait()
-        return self.came
+        block = coming()[0] if coming else block
+    return Results(*sums[:2], back()[0] if back else dt, *sums[2:])
