@@ -66,7 +66,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "pairwise_products._summarise": [
         ("tl.max(s, 1), LEAST)", "tl.max(s, 1), 0.0)"),
         ("tl.exp2(s - m_y[None, :])", "tl.exp2(s - m[:, None])"),
-        ("ROWS += tl.program_id(1)", "ROWS += tl.program_id(0) * 0"),
+        ("ROWS += tl.program_id(1)", "ROWS += tl.program_id(0)"),
         ("COLS + j, m_y, j < C", "COLS + j, m_y, j < C - 1"),
         ("tl.sum(tl.exp2(s - m[:", "tl.max(tl.exp2(s - m[:"),
     ],

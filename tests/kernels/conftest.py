@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import pytest
+import torch
 
 from fastssl.kernels import (
     _chunks,
@@ -32,7 +33,15 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def nan_filled():
+    """New memory is nan, not what an earlier test has left there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch, nan_filled):
     """16 rows and columns a tile; blocks of products of 20 rows and 40 columns."""
     with ExitStack() as stack:
         for kernel, blocks in FORCED.items():
