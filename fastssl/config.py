@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml import YAMLError
 
 from fastssl.data.datasets import SourceConfig
-from fastssl.data.views import preset
+from fastssl.data.spec import ViewSpec, view_spec
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import OptimConfig, check_optimizer
 from fastssl.methods import METHODS, AnyMethodConfig
@@ -46,9 +46,13 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     source: SourceConfig = Field(
-        description="Where the images come from: digits, fractals, folder."
+        description="Where the data come from: digits, fractals, folder ..."
     )
-    image_size: int = Field(224, ge=1, description="Side of the views in pixels.")
+    image_size: int = Field(
+        224,
+        ge=1,
+        description="Side of views in pixels; of signals the samples, of clouds the points.",
+    )
     augment: str | None = Field(None, description="Augmentation preset; default: the method's own.")
     overrides: dict[str, Any] = Field({}, description="Fields of every view, over the preset's.")
     workers: int = Field(4, ge=0, description="Loader processes a rank; 0: in the main process.")
@@ -94,10 +98,10 @@ class RunConfig(Section):
     def directory(self) -> Path:
         return self.output.expanduser() / self.name
 
-    def views(self):
+    def views(self) -> ViewSpec:
         """The augmentation: the method's preset or the one named, with the overrides."""
         name = self.data.augment or METHODS[self.method.name].preset
-        return preset(name, self.data.image_size, **self.data.overrides)
+        return view_spec(name, self.data.image_size, **self.data.overrides)
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -105,9 +109,11 @@ class RunConfig(Section):
         views, wanted = self.views(), METHODS[self.method.name].views
         if views.count != wanted:
             raise ValueError(
-                f"method.name={self.method.name} reads {wanted} view(s) of an image, but "
+                f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
                 f"data.augment={self.data.augment} makes {views.count}"
             )
+        if METHODS[self.method.name].told_parameters and views.kind != "image":
+            raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
         if self.batch_size % self.engine.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "

@@ -1,4 +1,4 @@
-"""Features of a whole source, each rank embedding its share of the images."""
+"""Features of a whole source, each rank embedding its share of the items."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 from fastssl import distributed
-from fastssl.data.datasets import ImageSource
-from fastssl.data.errors import BadImage, DataError
+from fastssl.data.errors import BadItem, DataError
 from fastssl.data.loader import EvalLoader
 from fastssl.data.seeds import sample_seed
-from fastssl.data.torch_views import apply
-from fastssl.data.views import Views
+from fastssl.data.source import Source
+from fastssl.data.spec import ViewSpec, apply, blank
 
-Features = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B, F)
+Features = Callable[[Tensor], Tensor]  # views (B, ...) -> (B, F)
 
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """size: side in pixels.  batch_size: images a rank embeds at once.  limit: at most so many."""
+    """views: their plain form is embedded.  batch_size: items a rank embeds at once.
 
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    limit: at most so many.
+    """
+
+    views: ViewSpec
     batch_size: int = 256
     limit: int = 2**62
     workers: int = 0
@@ -34,7 +34,7 @@ class EmbedConfig:
 class Embedded:
     """Features (N, F) float32, labels (N,) int64 or None, index (N,) int64; all on the CPU.
 
-    bad: (name, reason) of the images that could not be read, which are in none of them.
+    bad: (name, reason) of the items that could not be read, which are in none of them.
     """
 
     features: Tensor
@@ -43,19 +43,17 @@ class Embedded:
     bad: list[tuple[str, str]]
 
 
-def embed(features: Features, source: ImageSource, cfg: EmbedConfig) -> Embedded:
-    """Every image of `source`, or `cfg.limit` evenly spaced ones.  Collective.
+def embed(features: Features, source: Source, cfg: EmbedConfig) -> Embedded:
+    """Every item of `source`, or `cfg.limit` evenly spaced ones.  Collective.
 
-    Raises DataError when no image can be read.
+    Raises DataError when no item can be read.
     """
     if len(source) > cfg.limit:
         source = source.select((np.arange(cfg.limit) * len(source)) // cfg.limit)
     batches = EvalLoader(
         source,
-        cfg.size,
+        cfg.views,
         cfg.batch_size,
-        mean=cfg.mean,
-        std=cfg.std,
         rank=distributed.rank(),
         world=distributed.world_size(),
         workers=cfg.workers,
@@ -65,28 +63,28 @@ def embed(features: Features, source: ImageSource, cfg: EmbedConfig) -> Embedded
     for batch in batches:
         bad += batch["bad"]
         if len(batch["index"]):
-            parts.append((features(batch["image"]).float().cpu(), batch["index"]))
+            parts.append((features(batch["view"]).float().cpu(), batch["index"]))
     # Under ZeRO-3 a forward pass is collective: every rank runs as many as the one with most.
-    blank = torch.zeros(1, source.channels, cfg.size, cfg.size)
+    one = blank(cfg.views.evaluation(), source.channels)
     for _ in range(max(distributed.gather_objects(len(parts))) - len(parts)):
-        features(blank)
+        features(one)
     return _join(source, distributed.gather_objects((parts, bad)))
 
 
-def _join(source: ImageSource, gathered) -> Embedded:
+def _join(source: Source, gathered) -> Embedded:
     parts = [part for rank_parts, _ in gathered for part in rank_parts]
     bad = [entry for _, rank_bad in gathered for entry in rank_bad]
     index = torch.cat([i for _, i in parts]) if parts else torch.empty(0, dtype=torch.int64)
     if not len(index):
-        raise DataError(f"none of the {len(source)} images could be read: {bad[:3]}")
+        raise DataError(f"none of the {len(source)} items could be read: {bad[:3]}")
     order = index.argsort()
     index, x = index[order], torch.cat([f for f, _ in parts])[order]
     labels = None if source.labels is None else source.labels[index]
     return Embedded(x, labels, index, bad)
 
 
-def two_views(features: Features, source: ImageSource, views: Views, seed: int, count: int = 256):
-    """Features of two random views of the same images: (n, F) each, n <= count, for alignment; None
+def two_views(features: Features, source: Source, views: ViewSpec, seed: int, count: int = 256):
+    """Features of two random views of the same items: (n, F) each, n <= count, for alignment; None
     where none of those looked at can be read.
 
     Both are drawn by the first entry of `views`.  Collective under ZeRO-3.
@@ -94,18 +92,22 @@ def two_views(features: Features, source: ImageSource, views: Views, seed: int, 
     pairs: list[list[Tensor]] = []
     for i in range(0, len(source), max(1, -(-len(source) // count))):
         try:
-            image = source.image(i)
-        except BadImage:  # embed has counted and named it
+            item = source.item(i)
+        except BadItem:  # embed has counted and named it
             continue
-        pairs.append([apply(views, image, sample_seed(seed, draw, i))[0] for draw in (0, 1)])
+        pairs.append([apply(views, item, sample_seed(seed, draw, i))[0] for draw in (0, 1)])
     if not pairs:
         return None
     a, b = (torch.stack(side) for side in zip(*pairs, strict=True))
     return features(a).float().cpu(), features(b).float().cpu()
 
 
-def pixels(images: Tensor, side: int = 32) -> Tensor:
-    """The images' own pixels as features (B, C s s), averaged down to s <= `side` a side."""
-    if images.shape[-1] > side:
-        images = torch.nn.functional.adaptive_avg_pool2d(images, side)
-    return images.flatten(1)
+def raw_input(views: Tensor, side: int = 32, samples: int = 1024) -> Tensor:
+    """The views' own values as features (B, F): images and clips averaged down to `side` pixels a
+    side or less, each frame by itself, signals (B, C, W) with a long W to `samples`."""
+    if views.ndim >= 4 and views.shape[-1] > side:
+        frames = views.flatten(1, -3)
+        views = torch.nn.functional.adaptive_avg_pool2d(frames, side)
+    elif views.ndim == 3 and views.shape[-1] > samples:
+        views = torch.nn.functional.adaptive_avg_pool1d(views, samples)
+    return views.flatten(1)

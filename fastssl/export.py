@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -14,11 +15,18 @@ from torch import Tensor, nn
 
 from fastssl import config
 from fastssl.config import ConfigError, RunConfig
-from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
+from fastssl.data.datasets import (
+    DigitsSource,
+    FolderSource,
+    FractalsSource,
+    SourceConfig,
+    open_source,
+)
 from fastssl.data.errors import DataError
+from fastssl.data.views import Views
 from fastssl.embedding import EmbedConfig, embed
 from fastssl.engine.checkpoint import encoder_file
-from fastssl.models import backbone_arguments, build_backbone, feature_dim
+from fastssl.models import backbone_arguments, build_backbone, channels_of, feature_dim
 
 
 class Encoder(nn.Module):
@@ -91,27 +99,24 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str, str]]]:
-    """Features of every image of `data`, to `out`; how many, and the ones that could not be read.
+    """Features of every item of `data`, to `out`; how many, and the ones that could not be read.
 
-    data: digits, fractals, or a folder (class folders or flat).  The .npz holds features (N, F)
-    float32, names (N,), split (N,) "train" or "test" as a run with this seed splits them, and where
-    there are labels: labels (N,) int64 and classes.
+    data: digits, fractals, a folder (class folders or flat), or the name of the run's own source.
+    The .npz holds features (N, F) float32, names (N,), split (N,) "train" or "test" as a run with
+    this seed splits them, and where there are labels: labels (N,) int64 and classes.
     Raises DataError for data that cannot be used, and where its images have other channels.
     """
     encoder, cfg, channels = load_encoder(run)
     views = cfg.views()
     how = EmbedConfig(
-        size=cfg.data.image_size,
-        mean=views.mean,
-        std=views.std,
+        views=views,
         batch_size=cfg.evaluate.batch_size,
         workers=cfg.data.workers,
     )
     split = open_source(_source(data, cfg), cfg.seed)
     if split.train.channels != channels:
         raise DataError(
-            f"the encoder of {run} reads {channels}-channel images; {data} has "
-            f"{split.train.channels}"
+            f"the encoder of {run} reads {channels} channels; {data} has {split.train.channels}"
         )
     parts = [(name, part) for name, part in zip(split._fields, split, strict=True) if len(part)]
     done = [(name, part, embed(encoder, part, how)) for name, part in parts]
@@ -131,7 +136,9 @@ def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str,
     return len(columns["names"]), [entry for _, _, e in done for entry in e.bad]
 
 
-def _source(data: str, cfg: RunConfig):
+def _source(data: str, cfg: RunConfig) -> SourceConfig:
+    if data == cfg.data.source.name and data != "fractals":
+        return cfg.data.source
     if data == "digits":
         return DigitsSource()
     if data == "fractals":
@@ -140,32 +147,27 @@ def _source(data: str, cfg: RunConfig):
 
 
 def _matching_backbone(cfg: RunConfig, weights: dict[str, Tensor]) -> tuple[nn.Module, int]:
-    """The run's backbone; the images' channels are read off the first convolution's weight."""
-    first = next((w for w in weights.values() if w.ndim == 4), None)
-    channels = 3 if first is None else int(first.shape[1])
-    size, kwargs = cfg.data.image_size, cfg.model.kwargs
-    return build_backbone(
-        cfg.model.name, channels=channels, image_size=size, kwargs=kwargs
-    ), channels
+    """The run's backbone, and the channels of what it reads."""
+    channels = channels_of(weights)
+    shape = cfg.views().shapes(channels)[0]
+    return build_backbone(cfg.model.name, shape=shape, kwargs=cfg.model.kwargs), channels
 
 
 def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
     """The config.json beside timm's weights: how to build the model, how to prepare its images."""
-    size, views = cfg.data.image_size, cfg.views()
-    mean, std = views.normalisation(channels)
+    views = cfg.views()
+    shape = views.shapes(channels)[0]
+    prepared: dict[str, Any] = {"num_classes": 0, "input_size": list(shape)}
+    if isinstance(views, Views):
+        mean, std = views.normalisation(channels)
+        prepared |= {"mean": list(mean), "std": list(std)}
+        prepared |= {"interpolation": "bilinear", "crop_pct": 1.0}
     return {
         "architecture": cfg.model.name,
         "num_classes": 0,
         "num_features": feature_dim(backbone),
-        "model_args": backbone_arguments(cfg.model.name, channels, size, cfg.model.kwargs),
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [channels, size, size],
-            "mean": list(mean),
-            "std": list(std),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
+        "model_args": backbone_arguments(cfg.model.name, shape, cfg.model.kwargs),
+        "pretrained_cfg": prepared,
     }
 
 

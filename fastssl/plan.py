@@ -36,7 +36,7 @@ class Plan:
 
 
 def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
-    """The plan of `cfg` on `world` devices, for images of `channels` channels."""
+    """The plan of `cfg` on `world` devices, for items of `channels` channels."""
     with torch.device("meta"):
         method = build(cfg, channels)
     P, stage, half = count_parameters(method), cfg.engine.zero_stage, cfg.engine.precision == "bf16"
@@ -81,8 +81,8 @@ def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int, device
             alive.append(x)
         return x
 
-    sizes = [view.size for view in cfg.views().crops]
-    views = [torch.empty(n, channels, size, size, device=device) for size in sizes]
+    shapes = cfg.views().shapes(channels)
+    views = [torch.empty(n, *shape, device=device) for shape in shapes]
     index = torch.zeros(n, dtype=torch.int64, device=device)
     batch = {"views": views, "index": index, "seeds": index, "label": index}
     batch["params"] = [torch.ones(n, len(PARAMETERS), device=device) for _ in views]

@@ -1,7 +1,7 @@
 """What a run shows for itself: evaluations, pictures, results.json and the report.
 
 Three encoders stand side by side: the pretrained one, the same at random initialisation (measured
-by the run before its first step), and raw pixels (averaged down to at most 32 x 32).
+by the run before its first step), and the raw input (images averaged down to at most 32 x 32).
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from fastssl import distributed
 from fastssl.config import RunConfig
-from fastssl.data.datasets import ImageSource, Split
-from fastssl.data.errors import BadImage
+from fastssl.data.errors import BadItem
 from fastssl.data.seeds import sample_seed
-from fastssl.data.torch_views import apply
-from fastssl.data.views import Views, preset
-from fastssl.embedding import EmbedConfig, Embedded, Features, embed, pixels, two_views
+from fastssl.data.source import Source, Split
+from fastssl.data.spec import ViewSpec, apply
+from fastssl.embedding import EmbedConfig, Embedded, Features, embed, raw_input, two_views
 from fastssl.engine.engine import Engine
 from fastssl.evaluate import Evaluation, evaluate_features
 from fastssl.report import (
+    PICTURED,
     plot_curves,
     plot_embedding,
     plot_reconstructions,
@@ -53,7 +53,7 @@ class EvaluationError(ValueError):
 class Evaluator:
     """Measures the engine's encoder on a run's data.  Every method is collective."""
 
-    def __init__(self, cfg: RunConfig, split: Split, views: Views, engine: Engine):
+    def __init__(self, cfg: RunConfig, split: Split, views: ViewSpec, engine: Engine):
         self.cfg, self.split, self.views, self.engine = cfg, split, views, engine
         self.test: Embedded | None = None
         self.bad: list[tuple[str, str]] = []
@@ -70,8 +70,9 @@ class Evaluator:
             sheet: list[Tensor] = []
             if distributed.rank() == 0:
                 sheet = contact_sheet(self.split.train, self.views, self.cfg.seed)
-            if sheet:
-                plot_views([_shown(view, self.views) for view in sheet], directory / "views.png")
+            if sheet and self.views.kind in PICTURED:
+                shown = [self.views.shown(view) for view in sheet]
+                plot_views(shown, directory / "views.png", kind=self.views.kind)
 
     def pictures_after(self, directory: Path, baselines: list[dict[str, Any]]) -> None:
         """Curves, the map of the test images, and reconstructions where the method has them."""
@@ -82,20 +83,20 @@ class Evaluator:
         rows += [{"kind": "baseline", **row} for row in baselines]
         plot_curves(rows, directory / "curves.png")
         if painted is not None:
-            plot_reconstructions(*painted, directory / "reconstructions.png")
+            path = directory / "reconstructions.png"
+            plot_reconstructions(*painted, path, kind=self.views.kind)
         test, path = self.test, directory / "embedding.png"
         if test is not None and len(test.index) > 2:
-            title = f"{len(test.index)} images, {self.cfg.method.name} features"
+            title = f"{len(test.index)} {self.views.kind}s, {self.cfg.method.name} features"
             classes = self.split.train.classes or ()
             plot_embedding(test.features, test.labels, classes, path, title)
 
     def _reconstructions(self) -> tuple[Tensor, Tensor, Tensor] | None:
         method = self.engine.method
-        if not hasattr(method, "reconstruct"):
+        if not hasattr(method, "reconstruct") or self.views.kind not in PICTURED:
             return None
-        plain = preset("plain", self.cfg.data.image_size, mean=self.views.mean, std=self.views.std)
         source = self.split.test if len(self.split.test) else self.split.train
-        sheet = contact_sheet(source, plain, self.cfg.seed)
+        sheet = contact_sheet(source, self.views.evaluation(), self.cfg.seed)
         if not sheet:
             return None
         images = sheet[0]
@@ -105,7 +106,7 @@ class Evaluator:
         with self.engine.whole_parameters():
             masked, painted = method.reconstruct(images.to(place), seeds.to(place))
         return tuple(  # type: ignore[return-value]
-            _shown(x.float().cpu(), self.views) for x in (images, masked, painted)
+            self.views.shown(x.float().cpu()) for x in (images, masked, painted)
         )
 
 
@@ -115,7 +116,7 @@ class EmbeddedSplit(NamedTuple):
 
 
 def evaluate_on(
-    cfg: RunConfig, split: Split, views: Views, features: Features
+    cfg: RunConfig, split: Split, views: ViewSpec, features: Features
 ) -> tuple[Evaluation | None, EmbeddedSplit]:
     """Measure `features` on a split; with what was embedded for it.  Collective.
 
@@ -124,9 +125,7 @@ def evaluate_on(
     Raises EvaluationError, on every rank, for features that are not finite.
     """
     how = EmbedConfig(
-        size=cfg.data.image_size,
-        mean=views.mean,
-        std=views.std,
+        views=views,
         batch_size=cfg.evaluate.batch_size,
         limit=cfg.evaluate.max_images,
         workers=cfg.data.workers if len(split.train) > 10_000 else 0,
@@ -167,14 +166,15 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
     trained = evals.get(run.total)
     if trained is None or run.evaluator.test is None:
         trained = run.evaluator.metrics()
-    raw, _ = evaluate_on(run.cfg, run.split, run.evaluator.views, pixels)
-    table = [("pretrained", trained), ("raw pixels", scores(raw))]
+    raw, _ = evaluate_on(run.cfg, run.split, run.evaluator.views, raw_input)
+    table = [("pretrained", trained), ("raw input", scores(raw))]
     if 0 in evals:  # a log that was deleted is no reason to fail
         table.insert(1, ("random initialisation", evals[0]))
     state = run.progress
     results = {
         "method": run.cfg.method.name,
         "source": run.cfg.data.source.name,
+        "items": f"{run.evaluator.views.kind}s",
         "rows": [{"encoder": name, **_measures(row)} for name, row in table],
         "train": {
             "loss": state.last.get("loss"),
@@ -213,16 +213,16 @@ def first_rank_writes(sentence: str) -> Iterator[None]:
         raise LogError(problem)
 
 
-def contact_sheet(source: ImageSource, views: Views, seed: int, count: int = 8) -> list[Tensor]:
-    """Every view of up to `count` readable images spread over the source, drawn as in training.
+def contact_sheet(source: Source, views: ViewSpec, seed: int, count: int = 8) -> list[Tensor]:
+    """Every view of up to `count` readable items spread over the source, drawn as in training.
 
-    One tensor (n, C, H, W) a view, normalised; none where no image can be read.
+    One tensor (n, ...) a view, normalised; none where no item can be read.
     """
     drawn: list[list[Tensor]] = []
     for i in range(0, len(source), max(1, len(source) // (2 * count))):
         try:
-            drawn.append(apply(views, source.image(i), sample_seed(seed, 0, i)))
-        except BadImage:  # training counts and names it
+            drawn.append(apply(views, source.item(i), sample_seed(seed, 0, i)))
+        except BadItem:  # training counts and names it
             continue
         if len(drawn) == count:
             break
@@ -255,10 +255,3 @@ def versions() -> dict[str, str]:
 
 def _measures(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in MEASURES if name in row}
-
-
-def _shown(image: Tensor, views: Views) -> Tensor:
-    """Undo the normalisation: (..., C, H, W) in [0, 1]."""
-    channels = image.shape[-3]
-    mean, std = (torch.tensor(v)[:, None, None] for v in views.normalisation(channels))
-    return (image * std + mean).clamp(0, 1)

@@ -18,8 +18,9 @@ import torch
 
 from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig
-from fastssl.data.datasets import ImageSource, Split, open_source
+from fastssl.data.datasets import open_source
 from fastssl.data.loader import PretrainLoader
+from fastssl.data.source import Source, Split
 from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine, Step
@@ -60,9 +61,9 @@ def build(cfg: RunConfig, channels: int) -> Method:
     Raises ConfigError for a model or options that do not fit.
     """
     torch.manual_seed(cfg.seed)
-    size, kwargs = cfg.data.image_size, cfg.model.kwargs
+    shape = cfg.views().shapes(channels)[0]
     try:
-        encoder = build_backbone(cfg.model.name, channels=channels, image_size=size, kwargs=kwargs)
+        encoder = build_backbone(cfg.model.name, shape=shape, kwargs=cfg.model.kwargs)
         return build_method(encoder, cfg.method)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -104,8 +105,8 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
             return Run(cfg, split, loader, engine, watch).go(command)
 
 
-def check_source(cfg: RunConfig, source: ImageSource) -> None:
-    """Raise ConfigError where the method needs other images than those of `source`."""
+def check_source(cfg: RunConfig, source: Source) -> None:
+    """Raise ConfigError where the method needs other data than those of `source`."""
     names = source.classes if source.labels is not None else None
     try:
         cfg.method.check_source(None if names is None else len(names))

@@ -36,7 +36,7 @@ def test_pretrain_prints_the_table_and_the_report(tmp_path):
     cfg = tiny("simclr", tmp_path, epochs=1)
     (tmp_path / "mine.yaml").write_text(dump(cfg))
     out = call("pretrain", tmp_path / "mine.yaml", "name=other")
-    for word in ("pretrained", "random initialisation", "raw pixels", "knn", "images/s", "report:"):
+    for word in ("pretrained", "random initialisation", "raw input", "knn", "images/s", "report:"):
         assert word in out
     assert (tmp_path / "other/report.html").is_file()
 
@@ -71,7 +71,7 @@ def test_embed_writes_features_of_every_image(run, tmp_path):
     assert found["features"].shape == (1797, 32) and found["features"].dtype == np.float32
     assert len(set(found["names"])) == 1797 and set(found["split"]) == {"train", "test"}
     assert found["labels"].max() == 9 and len(found["classes"]) == 10
-    with pytest.raises(DataError, match="reads 1-channel images; fractals has 3"):
+    with pytest.raises(DataError, match="reads 1 channels; fractals has 3"):
         call("embed", run.directory, "fractals", "--out", tmp_path / "g.npz")
     with pytest.raises(DataError, match="nowhere"):
         call("embed", run.directory, tmp_path / "nowhere", "--out", tmp_path / "g.npz")
@@ -93,7 +93,7 @@ def test_exports_load_whole(run, tmp_path):
 
     split, plain = open_source(run.data.source, run.seed), preset("plain", 16)
     with torch.no_grad():
-        mine = model(apply(plain, split.train.image(0), 0)[0][None])
+        mine = model(apply(plain, split.train.item(0), 0)[0][None])
     first = np.load(tmp_path / "f.npz")["features"][0]
     torch.testing.assert_close(mine[0], torch.from_numpy(first), rtol=1e-4, atol=1e-5)
 

@@ -140,8 +140,7 @@ def _method(shape: Shape, recipe: _Recipe, device: torch.device) -> Any:
         torch.manual_seed(0)
         encoder = models.build_backbone(
             "vit_small_patch16_224",
-            channels=3,
-            image_size=shape["S"],
+            shape=(3, shape["S"], shape["S"]),
             kwargs={"patch_size": shape["P"], **size},
         )
         method = methods.build_method(encoder, config.validate_python(recipe.config))

@@ -1,7 +1,7 @@
 """Sources of images, each split into train and test by a seed.
 
-A source (ImageSource) is a sequence of uint8 images with names, and labels where it has them.  Its
-config says which; `open_source` opens it:
+A source (source.py) is a sequence of items with names, and labels where it has them.  Its config
+says which; `open_source` opens it:
 
     digits      scikit-learn's 1,797 handwritten digits, 8 x 8 grey: real data, no download
     fractals    generated, any size and count, ten thousand classes if need be (fractals.py)
@@ -10,76 +10,35 @@ config says which; `open_source` opens it:
 
 import fcntl
 import logging
-import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from .errors import DataError
 from .folder import scan_folder
 from .fractals import fractal
 from .seeds import SPLIT, mix
+from .source import Source, SourceOptions, Split, absolute
 
 log = logging.getLogger(__name__)
 
 
-class ImageSource(Protocol):
-    """What a loader needs of a set of images.  It must survive pickling: workers hold a copy."""
-
-    @property
-    def channels(self) -> int:
-        """1 or 3."""
-        ...
-
-    @property
-    def classes(self) -> tuple[str, ...] | None: ...
-
-    @property
-    def labels(self) -> Tensor | None:
-        """(N,) int64, numbers of `classes`; None where there are no labels."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def image(self, i: int) -> Tensor:
-        """Image i, uint8 (channels, H, W).  Raises BadImage."""
-        ...
-
-    def name(self, i: int) -> str:
-        """A name that a person can find image i by."""
-        ...
-
-    def select(self, indices: np.ndarray) -> "ImageSource":
-        """The images at `indices` (int64), in that order, as a source of their own."""
-        ...
-
-
-class Split(NamedTuple):
-    train: ImageSource
-    test: ImageSource
-
-
-class _Source(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    test_fraction: float = Field(
-        default=0.2, ge=0, lt=1, description="part of each class held out for evaluation"
-    )
-
-
-class DigitsSource(_Source):
+class DigitsSource(SourceOptions):
     """scikit-learn's handwritten digits."""
 
     name: Literal["digits"] = Field(default="digits", description="which source this is")
 
+    def open(self) -> tuple[Source, ...]:
+        return (_digits(),)
 
-class FractalsSource(_Source):
+
+class FractalsSource(SourceOptions):
     """Generated images of iterated function systems."""
 
     name: Literal["fractals"] = Field(default="fractals", description="which source this is")
@@ -94,20 +53,27 @@ class FractalsSource(_Source):
         description="folder to keep them in as JPEG; without it they are drawn at each use",
     )
 
+    def open(self) -> tuple[Source, ...]:
+        if self.cache is None:
+            return (FractalImages(self),)
+        folder = cache_fractals(self, self.cache)
+        (whole,) = scan_folder(folder)
+        if len(whole) != self.classes * self.per_class:
+            raise DataError(f"the fractals' cache {str(folder)!r} lost images: delete that folder")
+        return (whole,)
 
-def _absolute(path: Path) -> Path:
-    """The same folder from wherever a saved config is read; `~nobody` stays, to be missed later."""
-    return Path(os.path.expanduser(path)).absolute()
 
-
-class FolderSource(_Source):
+class FolderSource(SourceOptions):
     """Image files below a folder."""
 
     name: Literal["folder"] = Field(default="folder", description="which source this is")
-    path: Annotated[Path, AfterValidator(_absolute)] = Field(
+    path: Annotated[Path, AfterValidator(absolute)] = Field(
         description="class folders, or images alone; train/ and val/ (or test/) in it are the split"
     )
     flat: bool = Field(default=False, description="take every image below path, without labels")
+
+    def open(self) -> tuple[Source, ...]:
+        return tuple(scan_folder(self.path, flat=self.flat))
 
 
 SourceConfig = Annotated[DigitsSource | FractalsSource | FolderSource, Field(discriminator="name")]
@@ -123,7 +89,7 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def image(self, i: int) -> Tensor:
+    def item(self, i: int) -> Tensor:
         return self.pixels[i]
 
     def name(self, i: int) -> str:
@@ -149,7 +115,7 @@ class FractalImages:
     def __len__(self) -> int:
         return len(self._members)
 
-    def image(self, i: int) -> Tensor:
+    def item(self, i: int) -> Tensor:
         label, instance = divmod(int(self._members[i]), self.cfg.per_class)
         return fractal(self.cfg.seed, label, instance, self.cfg.size)
 
@@ -208,7 +174,7 @@ def _draw_all(cfg: FractalsSource, target: Path) -> None:
         for i in range(len(images)):
             path = aside / images.name(i)
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = images.image(i).permute(1, 2, 0).numpy()
+            pixels = images.item(i).permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(path, quality=95, subsampling=0)
         aside.rename(target)
     finally:
@@ -233,25 +199,18 @@ def split_indices(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def open_source(cfg: DigitsSource | FractalsSource | FolderSource, seed: int) -> Split:
+def open_source(cfg: SourceConfig, seed: int) -> Split:
     """The train and test parts of a source, fixed by `seed` and stratified by class.
 
-    A folder with its own train/ and val/ keeps them.
+    A folder with its own train/ and val/ keeps them.  A source with `fitted(train)` (a table, which
+    is standardised by its training rows) is given the training part's indices.
     Raises DataError, saying what to do, for data that cannot be used.
     """
-    if isinstance(cfg, DigitsSource):
-        whole = _digits()
-    elif isinstance(cfg, FractalsSource) and cfg.cache is None:
-        whole = FractalImages(cfg)
-    elif isinstance(cfg, FractalsSource):
-        folder = cache_fractals(cfg, cfg.cache or Path())
-        whole = scan_folder(folder)[0]
-        if len(whole) != cfg.classes * cfg.per_class:
-            raise DataError(f"the fractals' cache {str(folder)!r} lost images: delete that folder")
-    else:
-        found = scan_folder(cfg.path, flat=cfg.flat)
-        if len(found) == 2:
-            return Split(*found)
-        whole = found[0]
+    found = cfg.open()
+    if len(found) == 2:
+        return Split(*found)
+    (whole,) = found
     train, test = split_indices(whole.labels, len(whole), cfg.test_fraction, seed)
+    fitted = getattr(whole, "fitted", None)
+    whole = whole if fitted is None else fitted(train)
     return Split(whole.select(train), whole.select(test))

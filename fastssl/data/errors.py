@@ -1,4 +1,4 @@
-"""What can be wrong with data: the user's to mend (DataError), or one image's alone (BadImage)."""
+"""What can be wrong with data: the user's to mend (DataError), or one item's alone (BadItem)."""
 
 
 class DataError(ValueError):
@@ -7,8 +7,8 @@ class DataError(ValueError):
     exit_code = 2
 
 
-class BadImage(ValueError):
-    """One image cannot be read: `name` says which, `reason` why.  A loader lists it and goes on."""
+class BadItem(ValueError):
+    """One item cannot be read: `name` says which, `reason` why.  A loader lists it and goes on."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)

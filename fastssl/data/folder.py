@@ -1,7 +1,7 @@
 """Images in a folder: one folder a class, or flat; with its own train/ and val/ or without."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +34,21 @@ class Names:
         return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]].tobytes())
 
 
-class FolderImages:
-    """Images read from files when asked for.  `labels` is None for a flat folder."""
+class Format(NamedTuple):
+    """A kind of files: what one is called, how it is known, and decode(path, name) -> its item,
+    which raises BadItem."""
 
-    channels = 3
+    what: str
+    suffixes: frozenset[str]
+    channels: int
+    decode: Callable[[Path, str], Tensor]
+
+
+IMAGE = Format("image", SUFFIXES, 3, decode)
+
+
+class FolderImages:
+    """Images, or other files, read when asked for.  `labels` is None for a flat folder."""
 
     def __init__(
         self,
@@ -45,27 +56,29 @@ class FolderImages:
         names: list[str],
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
+        kind: Format = IMAGE,
     ):
-        self.root, self.labels, self.classes = root, labels, classes
+        self.root, self.labels, self.classes, self.kind = root, labels, classes, kind
+        self.channels = kind.channels
         self._names = Names(names)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, i: int) -> str:
-        """The path of image i, from the folder's root."""
+        """The path of file i, from the folder's root."""
         return self._names[i]
 
-    def image(self, i: int) -> Tensor:
-        """Image i, uint8 (3, H, W).  Raises BadImage."""
+    def item(self, i: int) -> Tensor:
+        """Item i: of an image, uint8 (3, H, W).  Raises BadItem."""
         name = self.name(i)
-        return decode(self.root / name, name)
+        return self.kind.decode(self.root / name, name)
 
     def select(self, indices: np.ndarray) -> "FolderImages":
-        """The images at `indices`, in their order."""
+        """The items at `indices`, in their order."""
         names = [self._names[i] for i in indices.tolist()]
         labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        return FolderImages(self.root, names, labels, self.classes)
+        return FolderImages(self.root, names, labels, self.classes, self.kind)
 
 
 class _Found(NamedTuple):
@@ -89,51 +102,60 @@ def _leads_to(entry: os.DirEntry[str], *, folder: bool) -> bool:
         return False
 
 
-def _walk(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Image files below a folder, depth first.  A link back to an ancestor is not followed."""
+def _walk(
+    folder: Path, suffixes: frozenset[str], ancestors: tuple[tuple[int, int], ...] = ()
+) -> Iterator[str]:
+    """Files of these suffixes below a folder, depth first.
+
+    A link back to an ancestor is not followed.
+    """
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in ancestors:
         return
     for entry in _entries(folder):
         if _leads_to(entry, folder=True):
-            yield from _walk(Path(entry.path), (*ancestors, here))
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            yield from _walk(Path(entry.path), suffixes, (*ancestors, here))
+        elif os.path.splitext(entry.name)[1].lower() in suffixes:
             if _leads_to(entry, folder=False):
                 yield entry.path
 
 
-def _scan(root: Path, folder: Path) -> _Found:
-    names = [os.path.relpath(path, root) for path in _walk(folder)]
+def _scan(root: Path, folder: Path, kind: Format) -> _Found:
+    names = [os.path.relpath(path, root) for path in _walk(folder, kind.suffixes)]
     depth = len(folder.relative_to(root).parts)
     parts = [name.split(os.sep) for name in names]
     return _Found(names, [p[depth] if len(p) > depth + 1 else None for p in parts])
 
 
-def _mixed(path: Path, found: _Found) -> None:
+def _mixed(path: Path, found: _Found, kind: Format) -> None:
     loose = [name for name, folder in zip(*found, strict=True) if folder is None]
     if loose and len(loose) < len(found.names):
         raise DataError(
-            f"{str(path)!r} has images beside its class folders ({len(loose)}, such as "
-            f"{loose[0]!r}): move them into one, or set flat=true to use every image unlabelled"
+            f"{str(path)!r} has {kind.what}s beside its class folders ({len(loose)}, such as "
+            f"{loose[0]!r}): move them into one, or set flat=true to use every {kind.what} "
+            "unlabelled"
         )
 
 
-def _build(root: Path, found: list[_Found], flat: bool) -> list[FolderImages]:
+def _build(root: Path, found: list[_Found], flat: bool, kind: Format) -> list[FolderImages]:
     folders = [folder for part in found for folder in part.folders]
     if flat or None in folders:
-        return [FolderImages(root, part.names) for part in found]
+        return [FolderImages(root, part.names, kind=kind) for part in found]
     classes = tuple(sorted({str(folder) for folder in folders}))
     number = {name: k for k, name in enumerate(classes)}
     return [
-        FolderImages(root, p.names, torch.tensor([number[str(f)] for f in p.folders]), classes)
+        FolderImages(
+            root, p.names, torch.tensor([number[str(f)] for f in p.folders]), classes, kind
+        )
         for p in found
     ]
 
 
-def scan_folder(path: Path, *, flat: bool = False) -> list[FolderImages]:
+def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list[FolderImages]:
     """[all images], or [train, test] where the folder has train/ and one of val, test, valid/.
 
+    kind: files of another format than images.
     Labels are the first-level folders, sorted by name and numbered over both parts; there are none
     if `flat`, or if images lie directly in either part.  Hidden files and folders are passed over.
     Raises DataError, saying what to do, for a path that is missing or not a folder, for a folder
@@ -141,17 +163,19 @@ def scan_folder(path: Path, *, flat: bool = False) -> list[FolderImages]:
     """
     path = Path(os.path.abspath(path.expanduser()))
     if not path.exists():
-        raise DataError(f"folder {str(path)!r} does not exist: give the path of a folder of images")
+        raise DataError(
+            f"folder {str(path)!r} does not exist: give the path of a folder of {kind.what}s"
+        )
     if not path.is_dir():
-        raise DataError(f"{str(path)!r} is a file: give the folder that holds the images")
+        raise DataError(f"{str(path)!r} is a file: give the folder that holds the {kind.what}s")
     test = next((name for name in _TEST_NAMES if (path / name).is_dir()), None)
     split = test is not None and (path / "train").is_dir()
     parts = [path / "train", path / test] if split and test else [path]
-    found = [_scan(path, part) for part in parts]
+    found = [_scan(path, part, kind) for part in parts]
     for part, images in zip(parts, found, strict=True):
         if not images.names:
-            kinds = "jpg, png, webp, bmp, tif, ..."
-            raise DataError(f"no image in folder {str(part)!r}: put some there ({kinds})")
+            kinds = "jpg, png, webp, bmp, tif, ..." if kind is IMAGE else ", ".join(kind.suffixes)
+            raise DataError(f"no {kind.what} in folder {str(part)!r}: put some there ({kinds})")
         if not flat:
-            _mixed(part, images)
-    return _build(path, found, flat)
+            _mixed(part, images, kind)
+    return _build(path, found, flat, kind)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import BadImage
+from .errors import BadItem
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2".split()
@@ -77,7 +77,7 @@ def _decode(path: Path) -> Tensor:
 def decode(path: Path, name: str) -> Tensor:
     """The pixels of an image file, uint8 (3, H, W); its first frame if it has several.
 
-    Raises BadImage(name, reason) for whatever cannot be read as an image.  A failure of
+    Raises BadItem(name, reason) for whatever cannot be read as an image.  A failure of
     the machine (no memory or file handle left, a disk's I/O error) is raised as it is.
     """
     try:
@@ -88,4 +88,4 @@ def decode(path: Path, name: str) -> Tensor:
         if _of_the_machine(error):
             raise
         what = str(error).replace(str(path), "the file") or type(error).__name__
-        raise BadImage(name, " ".join(what.split())) from error
+        raise BadItem(name, " ".join(what.split())) from error

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .datasets import ImageSource
-from .errors import BadImage, DataError
+from .errors import BadItem, DataError
 from .seeds import ORDER, REPLACE, mix, permutation, sample_seeds
-from .torch_views import apply, drawn_parameters
-from .views import View, Views
+from .source import Source
+from .spec import ViewSpec, apply, blank
+from .torch_views import drawn_parameters
+from .views import Views
 
-_REPLACEMENTS = 16  # images tried in the place of one bad one
+_REPLACEMENTS = 16  # items tried in the place of one bad one
 Batch = dict[str, Any]
 Items = list[tuple[int, int]]  # (epoch, index) of each sample
 
@@ -44,7 +45,7 @@ def _one_thread() -> Iterator[None]:
 class _Fetch(Dataset):
     """A batch of items, read and augmented; runs in the workers."""
 
-    def __init__(self, source: ImageSource, views: Views):
+    def __init__(self, source: Source, views: ViewSpec):
         self.source, self.views = source, views
 
     def __getitems__(self, items: Items) -> Batch:
@@ -59,7 +60,7 @@ class _Fetch(Dataset):
 
 
 class _PretrainFetch(_Fetch):
-    def __init__(self, source: ImageSource, views: Views, seed: int, parameters: bool):
+    def __init__(self, source: Source, views: ViewSpec, seed: int, parameters: bool):
         super().__init__(source, views)
         self.seed, self.parameters = seed, parameters
 
@@ -68,11 +69,12 @@ class _PretrainFetch(_Fetch):
         seeds = sample_seeds(self.seed, *np.array(items).T)
         used, samples, drawn = [], [], []
         for (epoch, index), seed in zip(items, seeds.tolist(), strict=True):
-            i, image = self._readable(epoch, index, bad)
+            i, item = self._readable(epoch, index, bad)
             used.append(i)
-            samples.append(apply(self.views, image, seed))
+            samples.append(apply(self.views, item, seed))
             if self.parameters:
-                drawn.append(drawn_parameters(self.views, image.shape, seed))
+                assert isinstance(self.views, Views), "the configuration refuses other kinds"
+                drawn.append(drawn_parameters(self.views, item.shape, seed))
         labels = self.source.labels
         return {
             **({} if labels is None else {"label": labels[used]}),
@@ -84,40 +86,38 @@ class _PretrainFetch(_Fetch):
         }
 
     def _readable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, Tensor]:
-        """Image `index`, or the first readable of those that its key puts in its place."""
+        """Item `index`, or the first readable of those that its key puts in its place."""
         try:
-            return index, self.source.image(index)
-        except BadImage as error:
+            return index, self.source.item(index)
+        except BadItem as error:
             tried = [(error.name, error.reason)]
         for word in mix(REPLACE, self.seed, epoch, index, np.arange(_REPLACEMENTS)).tolist():
             i = word % len(self.source)
             try:
-                image = self.source.image(i)
+                item = self.source.item(i)
                 bad.extend(tried)
-                return i, image
-            except BadImage as error:
+                return i, item
+            except BadItem as error:
                 tried.append((error.name, error.reason))
         some = list(dict(tried).items())[:3]
         examples = "; ".join(f"{name}: {reason}" for name, reason in some)
         raise DataError(
-            f"most of the data is unreadable, {len(tried)} images in a row ({examples}): "
+            f"most of the data is unreadable, {len(tried)} items in a row ({examples}): "
             "remove or mend these files"
         )
 
 
 class _EvalFetch(_Fetch):
     def batch(self, items: Items) -> Batch:
-        bad, used, images = [], [], []
+        bad, used, views = [], [], []
         for _, i in items:
             try:
-                images.append(apply(self.views, self.source.image(i), 0)[0])
+                views.append(apply(self.views, self.source.item(i), 0)[0])
                 used.append(i)
-            except BadImage as error:
+            except BadItem as error:
                 bad.append((error.name, error.reason))
-        size = self.views.views[0].size
-        empty = torch.empty(0, self.source.channels, size, size)
-        stacked = torch.stack(images) if images else empty
-        return {"image": stacked, "index": torch.tensor(used, dtype=torch.int64), "bad": bad}
+        stacked = torch.stack(views) if views else blank(self.views, self.source.channels, 0)
+        return {"view": stacked, "index": torch.tensor(used, dtype=torch.int64), "bad": bad}
 
 
 def _same(batch: Any) -> Any:
@@ -211,12 +211,12 @@ class PretrainLoader:
     batch_size is the global one, over all `world` ranks; the last, short batch of an epoch is left
     out.  Joined in rank order, the ranks' batches are the batch of one process, sample for sample.
     workers: processes that read and augment; 0: this one does.  The result is the same.
-    parameters: whether batches tell what their views were drawn with.
+    parameters: whether batches of images tell what their views were drawn with.
     Raises DataError for a batch larger than the data or not divisible by world.
     """
 
-    source: ImageSource
-    views: Views
+    source: Source
+    views: ViewSpec
     _: KW_ONLY
     batch_size: int
     seed: int
@@ -248,13 +248,13 @@ class PretrainLoader:
     def stream(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps start_step to end_step - 1, counted over all epochs.
 
-        Each is {"views": [(b, C, size, size) float32 for each view], "index": (b,) int64 into the
+        Each is {"views": [(b, ...) float32 for each view], "index": (b,) int64 into the
         source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
         "label": (b,) int64 where the source has labels.  With `parameters`, "params": [(b, P)
-        float32 for each view], one column for each of torch_views.PARAMETERS.  A bad image is
+        float32 for each view], one column for each of torch_views.PARAMETERS.  A bad item is
         replaced by another, that (seed, epoch, index) names; "index" has the replacement, "seeds"
-        the place's own, "bad" every image that could not be read.
-        Raises DataError when image after image is bad; ValueError for an impossible range.
+        the place's own, "bad" every item that could not be read.
+        Raises DataError when item after item is bad; ValueError for an impossible range.
         """
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps: want 0 <= start <= end, got {start_step} and {end_step}")
@@ -264,19 +264,17 @@ class PretrainLoader:
 
 @dataclass(frozen=True)
 class EvalLoader:
-    """Every image once, in order: its largest centred square, resized to `size` and normalised.
+    """Every item once, in order, as `views.evaluation()` shows it.
 
-    Iterating yields {"image": (b, C, size, size) float32, "index": (b,) int64, "bad": [(name,
-    reason), ...]}: bad images are left out, and listed; the last batch may be short.  A rank has
-    one contiguous stretch of the source, at most one image longer than another's.
+    Iterating yields {"view": (b, ...) float32, "index": (b,) int64, "bad": [(name, reason), ...]}:
+    bad items are left out, and listed; the last batch may be short.  A rank has one contiguous
+    stretch of the source, at most one item longer than another's.
     """
 
-    source: ImageSource
-    size: int
+    source: Source
+    views: ViewSpec
     batch_size: int
     _: KW_ONLY
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     rank: int = 0
     world: int = 1
     workers: int = 0
@@ -296,5 +294,5 @@ class EvalLoader:
         return len(self._items())
 
     def __iter__(self) -> Iterator[Batch]:
-        views = Views(views=(View(size=self.size),), mean=self.mean, std=self.std)
-        return _run(_EvalFetch(self.source, views), self._items(), self.workers)
+        fetch = _EvalFetch(self.source, self.views.evaluation())
+        return _run(fetch, self._items(), self.workers)

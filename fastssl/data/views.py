@@ -22,9 +22,11 @@ One-channel images pass saturation, hue and grayscale unchanged.
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from torch import Tensor
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -91,6 +93,7 @@ class Views(BaseModel):
     """All views of an image, in the order in which a batch holds them, and their normalisation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: ClassVar[str] = "image"
 
     views: tuple[View, ...] = Field(min_length=1, description="the kinds of view, in order")
     mean: Annotated[tuple[float, ...], AfterValidator(_one_or_three)] = Field(
@@ -117,6 +120,21 @@ class Views(BaseModel):
         one = (v if len(v) == channels else (sum(v) / len(v),) for v in given)
         mean, std = (v * channels if len(v) == 1 else v for v in one)
         return mean, std
+
+    def shapes(self, channels: int) -> list[tuple[int, ...]]:
+        """(channels, size, size) of each view."""
+        return [(channels, view.size, view.size) for view in self.crops]
+
+    def evaluation(self) -> "Views":
+        """The largest centred square at the first view's size, normalised."""
+        plain = View(size=self.views[0].size)
+        return Views(views=(plain,), mean=self.mean, std=self.std)
+
+    def shown(self, view: Tensor) -> Tensor:
+        """Images (..., C, H, W) in [0, 1]."""
+        norm = self.normalisation(view.shape[-3])
+        mean, std = (torch.tensor(v)[:, None, None] for v in norm)
+        return (view * std + mean).clamp(0, 1)
 
 
 _CROP = {"crop_ratio": (3 / 4, 4 / 3), "flip": 0.5}
@@ -152,6 +170,16 @@ def _mae(size: int) -> list[dict[str, Any]]:
     return [{"size": size, "crop_scale": (0.2, 1.0), **_CROP}]
 
 
+def _crop_mae(size: int) -> list[dict[str, Any]]:
+    """Eymael et al. 2024, arXiv:2403.17823: a wide view and a narrower one, drawn apart.
+
+    The paper's narrow crop has 0.3 to 0.6 of the wide one's area and lies within it; here the wide
+    one is of nearly all of the image.
+    """
+    look = {"size": size, "crop_ratio": (3 / 4, 4 / 3)}
+    return [{**look, "crop_scale": (0.7, 1.0)}, {**look, "crop_scale": (0.25, 0.5)}]
+
+
 def _dino(size: int, local_count: int = 8, local_size: int | None = None) -> list[dict[str, Any]]:
     """Caron et al. 2021, arXiv:2104.14294: two global views and local ones, 96 pixels at 224."""
     look = {**_CROP, **_MILD, "grayscale": 0.2}
@@ -172,13 +200,15 @@ PRESETS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "simclr": _simclr,
     "barlow_twins": _barlow_twins,
     "mae": _mae,
+    "crop_mae": _crop_mae,
     "dino": _dino,
     "plain": _plain,
 }
 _OWN_OPTIONS = {"dino": ("local_count", "local_size")}
 
 
-def _unknown(what: str, got: str, valid: list[str]) -> ValueError:
+def unknown(what: str, got: str, valid: list[str]) -> ValueError:
+    """The refusal of a name, with the closest valid one."""
     close = get_close_matches(got, valid, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(valid)}"
     return ValueError(f"unknown {what} {got!r}: {hint}")
@@ -196,12 +226,12 @@ def preset(name: str, size: int, **overrides: Any) -> Views:
     (10, (0.2, 1.0))
     """
     if name not in PRESETS:
-        raise _unknown("preset", name, list(PRESETS))
+        raise unknown("preset", name, list(PRESETS))
     own = _OWN_OPTIONS.get(name, ())
     common = [field for field in View.model_fields if field != "size"]
     for key in overrides:
         if key not in (*common, "mean", "std", *own):
-            raise _unknown(f"override of preset {name!r}", key, [*common, "mean", "std", *own])
+            raise unknown(f"override of preset {name!r}", key, [*common, "mean", "std", *own])
     options = {key: value for key, value in overrides.items() if key in own}
     changes = {key: value for key, value in overrides.items() if key in common}
     norm = {key: value for key, value in overrides.items() if key in ("mean", "std")}

@@ -1,6 +1,6 @@
 """Encoders and heads: timm backbones by name, MaskedViT over a timm ViT, projection heads."""
 
-from .backbones import backbone_arguments, build_backbone, feature_dim, is_vit
+from .backbones import backbone_arguments, build_backbone, channels_of, feature_dim, is_vit
 from .directpred import DirectPred
 from .ema import EMA
 from .heads import BatchNorm1d, MAEDecoder, projection_head, widen_batch_norms
@@ -16,6 +16,7 @@ __all__ = [
     "MaskedViT",
     "backbone_arguments",
     "build_backbone",
+    "channels_of",
     "feature_dim",
     "is_vit",
     "projection_head",

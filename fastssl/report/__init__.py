@@ -5,9 +5,10 @@ from fastssl.report.embedding import plot_embedding
 from fastssl.report.html import write_report
 from fastssl.report.reconstructions import plot_reconstructions
 from fastssl.report.run_files import read_metrics
-from fastssl.report.views import plot_views
+from fastssl.report.views import PICTURED, plot_views
 
 __all__ = [
+    "PICTURED",
     "plot_curves",
     "plot_embedding",
     "plot_reconstructions",

@@ -7,7 +7,7 @@ _METHODS = {
     **{"simclr": "SimCLR", "dcl": "DCL", "mocov3": "MoCo v3", "nnclr": "NNCLR", "clip": "CLIP"},
     **{"barlow_twins": "Barlow Twins", "mae": "MAE"},
 }
-PRETRAINED, RANDOM, PIXELS = "pretrained", "random initialisation", "raw pixels"
+PRETRAINED, RANDOM, RAW = "pretrained", "random initialisation", "raw input"
 
 
 def method_name(results: dict[str, Any]) -> str:
@@ -28,6 +28,15 @@ def title(results: dict[str, Any]) -> str:
     """
     method, source = method_name(results), str(results.get("source", ""))
     return " on ".join(word for word in (method, source) if word) or "A pretraining run"
+
+
+def items(results: dict[str, Any]) -> str:
+    """What the run's data are, in the plural.
+
+    >>> items({"items": "clips"}), items({})
+    ('clips', 'images')
+    """
+    return str(results.get("items") or "images")
 
 
 def number(value: Any) -> bool:
@@ -87,9 +96,9 @@ def headline(results: dict[str, Any]) -> str:
             continue
         sentence = (
             f"{measure} the {name} features is right for {percent(ours[key])} "
-            "of the held-out images"
+            f"of the held-out {items(results)}"
         )
-        others = {RANDOM: "the same encoder before training", PIXELS: "raw pixels"}
+        others = {RANDOM: "the same encoder before training", RAW: "the raw input"}
         against = [
             (rows[encoder][key], words)
             for encoder, words in others.items()

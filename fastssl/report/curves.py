@@ -20,7 +20,7 @@ from fastssl.report._figure import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED,
 from fastssl.report._figure import tidy as tidy_axes
 
 Row = dict[str, Any]
-_BASELINES = {"random initialisation": (MUTED, (0, (4, 2))), "raw pixels": (INK, (0, (1, 1.5)))}
+_BASELINES = {"random initialisation": (MUTED, (0, (4, 2))), "raw input": (INK, (0, (1, 1.5)))}
 _MARKED_EVENTS = ("resumed", "nonfinite")
 
 
@@ -39,7 +39,7 @@ _PANELS = [
     _Panel("eval", "linear", "Linear probe accuracy, held out", ORANGE),
     _Panel("eval", "rankme", "RankMe (effective dimensions)", PURPLE),
     _Panel("train", "lr", "Learning rate", BLUE),
-    _Panel("train", "images_per_s", "Images per second", RED, smooth=True),
+    _Panel("train", "images_per_s", "Samples per second", RED, smooth=True),
 ]
 
 

@@ -20,18 +20,18 @@ _MEASURES = {  # key: column title; shown when any encoder has it
 }
 _CAPTIONS = {
     "curves": "The run over its steps. Faint lines are raw values, strong ones their moving mean. "
-    "Accuracies are on held-out images; broken lines, where drawn, are what the same "
+    "Accuracies are on held-out {items}; broken lines, where drawn, are what the same "
     "measure gives without any pretraining. RankMe counts the dimensions the features really use: "
     "a fall towards 1 is collapse.",
-    "embedding": "Held-out images on a plane, coloured by their class, which the pretraining never "
+    "embedding": "Held-out {items} on a plane, coloured by class, which the pretraining never "
     "saw. Islands of one class are what the encoder has found by itself. Distances between "
     "far islands and the axes have no meaning.",
-    "embedding_random": "The same images through the same encoder before training: what the "
+    "embedding_random": "The same {items} through the same encoder before training: what the "
     "architecture alone gives.",
-    "reconstructions": "Each column is one image: the original, what the encoder was shown, and "
+    "reconstructions": "Each column is one {item}: the original, what the encoder was shown, and "
     "what the decoder made of it. Only the hidden patches are predicted.",
-    "views": "What the method is trained on: each row is one image, each column one random view. "
-    "Views of one image must keep what tells it from the others.",
+    "views": "What the method is trained on: each row is one {item}, each column one random view. "
+    "Views of one {item} must keep what tells it from the others.",
 }
 
 
@@ -48,7 +48,7 @@ def write_report(run: Path) -> Path:
         _head(files),
         _results(files.results),
         _training(files.results),
-        _pictures(files.pictures),
+        _pictures(files.pictures, words.items(files.results)),
         _events(files.metrics),
         _reproduce(files),
     ]
@@ -93,7 +93,8 @@ def _results(results: dict[str, Any]) -> str:
         '<div class="scroll"><table>\n'
         f'<thead><tr><th scope="col">Encoder</th>{head}</tr></thead>\n'
         f"<tbody>{''.join(lines)}</tbody>\n</table></div>"
-        '\n<p class="note">kNN and linear probe: accuracy on held-out images with frozen features. '
+        '\n<p class="note">kNN and linear probe: accuracy on held-out '
+        f"{escape(words.items(results))} with frozen features. "
         "RankMe: dimensions in use; near 1 is collapse.</p>"
         + "".join(f'\n<p class="note">{escape(note)}</p>' for note in dict.fromkeys(notes))
     )
@@ -110,19 +111,19 @@ def _cell(key: str, value: Any) -> str:
 
 def _training(results: dict[str, Any]) -> str:
     train = results.get("train")
-    train = train if isinstance(train, dict) else {}
+    train, items = train if isinstance(train, dict) else {}, words.items(results)
     shown = {
         "steps": ("steps", lambda v: f"{v:,.0f}"),
         "epochs": ("epochs", lambda v: f"{v:g}"),
         "seconds": ("training time", words.duration),
-        "images_per_s": ("images per second", lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+        "images_per_s": (f"{items} per second", lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
         "loss": ("final loss", lambda v: f"{v:.4g}"),
         "parameters": ("parameters", words.scaled),
         "peak_memory_bytes": ("peak memory", lambda v: words.scaled(v, "B")),
     }
     facts = [(label, form(train[key])) for key, (label, form) in shown.items() if _has(train, key)]
     if _has(train, "bad_images") and train["bad_images"] > 0:
-        facts.append(("unreadable images, left out", f"{train['bad_images']:,}"))
+        facts.append((f"unreadable {items}, left out", f"{train['bad_images']:,}"))
     if not facts:
         return ""
     tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
@@ -133,27 +134,28 @@ def _has(train: dict[str, Any], key: str) -> bool:
     return words.number(train.get(key))
 
 
-def _pictures(pictures: dict[str, bytes]) -> str:
+def _pictures(pictures: dict[str, bytes], items: str) -> str:
+    """items: what the pictures are of, in the plural."""
     parts = []
     if "curves" in pictures:
-        parts += ["<h2>Curves</h2>", _figure("curves", pictures["curves"], "chart wide")]
+        parts += ["<h2>Curves</h2>", _figure("curves", pictures["curves"], "chart wide", items)]
     maps = [name for name in ("embedding", "embedding_random") if name in pictures]
     if maps:
-        pair = "\n".join(_figure(name, pictures[name], "chart") for name in maps)
+        pair = "\n".join(_figure(name, pictures[name], "chart", items) for name in maps)
         parts += ["<h2>The features as a map</h2>", f'<div class="pair">\n{pair}\n</div>']
     sheets = (("reconstructions", "Reconstructions", "sheet wide"), ("views", "Views", "sheet"))
     for name, heading, kind in sheets:
         if name in pictures:
-            parts += [f"<h2>{heading}</h2>", _figure(name, pictures[name], kind)]
+            parts += [f"<h2>{heading}</h2>", _figure(name, pictures[name], kind, items)]
     return "\n".join(parts)
 
 
-def _figure(name: str, png: bytes, kind: str) -> str:
+def _figure(name: str, png: bytes, kind: str, items: str) -> str:
     data = base64.b64encode(png).decode()
-    caption = _CAPTIONS[name]
+    caption = escape(_CAPTIONS[name].format(items=items, item=items.removesuffix("s")))
     alt = f"{name.replace('_', ' ')}: {caption.split('. ')[0]}"
     return (
-        f'<figure><div class="scroll"><img class="{kind}" alt="{escape(alt)}" '
+        f'<figure><div class="scroll"><img class="{kind}" alt="{alt}" '
         f'src="data:image/png;base64,{data}"></div><figcaption>{caption}</figcaption></figure>'
     )
 

@@ -8,7 +8,7 @@ from fastssl.report._figure import plot_sheet
 
 
 def plot_reconstructions(
-    images: Tensor, masked: Tensor, reconstructions: Tensor, path: Path
+    images: Tensor, masked: Tensor, reconstructions: Tensor, path: Path, kind: str = "image"
 ) -> None:
     """Write `path` (PNG): one column per image; original, masked input, reconstruction below.
 

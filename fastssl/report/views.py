@@ -7,8 +7,10 @@ from torch import Tensor
 
 from fastssl.report._figure import plot_sheet
 
+PICTURED = ("image",)  # kinds of views that there are pictures of
 
-def plot_views(views: Sequence[Tensor], path: Path) -> None:
+
+def plot_views(views: Sequence[Tensor], path: Path, kind: str = "image") -> None:
     """Write `path` (PNG): one row per image, one column per view.
 
     views: V tensors (n, C, H, W) of floats in [0, 1] (not normalised), C 1 or 3; sizes may differ

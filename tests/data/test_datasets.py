@@ -38,9 +38,9 @@ def test_digits_are_scikit_learns():
         for i in range(0, len(part), 100):
             k = int(part.name(i).removeprefix("digits/"))
             want = np.floor(found.images[k] * 255 / 16 + 0.5)
-            assert (part.image(i)[0].numpy() == want).all() and part.image(i).shape == (1, 8, 8)
+            assert (part.item(i)[0].numpy() == want).all() and part.item(i).shape == (1, 8, 8)
             assert part.labels[i] == found.target[k]
-    assert split.train.image(0).dtype == torch.uint8
+    assert split.train.item(0).dtype == torch.uint8
 
 
 def test_split_is_stratified_complete_and_fixed_by_seed():
@@ -79,7 +79,7 @@ def test_fractals_on_the_fly():
     train, test = open_source(FRACTALS, seed=0)
     assert (len(train), len(test)) == (12, 3) and train.classes == ("0", "1", "2")
     assert test.labels.tolist() == [0, 1, 2]
-    assert train.image(0).shape == (3, 16, 16)
+    assert train.item(0).shape == (3, 16, 16)
     assert names(open_source(FRACTALS, seed=9).test) != names(test)
 
 
@@ -90,7 +90,7 @@ def test_cached_fractals_are_the_same_images(tmp_path):
         assert names(a) == names(b) and a.classes == b.classes
         assert torch.equal(a.labels, b.labels)
         for i in range(len(a)):
-            assert (a.image(i).float() - b.image(i).float()).abs().mean() < 8  # JPEG's loss
+            assert (a.item(i).float() - b.item(i).float()).abs().mean() < 8  # JPEG's loss
 
 
 def shown(folder):
@@ -151,7 +151,7 @@ def test_cache_below_a_file_and_cache_with_holes(tmp_path):
 def test_sources_survive_pickling(cfg):
     train = open_source(cfg, 0).train
     copy = pickle.loads(pickle.dumps(train))
-    assert names(copy) == names(train) and torch.equal(copy.image(3), train.image(3))
+    assert names(copy) == names(train) and torch.equal(copy.item(3), train.item(3))
 
 
 def test_config_is_told_by_its_name():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fastssl.data.datasets import FolderSource, open_source
-from fastssl.data.errors import BadImage, DataError
+from fastssl.data.errors import BadItem, DataError
 from fastssl.data.folder import Names, scan_folder
 
 
@@ -37,7 +37,7 @@ def test_class_folders(tmp_path):
     ]
     assert whole.classes == ("a", "b", "c d é 猫") and whole.labels is not None
     assert whole.labels.tolist() == [0, 0, 1, 1, 2] and whole.channels == 3
-    assert whole.image(4).shape == (3, 5, 6) and whole.image(2)[0, 0, 0] == 1
+    assert whole.item(4).shape == (3, 5, 6) and whole.item(2)[0, 0, 0] == 1
 
 
 def test_flat_folder_has_no_labels(tmp_path):
@@ -91,7 +91,7 @@ def test_relative_path_and_pickle(tmp_path, monkeypatch):
     (whole,) = scan_folder(tmp_path.__class__("x"))
     monkeypatch.chdir("/")
     copy = pickle.loads(pickle.dumps(whole))
-    assert names(copy) == names(whole) and copy.image(1).shape == (3, 5, 6)
+    assert names(copy) == names(whole) and copy.item(1).shape == (3, 5, 6)
 
 
 def test_a_saved_config_finds_its_folder_from_elsewhere(tmp_path, monkeypatch):
@@ -113,8 +113,8 @@ def test_bad_image_has_its_path_from_the_root(tmp_path):
     put(tmp_path, "a/1.png")
     (tmp_path / "a" / "0.jpg").write_bytes(b"\xff\xd8\xff")
     (whole,) = scan_folder(tmp_path)
-    with pytest.raises(BadImage) as error:
-        whole.image(0)
+    with pytest.raises(BadItem) as error:
+        whole.item(0)
     assert error.value.name == "a/0.jpg" and str(error.value).startswith("a/0.jpg: ")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.data.errors import BadImage
+from fastssl.data.errors import BadItem
 from fastssl.data.images import decode
 
 RNG = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_broken_file_is_named_with_its_reason(tmp_path, kind):
     make, words = BROKEN[kind]
     path = tmp_path / "a b é.jpg"
     make(path)
-    with pytest.raises(BadImage) as error:
+    with pytest.raises(BadItem) as error:
         decode(path, "class/a b é.jpg")
     assert error.value.name == "class/a b é.jpg" and words in error.value.reason
     assert str(tmp_path) not in error.value.reason
@@ -162,7 +162,7 @@ def test_a_failing_machine_is_not_a_bad_image(tmp_path, monkeypatch, error):
 
 def test_a_file_one_may_not_read_is_bad(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", failing(PermissionError(errno.EACCES, "not yours")))
-    with pytest.raises(BadImage, match="not yours"):
+    with pytest.raises(BadItem, match="not yours"):
         read(tmp_path / "a.png")
 
 
@@ -172,7 +172,7 @@ def test_decompression_bomb_is_bad_and_silent(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with pytest.raises(BadImage, match="limit|bomb"):
+        with pytest.raises(BadItem, match="limit|bomb"):
             read(path)
     assert not seen
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)

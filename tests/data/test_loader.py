@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from fastssl.data.datasets import ArrayImages
-from fastssl.data.errors import BadImage, DataError
+from fastssl.data.errors import BadItem, DataError
 from fastssl.data.loader import EvalLoader, PretrainLoader
 from fastssl.data.seeds import sample_seed
 from fastssl.data.torch_views import apply, drawn_parameters
 from fastssl.data.views import preset
 
 VIEWS = preset("simclr", 12)
-NORM = {"mean": (0.5,), "std": (0.25,)}
+PLAIN = preset("plain", 12, mean=(0.5,), std=(0.25,))
 
 
 class Images(ArrayImages):
@@ -34,10 +34,10 @@ class Images(ArrayImages):
         super().__init__(pixels, 3 * torch.arange(count), ("a",), names)
         self.bad = frozenset(bad)
 
-    def image(self, i):
+    def item(self, i):
         if i in self.bad:
-            raise BadImage(self.name(i), "broken")
-        return super().image(i)
+            raise BadItem(self.name(i), "broken")
+        return super().item(i)
 
 
 def loader(source=None, **options):
@@ -67,7 +67,7 @@ def test_batch_is_what_the_spec_says():
     for k, i in enumerate(batch["index"].tolist()):
         seed = sample_seed(7, 1, i)
         assert batch["seeds"][k] == seed
-        want = apply(VIEWS, own.source.image(i), seed)
+        want = apply(VIEWS, own.source.item(i), seed)
         for v, view in enumerate(batch["views"]):
             assert view.shape == (4, 3, 12, 12) and torch.equal(view[k], want[v])
 
@@ -86,7 +86,7 @@ def test_parameters_are_told_to_those_who_ask():
     for batch in batches:
         assert [p.shape for p in batch["params"]] == [(4, 16)] * 2
         for k, seed in enumerate(batch["seeds"].tolist()):
-            image = source.image(int(batch["index"][k]))
+            image = source.item(int(batch["index"][k]))
             want = drawn_parameters(VIEWS, image.shape, seed)
             assert torch.equal(torch.stack([p[k] for p in batch["params"]]), want)
             assert torch.equal(batch["views"][1][k], apply(VIEWS, image, seed)[1])
@@ -159,7 +159,7 @@ def test_global_generators_are_untouched():
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for workers in (0, 1):
         list(loader(workers=workers).stream(0, 2))
-        list(EvalLoader(Images(), 12, 8, **NORM, workers=workers))
+        list(EvalLoader(Images(), PLAIN, 8, workers=workers))
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all() and states[2] == random.getstate()
 
@@ -177,7 +177,7 @@ def test_bad_images_are_replaced_counted_and_named():
         for k, (i, j) in enumerate(zip(got["index"], want["index"], strict=True)):
             assert (i == j) != (int(j) in bad)
             seed = int(got["seeds"][k])
-            assert torch.equal(got["views"][0][k], apply(VIEWS, Images().image(int(i)), seed)[0])
+            assert torch.equal(got["views"][0][k], apply(VIEWS, Images().item(int(i)), seed)[0])
     swaps = {
         int(i)
         for g, w in zip(batches, clean, strict=True)
@@ -196,7 +196,7 @@ def test_mostly_unreadable_data_stops_with_examples(workers):
     with pytest.raises(DataError) as error:
         list(loader(Images(bad=range(22)), workers=workers).stream(0, 1))
     words = str(error.value)
-    assert words.startswith("most of the data is unreadable, 17 images in a row (img")
+    assert words.startswith("most of the data is unreadable, 17 items in a row (img")
     assert words.count(": broken") == 3 and "\n" not in words
 
 
@@ -267,8 +267,7 @@ def test_python_exits_with_a_stream_open():
 def test_eval_has_every_image_once_in_order(workers, world):
     source = Images(bad=[0, 9])
     parts = [
-        EvalLoader(source, 12, 4, **NORM, rank=r, world=world, workers=workers)
-        for r in range(world)
+        EvalLoader(source, PLAIN, 4, rank=r, world=world, workers=workers) for r in range(world)
     ]
     batches = [batch for part in parts for batch in part]
     assert len(batches) == sum(len(part) for part in parts)
@@ -276,22 +275,22 @@ def test_eval_has_every_image_once_in_order(workers, world):
     assert index.tolist() == [i for i in range(22) if i not in (0, 9)]
     assert [name for b in batches for name, _ in b["bad"]] == ["img0", "img9"]
     want = (source.pixels[index].float() / 255 - 0.5) / 0.25
-    torch.testing.assert_close(torch.cat([b["image"] for b in batches]), want)
+    torch.testing.assert_close(torch.cat([b["view"] for b in batches]), want)
 
 
 def test_eval_batch_of_bad_images_alone_is_empty():
-    (batch,) = EvalLoader(Images(2, bad=[0, 1]), 12, 4, **NORM)
-    assert batch["image"].shape == (0, 3, 12, 12) and len(batch["index"]) == 0
+    (batch,) = EvalLoader(Images(2, bad=[0, 1]), PLAIN, 4)
+    assert batch["view"].shape == (0, 3, 12, 12) and len(batch["index"]) == 0
     assert [name for name, _ in batch["bad"]] == ["img0", "img1"]
 
 
 def test_eval_of_other_shapes_is_the_centred_square():
     wide = Images(1)
     wide.pixels = torch.arange(120, dtype=torch.uint8).expand(1, 3, 60, 120).contiguous()
-    (batch,) = EvalLoader(wide, 60, 1, mean=(0.0,), std=(1.0,))
-    assert torch.equal((batch["image"] * 255).round().byte(), wide.pixels[..., 30:90])
+    (batch,) = EvalLoader(wide, preset("plain", 60, mean=(0.0,), std=(1.0,)), 1)
+    assert torch.equal((batch["view"] * 255).round().byte(), wide.pixels[..., 30:90])
 
 
 def test_eval_settings_are_checked():
     with pytest.raises(ValueError, match="batch_size: want 1 or more, got 0"):
-        EvalLoader(Images(), 12, 0, **NORM)
+        EvalLoader(Images(), PLAIN, 0)

@@ -19,7 +19,7 @@ KINDS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "b
 
 def method(tmp_path="."):
     torch.manual_seed(0)
-    encoder = build_backbone("vit_tiny_patch16_224", channels=1, image_size=16, kwargs=VIT)
+    encoder = build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), kwargs=VIT)
     encoder.cls_token.requires_grad_(False)  # a frozen parameter has no master weights
     return build_method(encoder, tiny("mae", tmp_path).method)
 

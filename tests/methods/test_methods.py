@@ -22,7 +22,7 @@ from tests.runs import VIT, tiny
 def method(name, tmp_path, **changes):
     cfg = tiny(name, tmp_path, **changes)
     torch.manual_seed(0)
-    encoder = build_backbone(cfg.model.name, channels=1, image_size=16, kwargs=VIT)
+    encoder = build_backbone(cfg.model.name, shape=(1, 16, 16), kwargs=VIT)
     return build_method(encoder, cfg.method), cfg
 
 

@@ -19,7 +19,7 @@ def vit(**kwargs):
     torch.manual_seed(0)
     shape = {"patch_size": (4, 2), "embed_dim": 24, "depth": 2, "num_heads": 3}
     model = build_backbone(
-        "vit_tiny_patch16_224", channels=3, image_size=12, kwargs={**shape, **kwargs}
+        "vit_tiny_patch16_224", shape=(3, 12, 12), kwargs={**shape, **kwargs}
     )
     for parameter in model.parameters():  # zeros and ones would hide a mistake
         torch.nn.init.normal_(parameter, std=0.1)
@@ -99,7 +99,7 @@ def test_decoder_predicts_hidden_patches_in_their_order():
     "name, kwargs, width", [("resnet10t", {}, 512), ("vit_tiny_patch16_224", {}, 192)]
 )
 def test_backbone_features(name, kwargs, width):
-    model = build_backbone(name, channels=1, image_size=32, kwargs=kwargs)
+    model = build_backbone(name, shape=(1, 32, 32), kwargs=kwargs)
     assert feature_dim(model) == width == model(torch.randn(2, 1, 32, 32)).shape[1]
 
 
@@ -112,14 +112,14 @@ def test_unknown_backbone_names_the_closest():
     with pytest.raises(
         ValueError, match="'vit_tiny_patch16_225'.*did you mean.*vit_tiny_patch16_224"
     ):
-        build_backbone("vit_tiny_patch16_225", channels=3, image_size=16, kwargs={})
+        build_backbone("vit_tiny_patch16_225", shape=(3, 16, 16), kwargs={})
     with pytest.raises(ValueError, match="with model.kwargs=.*depht"):
-        build_backbone("vit_tiny_patch16_224", channels=3, image_size=16, kwargs={"depht": 2})
+        build_backbone("vit_tiny_patch16_224", shape=(3, 16, 16), kwargs={"depht": 2})
 
 
 def test_a_model_of_another_image_size_is_refused():
     with pytest.raises(ValueError, match="does not take 16-pixel images"):
-        build_backbone("vit_tiny_patch16_224", channels=1, image_size=16, kwargs={"img_size": 32})
+        build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), kwargs={"img_size": 32})
     with pytest.raises(ValueError, match="does not take 32-pixel images"):
         name = "swin_tiny_patch4_window7_224"
-        build_backbone(name, channels=3, image_size=32, kwargs={"window_size": 7, "img_size": 224})
+        build_backbone(name, shape=(3, 32, 32), kwargs={"window_size": 7, "img_size": 224})

@@ -53,7 +53,7 @@ def test_only_panels_with_data_are_drawn(tmp_path, figures):
         "kNN accuracy, held out",
         "RankMe (effective dimensions)",
         "Learning rate",
-        "Images per second",
+        "Samples per second",
     }
     only_loss = [{"kind": "train", "step": 0, "loss": 1.0}]
     assert plot_curves(only_loss, tmp_path / "one.png")
@@ -69,19 +69,19 @@ def test_nothing_to_draw_leaves_no_file(tmp_path):
 
 
 def test_baselines_are_dashed_lines_in_their_own_panel(tmp_path, figures):
-    baseline = {"kind": "baseline", "encoder": "raw pixels", "knn": 0.75}
+    baseline = {"kind": "baseline", "encoder": "raw input", "knn": 0.75}
     plot_curves([*training(), baseline], tmp_path / "curves.png")
     drawn = panels(figures[0])
     lines = {line.get_label(): line for line in drawn["kNN accuracy, held out"].lines}
-    assert list(lines["raw pixels"].get_ydata()) == [0.75, 0.75]
-    assert lines["raw pixels"].get_linestyle() == "--"
+    assert list(lines["raw input"].get_ydata()) == [0.75, 0.75]
+    assert lines["raw input"].get_linestyle() == "--"
     assert len(drawn["RankMe (effective dimensions)"].lines) == 1
 
 
 def test_a_wobble_of_accuracy_does_not_fill_its_panel(tmp_path, figures):
     rows = [{"kind": "eval", "step": s, "knn": 0.9 + s / 1000} for s in range(3)]
     plot_curves(rows, tmp_path / "alone.png")
-    far = {"kind": "baseline", "encoder": "raw pixels", "knn": 0.5}
+    far = {"kind": "baseline", "encoder": "raw input", "knn": 0.5}
     plot_curves([*rows, far], tmp_path / "far.png")
     (low, high), (below, above) = (figure.axes[0].get_ylim() for figure in figures)
     assert 0.04 <= high - low < 0.06 and low < 0.9 < 0.902 < high

@@ -42,7 +42,7 @@ def results(**change):
     rows = [
         {"encoder": "pretrained", "knn": 0.97, "linear": 0.981, "rankme": 61.25, "notes": ["odd"]},
         {"encoder": "random initialisation", "knn": 0.91, "linear": 0.94, "rankme": 20.0},
-        {"encoder": "raw pixels", "knn": 0.96, "linear": None},
+        {"encoder": "raw input", "knn": 0.96, "linear": None},
     ]
     train = {"loss": 1.25, "steps": 1400, "seconds": 75.0, "peak_memory_bytes": 812e6}
     return {
@@ -79,7 +79,7 @@ def test_a_whole_run(tmp_path):
     assert "fastssl pretrain simclr-digits" in page.text and "method: simclr" in page.text
     assert "1 × bad_image" in page.text and "step 7  bad_image  a.jpg: truncated" in page.text
     assert page.tags.count("img") == 5
-    assert page.text.count("–") == 2  # raw pixels: no linear probe, no RankMe
+    assert page.text.count("–") == 2  # raw input: no linear probe, no RankMe
     assert "odd" in page.text
 
 
@@ -154,10 +154,10 @@ def test_the_headline_tells_success_and_failure_apart():
     won = headline(results())
     assert "against 94.0\xa0% for the same encoder before training." in won
     assert "does not beat" not in won
-    rows = [{"encoder": "pretrained", "knn": 0.95}, {"encoder": "raw pixels", "knn": 0.96}]
+    rows = [{"encoder": "pretrained", "knn": 0.95}, {"encoder": "raw input", "knn": 0.96}]
     lost = headline({"method": "mae", "rows": rows})
     assert lost.startswith("A nearest-neighbour vote among the MAE features is right for 95.0\xa0%")
-    assert lost.endswith("It does not beat raw pixels.")
+    assert lost.endswith("It does not beat the raw input.")
     unlabelled = {"rows": [{"encoder": "pretrained", "rankme": 61.25}]}
     assert "about 61 dimensions" in headline(unlabelled)
     assert headline({}) == ""

@@ -29,8 +29,8 @@ def test_a_run_learns_and_shows_itself(method, tmp_path):
     curve = losses(cfg)
     assert len(curve) == 20 and np.mean(curve[-3:]) < 0.97 * np.mean(curve[:3])
     rows = {row["encoder"]: row for row in results["rows"]}
-    assert set(rows) == {"pretrained", "random initialisation", "raw pixels"}
-    assert rows["raw pixels"]["knn"] > 0.7 and rows["pretrained"] != rows["random initialisation"]
+    assert set(rows) == {"pretrained", "random initialisation", "raw input"}
+    assert rows["raw input"]["knn"] > 0.7 and rows["pretrained"] != rows["random initialisation"]
     shown = {p.name for p in cfg.directory.iterdir()}
     wanted = {"config.yaml", "metrics.jsonl", "results.json", "report.html", "curves.png"}
     wanted |= {"embedding.png", "views.png", "tensorboard", "checkpoints"}

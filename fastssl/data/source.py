@@ -1,0 +1,70 @@
+"""What every source of data is: a sequence of items with names, and labels where it has them."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class Source(Protocol):
+    """What a loader needs of a set of items.  It must survive pickling: workers hold a copy.
+
+    An item is an image, uint8 (channels, H, W) with 1 or 3 channels; a clip, uint8 (channels, T, H,
+    W); a signal, float32 (channels, W); a cloud, float32 (points, channels); or a table's row,
+    float32 (channels,).
+    """
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(N,) int64, numbers of `classes`; None where there are no labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def item(self, i: int) -> Tensor:
+        """Item i.  Raises BadItem."""
+        ...
+
+    def name(self, i: int) -> str:
+        """A name that a person can find item i by."""
+        ...
+
+    def select(self, indices: np.ndarray) -> "Source":
+        """The items at `indices` (int64), in that order, as a source of their own."""
+        ...
+
+
+class Split(NamedTuple):
+    train: Source
+    test: Source
+
+
+class SourceOptions(BaseModel):
+    """Base of the sources' options.  A subclass has a `name` and opens itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    test_fraction: float = Field(
+        default=0.2, ge=0, lt=1, description="part of each class held out for evaluation"
+    )
+
+    def open(self) -> tuple[Source, ...]:
+        """All items as one source; or the train and the test part, where they come apart.
+
+        Raises DataError, saying what to do, for data that cannot be used.
+        """
+        raise TypeError(f"{type(self).__name__} does not define open()")
+
+
+def absolute(path: Path) -> Path:
+    """The same folder from wherever a saved config is read; `~nobody` stays, to be missed later."""
+    return Path(os.path.expanduser(path)).absolute()
