@@ -283,9 +283,10 @@ def plan_bench(place: Place, end: float) -> list[Step]:
 
 
 def plan_train(place: Place, end: float) -> list[Step]:
-    """Whole training steps in bfloat16, a process for each method."""
+    """Whole training steps in bfloat16, a process for each method; large models take longer."""
     cases = [case for case in place.cases if _is(case, ("train-*",))]
-    plans = [("train-bfloat16", case, [case], 150, ["--budget", "5"]) for case in cases]
+    most = {c: 240 if _is(c, ("*-large",)) else 150 for c in cases}
+    plans = [("train-bfloat16", c, [c], most[c], ["--budget", "5"]) for c in cases]
     return [_measure(place, number, plan) for number, plan in enumerate(plans)]
 
 

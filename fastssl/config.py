@@ -26,7 +26,8 @@ from fastssl.engine.optim import OptimConfig, check_optimizer
 from fastssl.methods import METHODS, AnyMethodConfig
 
 SWITCHED = ("method", "model", "data.source", "optim.schedule")
-VERBATIM = ("name", "output", "data.source.path", "data.source.cache", "model.name")
+_SOURCE = ("data.source.path", "data.source.cache", "data.source.label")
+VERBATIM = ("name", "output", "model.name", *_SOURCE)
 
 
 class ConfigError(ValueError):
@@ -101,6 +102,8 @@ class RunConfig(Section):
     def views(self) -> ViewSpec:
         """The augmentation: the method's preset or the one named, with the overrides."""
         name = self.data.augment or METHODS[self.method.name].preset
+        if "size" in self.data.overrides:
+            raise ValueError("data.overrides has a size: give it as data.image_size")
         return view_spec(name, self.data.image_size, **self.data.overrides)
 
     @model_validator(mode="after")

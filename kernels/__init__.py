@@ -1,8 +1,11 @@
 """The primitives, each written once: what it computes, its reference, its implementations."""
 
 from ._dispatch import implementations
+from .bias import gather_bias
+from .chamfer import chamfer
 from .correlation import Correlation, correlation_plan, cross_correlation, frobenius_sq
 from .correlation_mixed import Mixed, mixed_correlation
+from .latents import scaled_cosine_error
 from .masks import (
     PairMask,
     different_group,
@@ -13,15 +16,17 @@ from .masks import (
 from .moments import Moments, column_moments, cross_diagonal, standardise
 from .pairwise import pairwise_lse
 from .pairwise_sigmoid import pairwise_sigmoid
-from .patches import gather_patches, patch_mse
-from .tokens import gather_tokens, restore_tokens
+from .patches import Normalised, gather_patches, patch_mse
+from .tokens import gather_packed, gather_tokens, restore_tokens, scatter_tokens
 from .topk import pairwise_topk
 
 __all__ = [
     "Correlation",
     "Mixed",
     "Moments",
+    "Normalised",
     "PairMask",
+    "chamfer",
     "column_moments",
     "correlation_plan",
     "cross_correlation",
@@ -30,6 +35,8 @@ __all__ = [
     "exclude_self",
     "exclude_self_and_pair",
     "frobenius_sq",
+    "gather_bias",
+    "gather_packed",
     "gather_patches",
     "gather_tokens",
     "implementations",
@@ -40,5 +47,7 @@ __all__ = [
     "patch_mse",
     "restore_tokens",
     "same_group",
+    "scaled_cosine_error",
+    "scatter_tokens",
     "standardise",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from fastssl.config import RunConfig, from_mapping
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+_DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"name": "simclr", "hidden_dim": 32, "projection_dim": 16},
     "dcl": {"name": "dcl", "hidden_dim": 32, "projection_dim": 16},
@@ -22,7 +23,12 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "vicreg": {"name": "vicreg", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
     "sie": {"name": "sie", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
-    "mae": {"name": "mae", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+    "mae": {"name": "mae", **_DECODER},
+    "simmim": {"name": "simmim", "mask_ratio": 0.5},
+    "gmml": {"name": "gmml"},
+    "cropmae": {"name": "cropmae", "mask_ratio": 0.9, **_DECODER},
+    "ijepa": {"name": "ijepa", "target": 0.2, "blocks": 3, **_DECODER},
+    "data2vec": {"name": "data2vec", "layers": 2, "masks": 2, "mask_ratio": 0.75, **_DECODER},
 }
 BASE: dict[str, Any] = {
     "name": "run",
@@ -42,10 +48,50 @@ BASE: dict[str, Any] = {
     "log": {"every": 1, "tensorboard": False},
 }
 
+_BLOCKS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+# Methods that read no images: their options, and the model, source and size of their runs.
+OTHERS: dict[str, dict[str, Any]] = {
+    "videomae": {
+        "method": {"name": "videomae", "mask_ratio": 0.75, **_DECODER},
+        "model": {"name": "vit_video", "kwargs": VIT},
+        "source": {"name": "clips", "classes": 4, "per_class": 50, "frames": 4, "size": 16},
+        "image_size": 16,
+        "overrides": {"frames": 4},
+    },
+    "signal_mae": {
+        "method": {"name": "signal_mae", "span": 2, **_DECODER},
+        "model": {"name": "vit_signal", "kwargs": {**_BLOCKS, "patch_size": 8}},
+        "source": {"name": "signals", "classes": 4, "per_class": 50, "length": 160},
+        "image_size": 128,
+    },
+    "tjepa": {
+        "method": {"name": "tjepa", **_DECODER},
+        "model": {"name": "table_transformer", "kwargs": _BLOCKS},
+        "source": {"name": "table", "dataset": "wine"},
+    },
+    "point_mae": {
+        "method": {"name": "point_mae", **_DECODER},
+        "model": {"name": "point_transformer", "kwargs": {**_BLOCKS, "groups": 8, "group_size": 6}},
+        "source": {"name": "clouds", "classes": 4, "per_class": 50, "points": 64},
+        "image_size": 48,
+    },
+}
+
+
+def _base(method: str) -> dict[str, Any]:
+    """The run's mapping but for its output."""
+    base = copy.deepcopy(BASE)
+    if method in METHODS:
+        return base | {"method": dict(METHODS[method])}
+    own = copy.deepcopy(OTHERS[method])
+    data = {k: own[k] for k in ("source", "image_size", "overrides") if k in own}
+    whole = {"method": own["method"], "model": own["model"], "data": {**data, "workers": 0}}
+    return base | whole | {"batch_size": 40}
+
 
 def tiny(method: str, output: Path, **changes: Any) -> RunConfig:
     """A run of `method` in `output`; changes are dotted keys with `__` for the dot."""
-    mapping = copy.deepcopy(BASE) | {"method": dict(METHODS[method]), "output": str(output)}
+    mapping = _base(method) | {"output": str(output)}
     for key, value in changes.items():
         *sections, last = key.split("__")
         place = mapping

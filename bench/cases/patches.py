@@ -1,19 +1,23 @@
-"""The primitives over patches and tokens, beside the formula as written and that compiled.
+"""Patches, and the two stages of masked modelling they are for, beside the formula as written.
 
-B images of S pixels a side in patches of P; L tokens of D features.  Floors as in losses.py, with
+B images of S pixels a side in patches of P; tokens of D features.  Floors as in losses.py, with
 every elementwise operation counted; what only moves data has bytes alone.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.bench.registry import Problem, Shape, case
-from fastssl.bench.rivals import beside, by_implementation, nbytes, weighed
-from fastssl.kernels import gather_patches, gather_tokens, patch_mse, restore_tokens
+from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.registry import OURS, REFERENCE, Problem, Shape, case
+from fastssl.bench.rivals import beside, by_implementation, library, nbytes, weighed
+from fastssl.kernels import gather_patches, patch_mse
+from fastssl.losses import MAELoss
 
 _HIDDEN = 3 / 4
 _IMAGE_SHAPES = {
@@ -69,57 +73,142 @@ def _patch_mse(patch: int, impl: str, pred: Tensor, images: Tensor, ids: Tensor)
     return patch_mse(pred, images, ids, patch, impl=impl)
 
 
-_TOKEN_SHAPES = {
-    "quick": [{"B": 8, "L": 196, "D": 512}],
-    "cpu": [{"B": 32, "L": 196, "D": 512}],
-    "cuda": [{"B": 256, "L": 196, "D": 512}, {"B": 1024, "L": 196, "D": 512}],
+_STAGE_SHAPES = {
+    "quick": [{"B": 8, "S": 224, "P": 16}],
+    "cpu": [{"B": 64, "S": 224, "P": 16}, {"B": 128, "S": 32, "P": 4}],
+    "cuda": [{"B": 256, "S": 224, "P": 16}, {"B": 1024, "S": 224, "P": 16}],
 }
+_WIDTHS = {224: 768, 32: 192}  # of the transformers usual at that size
 
 
-@case("restore-tokens", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
-def restored(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """A whole sequence from its visible quarter and the mask token, positions added.
+@case(
+    "visible-tokens",
+    test="tests/models/test_masked_vit.py",
+    shapes={
+        size: [{**s, "D": _WIDTHS[s["S"]]} for s in shapes]
+        for size, shapes in _STAGE_SHAPES.items()
+    },
+)
+def embedded(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """From images to the embedded visible quarter: gathered before a matrix product, or after.
 
-    1 flop an element each way: the positions' addition, and the sums of their gradients.
+    2 D flops a visible value each way; the weight's gradient alone, images have none.
     """
-    B, L, D = shape["B"], shape["L"], shape["D"]
-    order = torch.rand(B, L, device=device).argsort(1)
-    visible = torch.randn(B, int(L * (1 - _HIDDEN)), D, device=device).to(dtype).requires_grad_()
-    token, pos = (
-        torch.randn(*size, device=device).to(dtype).requires_grad_() for size in ((D,), (L, D))
-    )
-    w = torch.randn(B, L, D, device=device).to(dtype)
-    read = nbytes(visible, order, token, pos)
-    return Problem(
-        inputs=(visible, order, token, pos, w),
-        rivals=weighed(by_implementation("restore_tokens", _restore, device)),
-        flops={"fwd": 1.0 * w.numel(), "bwd": 1.0 * w.numel()},
-        bytes_moved={"fwd": read + nbytes(w), "bwd": read + nbytes(w)},
-        items=(B, "images"),
-    )
-
-
-def _restore(impl: str, visible: Tensor, order: Tensor, token: Tensor, pos: Tensor) -> Tensor:
-    return restore_tokens(visible, order, token, pos, impl=impl)
-
-
-@case("gather-tokens", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
-def gathered(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The hidden three quarters of the tokens of each sequence: read once, written once."""
-    B, L, D = shape["B"], shape["L"], shape["D"]
-    tokens = torch.randn(B, L, D, device=device).to(dtype).requires_grad_()
-    ids = torch.rand(B, L, device=device).argsort(1)[:, : int(L * _HIDDEN)]
+    B, S, P, D = (shape[letter] for letter in "BSPD")
+    images = torch.rand(B, 3, S, S, device=device).to(dtype)
+    ids = _chosen(shape, 1 - _HIDDEN, device)
+    values = 3 * P * P
+    weight = torch.randn(D, 3, P, P, device=device) / values**0.5
+    bias = torch.randn(D, device=device)
+    weight, bias = (x.to(dtype).requires_grad_() for x in (weight, bias))
     w = torch.randn(*ids.shape, D, device=device).to(dtype)
+    rivals = beside(partial(_embed, P), partial(_embed_all, P))
+    rivals["timm"] = library("timm.layers", lambda m: partial(_embed_timm, m, P))
+    rivals["lightly"] = library("lightly.models.utils", lambda m: partial(_embed_lightly, m, P))
+    product = 2.0 * ids.numel() * values * D
+    moved = ids.numel() * values * images.element_size() + nbytes(ids, weight, bias, w)
     return Problem(
-        inputs=(tokens, ids, w),
-        rivals=weighed(beside(gather_tokens, _gather_reference)),
-        bytes_moved={
-            "fwd": nbytes(ids) + 2.0 * nbytes(w),
-            "bwd": nbytes(ids, tokens) + 1.0 * nbytes(w),
-        },
+        inputs=(images, ids, weight, bias, w),
+        rivals=weighed(rivals),
+        flops={"fwd": product, "bwd": product},
+        bytes_moved={"fwd": moved, "bwd": moved},
         items=(B, "images"),
     )
 
 
-def _gather_reference(tokens: Tensor, ids: Tensor) -> Tensor:
-    return tokens[torch.arange(len(ids), device=ids.device)[:, None], ids]
+def _embed(patch: int, images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As fastssl.models.MaskedViT does."""
+    return F.linear(gather_patches(images, ids, patch), weight.movedim(1, -1).flatten(1), bias)
+
+
+def _embed_all(patch: int, images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Every patch by a convolution, then the visible ones: facebookresearch/mae and timm."""
+    tokens = F.conv2d(images, weight, bias, stride=patch).flatten(2).transpose(1, 2)
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def _embed_timm(layers, patch: int, images: Tensor, ids: Tensor, *own: Tensor) -> Tensor:
+    D, C = own[0].shape[:2]
+    with torch.device("meta"):
+        module = layers.PatchEmbed(images.shape[-1], patch, C, D)
+    given = dict(zip(("proj.weight", "proj.bias"), own, strict=True))
+    tokens = torch.func.functional_call(module, given, images)
+    return tokens.gather(1, ids[..., None].expand(-1, -1, D))
+
+
+def _embed_lightly(utils, patch: int, images: Tensor, ids: Tensor, *own: Tensor) -> Tensor:
+    tokens = F.conv2d(images, *own, stride=patch).flatten(2).transpose(1, 2)
+    return utils.get_at_index(tokens, ids)
+
+
+@case("prediction-loss", test="tests/losses/test_reconstruction.py", shapes=_STAGE_SHAPES)
+def predicted(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """From predictions to MAE's loss: of the hidden patches alone, or of all, as published.
+
+    Each rival is given the predictions of every patch and, as tensors of their own, those of the
+    hidden ones; it takes one of the two.  Flops and bytes as in `mae`.
+    """
+    B, S, P = shape["B"], shape["S"], shape["P"]
+    images = torch.rand(B, 3, S, S, device=device).to(dtype)
+    ids = _chosen(shape, _HIDDEN, device)
+    every = torch.randn(B, (S // P) ** 2, 3 * P * P, device=device).to(dtype)
+    mask = torch.zeros(every.shape[:2], device=device, dtype=dtype).scatter_(1, ids, 1.0)
+    hidden = every.gather(1, ids[..., None].expand(-1, -1, every.shape[2]))
+    inputs = every.requires_grad_(), hidden.requires_grad_(), images, ids, mask
+    rivals = beside(partial(_loss_of_hidden, P), partial(_loss_of_all, P))
+    rivals["lightly"] = library("lightly.models.utils", lambda m: partial(_loss_lightly, m, P))
+    read = 2 * nbytes(hidden) + nbytes(ids)
+    return Problem(
+        inputs=inputs,
+        rivals=rivals,
+        flops={"fwd": 8.0 * hidden.numel(), "bwd": 2.0 * hidden.numel()},
+        bytes_moved={"fwd": read + 4, "bwd": read + nbytes(hidden)},
+        items=(B, "images"),
+        check=partial(_loss_is_wrong, P, inputs),
+    )
+
+
+class _Unused(torch.autograd.Function):
+    """The loss, with a gradient of zero to what it does not depend on; takes no time."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = other.shape, other.dtype
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], grads[0].new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
+
+
+def _loss_of_hidden(patch, every, hidden, images, ids, mask) -> Tensor:
+    return _Unused.apply(MAELoss(patch)(hidden, images, ids), every)  # type: ignore[return-value]
+
+
+def _loss_of_all(patch, every, hidden, images, ids, mask) -> Tensor:
+    """As facebookresearch/mae has it: a mask weighs the error of every patch."""
+    B, C, S, _ = images.shape
+    grid = S // patch
+    target = images.reshape(B, C, grid, patch, grid, patch)
+    target = torch.einsum("nchpwq->nhwpqc", target).reshape(every.shape)
+    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+    target = (target - mean) / (var + 1e-6) ** 0.5
+    error = ((every - target) ** 2).mean(-1)
+    return _Unused.apply((error * mask).sum() / mask.sum(), hidden)  # type: ignore[return-value]
+
+
+def _loss_lightly(utils, patch, every, hidden, images, ids, mask) -> Tensor:
+    target = utils.normalize_mean_var(utils.get_at_index(utils.patchify(images, patch), ids))
+    return _Unused.apply(F.mse_loss(hidden, target), every)  # type: ignore[return-value]
+
+
+def _loss_is_wrong(patch: int, inputs: tuple[Tensor, ...], name: str, made: Any) -> str:
+    """The gate's own judgement, of the value and of the gradient to the hidden predictions."""
+    rival = partial(_loss_of_all, patch)
+    wide = [x.detach().double() if x.is_floating_point() else x for x in inputs]
+    wide = [x.requires_grad_(y.requires_grad) for x, y in zip(wide, inputs, strict=True)]
+    ids, whole = inputs[3], name in (REFERENCE, "compile")
+    at = ids[..., None].expand(inputs[1].shape)
+    truth, eager = ((v, d.gather(1, at)) for v, d, _ in (step(rival, x) for x in (wide, inputs)))
+    mine = made[0], made[1].gather(1, at) if whole else made[2]
+    return why_wrong(mine, eager, truth, slack=SLACK_OURS if name == OURS else SLACK_OTHERS)

@@ -20,7 +20,7 @@ of the encoder with its optimiser's state read and written, in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -46,6 +46,14 @@ _SHAPES = {
     "cuda": [
         {"B": 256, "S": 224, "P": 16, "W": 384, "L": 12},
         {"B": 256, "S": 224, "P": 16, "W": 768, "L": 12},
+    ],
+}
+_LARGE = {  # ViT-L/16 at 224 pixels, ViT-H/14 at 476 (1,156 patches), a billion parameters
+    **_SHAPES,
+    "cuda": [
+        {"B": 512, "S": 224, "P": 16, "W": 1024, "L": 24},
+        {"B": 64, "S": 476, "P": 14, "W": 1280, "L": 32},
+        {"B": 256, "S": 224, "P": 14, "W": 1408, "L": 40},
     ],
 }
 _DTYPES = ("float32", "bfloat16")
@@ -278,12 +286,29 @@ def barlow_twins(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
 )
 def mae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A training step of MAE, a quarter of the patches visible, AdamW."""
+    return _problem(shape, dtype, device, _mae(shape))
+
+
+@case(
+    "train-mae-large",
+    test="tests/methods/test_methods.py",
+    shapes=_LARGE,
+    dtypes=_DTYPES,
+    gate_shape=_GATE,
+)
+def mae_large(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """A training step of MAE as in train-mae, of large models; nobody's step is compiled."""
+    problem = _problem(shape, dtype, device, _mae(shape))
+    return replace(problem, rivals={k: v for k, v in problem.rivals.items() if k != "compile"})
+
+
+def _mae(shape: Shape) -> _Recipe:
     tokens, W = _tokens(shape), shape["W"]
     visible = round(_VISIBLE * tokens)
     width, depth = min(512, W), min(8, shape["L"])
     decoder = _blocks(tokens + 1, width, depth) + 2.0 * (visible + 1) * W * width
     decoder += 2.0 * (tokens - visible) * width * 3 * shape["P"] ** 2
-    recipe = _Recipe(
+    return _Recipe(
         config={
             "name": "mae",
             "decoder_dim": width,
@@ -296,7 +321,6 @@ def mae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
         reference=lambda method: partial(mae_reference, method),
         lightly=("lightly", _mae_lightly),
     )
-    return _problem(shape, dtype, device, recipe)
 
 
 def _mae_lightly(lightly: Any, method: Any) -> tuple[nn.Module, Any]:

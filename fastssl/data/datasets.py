@@ -1,4 +1,4 @@
-"""Sources of images, each split into train and test by a seed.
+"""Sources of items, each split into train and test by a seed.
 
 A source (source.py) is a sequence of items with names, and labels where it has them.  Its config
 says which; `open_source` opens it:
@@ -6,6 +6,11 @@ says which; `open_source` opens it:
     digits      scikit-learn's 1,797 handwritten digits, 8 x 8 grey: real data, no download
     fractals    generated, any size and count, ten thousand classes if need be (fractals.py)
     folder      image files: one folder a class, or flat (folder.py)
+    clips       generated clips whose class is a motion (clips.py)
+    signals     generated waveforms (signals.py)
+    wavs        .wav files, in folders as images are (wavs.py)
+    table       rows of a table that scikit-learn ships, or of a .csv file (tables.py)
+    clouds      generated clouds of points on surfaces (clouds.py)
 """
 
 import fcntl
@@ -20,11 +25,16 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from .clips import ClipsSource
+from .clouds import CloudsSource
 from .errors import DataError
 from .folder import scan_folder
 from .fractals import fractal
 from .seeds import SPLIT, mix
+from .signals import SignalsSource
 from .source import Source, SourceOptions, Split, absolute
+from .tables import TableSource
+from .wavs import WavsSource
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +86,17 @@ class FolderSource(SourceOptions):
         return tuple(scan_folder(self.path, flat=self.flat))
 
 
-SourceConfig = Annotated[DigitsSource | FractalsSource | FolderSource, Field(discriminator="name")]
+SourceConfig = Annotated[
+    DigitsSource
+    | FractalsSource
+    | FolderSource
+    | ClipsSource
+    | SignalsSource
+    | WavsSource
+    | TableSource
+    | CloudsSource,
+    Field(discriminator="name"),
+]
 
 
 class ArrayImages:

@@ -2,6 +2,10 @@
 
 kind      item of a source            one view of it                spec
 image     uint8 (C, H, W)             float32 (C, size, size)       Views (views.py)
+clip      uint8 (C, T, H, W)          float32 (C, frames, s, s)     ClipViews (clips.py)
+signal    float32 (C, W)              float32 (C, length)           SignalViews (signals.py)
+cloud     float32 (N, 3)              float32 (points, 3)           CloudViews (clouds.py)
+row       float32 (F,)                float32 (F,)                  TableViews (tables.py)
 """
 
 from collections.abc import Callable
@@ -11,6 +15,10 @@ import torch
 from torch import Tensor
 
 from . import torch_views
+from .clips import clip_views
+from .clouds import cloud_views
+from .signals import signal_views
+from .tables import table_views
 from .views import PRESETS, Views, preset, unknown
 
 
@@ -38,7 +46,12 @@ class ViewSpec(Protocol):
 
 
 # preset: (size, **overrides) -> spec, of items that are no images.
-KINDS: dict[str, Callable[..., ViewSpec]] = {}
+KINDS: dict[str, Callable[..., ViewSpec]] = {
+    "clips": clip_views,
+    "signals": signal_views,
+    "clouds": cloud_views,
+    "table": table_views,
+}
 
 
 def view_spec(name: str, size: int, **overrides: Any) -> ViewSpec:

@@ -8,6 +8,7 @@ from .groco import GroCoLoss
 from .grouped import GroupedNTXentLoss
 from .hcl import HCLLoss
 from .isogclr import ISogCLRLoss
+from .latents import ChamferLoss, ScaledCosineLoss
 from .matryoshka import MatryoshkaLoss
 from .mmcr import MMCRLoss
 from .mochi import MoCHiLoss
@@ -26,6 +27,7 @@ from .vicregl import VICRegLLoss
 __all__ = [
     "BarlowTwinsLoss",
     "CLIPLoss",
+    "ChamferLoss",
     "DCLLoss",
     "DCLWLoss",
     "DenseInfoNCELoss",
@@ -44,6 +46,7 @@ __all__ = [
     "NTXentLoss",
     "SIELoss",
     "SSLEYLoss",
+    "ScaledCosineLoss",
     "SigLIPLoss",
     "SupConLoss",
     "TiCoLoss",

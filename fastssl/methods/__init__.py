@@ -8,14 +8,23 @@ from torch import nn
 from .barlow_twins import BarlowTwins, BarlowTwinsConfig
 from .base import Batch, Method, MethodConfig
 from .clip import CLIP, CLIPConfig
+from .cropmae import CropMAE, CropMAEConfig
+from .data2vec import Data2Vec, Data2VecConfig
 from .dcl import DCL, DCLConfig
+from .gmml import GMML, GMMLConfig
+from .ijepa import IJEPA, IJEPAConfig
 from .mae import MAE, MAEConfig
 from .mixed_barlow_twins import MixedBarlowTwins, MixedBarlowTwinsConfig
 from .mocov3 import MoCoV3, MoCoV3Config
 from .nnclr import NNCLR, NNCLRConfig
+from .point_mae import PointMAE, PointMAEConfig
 from .sie import SIE, SIEConfig
+from .signal_mae import SignalMAE, SignalMAEConfig
 from .simclr import SimCLR, SimCLRConfig
+from .simmim import SimMIM, SimMIMConfig
+from .tjepa import TJEPA, TJEPAConfig
 from .vicreg import VICReg, VICRegConfig
+from .videomae import VideoMAE, VideoMAEConfig
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
@@ -28,6 +37,15 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "sie": SIE,
     "mae": MAE,
+    "simmim": SimMIM,
+    "gmml": GMML,
+    "cropmae": CropMAE,
+    "ijepa": IJEPA,
+    "data2vec": Data2Vec,
+    "videomae": VideoMAE,
+    "signal_mae": SignalMAE,
+    "tjepa": TJEPA,
+    "point_mae": PointMAE,
 }
 AnyMethodConfig = Annotated[
     SimCLRConfig
@@ -39,7 +57,16 @@ AnyMethodConfig = Annotated[
     | MixedBarlowTwinsConfig
     | VICRegConfig
     | SIEConfig
-    | MAEConfig,
+    | MAEConfig
+    | SimMIMConfig
+    | GMMLConfig
+    | CropMAEConfig
+    | IJEPAConfig
+    | Data2VecConfig
+    | VideoMAEConfig
+    | SignalMAEConfig
+    | TJEPAConfig
+    | PointMAEConfig,
     Field(discriminator="name"),
 ]
 
@@ -52,18 +79,27 @@ def build_method(encoder: nn.Module, cfg: AnyMethodConfig) -> Method:
 __all__ = [
     "CLIP",
     "DCL",
+    "GMML",
+    "IJEPA",
     "MAE",
     "METHODS",
     "AnyMethodConfig",
     "BarlowTwins",
     "Batch",
+    "CropMAE",
+    "Data2Vec",
     "Method",
     "MethodConfig",
     "MixedBarlowTwins",
     "MoCoV3",
     "NNCLR",
+    "PointMAE",
     "SIE",
+    "TJEPA",
     "SimCLR",
+    "SignalMAE",
+    "SimMIM",
     "VICReg",
+    "VideoMAE",
     "build_method",
 ]

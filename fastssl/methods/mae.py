@@ -1,7 +1,11 @@
 """MAE: hide most patches, encode the rest, predict the pixels of the hidden ones.
 
     L patches of an image, K = round((1 - mask_ratio) L) of them visible
-Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
+    loss = mean over the L - K hidden patches of the squared error of their pixels
+
+Images, clips (B, C, T, H, W) and signals (B, C, W) alike, as the encoder reads them.
+Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377; masks
+of filtered noise: Hinojosa et al. 2024, ColorMAE, arXiv:2407.13036; blocks: BEiT, arXiv:2106.08254.
 """
 
 from typing import Literal
@@ -10,17 +14,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastssl.kernels import gather_patches
 from fastssl.losses import MAELoss
-from fastssl.masking import Masking, random_masking
-from fastssl.models import MAEDecoder, MaskedViT, feature_dim
+from fastssl.masking import Masking
+from fastssl.models import MAEDecoder, MaskedViT
 
 from .base import Batch, Method, MethodConfig
+from .paint import repainted
+from .places import Kind, MaskSchedule, Ratio, draw_mask, kind_field, patch_values, ratio_field
 
 
 class MAEConfig(MethodConfig):
     name: Literal["mae"] = "mae"
-    mask_ratio: float = Field(0.75, gt=0, lt=1, description="Share of patches hidden.")
+    mask_ratio: Ratio = ratio_field(0.75)
+    masking: Kind = kind_field()
     norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
     decoder_dim: int = Field(512, ge=1, description="Width of the decoder.")
     decoder_depth: int = Field(8, ge=1, description="Blocks of the decoder.")
@@ -34,26 +40,32 @@ class MAE(Method):
         super().__init__()
         self.cfg = cfg
         self.masked = MaskedViT(encoder)
-        ph, pw = self.masked.patch
-        L, values = self.masked.num_patches, ph * pw * encoder.in_chans  # type: ignore[operator]
-        self.visible = round((1 - cfg.mask_ratio) * L)
-        if not 0 < self.visible < L:
-            raise ValueError(
-                f"method.mask_ratio={cfg.mask_ratio} leaves {self.visible} of {L} patches"
-            )
+        patch, L = self.masked.patch, self.masked.num_patches
+        self.schedule = MaskSchedule(cfg.mask_ratio, L)
         self.decoder = MAEDecoder(
-            feature_dim(encoder),
+            self.masked.width,
             width=cfg.decoder_dim,
             depth=cfg.decoder_depth,
             heads=cfg.decoder_heads,
             patches=L,
-            values=values,  # type: ignore[arg-type]
+            values=patch_values(self.masked),
         )
-        self.loss = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
+        self.loss = MAELoss(patch, norm_pix=cfg.norm_pix)
+        for keep in self.schedule.counts():  # what cannot be drawn is found out here, not in a step
+            self.mask(torch.zeros(1, dtype=torch.int64), keep)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.masked.vit
+
+    @property
+    def visible(self) -> int:
+        """K, as it is now."""
+        return self.schedule.keep
+
+    def mask(self, seeds: Tensor, keep: int) -> Masking:
+        """Which patches each sample hides, all but `keep`; seeds (B,) int64."""
+        return draw_mask(self.cfg.masking, seeds, self.masked.grid, keep)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch["views"]
@@ -61,31 +73,16 @@ class MAE(Method):
         return {"loss": self.loss(prediction, images, masking.masked)}
 
     def predict(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Masking]:
-        """Predicted values (B, L - K, p p C) of the hidden patches, and which those are."""
-        masking = random_masking(seeds, self.masked.num_patches, self.visible)
+        """Predicted values (B, L - K, prod(patch) C) of the hidden patches, and which those are."""
+        masking = self.mask(seeds, self.visible)
         return self.decoder(self.masked(images, masking.visible), masking), masking
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """The images with hidden patches greyed, and with them predicted; each (B, C, H, W).
-
-        With norm_pix the decoder predicts contrast only: a patch's own mean and deviation are put
-        back, as in the paper's figures.
-        """
+        """The images with hidden patches greyed, and with them predicted; both like `images`."""
         prediction, masking = self.predict(images, seeds)
-        truth = gather_patches(images, masking.masked, self.masked.patch).float()
-        if self.cfg.norm_pix:
-            std = (truth.var(-1, keepdim=True) + 1e-6).sqrt()
-            prediction = prediction.float() * std + truth.mean(-1, keepdim=True)
-        hidden = torch.zeros_like(truth)
-        return self._paint(images, hidden, masking), self._paint(images, prediction, masking)
+        norm_pix = self.cfg.norm_pix
+        return repainted(images, prediction, masking.masked, self.masked.patch, norm_pix=norm_pix)
 
-    def _paint(self, images: Tensor, patches: Tensor, masking: Masking) -> Tensor:
-        """`images` with their hidden patches replaced by `patches` (B, L - K, p p C)."""
-        B, C, H, W = images.shape
-        ph, pw = self.masked.patch
-        grid = images.reshape(B, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 3, 5, 1).flatten(3)
-        grid = grid.flatten(1, 2).clone()
-        grid.scatter_(1, masking.masked[..., None].expand_as(patches), patches.to(grid.dtype))
-        grid = grid.reshape(B, H // ph, W // pw, ph, pw, C).permute(0, 5, 1, 3, 2, 4)
-        return grid.reshape(B, C, H, W)
+    def after_step(self, progress: float) -> None:
+        self.schedule.progress = progress

@@ -1,14 +1,12 @@
-"""Heads that stand between an encoder and its loss, and the light decoder of MAE."""
+"""Heads that stand between an encoder and its loss."""
 
 from functools import lru_cache
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastssl.distributed import world_size
-from fastssl.kernels import column_moments, gather_tokens, restore_tokens, standardise
-from fastssl.masking import Masking
+from fastssl.kernels import column_moments, standardise
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -83,37 +81,3 @@ def projection_head(dim: int, hidden: int, out: int, layers: int, *, final_norm:
         if not last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
-
-
-class MAEDecoder(nn.Module):
-    """Predicts the pixels of hidden patches from the encoder's tokens of the visible ones.
-
-    tokens (B, P + K, dim), masking of L patches -> (B, L - K, patch_values): hidden patches only,
-    in the order of `masking.masked`, values in the (h, w, c) order of `gather_patches`.
-    Source: arXiv:2111.06377, part 3 (MAE decoder); positions are learned.
-    """
-
-    def __init__(self, dim: int, *, width: int, depth: int, heads: int, patches: int, values: int):
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"decoder_dim={width} is not a multiple of decoder_heads={heads}")
-        self.embed = nn.Linear(dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.pos_embed = nn.Parameter(torch.zeros(patches, width))
-        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, values)
-        for parameter in (self.mask_token, self.pos_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"mask_token", "pos_embed"}
-
-    def forward(self, tokens: Tensor, masking: Masking) -> Tensor:
-        x = self.embed(tokens)
-        P = x.shape[1] - masking.visible.shape[1]
-        full = restore_tokens(x[:, P:], masking.restore, self.mask_token, self.pos_embed)
-        x = torch.cat([x[:, :P], full], 1)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(gather_tokens(self.norm(x)[:, P:], masking.masked))

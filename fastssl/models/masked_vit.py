@@ -1,89 +1,188 @@
-"""A timm VisionTransformer that embeds only the patches it is given.
+"""A timm vision transformer that embeds only the patches it is given.
 
-    B images   L patches of p x p pixels   K visible ones   P prefix tokens (class, registers)
-    E width    ids (B, K) int64: which patches are visible, in the order their tokens are wanted
+    B samples   L patches, row-major over the grid   K visible ones   E width
+    P prefix tokens (class, registers)   ids (B, K) int64: which patches, in the order wanted
 
 Gathering comes before embedding: raw patches are read straight from pixels, so at a mask ratio of
-75 % three quarters of the patch embedding are never computed.  The transformer's own parameters
-are used in place: a checkpoint of `vit` is a plain timm checkpoint.
-Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377, part 3.
+75 % three quarters of the patch embedding are never computed.  Absolute positions and rotary
+angles are gathered by the same ids.  The transformer's own parameters are used in place: a
+checkpoint of `vit` is a plain timm checkpoint.
+Memory: the K patches and tokens; never all L of them.
+Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377, part 3;
+rotary positions, Heo et al. 2024, RoPE-ViT, arXiv:2403.13298.
 """
+
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_patches, gather_tokens
 
+from .patch_embed import PatchEmbed1d, PatchEmbed3d
+
+_CONVOLUTIONS = {PatchEmbed: nn.Conv2d, PatchEmbed1d: nn.Conv1d, PatchEmbed3d: nn.Conv3d}
+
 
 class MaskedViT(nn.Module):
     """Wraps `vit`; `forward(images, ids)` gives the normed tokens (B, P + K, E) of those patches.
 
-    Exact: equal to embedding every patch, adding positions, then dropping the hidden ones.
-    Raises ValueError for a model that is not a timm VisionTransformer with learned positions, a
-    plain convolution as patch embedding and no tokens but class and registers, and for an image
-    size that its patches do not fill.
+    vit: timm's VisionTransformer (vit_*, deit*, this package's vit_video and vit_signal) or Eva
+    (eva*, vit_*_rope_*, vit_*_dinov3), of images, clips or signals.
+    Exact: equal to embedding every patch, adding positions, then dropping the hidden ones, under
+    the norm that ends `vit.forward_features` (none where a model norms after pooling).  Noise of
+    timm's own in training (dropout, drop path, jittered rotary coordinates) stays as timm draws it.
+    Raises ValueError for a model that would not be exact: other classes, positions of a flexible
+    image size or none, an embedding that is not one plain convolution, tokens but class and
+    registers, patches dropped by the model itself, and an image size that its patches do not fill.
     """
 
     def __init__(self, vit: nn.Module):
         super().__init__()
-        if not isinstance(vit, VisionTransformer):
+        if not isinstance(vit, VisionTransformer | Eva):
             raise ValueError(
-                f"masked modelling needs a timm VisionTransformer (vit_* or deit*), "
+                f"masked modelling needs a timm VisionTransformer (vit_* or deit*) or Eva, "
                 f"got {type(vit).__name__}"
             )
-        if vit.pos_embed is None or vit.dynamic_img_size:
-            raise ValueError("MaskedViT needs learned positions of a fixed image size")
+        rope = getattr(vit, "rope", None)
+        if (vit.pos_embed is None and rope is None) or vit.dynamic_img_size:
+            raise ValueError("MaskedViT needs learned positions of a fixed image size, or rotary")
         _check_embedding(vit)
         self.vit = vit
 
     @property
-    def patch(self) -> tuple[int, int]:
+    def patch(self) -> tuple[int, ...]:
+        """Sides of a patch: (h, w), (t, h, w) or (w,)."""
         return self.vit.patch_embed.patch_size  # type: ignore[return-value]
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """How many patches along each side."""
+        return self.vit.patch_embed.grid_size  # type: ignore[return-value]
+
+    @property
     def num_patches(self) -> int:
+        """L."""
         return self.vit.patch_embed.num_patches  # type: ignore[return-value]
 
-    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        vit = self.vit
-        x = self._embed(gather_patches(images, ids, self.patch))
-        P = vit.num_prefix_tokens
-        assert vit.pos_embed is not None
-        pos = vit.pos_embed[0]
-        prefix_pos, patch_pos = (None, pos) if vit.no_embed_class else (pos[:P], pos[P:])
-        x = x + gather_tokens(patch_pos, ids)
-        prefix: list[Tensor] = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
-        if prefix:
-            tokens = torch.cat(prefix, 1)
-            tokens = tokens if prefix_pos is None else tokens + prefix_pos
-            x = torch.cat([tokens.expand(len(x), -1, -1), x], 1)
-        x = vit.norm_pre(vit.pos_drop(x))
-        if vit.grad_checkpointing:
-            return vit.norm(checkpoint_seq(vit.blocks, x))
-        return vit.norm(vit.blocks(x))
+    @property
+    def width(self) -> int:
+        """E."""
+        return self.vit.embed_dim  # type: ignore[return-value]
 
-    def _embed(self, patches: Tensor) -> Tensor:
-        """The convolution of `patch_embed` as a matrix: patches are in (h, w, c) order."""
-        conv = self.vit.patch_embed.proj
-        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # type: ignore[union-attr, operator]
-        x = nn.functional.linear(patches.to(weight.dtype), weight, conv.bias)  # type: ignore
-        return self.vit.patch_embed.norm(x)  # type: ignore[operator]
+    @property
+    def prefix(self) -> int:
+        """P."""
+        return self.vit.num_prefix_tokens  # type: ignore[return-value]
+
+    def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """`encode(tokens(images, ids), ids)`: (B, P + K, E)."""
+        return self.encode(self.tokens(images, ids), ids)
+
+    def tokens(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The chosen patches embedded, without positions: (B, K, E), in the weights' dtype.
+
+        images (B, C, *S), any strides, float or integer, or `Normalised`; ids None: all patches.
+        Raises ValueError for images of other channels or sides than the model's, and bad ids.
+        """
+        pixels: Tensor = images if isinstance(images, Tensor) else images.images
+        embed: Any = self.vit.patch_embed
+        conv, want = embed.proj, (embed.proj.in_channels, *embed.img_size)
+        if pixels.shape[1:] != want:
+            raise ValueError(
+                f"images must be (B, {', '.join(map(str, want))}), got {tuple(pixels.shape)}"
+            )
+        if ids is None:
+            places = torch.arange(self.num_patches, device=pixels.device)
+            ids = places.expand(len(pixels), -1)
+        # As a matrix, the convolution reads patches in their order: sides, then channel.
+        weight = conv.weight.movedim(1, -1).flatten(1)
+        patches = gather_patches(images, ids, self.patch, dtype=weight.dtype)
+        x = nn.functional.linear(patches, weight, conv.bias)
+        return embed.norm(x)
+
+    def encode(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The transformer on embedded patches: positions, prefix tokens, blocks, final norm.
+
+        tokens (B, K, E) of the places ids (B, K), or of all L in order with ids None; they need
+        not be `tokens`' own (mask tokens, say).  Returns (B, P + K, E).
+        Raises ValueError for tokens without ids that are not L.
+        """
+        vit: Any = self.vit
+        if ids is None and tokens.shape[1] != self.num_patches:
+            raise ValueError(f"want {self.num_patches} tokens without ids, got {tokens.shape[1]}")
+        x = vit.norm_pre(vit.pos_drop(self._with_prefix(tokens, ids)))
+        if isinstance(vit, Eva):
+            x = self._rotary_blocks(x, ids)
+        elif vit.grad_checkpointing:
+            x = checkpoint_seq(vit.blocks, x)
+        else:
+            x = vit.blocks(x)
+        return vit.norm(x)
+
+    def _with_prefix(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """Tokens with their positions, behind class token and registers with theirs."""
+        vit: Any = self.vit
+        P, pos = self.prefix, None if vit.pos_embed is None else vit.pos_embed[0]
+        own = None if pos is None or vit.no_embed_class else pos[:P]
+        if pos is not None:
+            places = pos if own is None else pos[P:]
+            x = x + (places if ids is None else gather_tokens(places, ids))
+        prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        if not prefix:
+            return x
+        first = torch.cat(prefix, 1)
+        first = first if own is None else first + own
+        return torch.cat([first.expand(len(x), -1, -1), x], 1)
+
+    def _rotary_blocks(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """Eva's blocks, each with its rotary angles of the chosen places."""
+        vit: Any = self.vit
+        rope = vit.rope
+        angles: Any = None
+        if rope is not None:
+            kept = hasattr(rope, "feat_shape")  # timm's rule: others are asked for a grid
+            angles = rope.get_embed() if kept else rope.get_embed(shape=self.grid)
+            if not vit.rope_mixed:
+                angles = _gathered(angles, ids)
+        for i, block in enumerate(vit.blocks):
+            turn = _gathered(angles[i], ids) if vit.rope_mixed else angles
+            x = checkpoint(block, x, rope=turn) if vit.grad_checkpointing else block(x, rope=turn)
+        return x
 
 
-def _check_embedding(vit: VisionTransformer) -> None:
+def _gathered(angles: Tensor, ids: Tensor | None) -> Tensor:
+    """Angles (L, D), or (heads, L, D), of chosen places: (B, 1 or heads, K, D)."""
+    if ids is None:
+        return angles
+    if angles.ndim == 2:
+        return gather_tokens(angles, ids)[:, None]
+    by_place = gather_tokens(angles.transpose(0, 1).flatten(1), ids)
+    return by_place.unflatten(2, (len(angles), -1)).transpose(1, 2)
+
+
+def _check_embedding(vit: VisionTransformer | Eva) -> None:
     """Refuse patches and prefix tokens that `MaskedViT` would embed otherwise than `vit` does."""
-    embed = vit.patch_embed
+    embed: Any = vit.patch_embed
     prefix = sum(t.shape[1] for t in (vit.cls_token, vit.reg_token) if t is not None)
-    if not isinstance(embed, PatchEmbed) or prefix != vit.num_prefix_tokens:
+    if type(embed) not in _CONVOLUTIONS or prefix != vit.num_prefix_tokens:
         raise ValueError(
             "MaskedViT needs a convolution as patch embedding and no tokens but class and "
             f"registers, got {type(vit).__name__} with {type(embed).__name__} and "
             f"{vit.num_prefix_tokens} prefix tokens, {prefix} of them class and registers"
         )
-    size, patch = embed.img_size, embed.patch_size
+    size, patch = embed.img_size, tuple(embed.patch_size)
+    conv, kind = embed.proj, _CONVOLUTIONS[type(embed)]
+    still = dict(kernel_size=patch, stride=patch, groups=1, dilation=(1,) * len(patch))
+    padded = any(conv.padding) if isinstance(conv.padding, tuple) else conv.padding != "valid"
+    if type(conv) is not kind or padded or any(getattr(conv, k) != v for k, v in still.items()):
+        raise ValueError(f"MaskedViT needs a convolution of stride and kernel {patch}, got {conv}")
+    if not isinstance(vit.patch_drop, nn.Identity | None):
+        raise ValueError("MaskedViT chooses the patches: patch_drop_rate must be 0")
     whole = tuple(g * p for g, p in zip(embed.grid_size or (), patch, strict=True))
     if size != whole:
         raise ValueError(f"patch size must divide the image size, got {patch} and {size}")

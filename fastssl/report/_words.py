@@ -5,7 +5,10 @@ from typing import Any
 
 _METHODS = {
     **{"simclr": "SimCLR", "dcl": "DCL", "mocov3": "MoCo v3", "nnclr": "NNCLR", "clip": "CLIP"},
-    **{"barlow_twins": "Barlow Twins", "mae": "MAE"},
+    **{"barlow_twins": "Barlow Twins", "mixed_barlow_twins": "Mixed Barlow Twins"},
+    **{"vicreg": "VICReg", "sie": "SIE", "mae": "MAE", "simmim": "SimMIM", "gmml": "GMML"},
+    **{"ijepa": "I-JEPA", "tjepa": "T-JEPA", "cropmae": "CropMAE", "videomae": "VideoMAE V2"},
+    **{"signal_mae": "MAE of signals", "point_mae": "Point-MAE"},
 }
 PRETRAINED, RANDOM, RAW = "pretrained", "random initialisation", "raw input"
 

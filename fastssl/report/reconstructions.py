@@ -5,18 +5,33 @@ from pathlib import Path
 from torch import Tensor
 
 from fastssl.report._figure import plot_sheet
+from fastssl.report._panels import plot_panels, plot_strips
+
+LABELS = ["original", "masked", "reconstruction"]
+_CLIPS, _COLUMNS = 3, 6  # shown of clips, and of signals and clouds
 
 
 def plot_reconstructions(
     images: Tensor, masked: Tensor, reconstructions: Tensor, path: Path, kind: str = "image"
 ) -> None:
-    """Write `path` (PNG): one column per image; original, masked input, reconstruction below.
+    """Write `path` (PNG): one column per item; original, masked input, reconstruction below.
 
-    All three: (n, C, H, W) floats in [0, 1], C 1 or 3; values outside are clipped.
-    Raises ValueError: shapes that disagree, no image, another number of channels.
+    All three by kind, as `plot_views` takes them: of images (n, C, H, W) floats in [0, 1], C 1 or
+    3; values outside are clipped.  A clip has three rows of its own, with a column a frame; the
+    three clouds may have different numbers of points.
+    Raises ValueError: shapes that disagree, no item, another number of channels.
     """
-    shapes = [tuple(t.shape) for t in (images, masked, reconstructions)]
-    if images.ndim != 4 or len(images) == 0 or len(set(shapes)) != 1:
+    three = (images, masked, reconstructions)
+    shapes = [tuple(t.shape) for t in three]
+    ndim = {"image": 4, "clip": 5}.get(kind, 3)
+    alike = [(s[0], s[2:]) if kind == "cloud" else s for s in shapes]
+    if images.ndim != ndim or len(images) == 0 or len(set(alike)) != 1:
         raise ValueError(f"want three tensors of one shape (n, C, H, W), n > 0, got {shapes}")
-    rows = [list(images), list(masked), list(reconstructions)]
-    plot_sheet(rows, path, row_labels=["original", "masked", "reconstruction"])
+    if kind == "image":
+        plot_sheet([list(t) for t in three], path, row_labels=LABELS)
+    elif kind == "clip":
+        shown = range(min(_CLIPS, len(images)))
+        labels = ["original", "masked", "predicted"] * len(shown)
+        plot_strips([[t[i]] for i in shown for t in three], path, labels)
+    else:
+        plot_panels([list(t[:_COLUMNS]) for t in three], path, kind, row_labels=LABELS)

@@ -35,8 +35,16 @@ TINY = {
     "cross-diagonal": {"N": 13, "D": 5},
     "gather-patches": {"B": 2, "S": 16, "P": 4},
     "patch-mse": {"B": 2, "S": 16, "P": 4},
+    "visible-tokens": {"B": 2, "S": 16, "P": 4, "D": 5},
+    "prediction-loss": {"B": 2, "S": 16, "P": 4},
     "restore-tokens": {"B": 3, "L": 8, "D": 5},
     "gather-tokens": {"B": 3, "L": 8, "D": 5},
+    "gather-table": {"B": 3, "L": 8, "D": 5},
+    "scatter-tokens": {"B": 3, "L": 8, "D": 5},
+    "gather-packed": {"B": 3, "L": 8, "D": 5},
+    "gather-bias": {"B": 3, "L": 8, "H": 2},
+    "scaled-cosine": {"B": 3, "L": 8, "D": 5},
+    "chamfer": {"G": 3, "N": 9},
     "optim-lars": {"W": 8, "L": 1},
     "optim-lamb": {"W": 8, "L": 1},
     "optim-adamw": {"W": 8, "L": 1},
@@ -44,6 +52,7 @@ TINY = {
     "train-simclr": {"B": 8, "S": 16, "P": 8, "W": 64, "L": 1},
     "train-barlow-twins": {"B": 8, "S": 16, "P": 8, "W": 64, "L": 1},
     "train-mae": {"B": 8, "S": 16, "P": 4, "W": 64, "L": 1},
+    "train-mae-large": {"B": 8, "S": 16, "P": 4, "W": 64, "L": 1},
 }
 DTYPED = [(name, dtype) for name, case in CASES.items() for dtype in case.dtypes]
 NEEDS_GPU = {"cut-cross-entropy", "siglip-kernel"}
@@ -52,6 +61,8 @@ LIBRARIES = {
     "barlow-twins": {"lightly"},
     "vicreg": {"lightly"},
     "mae": {"lightly"},
+    "visible-tokens": {"timm", "lightly"},
+    "prediction-loss": {"lightly"},
     "clip": {"open_clip"},
     "siglip": {"open_clip"},
     "optim-lars": {"timm", "lightly"},
@@ -61,6 +72,7 @@ LIBRARIES = {
     "train-simclr": {"lightly", "fastssl engine"},
     "train-barlow-twins": {"lightly", "fastssl engine"},
     "train-mae": {"lightly", "fastssl engine"},
+    "train-mae-large": {"lightly", "fastssl engine"},
 }
 
 

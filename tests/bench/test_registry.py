@@ -39,7 +39,7 @@ def test_unknown_sizes_are_refused():
 
 def test_cases_are_selected_by_pattern():
     names = [c.name for c in select(["train-*", "ntxent"])]
-    assert names == ["ntxent", "train-simclr", "train-barlow-twins", "train-mae"]
+    assert names == ["ntxent", "train-simclr", "train-barlow-twins", "train-mae", "train-mae-large"]
     assert [c.name for c in select([])] == list(all_cases())
     with pytest.raises(ValueError, match="no case is called 'nt-xent'; there are ntxent, "):
         select(["nt-xent"])

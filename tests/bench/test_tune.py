@@ -8,11 +8,16 @@ from fastssl.bench import tune
 from fastssl.bench.tune import FAILED, LEFT, OK, SCARCE, WRONG
 from fastssl.kernels import (
     _tuning,
+    bias_ops,
+    chamfer_ops,
     correlation_configs,
+    latents_ops,
     moments_configs,
     pairwise_configs,
     pairwise_products,
+    patches_configs,
     sigmoid_configs,
+    tokens_configs,
     topk_configs,
 )
 from fastssl.kernels._tuning import Config, Kernel, Variant
@@ -171,6 +176,19 @@ OURS = {  # a class of each kernel
     "correlation_tiles": "float16-pair",
     "correlation_settle": "float16-pair-mirror",
     "correlation_finish": "float16-rows",
+    "patches_gather": "uint8-bfloat16-narrow",
+    "patches_spread": "bfloat16-narrow",
+    "patches_mse": "float32-P64",
+    "patches_mse_grad": "float32-narrow",
+    "tokens_gather": "float16-restore",
+    "tokens_restore": "float16-restore",
+    "tokens_scatter": "float16-table",
+    "bias_pick": "float16",
+    "bias_unpick": "float16",
+    "scaled_cosine_forward": "float16",
+    "scaled_cosine_backward": "float16",
+    "chamfer_nearest": "float32",
+    "chamfer_pull": "float32",
 }
 
 
@@ -188,6 +206,11 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
     monkeypatch.setattr(moments_configs, "TRIAL", (40, 10))
     monkeypatch.setitem(correlation_configs.TRIAL_TILES, "pair", (150, 20))
     monkeypatch.setattr(correlation_configs, "TRIAL_STRIP", (10, 40))
+    monkeypatch.setattr(patches_configs, "TRIAL", (2, 8))
+    monkeypatch.setattr(tokens_configs, "TRIAL", (3, 9, 10))
+    monkeypatch.setattr(bias_ops, "TRIAL", (3, 2, 9))
+    monkeypatch.setattr(latents_ops, "TRIAL", (2, 3, 10))
+    monkeypatch.setattr(chamfer_ops, "TRIAL", (2, 7, 3))
     known = _tuning.kernels()[name]
     some = {variant: known.variants[variant]}
     monkeypatch.setitem(_tuning._kernels, name, Kernel(name, known.fn, some))

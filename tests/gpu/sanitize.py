@@ -30,7 +30,17 @@ SHAPES = {  # beside each subject's tiny one: a block and a bit, and D above a b
     "pairwise_lse-self": [(131, 70), (2, 300)],
     "standardise": [(131, 70)],
     "frobenius_sq": [(131, 70), (20, 135)],
+    "gather_patches": [(3, 30, 10)],
+    "patch_mse": [(3, 30, 10), (3, 12, 2)],
+    "patch_mse-clip": [(2, 4, 72, 36)],
     "restore_tokens": [(5, 17, 33)],
+    "gather_tokens": [(5, 17, 33)],
+    "gather_table": [(37, 17, 33)],
+    "scatter_tokens": [(5, 17, 33)],
+    "gather_packed": [(5, 17, 33)],
+    "gather_bias": [(5, 67, 3)],
+    "scaled_cosine_error": [(5, 17, 300)],
+    "chamfer": [(3, 67, 35)],
 }
 
 

@@ -213,6 +213,16 @@ def _patch_mse(dtype, B, size, side):
     )
 
 
+def _clip_mse(dtype, B, frames, size, side):
+    """Of normalised bytes, in patches of two frames."""
+    ids = _chosen(B, frames // 2 * (size // side) ** 2, 1).masked
+    clips = torch.randint(256, (B, 3, frames, size, size), device=DEVICE, dtype=torch.uint8)
+    seen = kernels.Normalised(clips, *torch.rand(2, 3, device=DEVICE) + 0.5)
+    pred = torch.randn(*ids.shape, 6 * side * side, device=DEVICE).to(dtype)
+    call = partial(kernels.patch_mse, images=seen, ids=ids, patch=(2, side, side), kind="smooth_l1")
+    return Trial(partial(call, impl=impl("patch_mse")), partial(call, impl="reference"), [pred])
+
+
 def _formula_mse(pred, images, ids, side):
     y = _patches(images.to(pred.dtype), ids, side)
     y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -240,7 +250,62 @@ def _wide(x: Tensor) -> Tensor:
 def _gather_tokens(dtype, B, L, D):
     ids, image = _chosen(B, L, max(1, L // 4)).visible, torch.arange(B, device=DEVICE)[:, None]
     tokens = rows(dtype, B, L, D)
-    return Trial(lambda t: kernels.gather_tokens(t, ids), lambda t: t[image, ids], [tokens])
+    call = partial(kernels.gather_tokens, impl=impl("gather_tokens"))
+    return Trial(lambda t: call(t, ids), lambda t: t[image, ids], [tokens])
+
+
+def _gather_table(dtype, B, L, D):
+    """A table that all sequences share: its gradient sums over them."""
+    ids = _chosen(B, L, max(1, L // 4)).visible
+    call = partial(kernels.gather_tokens, impl=impl("gather_tokens"))
+    inputs = [rows(dtype, L, D)]
+    return Trial(lambda t: call(t, ids).float(), lambda t: _wide(t)[ids], inputs)
+
+
+def _scatter_tokens(dtype, B, L, D):
+    """With repeats, as a product with a one-hot matrix."""
+    ids = torch.randint(L, (B, max(1, L // 4)), device=DEVICE)
+    call = partial(kernels.scatter_tokens, impl=impl("scatter_tokens"))
+    hot = F.one_hot(ids, L).mT
+    inputs = [rows(dtype, B, ids.shape[1], D)]
+    return Trial(lambda t: call(t, ids, L), lambda t: hot.to(t) @ t, inputs)
+
+
+def _gather_packed(dtype, B, L, D):
+    """Sequences of none to L - 1 rows."""
+    lengths = torch.arange(B) * 7 % L
+    ids = torch.randint(L, (int(lengths.sum()),), device=DEVICE)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+    owners = torch.arange(B).repeat_interleave(lengths).to(DEVICE)
+    call = partial(kernels.gather_packed, impl=impl("gather_packed"))
+    return Trial(lambda t: call(t, ids, ends), lambda t: t[owners, ids], [rows(dtype, B, L, D)])
+
+
+def _gather_bias(dtype, B, L, H):
+    ids = _chosen(B, L, max(1, L // 4)).visible
+    call = partial(kernels.gather_bias, impl=impl("gather_bias"))
+    eager = lambda x: _wide(x)[:, ids[:, :, None], ids[:, None]].movedim(0, 1)  # noqa: E731
+    return Trial(lambda x: call(x, ids).float(), eager, [rows(dtype, H, L, L)])
+
+
+def _scaled_cosine(dtype, B, L, D):
+    ids = _chosen(B, L, max(1, L // 4)).masked
+
+    def eager(pred, target):
+        p, t = (x.gather(1, ids[..., None].expand(-1, -1, D)) for x in (pred, target))
+        return (1 - (F.normalize(p, dim=-1) * F.normalize(t, dim=-1)).sum(-1)).pow(2)
+
+    call = partial(kernels.scaled_cosine_error, impl=impl("scaled_cosine_error"))
+    return Trial(lambda p, t: call(p, t, ids), eager, [rows(dtype, B, L, D) for _ in range(2)])
+
+
+def _chamfer(dtype, G, N, M):
+    def eager(x, y):
+        far = (_wide(x)[:, :, None] - _wide(y)[:, None]).square().sum(-1)
+        return far.min(2).values.mean(1) + far.min(1).values.mean(1)
+
+    call = partial(kernels.chamfer, impl=impl("chamfer"))
+    return Trial(call, eager, [rows(dtype, G, n, 3) for n in (N, M)])
 
 
 def _ntxent(dtype, B, D):
@@ -343,8 +408,25 @@ SUBJECTS = [
     ),
     Subject("gather_patches", _gather_patches, ((64, 224, 16),), (3, 12, 4), "gather_patches"),
     Subject("patch_mse", _patch_mse, ((64, 224, 16), (9, 96, 8)), (3, 12, 4), "patch_mse"),
+    Subject(
+        "patch_mse-clip", _clip_mse, ((8, 16, 224, 16), (2, 4, 120, 40)), (2, 4, 12, 4), "patch_mse"
+    ),
     Subject("restore_tokens", _restore, ((64, 196, 512), (7, 11, 33)), (3, 9, 5), "restore_tokens"),
-    Subject("gather_tokens", _gather_tokens, ((64, 196, 768),), (3, 9, 5)),
+    Subject("gather_tokens", _gather_tokens, ((64, 196, 768),), (3, 9, 5), "gather_tokens"),
+    Subject(
+        "gather_table", _gather_table, ((64, 196, 768), (300, 16, 33)), (3, 9, 5), "gather_tokens"
+    ),
+    Subject("scatter_tokens", _scatter_tokens, ((64, 196, 768),), (3, 9, 5), "scatter_tokens"),
+    Subject("gather_packed", _gather_packed, ((64, 196, 768),), (3, 9, 5), "gather_packed"),
+    Subject("gather_bias", _gather_bias, ((64, 196, 12), (9, 37, 3)), (3, 9, 2), "gather_bias"),
+    Subject(
+        "scaled_cosine_error",
+        _scaled_cosine,
+        ((64, 196, 768), (7, 11, 1031)),
+        (3, 9, 5),
+        "scaled_cosine_error",
+    ),
+    Subject("chamfer", _chamfer, ((512, 32, 32), (8, 1031, 700)), (3, 9, 5), "chamfer"),
     Subject("ntxent", _ntxent, ((2048, 128), (1000, 2048)), (9, 5)),
     Subject("barlow-twins", _barlow, ((2048, 1024), (256, 4096)), (12, 7)),
     Subject("mae", _mae, ((64, 224, 16),), (3, 12, 4)),

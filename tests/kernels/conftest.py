@@ -27,6 +27,15 @@ FORCED = {
     "correlation_tiles": {"BLOCK": 32, "BLOCK_K": 16, "CORNER": 16},
     "correlation_settle": {"BLOCK_M": 16, "BLOCK_N": 32},
     "correlation_finish": {"BLOCK_M": 4, "BLOCK_N": 16},
+    "tokens_gather": {"BLOCK_R": 4, "BLOCK_D": 4},
+    "tokens_restore": {"BLOCK_R": 4, "BLOCK_D": 4},
+    "tokens_scatter": {"BLOCK_R": 4, "BLOCK_D": 4},
+    "bias_pick": {"BLOCK_I": 4, "BLOCK_J": 4},
+    "bias_unpick": {"BLOCK_I": 4, "BLOCK_J": 4},
+    "scaled_cosine_forward": {"BLOCK_R": 4, "BLOCK_D": 8},
+    "scaled_cosine_backward": {"BLOCK_R": 4, "BLOCK_D": 8},
+    "chamfer_nearest": {"BLOCK_N": 8, "BLOCK_M": 4},
+    "chamfer_pull": {"BLOCK_N": 8, "BLOCK_M": 4},
 }
 SCHEDULES = {"tiles": pairwise_tiles, "products": pairwise_products}
 

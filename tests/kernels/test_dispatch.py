@@ -5,16 +5,22 @@ from fastssl.kernels import implementations
 from fastssl.kernels._dispatch import Primitive
 
 PRIMITIVES = {
+    "chamfer",
     "column_moments",
     "cross_diagonal",
     "frobenius_sq",
+    "gather_bias",
+    "gather_packed",
     "gather_patches",
+    "gather_tokens",
     "mixed_correlation",
     "pairwise_lse",
     "pairwise_sigmoid",
     "pairwise_topk",
     "patch_mse",
     "restore_tokens",
+    "scaled_cosine_error",
+    "scatter_tokens",
     "standardise",
 }
 

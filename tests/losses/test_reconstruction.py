@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastssl.kernels import Normalised, gather_patches
 from fastssl.losses import MAELoss
 from fastssl.masking import random_masking
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads
@@ -47,6 +48,27 @@ def test_known_values():
     assert loss.item() == pytest.approx(47 / 48, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind, want", [("l2", 4.0), ("l1", 2.0), ("smooth_l1", 1.5)])
+def test_kinds_over_clips_and_signals(kind, want):
+    """Every prediction is 2 off."""
+    for size, patch in (((6,), 3), ((4, 6), (2, 3)), ((2, 4, 6), (1, 2, 3))):
+        images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, device=DEVICE)
+        ids = torch.tensor([[1], [0]], device=DEVICE)
+        pred = gather_patches(images, ids, patch).float() + 2
+        loss = MAELoss(patch, norm_pix=False, kind=kind)
+        assert loss(pred, images, ids).item() == pytest.approx(want)
+
+
+def test_normalised_images():
+    images = torch.randint(256, (5, 3, 8, 12), dtype=torch.uint8, device=DEVICE)
+    mean, std = torch.rand(2, 3, device=DEVICE) + 0.5
+    masked = random_masking(torch.arange(5, device=DEVICE), 6, 2).masked
+    pred = torch.randn(5, 4, 48, device=DEVICE)
+    copy = (images / 255 - mean[:, None, None]) / std[:, None, None]
+    got, want = (MAELoss(4)(pred, x, masked) for x in (Normalised(images, mean, std), copy))
+    torch.testing.assert_close(got, want)
+
+
 def test_repeating_the_batch_changes_nothing():
     images, ids = torch.randn(2, 1, 4, 4), torch.tensor([[0, 2], [1, 3]])
     pred, loss = torch.randn(2, 2, 4), MAELoss(2)
@@ -63,4 +85,4 @@ def test_refuses_no_hidden_patch():
 
 
 def test_prints_its_arguments():
-    assert repr(MAELoss(4)) == "MAELoss(patch=4, norm_pix=True)"
+    assert repr(MAELoss(4)) == "MAELoss(patch=4, norm_pix=True, kind='l2')"

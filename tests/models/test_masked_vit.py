@@ -1,66 +1,235 @@
-"""MaskedViT against timm's own embed-then-drop, values and gradients in float64."""
+"""MaskedViT against timm's own attention mask, values and gradients in float64."""
 
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fastssl import kernels
 from fastssl.masking import random_masking
-from fastssl.models import MAEDecoder, MaskedViT, build_backbone, feature_dim, is_vit
+from fastssl.models import (
+    MAEDecoder,
+    MaskedViT,
+    build_backbone,
+    feature_dim,
+    is_vit,
+)
+from tests.oracle import largest_tensor
 
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+IMAGE = ("vit_tiny_patch16_224", (3, 12, 12), {"patch_size": (4, 2)})
+ROPE = ("vit_small_patch16_rope_224", (3, 12, 12), {"patch_size": (4, 2)})
+MIXED = ("vit_small_patch16_rope_mixed_ape_224", *ROPE[1:])
+CLIP = ("vit_video", (2, 4, 6, 8), {"patch_size": (2, 3, 2)})
+SIGNAL = ("vit_signal", (3, 40), {"patch_size": 4})
 KINDS = {
-    "class token": {},
-    "registers, no class position": {"reg_tokens": 2, "no_embed_class": True},
-    "no prefix": {"class_token": False},
-    "norm before, layer scale": {"pre_norm": True, "init_values": 0.1},
+    "class token": (*IMAGE, {}),
+    "registers, no class position": (*IMAGE, {"reg_tokens": 2, "no_embed_class": True}),
+    "no prefix": (*IMAGE, {"class_token": False}),
+    "norm before, layer scale": (*IMAGE, {"pre_norm": True, "init_values": 0.1}),
+    "norm of the patches": (*IMAGE, {"embed_norm_layer": torch.nn.LayerNorm}),
+    "checkpointed": (*IMAGE, {}),
+    "no positions but rotary": (*ROPE, {}),
+    "rotary and learned": ("vit_small_patch16_rope_ape_224", *ROPE[1:], {}),
+    "rotary by block and head": ("vit_small_patch16_rope_mixed_224", *ROPE[1:], {}),
+    "rotary by block, learned": (*MIXED, {}),
+    "rotary, registers": ("vit_base_patch16_rope_reg1_gap_256", *ROPE[1:], {}),
+    "rotary, checkpointed": (*MIXED, {}),
+    "dinov3": ("vit_small_patch16_dinov3", *ROPE[1:], {"dynamic_img_size": False}),
+    "eva02": ("eva02_tiny_patch14_224", *ROPE[1:], {}),
+    "clip, fixed positions": (*CLIP, {}),
+    "clip, learned, registers": (*CLIP, {"positions": "learned", "reg_tokens": 1}),
+    "signal": (*SIGNAL, {}),
+    "signal, no class token": (*SIGNAL, {"positions": "learned", "class_token": False}),
 }
 
 
-def vit(**kwargs):
+def vit(name=IMAGE[0], shape=IMAGE[1], patch=IMAGE[2], kwargs=None):
     torch.manual_seed(0)
-    shape = {"patch_size": (4, 2), "embed_dim": 24, "depth": 2, "num_heads": 3}
-    model = build_backbone(
-        "vit_tiny_patch16_224", shape=(3, 12, 12), kwargs={**shape, **kwargs}
+    model = timm.create_model(
+        name,
+        img_size=shape[1:],
+        in_chans=shape[0],
+        num_classes=0,
+        global_pool="",
+        **{**SMALL, **patch, **(kwargs or {})},
     )
     for parameter in model.parameters():  # zeros and ones would hide a mistake
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model.double()
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.double().eval()
 
 
-def embed_then_drop(model, images, ids):
-    """The definition: timm embeds everything, then hidden patches are dropped."""
-    P = model.num_prefix_tokens
-    x = model._pos_embed(model.patch_embed(images))
+def mask_then_drop(model, images, ids):
+    """The definition: timm embeds all, nobody attends to hidden patches, they are dropped."""
+    P, L = model.num_prefix_tokens, model.patch_embed.num_patches
+    seen = torch.zeros(len(images), P + L, dtype=torch.bool)
+    seen[:, :P] = True
+    seen.scatter_(1, P + ids, True)
+    x = model.forward_features(images, attn_mask=seen[:, None, None].expand(-1, 1, P + L, -1))
     kept = x[:, P:].gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
-    return model.norm(model.blocks(model.norm_pre(torch.cat([x[:, :P], kept], 1))))
+    return torch.cat([x[:, :P], kept], 1)
 
 
-@pytest.mark.parametrize("kwargs", KINDS.values(), ids=KINDS)
-def test_equals_embed_then_drop(kwargs):
-    model = vit(**kwargs)
+def gradients(model, forward, images, ids, upstream):
+    model.zero_grad()
+    out = forward(images, ids)
+    out.backward(upstream[:, : out.shape[1]])
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_timm_with_hidden_patches_masked(kind):
+    name, shape, patch, kwargs = KINDS[kind]
+    model = vit(name, shape, patch, kwargs)
     masked = MaskedViT(model)
-    assert masked.num_patches == 18 and masked.patch == (4, 2)
-    images = torch.randn(5, 3, 12, 12, dtype=torch.float64)
-    ids = random_masking(torch.arange(5), 18, 7).visible
-    upstream = torch.randn(5, model.num_prefix_tokens + 7, 24, dtype=torch.float64)
-    both = []
-    for forward in (masked, lambda x, i: embed_then_drop(model, x, i)):
-        model.zero_grad()
-        out = forward(images, ids)
-        out.backward(upstream)
-        both.append(
-            (out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    model.set_grad_checkpointing("checkpointed" in kind)
+    images = torch.randn(4, *shape, dtype=torch.float64)
+    L, K, P = masked.num_patches, masked.num_patches // 3, model.num_prefix_tokens
+    hashed = random_masking(torch.arange(4), L, K).visible
+    ids = hashed.flip(1)  # in the order asked for, not in the grid's
+    upstream = torch.randn(4, P + L, 24, dtype=torch.float64)
+    ours, our_grads = gradients(model, masked, images, ids, upstream)
+    model.set_grad_checkpointing(False)
+    truth, their_grads = gradients(
+        model, lambda x, i: mask_then_drop(model, x, i), images, ids, upstream
+    )
+    assert ours.shape == (4, P + K, 24)
+    torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-11)
+    assert our_grads.keys() == their_grads.keys() and our_grads
+    for n, grad in our_grads.items():
+        torch.testing.assert_close(grad, their_grads[n], rtol=1e-9, atol=1e-11, msg=n)
+
+
+@pytest.mark.parametrize(
+    "kind", ["class token", "rotary by block, learned", "clip, fixed positions"]
+)
+def test_without_ids_it_is_timm_itself(kind):
+    name, shape, patch, kwargs = KINDS[kind]
+    model = vit(name, shape, patch, kwargs)
+    images = torch.randn(2, *shape, dtype=torch.float64)
+    whole = MaskedViT(model)(images)
+    torch.testing.assert_close(whole, model.forward_features(images), rtol=1e-11, atol=1e-11)
+
+
+def test_what_it_says_of_itself():
+    masked = MaskedViT(vit(*CLIP))
+    assert masked.patch == (2, 3, 2) and masked.grid == (2, 2, 4)
+    assert masked.num_patches == 16 and masked.width == 24 and masked.prefix == 1
+
+
+def test_checkpointing_recomputes_every_block():
+    for kind in (IMAGE, MIXED):
+        model = vit(*kind)
+        ran = []
+        model.blocks[0].register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        model.set_grad_checkpointing(True)
+        masked = MaskedViT(model)
+        masked(
+            torch.randn(2, *kind[1], dtype=torch.float64), torch.tensor([[3], [5]])
+        ).sum().backward()
+        assert len(ran) == 2
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    dims=st.sampled_from([1, 2, 3]),
+    sides=st.tuples(*[st.integers(1, 4)] * 3),
+    patch=st.tuples(*[st.integers(1, 4)] * 3),
+    channels=st.integers(1, 3),
+    keep=st.integers(1, 5),
+)
+def test_tokens_are_those_of_the_convolution(dims, sides, patch, channels, keep):
+    grid, patch = sides[:dims], patch[:dims]
+    name = {1: "vit_signal", 2: IMAGE[0], 3: "vit_video"}[dims]
+    shape = (channels, *(g * p for g, p in zip(grid, patch, strict=True)))
+    model = vit(name, shape, {"patch_size": patch}, {"depth": 0})
+    images = torch.randn(2, *shape, dtype=torch.float64)
+    L = MaskedViT(model).num_patches
+    ids = random_masking(torch.arange(2), L, min(keep, L)).visible.flip(1)
+    every = model.patch_embed(images)
+    wanted = every.gather(1, ids[..., None].expand(-1, -1, 24))
+    torch.testing.assert_close(MaskedViT(model).tokens(images, ids), wanted, rtol=1e-10, atol=1e-10)
+
+
+LAYOUTS = {
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.cat([x, x + 9], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:1].expand(len(x), -1, -1, -1),
+    "every other": lambda x: torch.stack([x, x * 3], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_strides(layout):
+    masked = MaskedViT(vit())
+    images = layout(torch.randn(3, 3, 12, 12, dtype=torch.float64))
+    ids = random_masking(torch.arange(3), 18, 5).visible
+    torch.testing.assert_close(
+        masked(images, ids), masked(images.contiguous(), ids), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_images_that_are_normalised_as_they_are_read():
+    masked = MaskedViT(vit(*CLIP).float())
+    raw = torch.randint(256, (3, *CLIP[1]), dtype=torch.uint8)
+    mean, std = torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.3])
+    ids = random_masking(torch.arange(3), 16, 4).visible
+    read = kernels.Normalised(raw, mean, std)
+    float_copy = (raw / 255 - mean.view(2, 1, 1, 1)) / std.view(2, 1, 1, 1)
+    torch.testing.assert_close(masked(read, ids), masked(float_copy, ids))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 12, 13), (2, 1, 12, 12), (2, 3, 16, 12), (2, 3, 12)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 12, 12\), got"):
+        MaskedViT(vit())(
+            torch.zeros(shape, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.long)
         )
-    torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-12, atol=1e-12)
-    assert both[0][1].keys() == both[1][1].keys()
-    for name, grad in both[0][1].items():
-        torch.testing.assert_close(grad, both[1][1][name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_too_few_tokens_without_ids_are_refused():
+    with pytest.raises(ValueError, match="want 18 tokens without ids, got 5"):
+        MaskedViT(vit()).encode(torch.zeros(1, 5, 24, dtype=torch.float64))
+
+
+def test_memory_is_that_of_the_patches_kept():
+    """CropMAE hides 98.5 %: nothing as large as the images, or their tokens, is ever made."""
+    masked = MaskedViT(vit(shape=(3, 224, 224), patch={"patch_size": 16}).float())
+    images = torch.randn(16, 3, 224, 224)
+    ids = random_masking(torch.arange(16), 196, 3).visible
+    largest = largest_tensor(lambda: masked(images, ids).sum().backward())
+    assert largest <= max(16 * 3 * 768, 768 * 24, 16 * 4 * 96)  # patches, weight, hidden layer
+    whole = largest_tensor(lambda: masked(images))
+    assert whole >= images.numel()
+
+
+@pytest.mark.parametrize("kind", [MIXED, CLIP], ids=["rotary", "clip"])
+def test_compiles_in_one_graph(kind):
+    model = vit(*kind, {"depth": 1})
+    masked = MaskedViT(model)
+    images = torch.randn(2, *kind[1], dtype=torch.float64)
+    ids = torch.tensor([[1, 4], [0, 7]])
+    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(2, 3, 24, dtype=torch.float64)
+    ours, our_grads = gradients(model, compiled, images, ids, upstream)
+    eager, their_grads = gradients(model, masked, images, ids, upstream)
+    torch.testing.assert_close(ours, eager)
+    for name, grad in their_grads.items():
+        torch.testing.assert_close(our_grads[name], grad, msg=name)
 
 
 def test_models_that_cannot_be_masked_are_refused():
     with pytest.raises(ValueError, match="VisionTransformer.*ResNet"):
         MaskedViT(timm.create_model("resnet10t"))
     with pytest.raises(ValueError, match="learned positions"):
-        MaskedViT(vit(pos_embed="none"))
+        MaskedViT(vit(kwargs={"pos_embed": "none"}))
+    with pytest.raises(ValueError, match="fixed image size"):
+        MaskedViT(vit(kwargs={"dynamic_img_size": True}))
+    for kind in (IMAGE, ROPE):
+        with pytest.raises(ValueError, match="patch_drop_rate must be 0"):
+            MaskedViT(vit(*kind, {"patch_drop_rate": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +242,15 @@ def test_models_that_cannot_be_masked_are_refused():
 def test_other_embeddings_are_refused(name, words):
     with pytest.raises(ValueError, match=f"needs a convolution as patch embedding.*{words}"):
         MaskedViT(timm.create_model(name, num_classes=0))
+
+
+@pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}, {"groups": 3}, {"dilation": 2}])
+def test_other_convolutions_are_refused(change):
+    model = vit(patch={"patch_size": 4})
+    arguments = {"kernel_size": 4, "stride": 4, **change}
+    model.patch_embed.proj = torch.nn.Conv2d(3, 24, **arguments)
+    with pytest.raises(ValueError, match="convolution of stride and kernel"):
+        MaskedViT(model)
 
 
 def test_an_image_that_patches_do_not_fill_is_refused():
@@ -105,6 +283,7 @@ def test_backbone_features(name, kwargs, width):
 
 def test_is_vit():
     assert is_vit("vit_tiny_patch16_224") and is_vit("deit_small_patch16_224")
+    assert is_vit("vit_video") and is_vit("vit_signal")
     assert not is_vit("resnet18")
 
 

@@ -20,9 +20,11 @@ RUNS: dict[str, tuple[int | str, ...]] = {
     "nnclr": (2,),
     "clip": (2,),
     "sie": (3,),
+    "ijepa": (3,),
+    "data2vec": (2,),
 }
 ALL = [(method, stage) for method, stages in RUNS.items() for stage in stages]
-RESUMED = [("mae", 1), ("mae", 2), ("mae", 3), ("mocov3", 3), ("nnclr", 2)]
+RESUMED = [("mae", 1), ("mae", 2), ("mae", 3), ("mocov3", 3), ("nnclr", 2), ("data2vec", 2)]
 
 
 def configuration(method: str, stage: int | str, output: Path, world: int):

@@ -1,0 +1,87 @@
+"""CropMAE: fill in a crop of which next to nothing is shown, with the wider view of it at hand.
+
+    y = encoder(view 1), all of its patches        x = encoder(view 2), only K visible ones
+    loss = mean over the L - K hidden patches of view 2 of the squared error of decoder(x; y)
+
+One encoder reads both.  With 2 of 196 patches left there is nothing to interpolate from: they tell
+where in the first view the second lies, and the decoder must look it up there.
+Source: Eymael et al. 2024, CropMAE, arXiv:2403.17823, section 3 (98.5 % hidden, patches normalised
+by their own moments); the siamese form is SiamMAE's, arXiv:2305.14344, and cross-view completion
+CroCo's, arXiv:2210.10716.  The paper's second crop lies within the first; those of the preset
+`crop_mae` are drawn apart, the first from nearly all of the image and so around most of the second.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.losses import MAELoss
+from fastssl.masking import Masking, random_masking
+from fastssl.models import CrossDecoder, MaskedViT
+
+from .base import Batch, Method, MethodConfig
+from .paint import repainted
+from .places import MaskSchedule, Ratio, patch_values, ratio_field
+
+
+class CropMAEConfig(MethodConfig):
+    name: Literal["cropmae"] = "cropmae"
+    mask_ratio: Ratio = ratio_field(0.985)
+    norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
+    decoder_dim: int = Field(256, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(8, ge=1, description="Attention heads of the decoder.")
+
+
+class CropMAE(Method):
+    preset, views, joint = "crop_mae", 2, False
+
+    def __init__(self, encoder: nn.Module, cfg: CropMAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.masked = MaskedViT(encoder)
+        patch, L = self.masked.patch, self.masked.num_patches
+        self.schedule = MaskSchedule(cfg.mask_ratio, L)
+        self.decoder = CrossDecoder(
+            self.masked.width,
+            width=cfg.decoder_dim,
+            depth=cfg.decoder_depth,
+            heads=cfg.decoder_heads,
+            patches=L,
+            values=patch_values(self.masked),
+        )
+        self.loss = MAELoss(patch, norm_pix=cfg.norm_pix)
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.masked.vit
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        whole, crop = batch["views"]
+        prediction, masking = self.predict(whole, crop, batch["seeds"])
+        return {"loss": self.loss(prediction, crop, masking.masked)}
+
+    def predict(self, whole: Tensor, crop: Tensor, seeds: Tensor) -> tuple[Tensor, Masking]:
+        """Values (B, L - K, prod(patch) C) of the crop's hidden patches, and which those are."""
+        masking = random_masking(seeds, self.masked.num_patches, self.schedule.keep)
+        tokens = self.masked(crop, masking.visible)
+        return self.decoder(tokens, masking, self.masked(whole)), masking
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each image (B, C, H, W) the middle, magnified: hidden patches greyed, and predicted.
+
+        The image itself is the first view; its middle half, each way, is the second.
+        """
+        H, W = images.shape[2:]
+        middle = images[:, :, H // 4 : H - H // 4, W // 4 : W - W // 4]
+        crop = F.interpolate(middle.float(), (H, W), mode="bilinear", antialias=True)
+        prediction, masking = self.predict(images, crop, seeds)
+        norm_pix = self.cfg.norm_pix
+        return repainted(crop, prediction, masking.masked, self.masked.patch, norm_pix=norm_pix)
+
+    def after_step(self, progress: float) -> None:
+        self.schedule.progress = progress

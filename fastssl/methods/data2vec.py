@@ -1,0 +1,149 @@
+"""data2vec: from the visible patches, predict a teacher's view of the hidden ones, layers averaged.
+
+    t_l = 1/K sum over the last K blocks k of layer_norm(block_k(teacher(all patches))_l)
+    p = decoder(student(visible patches))      loss = mean over hidden places and features of
+                                               rho(p_l - t_l), rho the square or smooth L1
+
+Targets are contextual: each t_l is made from the whole image.  M masks of an image share its one
+teacher pass and one embedding of its patches, so the teacher's cost is that of 1/M of a pass each.
+Source: Baevski et al. 2022, data2vec, arXiv:2202.03555, sections 3.2 to 3.4, and data2vec 2.0,
+arXiv:2212.07525, section 3 (visible patches only, several masks, L2, a light decoder).  There the
+decoder is convolutional and blocks are taken before their last residual; here it is a transformer,
+for grids of any dimensions, and whole blocks are taken, each normalised token by token.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fastssl.draws import hashes
+from fastssl.kernels import gather_tokens
+from fastssl.masking import Masking
+from fastssl.models import EMA, MAEDecoder, MaskedViT
+from fastssl.schedules import linear
+
+from .base import Batch, Method, MethodConfig
+from .places import Kind, MaskSchedule, Ratio, draw_mask, kind_field, ratio_field
+
+
+class Data2VecConfig(MethodConfig):
+    name: Literal["data2vec"] = "data2vec"
+    mask_ratio: Ratio = ratio_field(0.8)
+    masking: Kind = kind_field()
+    masks: int = Field(1, ge=1, description="Masks of an image, for one pass of the teacher.")
+    layers: int = Field(10, ge=1, description="Of the teacher's last blocks, so many averaged.")
+    momentum: float = Field(0.9998, ge=0, le=1, description="Of the teacher at first.")
+    momentum_end: float = Field(0.99999, ge=0, le=1, description="Of the teacher from `until` on.")
+    until: float = Field(0.3, gt=0, le=1, description="Share of training its momentum rises for.")
+    error: Literal["l2", "smooth_l1"] = Field("l2", description="Of a predicted feature.")
+    decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(12, ge=1, description="Attention heads of the decoder.")
+
+    @model_validator(mode="after")
+    def _rises(self) -> "Data2VecConfig":
+        if self.momentum_end < self.momentum:
+            given = f"momentum_end={self.momentum_end} is below momentum={self.momentum}"
+            raise ValueError(f"the teacher's momentum may not fall, got {given}")
+        return self
+
+
+class Data2Vec(Method):
+    preset, views, joint = "mae", 1, False
+
+    def __init__(self, encoder: nn.Module, cfg: Data2VecConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.student = MaskedViT(encoder)
+        self.teacher = EMA(LayerMean(self.student, cfg.layers))
+        L, width = self.student.num_patches, self.student.width
+        self.schedule = MaskSchedule(cfg.mask_ratio, L)
+        self.decoder = MAEDecoder(
+            width,
+            width=cfg.decoder_dim,
+            depth=cfg.decoder_depth,
+            heads=cfg.decoder_heads,
+            patches=L,
+            values=width,
+        )
+        for keep in self.schedule.counts():  # what cannot be drawn is found out here, not in a step
+            self.mask(torch.zeros(1, dtype=torch.int64), keep)
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.student.vit
+
+    def mask(self, seeds: Tensor, keep: int) -> Masking:
+        """M masks of each sample, one after another: B M rows.  seeds (B,) int64."""
+        drawn = hashes(seeds, self.cfg.masks).flatten()
+        return draw_mask(self.cfg.masking, drawn, self.student.grid, keep)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (images,) = batch["views"]
+        masking = self.mask(batch["seeds"], self.schedule.keep)
+        predicted = self.predict(images, masking).float()
+        wanted = self.targets(images, masking.masked)
+        rho = F.smooth_l1_loss if self.cfg.error == "smooth_l1" else F.mse_loss
+        spread = wanted.mean(1).std(0, correction=0).mean()
+        return {"loss": rho(predicted, wanted), "target_std": spread}
+
+    def predict(self, images: Tensor, masking: Masking) -> Tensor:
+        """(B M, L - K, E): the features of each mask's hidden patches, from its visible ones."""
+        visible = masking.visible
+        if self.cfg.masks == 1:
+            tokens = self.student.tokens(images, visible)
+        else:
+            embedded = self.student.tokens(images)
+            chosen = gather_tokens(embedded, visible.reshape(len(images), -1))
+            tokens = chosen.view(*visible.shape, -1)
+        return self.decoder(self.student.encode(tokens, visible), masking)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """What the teacher makes of the places hidden (B M, N): (B M, N, E) float32."""
+        self.teacher.eval()  # no dropped paths
+        whole = self.teacher(images)
+        return gather_tokens(whole, hidden.reshape(len(images), -1)).view(*hidden.shape, -1)
+
+    def after_step(self, progress: float) -> None:
+        self.schedule.progress = progress
+        cfg = self.cfg
+        self.teacher.update(
+            self.student, linear(progress / cfg.until, cfg.momentum, cfg.momentum_end)
+        )
+
+
+class LayerMean(nn.Module):
+    """images -> (B, L, E) float32: the mean of the last `layers` blocks, each layer-normed.
+
+    Raises ValueError for more layers than the encoder has.
+    """
+
+    def __init__(self, masked: MaskedViT, layers: int):
+        super().__init__()
+        self.masked, self.layers = masked, layers
+        depth = len(self.blocks)
+        if layers > depth:
+            raise ValueError(f"method.layers={layers} is more than the encoder's {depth}")
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        return self.masked.vit.blocks  # type: ignore[return-value]
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def keep(block: nn.Module, given: Any, out: Tensor) -> None:
+            seen.append(out)
+
+        hooks = [block.register_forward_hook(keep) for block in self.blocks[-self.layers :]]
+        try:
+            self.masked(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        patches = (h[:, self.masked.prefix :].float() for h in seen)
+        return torch.stack([F.layer_norm(h, h.shape[-1:]) for h in patches]).mean(0)

@@ -1,0 +1,96 @@
+"""GMML: corrupt groups of connected patches, and recover the image from what the encoder makes.
+
+    x~ = x with the patches of M replaced by noise, by zeros or by another image's
+    y = MLP(encoder(x~))            loss = mean over l in M, or over all l, of |y_l - patch_l(x)|
+
+The encoder reads corrupted images whole, as it will read images afterwards: no mask token, nothing
+left out.  A group is some connected patches, a part of an object and not scattered pieces of it.
+Source: Atito et al. 2022, GMML, arXiv:2205.14986, section 3, with the reconstruction part of their
+SiT, arXiv:2104.03602.  There the share corrupted is random up to 70 %; here it is fixed, or goes
+from the first to the last of a pair.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.kernels import gather_tokens
+from fastssl.losses import MAELoss
+from fastssl.masking import Masking, connected_masking, corrupt
+from fastssl.models import MaskedViT
+
+from .base import Batch, Method, MethodConfig
+from .paint import paint
+from .places import MaskSchedule, Ratio, patch_values, ratio_field
+
+
+class GMMLConfig(MethodConfig):
+    name: Literal["gmml"] = "gmml"
+    mask_ratio: Ratio = ratio_field(0.7)
+    groups: int = Field(4, ge=1, description="Places that the corrupted groups grow from.")
+    corruption: Literal["noise", "zeros", "swap", "mixed"] = Field(
+        "mixed", description="What replaces a patch: swap takes another image's, mixed draws."
+    )
+    everywhere: bool = Field(False, description="Take the error over all patches, not the hidden.")
+    error: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="Of a pixel's prediction.")
+
+
+class GMML(Method):
+    """Swapped patches come from the next image of the batch, on each rank from its own part."""
+
+    preset, views, joint = "mae", 1, False
+
+    def __init__(self, encoder: nn.Module, cfg: GMMLConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.masked = MaskedViT(encoder)
+        self.schedule = MaskSchedule(cfg.mask_ratio, self.masked.num_patches)
+        width, values = self.masked.width, patch_values(self.masked)
+        self.head = nn.Sequential(
+            *(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()),
+            nn.Linear(width, values),
+        )
+        self.loss = MAELoss(self.masked.patch, norm_pix=False, kind=cfg.error)
+        for keep in self.schedule.counts():  # what cannot be drawn is found out here, not in a step
+            self.mask(torch.zeros(1, dtype=torch.int64), keep)
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.masked.vit
+
+    def mask(self, seeds: Tensor, keep: int) -> Masking:
+        """Which patches each sample has corrupted, all but `keep`; seeds (B,) int64."""
+        groups = self.cfg.groups
+        try:
+            return connected_masking(seeds, self.masked.grid, keep, groups=groups)
+        except ValueError as error:
+            raise ValueError(f"method.groups={groups}: {error}") from error
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (images,) = batch["views"]
+        masking = self.mask(batch["seeds"], self.schedule.keep)
+        corrupted = self.corrupted(images, batch["seeds"], masking)
+        places = torch.arange(self.masked.num_patches, device=images.device)
+        ids = places.expand(len(images), -1) if self.cfg.everywhere else masking.masked
+        return {"loss": self.loss(self.predict(corrupted, ids), images, ids)}
+
+    def corrupted(self, images: Tensor, seeds: Tensor, masking: Masking) -> Tensor:
+        """The images with the patches of `masking.masked` replaced."""
+        return corrupt(images, seeds, masking, self.masked.patch, self.cfg.corruption)
+
+    def predict(self, corrupted: Tensor, ids: Tensor) -> Tensor:
+        """Predicted pixels (B, N, prod(patch) C) of the patches at `ids` (B, N)."""
+        return self.head(gather_tokens(self.masked(corrupted)[:, self.masked.prefix :], ids))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The corrupted images, and the images with those patches predicted; both like `images`."""
+        masking = self.mask(seeds, self.schedule.keep)
+        corrupted = self.corrupted(images, seeds, masking)
+        prediction = self.predict(corrupted, masking.masked)
+        return corrupted, paint(images, prediction, masking.masked, self.masked.patch)
+
+    def after_step(self, progress: float) -> None:
+        self.schedule.progress = progress

@@ -1,0 +1,94 @@
+"""I-JEPA: from one context block, predict what a teacher makes of other blocks of the image.
+
+    t = layer_norm(teacher(all patches))                  no gradient, no affine; E features each
+    p_m = predictor(student(context), places of block m)  M target blocks, each on its own
+    loss = mean over blocks, places and features of rho(p_ml - t_l)
+
+rho: smooth L1, as the authors train, or the square of their paper.  The teacher is the moving mean
+of the student, its momentum rising to 1 in a straight line.  Nothing but that keeps the features
+from collapsing: `target_std`, the spread of the targets over the images, is logged to be watched.
+Source: Assran et al. 2023, I-JEPA, arXiv:2301.08243, section 3.  There the teacher's features are
+evaluated and positions are sine waves; here the student's are, and positions the encoder's own.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.kernels import gather_tokens
+from fastssl.masking import Blocks, multi_block_masking
+from fastssl.models import EMA, LatentPredictor, MaskedViT
+from fastssl.schedules import linear
+
+from .base import Batch, Method, MethodConfig
+
+
+class IJEPAConfig(MethodConfig):
+    name: Literal["ijepa"] = "ijepa"
+    context: float = Field(0.3, gt=0, lt=1, description="Share of patches the student reads.")
+    target: float = Field(0.175, gt=0, lt=1, description="Share of patches in a target block.")
+    blocks: int = Field(4, ge=1, description="Target blocks of an image.")
+    momentum: float = Field(0.996, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    error: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="Of a predicted feature.")
+    decoder_dim: int = Field(384, ge=1, description="Width of the predictor.")
+    decoder_depth: int = Field(6, ge=1, description="Blocks of the predictor.")
+    decoder_heads: int = Field(12, ge=1, description="Attention heads of the predictor.")
+
+
+class IJEPA(Method):
+    preset, views, joint = "mae", 1, False
+
+    def __init__(self, encoder: nn.Module, cfg: IJEPAConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.student = MaskedViT(encoder)
+        self.teacher = EMA(self.student)
+        L, width = self.student.num_patches, self.student.width
+        self.predictor = LatentPredictor(
+            width,
+            width=cfg.decoder_dim,
+            depth=cfg.decoder_depth,
+            heads=cfg.decoder_heads,
+            patches=L,
+            values=width,
+        )
+        self.counts = max(1, round(cfg.context * L)), max(1, round(cfg.target * L))
+        try:
+            self.mask(torch.zeros(1, dtype=torch.int64))
+        except ValueError as error:
+            given = f"context={cfg.context}, target={cfg.target}, blocks={cfg.blocks}"
+            raise ValueError(f"method.{given} of {L} patches: {error}") from error
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.student.vit
+
+    def mask(self, seeds: Tensor) -> Blocks:
+        """Each sample's context and targets; seeds (B,) int64."""
+        context, target = self.counts
+        grid, blocks = self.student.grid, self.cfg.blocks
+        return multi_block_masking(seeds, grid, context=context, target=target, blocks=blocks)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (images,) = batch["views"]
+        places = self.mask(batch["seeds"])
+        wanted = self.targets(images, places.targets)
+        context = self.student(images, places.context)
+        predicted = self.predictor(context, places.context, places.targets).float()
+        rho = F.smooth_l1_loss if self.cfg.error == "smooth_l1" else F.mse_loss
+        spread = wanted.flatten(1, 2).mean(1).std(0, correction=0).mean()
+        return {"loss": rho(predicted, wanted), "target_std": spread}
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, ids: Tensor) -> Tensor:
+        """What the teacher makes of the places ids (B, M, T): (B, M, T, E) float32."""
+        self.teacher.eval()  # no dropped paths
+        h = self.teacher(images)[:, self.student.prefix :].float()
+        whole = F.layer_norm(h, h.shape[-1:])
+        return gather_tokens(whole, ids.flatten(1)).unflatten(1, ids.shape[1:])
+
+    def after_step(self, progress: float) -> None:
+        self.teacher.update(self.student, linear(progress, self.cfg.momentum, 1.0))

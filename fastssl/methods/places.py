@@ -1,0 +1,97 @@
+"""Which patches a masked method hides, and how many as training goes on."""
+
+from math import prod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.masking import (
+    Masking,
+    block_masking,
+    grid_masking,
+    keep_at,
+    keep_of,
+    noise_masking,
+    random_masking,
+)
+from fastssl.models import MaskedViT
+
+Ratio = float | tuple[float, float]
+Kind = Literal["random", "block", "grid", "noise"]
+
+
+def ratio_field(default: float) -> Ratio:
+    """The field `mask_ratio` of a method's options."""
+    return Field(  # type: ignore[return-value]
+        default,
+        description="Share of patches hidden; a pair: at first and at the end, linear between.",
+    )
+
+
+def kind_field() -> Kind:
+    """The field `masking` of a method's options."""
+    return Field(  # type: ignore[return-value]
+        "random", description="Which are hidden: single patches, blocks, a grid, filtered noise."
+    )
+
+
+def draw_mask(kind: Kind, seeds: Tensor, grid: tuple[int, ...], keep: int) -> Masking:
+    """Masks that leave `keep` places of the grid visible; seeds (B,) int64.
+
+    Raises ValueError for "grid" where `keep` is not every n-th place along each side, and for
+    "block" of a grid without two sides.
+    """
+    if kind == "random":
+        return random_masking(seeds, prod(grid), keep)
+    if kind == "block":
+        return block_masking(seeds, grid, keep)
+    if kind == "noise":
+        return noise_masking(seeds, grid, keep)
+    every = round((prod(grid) / keep) ** (1 / len(grid)))
+    if keep * every ** len(grid) != prod(grid):
+        raise ValueError(
+            f"masking=grid shows every n-th place along each side, but mask_ratio leaves {keep} of "
+            f"{prod(grid)}; with n = 2 it is {1 - 0.5 ** len(grid)}"
+        )
+    return grid_masking(seeds, grid, every)
+
+
+def patch_values(masked: MaskedViT) -> int:
+    """prod(patch) C, the numbers in one patch."""
+    return prod(masked.patch) * masked.vit.patch_embed.proj.in_channels  # type: ignore
+
+
+class MaskSchedule(nn.Module):
+    """`keep`, the visible ones of `length` places, at the `progress` in [0, 1] of training.
+
+    It has no parameters; the progress is saved with a checkpoint, so that a resumed run goes on
+    where it was.
+    Raises ValueError, naming method.mask_ratio, for a share that leaves none or all of the places.
+    """
+
+    def __init__(self, ratio: Ratio, length: int):
+        super().__init__()
+        self.first, self.last = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+        self.length, self.progress = length, 0.0
+        for share in (self.first, self.last):
+            try:
+                keep_of(length, share)
+            except ValueError as error:
+                raise ValueError(f"method.mask_{error}") from error
+
+    @property
+    def keep(self) -> int:
+        return keep_at(self.progress, self.length, first=self.first, last=self.last)
+
+    def counts(self) -> list[int]:
+        """Every number of visible places there will be."""
+        ends = [keep_of(self.length, share) for share in (self.first, self.last)]
+        return list(range(min(ends), max(ends) + 1))
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.progress, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.progress = state.item()

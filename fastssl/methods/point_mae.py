@@ -1,0 +1,90 @@
+"""Point-MAE: hide most groups of a cloud's points, encode the rest, predict the hidden points.
+
+    G groups of k points about their centres, K = round((1 - mask_ratio) G) of them visible
+    loss = mean over the G - K hidden groups of chamfer(predicted points, points)
+
+Points are relative to their group's centre.  The encoder reads the visible groups and their centres
+alone; the decoder is told the hidden centres too, and has to find the shape about each.
+Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 3 (random masking, 0.6; Chamfer
+distance of squared lengths).
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.kernels import chamfer, gather_tokens
+from fastssl.masking import Masking, random_masking
+from fastssl.models import PointDecoder, PointTransformer
+from fastssl.models.point import Groups
+
+from .base import Batch, Method, MethodConfig
+from .places import MaskSchedule, Ratio, ratio_field
+
+
+class PointMAEConfig(MethodConfig):
+    name: Literal["point_mae"] = "point_mae"
+    mask_ratio: Ratio = ratio_field(0.6)
+    decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(6, ge=1, description="Attention heads of the decoder.")
+
+
+class PointMAE(Method):
+    preset, views, joint = "clouds", 1, False
+
+    def __init__(self, encoder: nn.Module, cfg: PointMAEConfig):
+        super().__init__()
+        if not isinstance(encoder, PointTransformer):
+            got = type(encoder).__name__
+            raise ValueError(f"method.name=point_mae trains a point_transformer, got {got}")
+        self.cfg, self.encoder = cfg, encoder
+        self.schedule = MaskSchedule(cfg.mask_ratio, encoder.groups)
+        self.decoder = PointDecoder(
+            encoder.width,
+            width=cfg.decoder_dim,
+            depth=cfg.decoder_depth,
+            heads=cfg.decoder_heads,
+            size=encoder.group_size,
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (clouds,) = batch["views"]
+        prediction, masking, groups = self.predict(clouds, batch["seeds"])
+        hidden = _chosen(groups.points, masking.masked)
+        return {"loss": chamfer(prediction.flatten(0, 1), hidden.flatten(0, 1)).mean()}
+
+    def predict(self, clouds: Tensor, seeds: Tensor) -> tuple[Tensor, Masking, Groups]:
+        """Predicted points (B, G - K, k, 3) of the hidden groups, which those are, and all groups.
+
+        clouds (B, N, 3) float32; a 16-bit coordinate would move its point.
+        """
+        groups = self.encoder.group(clouds)  # type: ignore[operator]
+        masking = random_masking(seeds, groups.centres.shape[1], self.schedule.keep)
+        tokens = self.encoder.tokens(_chosen(groups.points, masking.visible))  # type: ignore
+        seen = gather_tokens(groups.centres, masking.visible)
+        x = self.encoder.encode(tokens, seen)  # type: ignore[operator]
+        return self.decoder(x, groups.centres, masking), masking, groups
+
+    def features(self, clouds: Tensor) -> Tensor:
+        """Clouds (B, N, 3) -> features (B, 2 E) float32: the mean and the maximum over groups."""
+        return self.encoder(clouds).float()
+
+    @torch.no_grad()
+    def reconstruct(self, clouds: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The visible groups' points (B, K k, 3), and with them the predicted ones (B, G k, 3)."""
+        prediction, masking, (points, centres) = self.predict(clouds, seeds)
+        whole = points + centres[:, :, None]
+        seen = _chosen(whole, masking.visible).flatten(1, 2)
+        hidden = prediction.float() + gather_tokens(centres, masking.masked)[:, :, None]
+        return seen, torch.cat([seen, hidden.flatten(1, 2)], 1)
+
+    def after_step(self, progress: float) -> None:
+        self.schedule.progress = progress
+
+
+def _chosen(points: Tensor, ids: Tensor) -> Tensor:
+    """The groups ids (B, K) of points (B, G, k, 3): (B, K, k, 3)."""
+    return gather_tokens(points.flatten(2), ids).unflatten(2, points.shape[2:])

@@ -1,0 +1,76 @@
+"""SimMIM: mask tokens stand for the hidden patches, the encoder reads all, a linear layer paints.
+
+    x_l = embed(patch_l) where visible, else the mask token       h = encoder(x + positions)
+    loss = mean over hidden patches, then pixels, of |W h_l + b - patch_l|
+
+L patches of an image, hidden in units of u x u patches.  Hidden patches are never embedded: only
+visible pixels are read, and the mask token is put in where the others belong.
+Source: Xie et al. 2022, SimMIM, arXiv:2111.09886, sections 3.2 to 3.5 (random masking by units of
+32 pixels, raw pixels, L1, a linear head).  Its positions are relative biases; here the encoder's.
+"""
+
+from math import prod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastssl.kernels import gather_tokens, restore_tokens
+from fastssl.losses import MAELoss
+from fastssl.masking import Masking, unit_masking
+from fastssl.models import MaskedViT
+
+from .base import Batch, Method, MethodConfig
+from .paint import repainted
+from .places import MaskSchedule, Ratio, patch_values, ratio_field
+
+
+class SimMIMConfig(MethodConfig):
+    name: Literal["simmim"] = "simmim"
+    mask_ratio: Ratio = ratio_field(0.6)
+    unit: int = Field(2, ge=1, description="Patches are hidden in squares of so many a side.")
+    error: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="Of a pixel's prediction.")
+
+
+class SimMIM(Method):
+    preset, views, joint = "mae", 1, False
+
+    def __init__(self, encoder: nn.Module, cfg: SimMIMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.masked = MaskedViT(encoder)
+        patch, grid = self.masked.patch, self.masked.grid
+        if any(side % cfg.unit for side in grid):
+            raise ValueError(f"method.unit={cfg.unit} does not divide the patch grid {grid}")
+        self.schedule = MaskSchedule(cfg.mask_ratio, prod(side // cfg.unit for side in grid))
+        width = self.masked.width
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.head = nn.Linear(width, patch_values(self.masked))
+        self.loss = MAELoss(patch, norm_pix=False, kind=cfg.error)
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.masked.vit
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (images,) = batch["views"]
+        prediction, masking = self.predict(images, batch["seeds"])
+        return {"loss": self.loss(prediction, images, masking.masked)}
+
+    def predict(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Masking]:
+        """Predicted pixels (B, L - K, prod(patch) C) of the hidden patches, and which those are."""
+        masking = unit_masking(seeds, self.masked.grid, self.cfg.unit, self.schedule.keep)
+        tokens = self.masked.tokens(images, masking.visible)
+        h = self.masked.encode(restore_tokens(tokens, masking.restore, self.mask_token))
+        return self.head(gather_tokens(h[:, self.masked.prefix :], masking.masked)), masking
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The images with hidden patches greyed, and with them predicted; both like `images`."""
+        prediction, masking = self.predict(images, seeds)
+        return repainted(images, prediction, masking.masked, self.masked.patch, norm_pix=False)
+
+    def after_step(self, progress: float) -> None:
+        self.schedule.progress = progress
