@@ -11,7 +11,7 @@ demo: $(OURS:bin=train) ## pretrain on real images, evaluate, write runs/simclr-
 	$(BIN)/fastssl pretrain simclr-digits overwrite=true
 
 test: lint             ## everything CI runs; the last line compiles every kernel that is launched
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2
 	$(BIN)/python -m fastssl.bench.aot --used > aot.log || (cat aot.log; false)
 	@tail -n 1 aot.log
 

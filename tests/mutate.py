@@ -25,6 +25,7 @@ SIGMOID = "tests/kernels/test_sigmoid_fused.py tests/kernels/test_pairwise_sigmo
 MOMENTS = "tests/kernels/test_moments.py tests/kernels/test_moments_fused.py"
 CORRELATION = "tests/kernels/test_correlation.py tests/kernels/test_correlation_mixed.py"
 FUSED_CORRELATION = "tests/kernels/test_correlation_fused.py"
+PATCHES = "tests/kernels/test_patches_fused.py tests/kernels/test_patches.py"
 TOPK = "tests/kernels/test_topk_fused.py tests/kernels/test_topk.py"
 
 
@@ -54,6 +55,12 @@ TESTS = {
     "correlation_tiles": (FUSED_CORRELATION, ""),
     "correlation_fused": (FUSED_CORRELATION, ""),
     "correlation_torch": (CORRELATION, ""),
+    "patches_fused": (PATCHES, "not compiled and not trial"),
+    "patches_torch": ("tests/kernels/test_patches.py", "torch and not compiled"),
+    "tokens_fused": ("tests/kernels/test_tokens.py", "triton and not compiles"),
+    "bias_fused": ("tests/kernels/test_bias.py", "triton and not compiles"),
+    "latents_fused": ("tests/kernels/test_scaled_cosine.py", "triton and not compiles"),
+    "chamfer_fused": ("tests/kernels/test_chamfer.py", "triton and not compiles"),
     "correlation_plans": (CORRELATION + " tests/kernels/test_correlation_ranks.py", ""),
 }
 
@@ -225,6 +232,133 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("mine = c if owner == here else mine", "mine = c"),
         ("weights = c * (2 * g)", "weights = c * g"),
         ("db += weighted", "db = weighted"),
+    ],
+    "patches_fused.gather": [
+        ("tl.program_id(1) * BLOCK_P", "tl.program_id(1) + BLOCK_P"),
+        ("n[:, None] * P + p", "n[:, None] * BLOCK_P + p"),
+        ("element_ty != OUT", "element_ty == OUT"),
+        ("(n < N)[:, None] &", "(n < N - 1)[:, None] &"),
+        ("(p < P)[None, :]", "(p < P - 1)[None, :]"),
+    ],
+    "patches_fused.spread": [
+        ("total += tl.load(G", "total = tl.load(G"),
+        ("named > found[:, None]", "named >= K"),
+        ("place = n - image * L", "place = n"),
+        ("((t * PH + y) * PW + x) * C + c", "((t * PW + y) * PH + x) * C + c"),
+        ("total *= tl.load(NORM + C", "total *= tl.load(NORM"),
+    ],
+    "patches_fused.mse": [
+        ("WIDE) - shift", "WIDE)"),
+        ("/ (P - 1)", "/ P"),
+        ("        x *= inv", "        x *= 1.0"),
+        ("sums += tl.where(ok, x - shift", "sums = tl.where(ok, x - shift"),
+        ("sums += tl.where(ok, x * x", "sums = tl.where(ok, x * x"),
+    ],
+    "patches_fused.mse_grad": [
+        ("k * g_k, n < N", "k, n < N"),
+        ("(x - shift - mean)", "(x - mean)"),
+        ("2 * n + 1, n < N", "2 * n, n < N"),
+        ("0.0).to(tl.float32) - x", "0.0).to(tl.float32) + x"),
+        ("n[:, None] * P + p[None", "n[:, None] * K + p[None"),
+    ],
+    "patches_fused._within": [
+        ("c = p - q * C", "c = p - q * PW"),
+        ("x = q - r * PW", "x = q - r * PH"),
+        ("t = r // PH", "t = r // PW"),
+    ],
+    "patches_torch._normalised": [
+        ("rows.sub_(rows[:, :1].clone())", "rows.sub_(0 * rows[:, :1])"),
+        ("eps * share", "eps / share"),
+    ],
+    "patches_torch._judged": [
+        ("e.clamp(-1, 1)", "e.clamp(-1, 2)"),
+        ("alpha=0.5", "alpha=1.0"),
+    ],
+    "tokens_fused.gather": [
+        ("(ids < limit)", "(ids <= limit)"),
+        ("b = r // n", "b = r % n"),
+        (
+            "tl.where(shown[:, None], x, token[None, :])",
+            "tl.where(shown[:, None], token[None, :], x)",
+        ),
+        ("(r % n)[:, None] * D", "(r // n)[:, None] * D"),
+        ("ids, 0) * s_r", "ids, 0) * s_b"),
+    ],
+    "tokens_fused._added": [
+        ("x -= lost", "x += lost"),
+        ("(after - total) - x", "0.0 * x"),
+    ],
+    "tokens_fused.restore": [
+        ("(ids >= 0) & (ids < K)", "(ids >= 0) & (ids <= K)"),
+        ("tl.where((ids >= K)", "tl.where((ids > K)"),
+        (
+            "first = tl.program_id(0).to(tl.int64) * share",
+            "first = tl.program_id(0).to(tl.int64) * 0",
+        ),
+        ("(part * L + l)", "(0 * part + l)"),
+        ("b * g_b + place", "b * g_r + place"),
+    ],
+    "tokens_fused.scatter": [
+        ("tl.max(stop - start, 0)", "tl.min(stop - start, 0)"),
+        ("more = start + j < stop", "more = start + j <= stop"),
+        ("ORDER + b * n + start", "ORDER + start"),
+        ("k * x_r", "k * x_b"),
+        ("start_b + l + 1", "start_b + l + 2"),
+    ],
+    "bias_fused.pick": [
+        ("(head % H) * b_h", "(head // H) * b_h"),
+        ("b_i + q[None, :]", "b_i + p[None, :]"),
+        ("head // H, i, K", "head % H, i, K"),
+        ("(head * K + i)", "(head + i)"),
+        ("p[:, None] * b_i", "p[:, None] * b_h"),
+    ],
+    "bias_fused.unpick": [
+        ("h * g_h", "h * g_i"),
+        ("i[:, None] * g_i + j[None, :] * g_j", "i[:, None] * g_j + j[None, :] * g_i"),
+        ("total = after", "total = g"),
+        ("(tl.program_id(0).to(tl.int64) * H + h) * L", "h * L"),
+        ("% blocks * BLOCK_I", "// blocks * BLOCK_I"),
+    ],
+    "latents_fused._power": [
+        ("gamma == 1.0, 1.0, 0.0", "gamma == 1.0, 0.0, 0.0"),
+        ("gamma * slope", "slope"),
+        ("2.0 * e", "e"),
+    ],
+    "latents_fused.forward": [
+        ("cos > 1.0, 0.0, 1.0 - cos", "cos > 1.0, 1.0, 1.0 - cos"),
+        ("tt += t * t", "tt = t * t"),
+        ("place * p_r", "place * p_k"),
+        ("tl.maximum(p_norm, EPS)", "p_norm"),
+        ("STATS + 2 * R + r, t_norm", "STATS + 2 * R + r, p_norm"),
+    ],
+    "latents_fused.backward": [
+        ("w = -slope", "w = slope"),
+        ("p_norm > EPS, cos", "p_norm > EPS, 1.0"),
+        ("dt = (p - along * t)", "dt = (t - along * p)"),
+        ("(k * L + place)", "(k * n + place)"),
+        ("(r % n) * g_r", "r * g_r"),
+    ],
+    "chamfer_fused._squares": [
+        ("total += delta * delta", "total = delta * delta"),
+        ("x[:, None] - y[None, :]", "x[:, None] + y[None, :]"),
+    ],
+    "chamfer_fused.nearest": [
+        ("(total < best)", "(total <= best)"),
+        ("g * x_g + n", "g * y_g + n"),
+        ("& (m < M)[None, :]", "& (m <= M)[None, :]"),
+        ("tl.where(best == least[:, None], places", "tl.where(best >= least[:, None], places"),
+        ("tl.where(closer, m[None, :], places)", "tl.where(closer, start, places)"),
+    ],
+    "chamfer_fused._factor": [
+        ("tl.where(total > 0, tl.div_rn", "tl.where(total < 0, tl.div_rn"),
+        ("total.shape, 2.0", "total.shape, 1.0"),
+    ],
+    "chamfer_fused.pull": [
+        ("back[None, :] == n[:, None]", "back[None, :] >= n[:, None]"),
+        ("b * part", "a * part"),
+        ("a * factor * delta", "b * factor * delta"),
+        ("own += delta", "own = delta"),
+        ("GRAD + g * grad_g", "GRAD + g"),
     ],
 }
 

@@ -131,7 +131,7 @@ def _embed_timm(layers, patch: int, images: Tensor, ids: Tensor, *own: Tensor) -
     D, C = own[0].shape[:2]
     with torch.device("meta"):
         module = layers.PatchEmbed(images.shape[-1], patch, C, D)
-    given = dict(zip(("proj.weight", "proj.bias"), own, strict=True))
+    given: dict[str, Tensor] = {"proj.weight": own[0], "proj.bias": own[1]}
     tokens = torch.func.functional_call(module, given, images)
     return tokens.gather(1, ids[..., None].expand(-1, -1, D))
 

@@ -90,17 +90,13 @@ def _gather(impl: str, tokens: Tensor, ids: Tensor) -> Tensor:
 
 @case("gather-table", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
 def looked_up(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The visible quarter's rows of a shared table of positions; its gradient sums over the batch.
-
-    1 flop an element of the gradient.
-    """
+    """The visible quarter's rows of a table of positions; its gradient sums over the batch."""
     _, ids, w = _chosen(shape, dtype, device, 1 - _HIDDEN)
     table = torch.randn(shape["L"], shape["D"], device=device).to(dtype).requires_grad_()
     moved = nbytes(ids, table, w)
     return Problem(
         inputs=(table, ids, w),
         rivals=weighed(by_implementation("gather_tokens", _gather, device)),
-        flops={"fwd": 0.0, "bwd": 1.0 * w.numel()},
         bytes_moved={"fwd": moved, "bwd": moved},
         items=(shape["B"], "images"),
     )
@@ -159,7 +155,7 @@ _BIAS_SHAPES = {
 
 @case("gather-bias", test="tests/kernels/test_bias.py", shapes=_BIAS_SHAPES)
 def biases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The attention bias of the visible quarter's pairs; 1 flop an element of the gradient."""
+    """The attention bias of the visible quarter's pairs."""
     B, L, H = shape["B"], shape["L"], shape["H"]
     bias = torch.randn(H, L, L, device=device).to(dtype).requires_grad_()
     ids = torch.rand(B, L, device=device).argsort(1)[:, : L // 4].contiguous()
@@ -168,7 +164,6 @@ def biases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     return Problem(
         inputs=(bias, ids, w),
         rivals=weighed(by_implementation("gather_bias", _bias, device)),
-        flops={"fwd": 0.0, "bwd": 1.0 * w.numel()},
         bytes_moved={"fwd": moved, "bwd": moved},
         items=(B, "images"),
     )

@@ -44,7 +44,7 @@ def farthest_points(cloud: Tensor, count: int) -> Tensor:
     Raises ValueError for count outside 1..N.
 
     >>> farthest_points(torch.tensor([[[0.0], [1.0], [9.0], [8.5]]]), 3).tolist()
-    [[2, 0, 1]]
+    [[0, 2, 1]]
     """
     B, N, _ = cloud.shape
     if not 1 <= count <= N:

@@ -150,7 +150,7 @@ def test_least_bytes_are_those_of_inputs_results_and_gradients(name):
     value = 4 * made_of[0].numel()  # float32 sums, whatever the reference makes
     assert 0.3 * inputs <= problem.bytes_moved["fwd"] <= inputs + value
     most = inputs + results - rivals.nbytes(made_of[0]) + value
-    assert 0.3 * most <= problem.bytes_moved["bwd"] <= most
+    assert 0.2 * most <= problem.bytes_moved["bwd"] <= most  # a scatter's reads a quarter
 
 
 PRODUCTS = [n for n in CASES if n.startswith("pairwise") or n.startswith("train")]

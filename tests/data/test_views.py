@@ -79,7 +79,11 @@ def test_overrides_reach_every_view_and_the_normalisation():
     "name, overrides, words",
     [
         ("simclrr", {}, "unknown preset 'simclrr': did you mean 'simclr'?"),
-        ("xyz", {}, "unknown preset 'xyz': valid are simclr, barlow_twins, mae, dino, plain"),
+        (
+            "xyz",
+            {},
+            "unknown preset 'xyz': valid are simclr, barlow_twins, mae, crop_mae, dino, plain",
+        ),
         ("mae", {"flipp": 1}, "unknown override of preset 'mae' 'flipp': did you mean 'flip'?"),
         ("mae", {"solarize": 1}, "did you mean 'solarise'?"),
         ("mae", {"local_count": 2}, "unknown override of preset 'mae' 'local_count'"),

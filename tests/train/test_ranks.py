@@ -20,7 +20,6 @@ RUNS: dict[str, tuple[int | str, ...]] = {
     "nnclr": (2,),
     "clip": (2,),
     "sie": (3,),
-    "ijepa": (3,),
     "data2vec": (2,),
 }
 ALL = [(method, stage) for method, stages in RUNS.items() for stage in stages]
