@@ -67,8 +67,12 @@ def _painted(amount: np.ndarray, rng: np.random.Generator, channels: int) -> np.
     return low + amount[..., None] * (high - low)
 
 
-def clip(seed: int, label: int, instance: int, shape: tuple[int, int, int]) -> Tensor:
+def clip(
+    seed: int, label: int, instance: int, shape: tuple[int, int, int], plain: bool = False
+) -> Tensor:
     """One clip, uint8 (C, T, H, W) with shape = (C, T, side): an instance of motion `label`.
+
+    plain: every shape white and every ground black, so that clips differ by place and path alone.
 
     >>> clip(0, 1, 2, (3, 4, 16)).shape
     torch.Size([3, 4, 16, 16])
@@ -95,7 +99,7 @@ def clip(seed: int, label: int, instance: int, shape: tuple[int, int, int]) -> T
     edge = rng.uniform(0.16, 0.26) * (1 + bulge)
     inside = ((edge - radius) * side + 0.5).clip(0, 1)[..., None]  # a pixel wide
     shape_colours = _painted(_wave(own_x, own_y, rng, rng.uniform(2, 5)), rng, channels)
-    pixels = ground + inside * (shape_colours - ground)
+    pixels = inside + 0 * ground if plain else ground + inside * (shape_colours - ground)
     pixels = pixels + 0.03 * rng.standard_normal(pixels.shape, np.float32)
     pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(3, 0, 1, 2).contiguous()
@@ -109,12 +113,14 @@ class ClipsSource(GeneratedOptions):
     frames: int = Field(default=16, ge=2, le=256, description="length, frames")
     size: int = Field(default=32, ge=8, le=512, description="height and width, pixels")
     channels: Literal[1, 3] = Field(default=3, description="1: grey")
+    plain: bool = Field(default=False, description="white shapes on black, without stripes")
 
     def layout(self) -> tuple[tuple[str, ...], int]:
         return MOTIONS[: self.classes], self.channels
 
     def draw(self, label: int, instance: int) -> Tensor:
-        return clip(self.seed, label, instance, (self.channels, self.frames, self.size))
+        shape = (self.channels, self.frames, self.size)
+        return clip(self.seed, label, instance, shape, self.plain)
 
 
 class ClipViews(ItemViews):

@@ -168,3 +168,11 @@ def test_bad_items_and_options_are_refused():
         view_spec("clips", 16, frame=4)
     with pytest.raises(ValueError, match="low end"):
         clip_views(16, crop_scale=(0.9, 0.5))
+
+
+def test_plain_clips_are_white_on_black():
+    plain, own = (clip(0, 2, 5, (1, 4, 32), plain) for plain in (True, False))
+    bright = plain > 127
+    assert 0.02 < bright.float().mean() < 0.5
+    assert (plain[bright].float().mean() > 235) and (plain[~bright].float().mean() < 20)
+    assert not torch.equal(plain, own)
