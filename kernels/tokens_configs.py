@@ -18,7 +18,7 @@ from ._tuning import Config, Variant
 
 # (BLOCK_R, BLOCK_D, warps, stages) for 16-bit numbers; the first is the safe one.
 MOVES = [(16, 256, 4, 2), (8, 512, 4, 2)]
-SUMS = [(8, 256, 4, 2), (16, 128, 4, 3)]
+SUMS = [(8, 128, 4, 2), (8, 256, 8, 2)]
 TRITON = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16"}
 TRIAL = (256, 196, 768)  # sequences, places, features; a quarter of the places is visible
 

@@ -1,11 +1,11 @@
-"""Tokens in and out of a b: the Triton kernels, which `tokens_ops.py` launches.
+"""Tokens in and out of a sequence: the Triton kernels, which `tokens_ops.py` launches.
 
     gather    out_r = pos_(r % n) + (source_(b, ids_r)  if ids_r < limit,  else token)
     restore   d_visible_(b, ids_bl) = g_bl    pos_l = sum_b g_bl    token = sum_(b, hidden l) g_bl
     scatter   out_l = sum of the rows k with ids_k = l, which a sorted order lists
 
 A program has a block of rows and of features.  Rows are read in whole runs of features, so the ids
-in between cost nothing: each byte is read once, written once.  Memory-bound.  Sums over bs
+in between cost nothing: each byte is read once, written once.  Memory-bound.  Sums over sequences
 are taken in float32 by shares of the batch, as many as fill the GPU, and the shares' sums are added
 by one launch more: no atomics, the same bits each run.  `restore` writes d_visible by the ids
 themselves, each place being there exactly once.  `scatter` walks the rows of a place in ascending

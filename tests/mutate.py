@@ -387,7 +387,8 @@ def survives(mutation: Mutation) -> str:
     failed = [x for x in lines if x.startswith("FAILED") or x.startswith("ERROR") and "::" in x]
     if run.returncode != 0 and not failed:  # a crash is noticed too, a missing file is not
         failed = [f"FAILED ended with {run.returncode}"] if run.returncode < 0 else []
-    first = failed[0].split()[1].rpartition("::")[2] if failed else "SURVIVED"
+    test = failed[0].partition(" ")[2].partition(" - ")[0] if failed else "SURVIVED"
+    first = test.rpartition("::")[2]
     old, new = (" ".join(text.split()).replace("|", "\\|") for text in mutation[1:])
     return f"| `{mutation.kernel}` | `{old}` | `{new}` | {first} |"
 
