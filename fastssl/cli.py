@@ -95,7 +95,7 @@ def embed(
     from fastssl.export import embed_to_file
 
     count, bad = embed_to_file(run, data, out)
-    console.print(f"{count} images -> {out}", markup=False)
+    console.print(f"{count} items -> {out}", markup=False)
     for name, reason in bad:
         console.print(f"skipped {name}: {reason}", markup=False)
 

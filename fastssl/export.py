@@ -26,7 +26,7 @@ from fastssl.data.errors import DataError
 from fastssl.data.views import Views
 from fastssl.embedding import EmbedConfig, embed
 from fastssl.engine.checkpoint import encoder_file
-from fastssl.models import backbone_arguments, build_backbone, channels_of, feature_dim
+from fastssl.models import OWN, backbone_arguments, build_backbone, channels_of, feature_dim
 
 
 class Encoder(nn.Module):
@@ -62,7 +62,8 @@ def export(run: Path, out: Path, fmt: str) -> Path:
 
     fmt "safetensors": one file.  fmt "timm": a directory that
     `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names.
-    Raises ConfigError for another fmt or an `out` that exists and is something else.
+    Raises ConfigError for another fmt, "timm" of a model that timm has not, or an `out` that exists
+    and is something else.
     """
     if fmt not in ("timm", "safetensors"):
         raise ConfigError(f"--format {fmt!r} is not one of timm, safetensors")
@@ -70,6 +71,8 @@ def export(run: Path, out: Path, fmt: str) -> Path:
         wanted = "file" if fmt == "safetensors" else "directory"
         raise ConfigError(f"--out {out} is there and no {wanted}, which {fmt} wants")
     encoder, cfg, channels = load_encoder(run, device="cpu")
+    if fmt == "timm" and cfg.model.name in OWN:
+        raise ConfigError(f"--format timm is for timm's models, not {cfg.model.name}: safetensors")
     backbone = encoder.backbone
     weights = {k: v.contiguous() for k, v in backbone.state_dict().items()}
     facts = {"format": "pt", "architecture": cfg.model.name, "method": cfg.method.name}

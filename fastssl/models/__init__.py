@@ -1,6 +1,6 @@
 """Encoders and heads: timm backbones by name, MaskedViT over a timm ViT, projection heads."""
 
-from .backbones import backbone_arguments, build_backbone, channels_of, feature_dim, is_vit
+from .backbones import OWN, backbone_arguments, build_backbone, channels_of, feature_dim, is_vit
 from .decoders import CrossDecoder, LatentPredictor, MAEDecoder
 from .directpred import DirectPred
 from .ema import EMA
@@ -13,6 +13,7 @@ from .tabular import TableTransformer
 
 __all__ = [
     "EMA",
+    "OWN",
     "BatchNorm1d",
     "CrossDecoder",
     "DirectPred",

@@ -63,7 +63,10 @@ def backbone_arguments(name: str, shape: tuple[int, ...], kwargs: dict[str, Any]
 
 
 def channels_of(weights: dict[str, torch.Tensor]) -> int:
-    """How many channels a backbone of these weights reads: those of its first convolution."""
+    """How many channels a backbone of these weights reads: those of its first convolution, or the
+    columns of a table; 3 of a cloud's points."""
+    if "weight" in weights:  # one row a column
+        return len(weights["weight"])
     patches = weights.get("patch_embed.proj.weight")
     first = next((w for w in weights.values() if w.ndim == 4), None) if patches is None else patches
     return 3 if first is None or first.ndim < 3 else int(first.shape[1])

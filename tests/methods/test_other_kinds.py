@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from fastssl.config import ConfigError
+from fastssl.export import export
+from fastssl.models import channels_of
 from fastssl.plan import make_plan
 from fastssl.train import build, open_source, pretrain
 from tests.runs import OTHERS, losses, tiny
@@ -35,6 +39,11 @@ def test_a_run_learns_and_shows_itself(name, tmp_path):
     shown = {p.name for p in cfg.directory.iterdir()}
     assert {"results.json", "report.html", "curves.png", "embedding.png"} <= shown
     assert shown & PICTURES == (set() if name == "tjepa" else PICTURES)
+    out = export(cfg.directory, tmp_path / "encoder.safetensors", "safetensors")
+    weights = load_file(out)
+    assert channels_of(weights) == open_source(cfg.data.source, cfg.seed).train.channels
+    with pytest.raises(ConfigError, match="timm is for timm's models"):
+        export(cfg.directory, tmp_path / "timm", "timm")
 
 
 @pytest.mark.parametrize("name", OTHERS)
