@@ -88,7 +88,12 @@ def evaluate(run: RunPath) -> None:
 @app.command()
 def embed(
     run: RunPath,
-    data: Annotated[str, typer.Argument(help="A folder of images, or digits or fractals.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images, digits, fractals, or the run's own source by name."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The .npz file to write.")] = Path("features.npz"),
 ) -> None:
     """Write features, labels, names and split of every image of DATA to an .npz file."""

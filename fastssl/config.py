@@ -41,7 +41,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = Field("vit_small_patch16_224", description="Any timm model; MAE needs a vit_*.")
+    name: str = Field(
+        "vit_small_patch16_224", description="Any timm model; masked methods need a vit_*."
+    )
     kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model (depth=4 ...).")
 
 

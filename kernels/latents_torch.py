@@ -1,6 +1,6 @@
 """The scaled cosine error in torch, on any device: the functions `latents.py` builds on.
 
-A chunk of the batch at a time: no normalised copy, and no gathered one larger than a chunk.
+A chunk of the batch at a time: no normalised and no gathered copy is larger than that.
 """
 
 from __future__ import annotations

@@ -99,7 +99,11 @@ def clip(
     edge = rng.uniform(0.16, 0.26) * (1 + bulge)
     inside = ((edge - radius) * side + 0.5).clip(0, 1)[..., None]  # a pixel wide
     shape_colours = _painted(_wave(own_x, own_y, rng, rng.uniform(2, 5)), rng, channels)
-    pixels = inside + 0 * ground if plain else ground + inside * (shape_colours - ground)
+    pixels = (
+        np.broadcast_to(inside, ground.shape)
+        if plain
+        else ground + inside * (shape_colours - ground)
+    )
     pixels = pixels + 0.03 * rng.standard_normal(pixels.shape, np.float32)
     pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(3, 0, 1, 2).contiguous()

@@ -1,6 +1,7 @@
 """What a method is: an encoder that is kept, a loss on a batch, and a hook after each step.
 
-A batch is a dict: "views" a list of float images (B, C, H, W), one tensor a view; "index" (B,)
+A batch is a dict: "views" a list of float tensors, one a view, images (B, C, H, W) or what else the
+source has (clips, signals, clouds, rows: fastssl.data.spec); "index" (B,)
 int64, the samples' places in the data set; "label" (B,) int64 their classes, where they have any;
 "seeds" (B,) int64, one random seed a sample, a pure function of (run seed, epoch, sample): what a
 method draws at random, it draws from these.  A method that asks also gets "params", a list of
