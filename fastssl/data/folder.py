@@ -1,16 +1,18 @@
 """Images in a folder: one folder a class, or flat; with its own train/ and val/ or without."""
 
 import os
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .errors import DataError
-from .images import SUFFIXES, decode
+from .images import SUFFIXES, decode, decode_bytes, read_bytes
 
 _TEST_NAMES = ("val", "test", "valid", "validation")
 
@@ -22,16 +24,23 @@ class Names:
     counting references writes to every object.
     """
 
-    def __init__(self, names: list[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self._ends = np.cumsum([0, *map(len, encoded)])
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+    def __init__(self, names: Iterable[str]):
+        joined, ends = bytearray(), array("q", [0])
+        for name in names:
+            joined += os.fsencode(name)
+            ends.append(len(joined))
+        self._bytes, self._ends = np.frombuffer(bytes(joined), np.uint8), np.frombuffer(ends, "i8")
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> str:
+        i = i + len(self) if i < 0 else i
         return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]].tobytes())
+
+    def select(self, indices: np.ndarray) -> "Names":
+        """The strings at `indices` (int64), in that order."""
+        return Names(self[i] for i in indices.tolist())
 
 
 class Format(NamedTuple):
@@ -47,20 +56,20 @@ class Format(NamedTuple):
 IMAGE = Format("image", SUFFIXES, 3, decode)
 
 
-class FolderImages:
-    """Images, or other files, read when asked for.  `labels` is None for a flat folder."""
+class FolderFiles:
+    """Files of one kind, read when asked for.  `labels` is None for a flat folder."""
 
     def __init__(
         self,
         root: Path,
-        names: list[str],
+        names: Names,
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
         kind: Format = IMAGE,
     ):
         self.root, self.labels, self.classes, self.kind = root, labels, classes, kind
         self.channels = kind.channels
-        self._names = Names(names)
+        self._names = names
 
     def __len__(self) -> int:
         return len(self._names)
@@ -70,15 +79,27 @@ class FolderImages:
         return self._names[i]
 
     def item(self, i: int) -> Tensor:
-        """Item i: of an image, uint8 (3, H, W).  Raises BadItem."""
+        """Item i, as its kind decodes it.  Raises BadItem."""
         name = self.name(i)
         return self.kind.decode(self.root / name, name)
 
-    def select(self, indices: np.ndarray) -> "FolderImages":
+    def select(self, indices: np.ndarray) -> Self:
         """The items at `indices`, in their order."""
-        names = [self._names[i] for i in indices.tolist()]
         labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        return FolderImages(self.root, names, labels, self.classes, self.kind)
+        return type(self)(self.root, self._names.select(indices), labels, self.classes, self.kind)
+
+
+class FolderImages(FolderFiles):
+    """Image files: items are uint8 (3, H, W)."""
+
+    def encoded(self, i: int) -> bytes:
+        """File i as it is.  Raises BadItem."""
+        name = self.name(i)
+        return read_bytes(self.root / name, name)
+
+    def item(self, i: int) -> Tensor:
+        """Image i, uint8 (3, H, W).  Raises BadItem."""
+        return decode_bytes(self.encoded(i), self.name(i))
 
 
 class _Found(NamedTuple):
@@ -138,21 +159,20 @@ def _mixed(path: Path, found: _Found, kind: Format) -> None:
         )
 
 
-def _build(root: Path, found: list[_Found], flat: bool, kind: Format) -> list[FolderImages]:
+def _build(root: Path, found: list[_Found], flat: bool, kind: Format) -> list[FolderFiles]:
+    made = FolderImages if kind is IMAGE else FolderFiles
     folders = [folder for part in found for folder in part.folders]
     if flat or None in folders:
-        return [FolderImages(root, part.names, kind=kind) for part in found]
+        return [made(root, Names(part.names), kind=kind) for part in found]
     classes = tuple(sorted({str(folder) for folder in folders}))
     number = {name: k for k, name in enumerate(classes)}
     return [
-        FolderImages(
-            root, p.names, torch.tensor([number[str(f)] for f in p.folders]), classes, kind
-        )
+        made(root, Names(p.names), torch.tensor([number[str(f)] for f in p.folders]), classes, kind)
         for p in found
     ]
 
 
-def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list[FolderImages]:
+def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list[FolderFiles]:
     """[all images], or [train, test] where the folder has train/ and one of val, test, valid/.
 
     kind: files of another format than images.

@@ -1,16 +1,18 @@
-"""Decoding one image file, of any mode Pillow reads, to uint8 (3, H, W).
+"""Decoding one image, of any format and mode Pillow reads, to uint8 (3, H, W).
 
 Colour is what a viewer would show: EXIF orientation applied, transparency over white, CMYK and
 palettes converted, 16-bit grey scaled to 8, and float images stretched unless they are in [0, 1].
 """
 
 import errno
+import os
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import BadItem
@@ -21,6 +23,7 @@ SUFFIXES = frozenset(
 _ORIENTATION = 0x0112  # the EXIF tag
 # What fails for want of files, memory or a disk says nothing of the image.
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE)
+_MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
 
 
 def _of_the_machine(error: Exception) -> bool:
@@ -63,19 +66,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _decode(path: Path) -> Tensor:
-    with Image.open(path) as image:
+def _pixels(data: bytes) -> Tensor:
+    with Image.open(BytesIO(data)) as image:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels are above Pillow's limit of {limit} (a bomb?)")
+        if image.format == "EPS":  # Pillow would run Ghostscript on it
+            raise ValueError("PostScript is a program, not pixels")
         image.load()
         pixels = np.array(_to_rgb(_upright(image)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def decode(path: Path, name: str) -> Tensor:
-    """The pixels of an image file, uint8 (3, H, W); its first frame if it has several.
+def _reason(error: Exception) -> str:
+    what = error.strerror if isinstance(error, OSError) else None
+    return " ".join((what or str(error) or type(error).__name__).split())
+
+
+def decode_bytes(data: bytes, name: str) -> Tensor:
+    """The pixels of an encoded image, uint8 (3, H, W); its first frame if it has several.
 
     Raises BadItem(name, reason) for whatever cannot be read as an image.  A failure of
     the machine (no memory or file handle left, a disk's I/O error) is raised as it is.
@@ -83,9 +93,33 @@ def decode(path: Path, name: str) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit is checked above, odd metadata is harmless
-            return _decode(path)
+            return _pixels(data)
+    except UnidentifiedImageError as error:
+        raise BadItem(name, f"cannot identify an image in its {len(data)} bytes") from error
     except Exception as error:  # decoders raise whatever the bytes lead them to
         if _of_the_machine(error):
             raise
-        what = str(error).replace(str(path), "the file") or type(error).__name__
-        raise BadItem(name, " ".join(what.split())) from error
+        raise BadItem(name, _reason(error)) from error
+
+
+def read_bytes(path: Path, name: str) -> bytes:
+    """A file as it is.
+
+    Raises BadItem(name, reason) for one that vanished, is no file or may not be read, and for 2 GiB
+    and more.  A failure of the machine is raised as it is.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size >= _MOST_BYTES:
+                raise ValueError(f"{size} bytes are too many for one item")
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: also a name with a null byte
+        if _of_the_machine(error):
+            raise
+        raise BadItem(name, _reason(error)) from error
+
+
+def decode(path: Path, name: str) -> Tensor:
+    """`decode_bytes` of a file.  Raises BadItem(name, reason), and a failure of the machine."""
+    return decode_bytes(read_bytes(path, name), name)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,6 +40,21 @@ class Source(Protocol):
 
     def select(self, indices: np.ndarray) -> "Source":
         """The items at `indices` (int64), in that order, as a source of their own."""
+        ...
+
+
+@runtime_checkable
+class EncodedSource(Source, Protocol):
+    """A source whose images are kept as files or records, so that others may decode them.
+
+    `isinstance(source, EncodedSource)` tells whether a source is one.
+    """
+
+    def encoded(self, i: int) -> bytes:
+        """The bytes of image i as stored: a whole JPEG, PNG, ... of which `item(i)` is the pixels.
+
+        Raises BadItem for one that cannot be read; the bytes themselves are not looked at.
+        """
         ...
 
 

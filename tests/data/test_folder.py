@@ -3,12 +3,15 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from fastssl.data.datasets import FolderSource, open_source
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.folder import Names, scan_folder
+from fastssl.data.source import EncodedSource
+from fastssl.data.wavs import WavsSource
 
 
 def put(root, *names):
@@ -116,6 +119,24 @@ def test_bad_image_has_its_path_from_the_root(tmp_path):
     with pytest.raises(BadItem) as error:
         whole.item(0)
     assert error.value.name == "a/0.jpg" and str(error.value).startswith("a/0.jpg: ")
+
+
+def test_encoded_images_are_the_files(tmp_path):
+    (whole,) = scan_folder(put(tmp_path, "a/1.png", "b/2.webp", "b/3.png"))
+    assert isinstance(whole, EncodedSource)
+    part = whole.select(np.array([2, 0]))
+    assert isinstance(part, EncodedSource) and names(part) == ["b/3.png", "a/1.png"]
+    assert part.encoded(1) == (tmp_path / "a/1.png").read_bytes()
+    (tmp_path / "b/3.png").unlink()
+    for read in (part.encoded, part.item):
+        with pytest.raises(BadItem, match="^b/3.png: No such file"):
+            read(0)
+
+
+def test_other_files_have_no_encoded_images(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"")
+    (whole,) = WavsSource(path=tmp_path).open()
+    assert not isinstance(whole, EncodedSource)
 
 
 def _missing(path):

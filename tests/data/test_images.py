@@ -5,10 +5,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastssl.data.errors import BadItem
-from fastssl.data.images import decode
+from fastssl.data.images import decode, decode_bytes, read_bytes
 
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(0, 256, (3, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 24 x 32
@@ -160,10 +161,37 @@ def test_a_failing_machine_is_not_a_bad_image(tmp_path, monkeypatch, error):
             assert seen.value is error
 
 
+@pytest.mark.parametrize("code", ["EMFILE", "ENFILE", "EIO", "ENOMEM", "ESTALE"])
+def test_a_failing_disk_is_not_a_bad_file(tmp_path, monkeypatch, code):
+    path = saved(tmp_path, Image.fromarray(RGB), "a.png")
+    monkeypatch.setattr("builtins.open", failing(OSError(getattr(errno, code), code)))
+    with pytest.raises(OSError, match=code):
+        read(path)
+
+
+def test_bytes_and_files_are_read_alike(tmp_path):
+    path = saved(tmp_path, Image.fromarray(RGB), "a.png")
+    assert torch.equal(decode_bytes(path.read_bytes(), "a"), decode(path, "a"))
+    with pytest.raises(BadItem, match="^a: cannot identify an image in its 9 bytes$"):
+        decode_bytes(b"no pixels", "a")
+    with pytest.raises(BadItem, match="PostScript is a program"):
+        decode_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "a")
+    with pytest.raises(BadItem, match="null byte"):
+        read_bytes(tmp_path / "a\0b", "a")
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    with open(tmp_path / "a.tif", "wb") as file:
+        file.truncate(2**31)  # sparse
+    with pytest.raises(BadItem, match="2147483648 bytes are too many"):
+        decode(tmp_path / "a.tif", "a.tif")
+
+
 def test_a_file_one_may_not_read_is_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "open", failing(PermissionError(errno.EACCES, "not yours")))
+    path = saved(tmp_path, Image.fromarray(RGB), "a.png")
+    monkeypatch.setattr("builtins.open", failing(PermissionError(errno.EACCES, "not yours")))
     with pytest.raises(BadItem, match="not yours"):
-        read(tmp_path / "a.png")
+        read(path)
 
 
 @pytest.mark.parametrize("limit", [700, 300])  # 24 x 32 = 768: above the limit, above twice it
