@@ -66,6 +66,10 @@ class Drawn(NamedTuple):
     grayscale: bool
     sigma: float  # output pixels; 0: no blur
     solarise: bool
+    flip_vertical: bool = False
+    turn: int = 0  # quarters, anticlockwise
+    operations: tuple[tuple[str, float], ...] = ()  # of rand_augment: what, amount; in order
+    erase: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, height, width; output pixels
 
 
 def _draw_crop(view: View, height: int, width: int, rng: Random) -> tuple[int, int, int, int]:
@@ -143,21 +147,60 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     return F.gaussian_blur(rows, [1, taps], [sigma, sigma])
 
 
+# DALI's: see views.py on linear colour.
+_YIQ = torch.tensor(
+    [[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]], dtype=torch.float64
+)
+_RGB = torch.linalg.inv(_YIQ)
+
+
+def colour_matrix(saturation: float, hue: float) -> Tensor:
+    """M (3, 3) float32 of views.py: the colours of RGB scaled and turned, `hue` in turns.
+
+    >>> bool((colour_matrix(1.0, 0.0) - torch.eye(3)).abs().max() < 1e-6)
+    True
+    """
+    cos, sin = (saturation * f(2 * math.pi * hue) for f in (math.cos, math.sin))
+    turn = torch.tensor([[1, 0, 0], [0, cos, sin], [0, -sin, cos]], dtype=torch.float64)
+    return (_RGB @ turn @ _YIQ).float()
+
+
+def _recoloured(image: Tensor, p: Drawn) -> Tensor:
+    """The jitter and the grayscale of p as one linear map, clamped at the end."""
+    change = dict(p.jitter)
+    b, c = (change.get(what, 1.0) for what in ("brightness", "contrast"))
+    saturation = 0.0 if p.grayscale else change.get("saturation", 1.0)
+    mean = image.flatten(1).mean(1)
+    if image.shape[0] == 1:
+        return (b * c * image + b * (1 - c) * mean).clamp_(0, 1)
+    turned = b * c * colour_matrix(saturation, change.get("hue", 0.0))
+    shift = b * (1 - c) * torch.dot(_YIQ[0].float(), mean)
+    return torch.addmm(shift, turned, image.flatten(1)).view_as(image).clamp_(0, 1)
+
+
+def _jittered(image: Tensor, p: Drawn) -> Tensor:
+    """The jitter and the grayscale of p, one after the other."""
+    colour = image.shape[0] == 3
+    for what, factor in p.jitter:
+        if colour or what in ("brightness", "contrast"):
+            image = _ADJUST[what](image, factor)
+    if p.grayscale and colour:
+        image = F.rgb_to_grayscale(image, num_output_channels=3)
+    return image
+
+
 def render(view: View, image: Tensor, p: Drawn) -> Tensor:
     """One view, (C, size, size) float32 in [0, 1], of a uint8 (C, H, W) image."""
-    out = F.resized_crop(image, p.top, p.left, p.height, p.width, [view.size, view.size])
+    box, side = (p.top, p.left, p.height, p.width), [view.size, view.size]
+    out = F.resized_crop(image, *box, side, interpolation=InterpolationMode(view.interpolation))
     if p.flip:
         out = F.horizontal_flip(out)
     out = F.to_dtype(out, torch.float32, scale=True)
     if view.rotate or view.translate:
         bilinear = InterpolationMode.BILINEAR
         out = F.affine(out, p.angle, list(p.shift), 1.0, [0.0, 0.0], interpolation=bilinear)
-    colour = out.shape[0] == 3
-    for what, factor in p.jitter:
-        if colour or what in ("brightness", "contrast"):
-            out = _ADJUST[what](out, factor)
-    if p.grayscale and colour:
-        out = F.rgb_to_grayscale(out, num_output_channels=3)
+    if p.jitter or p.grayscale:
+        out = (_recoloured if view.colour == "linear" else _jittered)(out, p)
     if p.sigma:
         out = _blur(out, p.sigma)
     if p.solarise:
@@ -174,8 +217,21 @@ def _norm(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> tup
     return values[0], values[1]
 
 
-def _key(seed: int, v: int) -> int:
-    return (seed << 16) | v
+def draw_views(views: Views, height: int, width: int, seed: int) -> list[Drawn]:
+    """The parameters of every view, one for each of `views.crops`, of a height x width image.
+
+    View v draws from (seed, v).  Crops are in pixels of the image, those within another view's too.
+    """
+    drawn: list[Drawn] = []
+    for v, view in enumerate(views.crops):
+        key = (seed << 16) | v
+        if view.within is None:
+            drawn.append(draw(view, height, width, key))
+            continue
+        outer = drawn[view.within]
+        inner = draw(view, outer.height, outer.width, key)
+        drawn.append(inner._replace(top=outer.top + inner.top, left=outer.left + inner.left))
+    return drawn
 
 
 def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
@@ -190,9 +246,8 @@ def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
     channels, height, width = image.shape
     mean, std = _norm(views.mean, views.std, channels)
     out = []
-    for v, view in enumerate(views.crops):
-        pixels = render(view, image, draw(view, height, width, _key(seed, v)))
-        out.append((pixels - mean).div_(std))
+    for view, p in zip(views.crops, draw_views(views, height, width, seed), strict=True):
+        out.append((render(view, image, p) - mean).div_(std))
     return out
 
 
@@ -228,6 +283,6 @@ def drawn_parameters(views: Views, shape: Sequence[int], seed: int) -> Tensor:
     thirtieth of rendering them at 48 pixels.
     """
     _, height, width = shape
-    drawn = [draw(view, height, width, _key(seed, v)) for v, view in enumerate(views.crops)]
+    drawn = draw_views(views, height, width, seed)
     rows = [parameters(view, p, shape) for view, p in zip(views.crops, drawn, strict=True)]
     return torch.tensor(rows, dtype=torch.float32)

@@ -5,12 +5,15 @@ Operations in order, each a no-op by default:
 
     crop        area ~ U(crop_scale) of the image, log(width / height) ~ U(log crop_ratio), place
                 uniform; 10 tries to fit, else the largest centred crop within crop_ratio;
-                resized to size x size, bilinear with antialiasing
+                resized to size x size with antialiasing, bilinear or (clamped) bicubic;
+                `within` another view: that view's crop stands for the image
     flip        left-right, with probability flip
     move        angle ~ U(-rotate, rotate) degrees, shifts ~ U(-translate, translate) * size;
                 bilinear, black where nothing moved in
     jitter      with probability jitter: factors ~ U(max(0, 1 - s), 1 + s) of brightness, contrast
-                and saturation, hue shift ~ U(-hue, hue) turns of HSV, in random order
+                and saturation, hue shift ~ U(-hue, hue) turns, as `colour` says:
+                sequential  in random order, each clamped to [0, 1], the hue that of HSV
+                linear      all at once, clamped at the end (see below)
     grayscale   ITU-R 601 luma in every channel, with probability grayscale
     blur        with probability blur: Gaussian, sigma ~ U(blur_sigma) pixels of the *output*, cut
                 at 3 sigma, reflected at the border
@@ -18,14 +21,26 @@ Operations in order, each a no-op by default:
     normalise   (v - mean) / std, v in [0, 1]
 
 One-channel images pass saturation, hue and grayscale unchanged.
+
+Linear colour.  Without their clamps, and with the hue turned in the plane of YIQ's I and Q, the
+four changes commute: saturation s and hue h keep the luma and leave greys as they are, contrast c
+mixes with the mean luma mu, which only brightness b moves.  In any order they make
+
+    x -> b c M x + b (1 - c) mu      M = A^-1 diag(1, s R(-2 pi h)) A,  R(t) the turn by t
+
+    A = [.299 .587 .114; .596 -.274 -.321; .211 -.523 .311]      RGB -> YIQ
+
+with mu the mean over pixels of .299 r + .587 g + .114 b after crop, flip and move; grayscale is
+s = 0; one 3 x 3 product a pixel.  h > 0 turns red to yellow, as in HSV.  A is rounded: I and Q of
+white are 0.001, so the order matters that much.  These are the numbers of DALI's color_twist.
 """
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 
@@ -62,6 +77,14 @@ class View(BaseModel):
     crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
         default=(1.0, 1.0), description="crop width / height: low, high"
     )
+    within: int | None = Field(
+        default=None,
+        ge=0,
+        description="number, among all views and from 0, of an earlier view: crop within its crop",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        default="bilinear", description="of the crop's resize, with antialiasing"
+    )
     flip: Probability = Field(default=0.0, description="probability of a left-right flip")
     rotate: float = Field(
         default=0.0, ge=0, le=180, description="largest rotation, degrees either way"
@@ -76,6 +99,9 @@ class View(BaseModel):
     contrast: Strength = Field(default=0.0, description="contrast factor is within 1 +- this")
     saturation: Strength = Field(default=0.0, description="saturation factor is within 1 +- this")
     hue: float = Field(default=0.0, ge=0, le=0.5, description="largest hue shift, turns either way")
+    colour: Literal["sequential", "linear"] = Field(
+        default="sequential", description="the changes one by one, or as one linear map: faster"
+    )
     grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
     blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
     blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)] = Field(
@@ -104,6 +130,20 @@ class Views(BaseModel):
         (0.229, 0.224, 0.225), description="divided by, after the mean: 1 or 3 channels"
     )
 
+    @model_validator(mode="after")
+    def _within_earlier(self) -> "Views":
+        first = 0
+        for view in self.views:
+            if view.within is not None and view.within >= first:
+                raise ValueError(
+                    f"within={view.within} of view {first} is not an earlier view: give 0 to "
+                    f"{first - 1}"
+                    if first
+                    else f"within={view.within}: the first view has no earlier one, give none"
+                )
+            first += view.count
+        return self
+
     @property
     def count(self) -> int:
         """How many views of an image there are in all."""
@@ -127,7 +167,8 @@ class Views(BaseModel):
 
     def evaluation(self) -> "Views":
         """The largest centred square at the first view's size, normalised."""
-        plain = View(size=self.views[0].size)
+        first = self.views[0]
+        plain = View(size=first.size, interpolation=first.interpolation)
         return Views(views=(plain,), mean=self.mean, std=self.std)
 
     def shown(self, view: Tensor) -> Tensor:
