@@ -20,8 +20,8 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from .generated import GeneratedOptions
 from .item_views import ItemViews
+from .sources.generated import GeneratedOptions
 from .views import _ordered
 
 WAVES = (

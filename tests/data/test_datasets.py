@@ -10,17 +10,17 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from sklearn.datasets import load_digits
 
-from fastssl.data import datasets
 from fastssl.data.datasets import (
     DigitsSource,
     FolderSource,
     FractalsSource,
     SourceConfig,
-    cache_fractals,
     open_source,
     split_indices,
 )
 from fastssl.data.errors import DataError
+from fastssl.data.sources import fractals
+from fastssl.data.sources.fractals import cache_fractals
 
 FRACTALS = FractalsSource(classes=3, per_class=5, size=16)
 
@@ -102,7 +102,7 @@ def test_cache_is_written_once_and_keyed_by_its_config(tmp_path, monkeypatch):
     first = cache_fractals(FRACTALS, tmp_path)
     other = cache_fractals(FRACTALS.model_copy(update={"seed": 1}), tmp_path)
     assert first != other and first.parent == other.parent
-    monkeypatch.setattr(datasets, "fractal", None)  # drawing again would fail
+    monkeypatch.setattr(fractals, "fractal", None)  # drawing again would fail
     assert cache_fractals(FRACTALS, tmp_path) == first
     assert shown(tmp_path) == {first, other}
 
@@ -123,7 +123,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return torch.zeros(3, 16, 16, dtype=torch.uint8)
 
-    monkeypatch.setattr(datasets, "fractal", fill)
+    monkeypatch.setattr(fractals, "fractal", fill)
     with pytest.raises(DataError, match="cannot write the fractals' cache.*No space left"):
         cache_fractals(FRACTALS, tmp_path)
     assert not shown(tmp_path)

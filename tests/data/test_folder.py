@@ -9,9 +9,10 @@ from PIL import Image
 
 from fastssl.data.datasets import FolderSource, open_source
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.folder import Names, scan_folder
 from fastssl.data.source import EncodedSource
-from fastssl.data.wavs import WavsSource
+from fastssl.data.sources.folder import scan_folder
+from fastssl.data.sources.names import Names
+from fastssl.data.sources.wavs import WavsSource
 
 
 def put(root, *names):
@@ -110,6 +111,8 @@ def test_names_that_are_not_utf8():
     odd = os.fsdecode(b"caf\xe9.png")
     kept = Names(["a", "", odd, "é"])
     assert [kept[i] for i in range(len(kept))] == ["a", "", odd, "é"]
+    some = kept.select(np.array([3, 2, 3]))
+    assert [some[i] for i in range(len(some))] == ["é", odd, "é"]
 
 
 def test_bad_image_has_its_path_from_the_root(tmp_path):
@@ -182,6 +185,6 @@ def test_unreadable_folder(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("fastssl.data.folder.os.scandir", refuse)
+    monkeypatch.setattr("fastssl.data.sources.folder.os.scandir", refuse)
     with pytest.raises(DataError, match=r"cannot list folder '.*' \(Permission denied\)"):
         scan_folder(tmp_path)

@@ -9,7 +9,7 @@ import torch
 
 from fastssl.data.datasets import open_source
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.wavs import WavsSource, decode_wav
+from fastssl.data.sources.wavs import WavsSource, decode_wav
 
 RAMP = np.array([-1.0, -0.5, 0.0, 0.25, 0.5])
 

@@ -14,12 +14,24 @@ Sources: Kataoka et al. 2020, arXiv:2101.08515 (classes and instances from IFS c
 Anderson and Farrell 2022, arXiv:2110.03091, section 3 (the sum above).
 """
 
+import fcntl
+import logging
+import shutil
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from pydantic import Field
 from torch import Tensor
+
+from ..errors import DataError
+from ..source import Source, SourceOptions
+from .folder import scan_folder
+
+log = logging.getLogger(__name__)
 
 _CHAINS, _BURN_IN = 2048, 12
 _GRID, _FILLED = 32, (0.22, 0.80)  # the part of a _GRID x _GRID frame that a class must touch
@@ -130,3 +142,98 @@ def fractal(seed: int, label: int, instance: int, size: int) -> Tensor:
     paint = 0.62 + 0.38 * np.cos(2 * np.pi * (swing * hue[:, None] + phase))
     pixels = ((ground + light * (paint - ground)) * 255).round().clip(0, 255).astype(np.uint8)
     return torch.from_numpy(pixels.reshape(size, size, 3)).permute(2, 0, 1).contiguous()
+
+
+class FractalsSource(SourceOptions):
+    """Generated images of iterated function systems."""
+
+    name: Literal["fractals"] = Field(default="fractals", description="which source this is")
+    classes: int = Field(default=10, ge=1, le=100_000, description="how many classes")
+    per_class: int = Field(default=100, ge=1, le=100_000, description="images of each class")
+    size: int = Field(default=64, ge=8, le=1024, description="height and width, pixels")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="which fractals; the split has the run's seed"
+    )
+    cache: Path | None = Field(
+        default=None,
+        description="folder to keep them in as JPEG; without it they are drawn at each use",
+    )
+
+    def open(self) -> tuple[Source, ...]:
+        if self.cache is None:
+            return (FractalImages(self),)
+        folder = cache_fractals(self, self.cache)
+        (whole,) = scan_folder(folder)
+        if len(whole) != self.classes * self.per_class:
+            raise DataError(f"the fractals' cache {str(folder)!r} lost images: delete that folder")
+        return (whole,)
+
+
+class FractalImages:
+    """Fractals drawn when asked for: image i of class i // per_class."""
+
+    channels = 3
+
+    def __init__(self, cfg: FractalsSource, members: np.ndarray | None = None):
+        self.cfg = cfg
+        self._members = np.arange(cfg.classes * cfg.per_class) if members is None else members
+        self.labels = torch.from_numpy(self._members // cfg.per_class)
+        self.classes = tuple(_padded(k, cfg.classes) for k in range(cfg.classes))
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def item(self, i: int) -> Tensor:
+        label, instance = divmod(int(self._members[i]), self.cfg.per_class)
+        return fractal(self.cfg.seed, label, instance, self.cfg.size)
+
+    def name(self, i: int) -> str:
+        label, instance = divmod(int(self._members[i]), self.cfg.per_class)
+        return f"{self.classes[label]}/{_padded(instance, self.cfg.per_class)}.jpg"
+
+    def select(self, indices: np.ndarray) -> "FractalImages":
+        return FractalImages(self.cfg, self._members[indices])
+
+
+def _padded(k: int, count: int) -> str:
+    return f"{k:0{len(str(count - 1))}d}"
+
+
+def cache_fractals(cfg: FractalsSource, cache: Path) -> Path:
+    """The folder of `cfg`'s images, written once below `cache`: class folders of JPEG files.
+
+    It is renamed when complete, so that a killed run leaves no half of it; of several processes
+    one writes, behind a lock, and the others wait.
+    Raises DataError when it cannot be written.
+    """
+    name = f"fractals-{cfg.classes}x{cfg.per_class}-{cfg.size}px-seed{cfg.seed}"
+    target = cache.expanduser() / name
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.parent / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                _draw_all(cfg, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"cannot write the fractals' cache {str(target)!r}: {reason}") from error
+    return target
+
+
+def _draw_all(cfg: FractalsSource, target: Path) -> None:
+    """Every image of `cfg`, written aside and renamed; what a killed process left goes first."""
+    log.info("writing %d fractals to %s", cfg.classes * cfg.per_class, target)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    images = FractalImages(cfg)
+    try:
+        for i in range(len(images)):
+            path = aside / images.name(i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = images.item(i).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(path, quality=95, subsampling=0)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,46 +1,22 @@
 """Images in a folder: one folder a class, or flat; with its own train/ and val/ or without."""
 
 import os
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from typing_extensions import Self
 
-from .errors import DataError
-from .images import SUFFIXES, decode, decode_bytes, read_bytes
+from ..errors import DataError
+from ..images import SUFFIXES, decode, decode_bytes, read_bytes
+from ..source import Source, SourceOptions, absolute
+from .names import Names
 
 _TEST_NAMES = ("val", "test", "valid", "validation")
-
-
-class Names:
-    """Many strings as one block of bytes.
-
-    A list of a million str costs some 100 MB, and each worker ends up with a copy of its own, since
-    counting references writes to every object.
-    """
-
-    def __init__(self, names: Iterable[str]):
-        joined, ends = bytearray(), array("q", [0])
-        for name in names:
-            joined += os.fsencode(name)
-            ends.append(len(joined))
-        self._bytes, self._ends = np.frombuffer(bytes(joined), np.uint8), np.frombuffer(ends, "i8")
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: int) -> str:
-        i = i + len(self) if i < 0 else i
-        return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]].tobytes())
-
-    def select(self, indices: np.ndarray) -> "Names":
-        """The strings at `indices` (int64), in that order."""
-        return Names(self[i] for i in indices.tolist())
 
 
 class Format(NamedTuple):
@@ -199,3 +175,16 @@ def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list
         if not flat:
             _mixed(part, images, kind)
     return _build(path, found, flat, kind)
+
+
+class FolderSource(SourceOptions):
+    """Image files below a folder."""
+
+    name: Literal["folder"] = Field(default="folder", description="which source this is")
+    path: Annotated[Path, AfterValidator(absolute)] = Field(
+        description="class folders, or images alone; train/ and val/ (or test/) in it are the split"
+    )
+    flat: bool = Field(default=False, description="take every image below path, without labels")
+
+    def open(self) -> tuple[Source, ...]:
+        return tuple(scan_folder(self.path, flat=self.flat))

@@ -15,10 +15,10 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from .errors import BadItem
+from ..errors import BadItem
+from ..images import _of_the_machine
+from ..source import Source, SourceOptions, absolute
 from .folder import Format, scan_folder
-from .images import _of_the_machine
-from .source import Source, SourceOptions, absolute
 
 
 def _samples(data: bytes, width: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .source import Source, SourceOptions
+from ..source import Source, SourceOptions
 
 
 class GeneratedOptions(SourceOptions):

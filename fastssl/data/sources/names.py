@@ -1,0 +1,33 @@
+"""Many names, kept small."""
+
+import os
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
+
+
+class Names:
+    """Many strings as one block of bytes.
+
+    A list of a million str costs some 100 MB, and each worker ends up with a copy of its own, since
+    counting references writes to every object.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        joined, ends = bytearray(), array("q", [0])
+        for name in names:
+            joined += os.fsencode(name)
+            ends.append(len(joined))
+        self._bytes, self._ends = np.frombuffer(bytes(joined), np.uint8), np.frombuffer(ends, "i8")
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        i = i + len(self) if i < 0 else i
+        return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]].tobytes())
+
+    def select(self, indices: np.ndarray) -> "Names":
+        """The strings at `indices` (int64), in that order."""
+        return Names(self[i] for i in indices.tolist())
