@@ -13,13 +13,14 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from .rand_augment import apply_operation, draw_operations
 from .views import View, Views
 
 _ADJUST = {
@@ -53,7 +54,10 @@ _MATRIX_BLUR = 128  # pixels; measured on one core: 52 us for 170 at 32, 134 for
 
 
 class Drawn(NamedTuple):
-    """The parameters of one view: the crop in source pixels, then one entry an operation."""
+    """The parameters of one view: the crop in source pixels, then one entry an operation.
+
+    They apply in the order of views.py.
+    """
 
     top: int
     left: int
@@ -72,9 +76,15 @@ class Drawn(NamedTuple):
     erase: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, height, width; output pixels
 
 
-def _draw_crop(view: View, height: int, width: int, rng: Random) -> tuple[int, int, int, int]:
+def _draw_box(
+    scale: tuple[float, float],
+    ratios: tuple[float, float],
+    height: int,
+    width: int,
+    rng: Random,
+) -> tuple[int, int, int, int]:
     """Top, left, height, width.  Source: Szegedy et al. 2014, arXiv:1409.4842, section 6."""
-    (small, large), (narrow, wide) = view.crop_scale, view.crop_ratio
+    (small, large), (narrow, wide) = scale, ratios
     low, high = math.log(narrow), math.log(wide)
     for _ in range(_CROP_TRIES):
         area = height * width * (small + (large - small) * rng.random())
@@ -107,7 +117,7 @@ def draw(view: View, height: int, width: int, seed: int) -> Drawn:
             jitter.append((u[12], "hue", view.hue * (2 * u[8] - 1)))
     low, high = view.blur_sigma
     reach = view.translate * view.size
-    top, left, h, w = _draw_crop(view, height, width, rng)
+    top, left, h, w = _draw_box(view.crop_scale, view.crop_ratio, height, width, rng)
     return Drawn(
         *(top, left, h, w),
         flip=u[0] < view.flip,
@@ -117,7 +127,27 @@ def draw(view: View, height: int, width: int, seed: int) -> Drawn:
         grayscale=u[13] < view.grayscale,
         sigma=low + (high - low) * u[15] if u[14] < view.blur else 0.0,
         solarise=u[16] < view.solarise,
+        **_draw_others(view, seed),
     )
+
+
+def _draw_others(view: View, seed: int) -> dict[str, Any]:
+    """What came to be drawn after the rest, each operation from a stream of its own."""
+    others: dict[str, Any] = {}
+    if view.flip_vertical:
+        others["flip_vertical"] = Random(f"flip {seed}").random() < view.flip_vertical
+    if view.turn:
+        whether, which = (rng.random() for rng in [Random(f"turn {seed}")] for _ in range(2))
+        others["turn"] = int(4 * which) if whether < view.turn else 0
+    if view.rand_augment:
+        own = view.rand_augment, view.rand_magnitude, view.rand_std
+        others["operations"] = draw_operations(*own, Random(f"rand {seed}"))
+    if view.erase:
+        rng = Random(f"erase {seed}")
+        if rng.random() < view.erase:
+            sides = (view.size, view.size)
+            others["erase"] = _draw_box(view.erase_scale, view.erase_ratio, *sides, rng)
+    return others
 
 
 @lru_cache(maxsize=256)
@@ -170,17 +200,17 @@ def _recoloured(image: Tensor, p: Drawn) -> Tensor:
     change = dict(p.jitter)
     b, c = (change.get(what, 1.0) for what in ("brightness", "contrast"))
     saturation = 0.0 if p.grayscale else change.get("saturation", 1.0)
-    mean = image.flatten(1).mean(1)
-    if image.shape[0] == 1:
-        return (b * c * image + b * (1 - c) * mean).clamp_(0, 1)
+    shift = b * (1 - c) * image.mean((-2, -1), keepdim=True)
+    if image.shape[-3] == 1:
+        return (b * c * image + shift).clamp_(0, 1)
     turned = b * c * colour_matrix(saturation, change.get("hue", 0.0))
-    shift = b * (1 - c) * torch.dot(_YIQ[0].float(), mean)
-    return torch.addmm(shift, turned, image.flatten(1)).view_as(image).clamp_(0, 1)
+    shift = (_YIQ[0].float()[:, None, None] * shift).sum(-3, keepdim=True)
+    return (turned @ image.flatten(-2)).view_as(image).add_(shift).clamp_(0, 1)
 
 
 def _jittered(image: Tensor, p: Drawn) -> Tensor:
     """The jitter and the grayscale of p, one after the other."""
-    colour = image.shape[0] == 3
+    colour = image.shape[-3] == 3
     for what, factor in p.jitter:
         if colour or what in ("brightness", "contrast"):
             image = _ADJUST[what](image, factor)
@@ -190,15 +220,24 @@ def _jittered(image: Tensor, p: Drawn) -> Tensor:
 
 
 def render(view: View, image: Tensor, p: Drawn) -> Tensor:
-    """One view, (C, size, size) float32 in [0, 1], of a uint8 (C, H, W) image."""
+    """One view, (C, size, size) float32 in [0, 1], of a uint8 (C, H, W) image, to be normalised.
+
+    Images may stand behind other dimensions (..., C, H, W): all are treated alike.
+    """
     box, side = (p.top, p.left, p.height, p.width), [view.size, view.size]
     out = F.resized_crop(image, *box, side, interpolation=InterpolationMode(view.interpolation))
     if p.flip:
         out = F.horizontal_flip(out)
+    if p.flip_vertical:
+        out = F.vertical_flip(out)
+    if p.turn:
+        out = torch.rot90(out, p.turn, (-2, -1))
     out = F.to_dtype(out, torch.float32, scale=True)
     if view.rotate or view.translate:
         bilinear = InterpolationMode.BILINEAR
         out = F.affine(out, p.angle, list(p.shift), 1.0, [0.0, 0.0], interpolation=bilinear)
+    for what, amount in p.operations:
+        out = apply_operation(out, what, amount)
     if p.jitter or p.grayscale:
         out = (_recoloured if view.colour == "linear" else _jittered)(out, p)
     if p.sigma:
@@ -247,28 +286,42 @@ def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
     mean, std = _norm(views.mean, views.std, channels)
     out = []
     for view, p in zip(views.crops, draw_views(views, height, width, seed), strict=True):
-        out.append((render(view, image, p) - mean).div_(std))
+        out.append(erased((render(view, image, p) - mean).div_(std), p))
     return out
+
+
+def erased(view: Tensor, p: Drawn) -> Tensor:
+    """`view` (..., H, W), normalised, with 0 written into p's rectangle."""
+    top, left, height, width = p.erase
+    view[..., top : top + height, left : left + width] = 0
+    return view
 
 
 def parameters(view: View, p: Drawn, shape: Sequence[int]) -> list[float]:
     """One number for each of PARAMETERS: what `render` does to an image of `shape` (C, H, W).
 
-    An operation left out has its neutral value, as colour changes have on one-channel images.  The
-    order of the colour changes is not told.
+    An operation left out has its neutral value, as colour changes have on one-channel images.  An
+    upside-down flip is a left-right one and half a turn, and quarter turns are part of the angle.
+    Neither the order of the colour changes nor an erased rectangle is told.
+    Raises ValueError for a view with operations of RandAugment, which have no columns.
 
     >>> view = View(size=8, rotate=90)
     >>> p = draw(view, 20, 10, seed=3)
     >>> parameters(view, p, (3, 20, 10))[:4]
     [0.0, 0.25, 1.0, 0.5]
     """
+    if view.rand_augment:
+        raise ValueError(
+            f"rand_augment={view.rand_augment}: its operations cannot be told to a method that "
+            "follows its views' parameters; give 0"
+        )
     channels, height, width = shape
     change = dict(p.jitter)
     colour = (change.get("saturation", 1.0) - 1, change.get("hue", 0.0), float(p.grayscale))
-    angle = math.radians(p.angle)
+    angle = math.radians(p.angle - 90 * p.turn + 180 * p.flip_vertical)
     return [
         *(p.left / width, p.top / height, p.width / width, p.height / height),
-        *(float(p.flip), math.cos(angle), math.sin(angle)),
+        *(float(p.flip != p.flip_vertical), math.cos(angle), math.sin(angle)),
         *(shift / view.size for shift in p.shift),
         *(change.get(what, 1.0) - 1 for what in ("brightness", "contrast")),
         *(colour if channels == 3 else (0.0, 0.0, 0.0)),

@@ -7,9 +7,12 @@ Operations in order, each a no-op by default:
                 uniform; 10 tries to fit, else the largest centred crop within crop_ratio;
                 resized to size x size with antialiasing, bilinear or (clamped) bicubic;
                 `within` another view: that view's crop stands for the image
-    flip        left-right, with probability flip
+    flip        left-right, with probability flip; then upside down, with probability flip_vertical
+    turn        with probability turn: by 0, 1, 2 or 3 quarters
     move        angle ~ U(-rotate, rotate) degrees, shifts ~ U(-translate, translate) * size;
                 bilinear, black where nothing moved in
+    rand        rand_augment operations one after the other, each of RandAugment's fourteen as
+                likely, magnitude ~ N(rand_magnitude, rand_std) cut to [0, 10] (rand_augment.py)
     jitter      with probability jitter: factors ~ U(max(0, 1 - s), 1 + s) of brightness, contrast
                 and saturation, hue shift ~ U(-hue, hue) turns, as `colour` says:
                 sequential  in random order, each clamped to [0, 1], the hue that of HSV
@@ -19,6 +22,9 @@ Operations in order, each a no-op by default:
                 at 3 sigma, reflected at the border
     solarise    with probability solarise: v -> 1 - v where v >= solarise_threshold
     normalise   (v - mean) / std, v in [0, 1]
+    erase       with probability erase: 0 in a rectangle, its area ~ U(erase_scale) of the view,
+                log(width / height) ~ U(log erase_ratio), place uniform; the largest in the middle
+                where 10 tries do not fit
 
 One-channel images pass saturation, hue and grayscale unchanged.
 
@@ -30,18 +36,21 @@ mixes with the mean luma mu, which only brightness b moves.  In any order they m
 
     A = [.299 .587 .114; .596 -.274 -.321; .211 -.523 .311]      RGB -> YIQ
 
-with mu the mean over pixels of .299 r + .587 g + .114 b after crop, flip and move; grayscale is
+with mu the mean over pixels of .299 r + .587 g + .114 b of what comes to it; grayscale is
 s = 0; one 3 x 3 product a pixel.  h > 0 turns red to yellow, as in HSV.  A is rounded: I and Q of
-white are 0.001, so the order matters that much.  These are the numbers of DALI's color_twist.
+white are 0.001, so greys stay grey to 0.01 alone.  These are the numbers of DALI's color_twist.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+
+from .presets import MULTI_CROP, PRESETS
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -86,11 +95,26 @@ class View(BaseModel):
         default="bilinear", description="of the crop's resize, with antialiasing"
     )
     flip: Probability = Field(default=0.0, description="probability of a left-right flip")
+    flip_vertical: Probability = Field(
+        default=0.0, description="probability of an upside-down flip"
+    )
+    turn: Probability = Field(
+        default=0.0, description="probability of a turn by 0 to 3 quarters, each as likely"
+    )
     rotate: float = Field(
         default=0.0, ge=0, le=180, description="largest rotation, degrees either way"
     )
     translate: float = Field(
         default=0.0, ge=0, le=0.5, description="largest shift, fraction of size"
+    )
+    rand_augment: int = Field(
+        default=0, ge=0, le=16, description="how many operations of RandAugment"
+    )
+    rand_magnitude: float = Field(
+        default=9.0, ge=0, le=10, description="mean magnitude of RandAugment's operations"
+    )
+    rand_std: float = Field(
+        default=0.5, ge=0, le=10, description="standard deviation of the magnitudes"
     )
     jitter: Probability = Field(
         default=0.0, description="probability of the four colour changes below"
@@ -112,6 +136,13 @@ class View(BaseModel):
     )
     solarise_threshold: Probability = Field(
         default=0.5, description="inverted from this value, in [0, 1]"
+    )
+    erase: Probability = Field(default=0.0, description="probability of a rectangle erased")
+    erase_scale: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = Field(
+        default=(0.02, 0.33), description="its area as a fraction of the view's: low, high"
+    )
+    erase_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
+        default=(0.3, 3.3), description="its width / height: low, high"
     )
 
 
@@ -178,76 +209,6 @@ class Views(BaseModel):
         return (view * std + mean).clamp(0, 1)
 
 
-_CROP = {"crop_ratio": (3 / 4, 4 / 3), "flip": 0.5}
-_STRONG = {"jitter": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
-_HALF = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-_MILD = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-
-
-def _blur(size: int, probability: float) -> dict[str, float]:
-    """SimCLR drops the blur at CIFAR's 32 pixels, where two pixels of it leave nothing to learn."""
-    return {"blur": probability if size > 32 else 0.0}
-
-
-def _simclr(size: int) -> list[dict[str, Any]]:
-    """Chen et al. 2020, arXiv:2002.05709, appendix A (224 pixels) and B.9 (32: no blur).
-
-    Up to 32 pixels its colour changes have half the strength, as google-research/simclr says for
-    CIFAR-10 (color_jitter_strength=0.5).
-    """
-    colour = _STRONG if size > 32 else _HALF
-    look = {**_CROP, **colour, "grayscale": 0.2, **_blur(size, 0.5)}
-    return [{"size": size, "count": 2, "crop_scale": (0.08, 1.0), **look}]
-
-
-def _barlow_twins(size: int) -> list[dict[str, Any]]:
-    """Zbontar et al. 2021, arXiv:2103.03230, section 2.2 (BYOL's two unequal views)."""
-    look = {"size": size, "crop_scale": (0.08, 1.0), **_CROP, **_MILD, "grayscale": 0.2}
-    return [{**look, **_blur(size, 1.0)}, {**look, **_blur(size, 0.1), "solarise": 0.2}]
-
-
-def _mae(size: int) -> list[dict[str, Any]]:
-    """He et al. 2022, arXiv:2111.06377, appendix A.1: crop and flip only."""
-    return [{"size": size, "crop_scale": (0.2, 1.0), **_CROP}]
-
-
-def _crop_mae(size: int) -> list[dict[str, Any]]:
-    """Eymael et al. 2024, arXiv:2403.17823: a wide view and a narrower one, drawn apart.
-
-    The paper's narrow crop has 0.3 to 0.6 of the wide one's area and lies within it; here the wide
-    one is of nearly all of the image.
-    """
-    look = {"size": size, "crop_ratio": (3 / 4, 4 / 3)}
-    return [{**look, "crop_scale": (0.7, 1.0)}, {**look, "crop_scale": (0.25, 0.5)}]
-
-
-def _dino(size: int, local_count: int = 8, local_size: int | None = None) -> list[dict[str, Any]]:
-    """Caron et al. 2021, arXiv:2104.14294: two global views and local ones, 96 pixels at 224."""
-    look = {**_CROP, **_MILD, "grayscale": 0.2}
-    wide = {"size": size, "crop_scale": (0.4, 1.0), **look}
-    if local_size is None:
-        local_size = max(8, round(size * 3 / 7 / 8) * 8)
-    local = {"size": local_size, "count": local_count, "crop_scale": (0.05, 0.4), **look}
-    views = [{**wide, **_blur(size, 1.0)}, {**wide, **_blur(size, 0.1), "solarise": 0.2}]
-    return [*views, {**local, **_blur(local_size, 0.5)}] if local_count else views
-
-
-def _plain(size: int) -> list[dict[str, Any]]:
-    """The largest centred square, resized: what evaluation sees."""
-    return [{"size": size}]
-
-
-PRESETS: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "simclr": _simclr,
-    "barlow_twins": _barlow_twins,
-    "mae": _mae,
-    "crop_mae": _crop_mae,
-    "dino": _dino,
-    "plain": _plain,
-}
-_OWN_OPTIONS = {"dino": ("local_count", "local_size")}
-
-
 def unknown(what: str, got: str, valid: list[str]) -> ValueError:
     """The refusal of a name, with the closest valid one."""
     close = get_close_matches(got, valid, n=1)
@@ -258,23 +219,59 @@ def unknown(what: str, got: str, valid: list[str]) -> ValueError:
 def preset(name: str, size: int, **overrides: Any) -> Views:
     """The views a paper trains on, at `size` pixels.
 
-    overrides: any field of View but size (set in every view), mean, std; dino also takes
-    local_count (0 drops the local views) and local_size.  All presets resize bilinearly, where
-    MAE's and DINO's own code is bicubic.
+    overrides: of every view any field of View but size, and mean, std; then of one view alone, with
+    the size, a mapping `view0`, `view1`, ..., by its number among all views.  swav, dino, ibot and
+    msn also take local_count (0 drops the local views), local_size, and a mapping `local` for all
+    local views.  In a run: data.overrides.blur=0 data.overrides.view1.solarise=0.3.
     Raises ValueError for an unknown name or override, naming the closest, or a value out of bounds.
 
     >>> preset("dino", 224).count, preset("mae", 224).views[0].crop_scale
     (10, (0.2, 1.0))
+    >>> [view.blur for view in preset("simclr", 64, blur=0.3, view1={"blur": 0}).views]
+    [0.3, 0.0]
     """
     if name not in PRESETS:
         raise unknown("preset", name, list(PRESETS))
-    own = _OWN_OPTIONS.get(name, ())
+    own = ("local_count", "local_size", "local") if name in MULTI_CROP else ()
     common = [field for field in View.model_fields if field != "size"]
+    alone = {key: value for key, value in overrides.items() if re.fullmatch(r"view\d+", key)}
     for key in overrides:
-        if key not in (*common, "mean", "std", *own):
+        if key not in (*common, "mean", "std", *own, *alone):
             raise unknown(f"override of preset {name!r}", key, [*common, "mean", "std", *own])
-    options = {key: value for key, value in overrides.items() if key in own}
+    options = {key: overrides[key] for key in ("local_count", "local_size") if key in overrides}
     changes = {key: value for key, value in overrides.items() if key in common}
     norm = {key: value for key, value in overrides.items() if key in ("mean", "std")}
-    views = [{**view, **changes} for view in PRESETS[name](size, **options)]
-    return Views.model_validate({"views": views, **norm})
+    kinds = [{**kind, **changes} for kind in PRESETS[name](size, **options)]
+    if "local" in overrides:
+        if options.get("local_count") == 0:
+            raise ValueError(f"local={overrides['local']!r} with local_count=0: drop one of them")
+        kinds[-1] |= _fields(name, "local", overrides["local"])
+    views = Views.model_validate({"views": kinds, **norm})
+    return _changed(name, views, alone) if alone else views
+
+
+def _fields(name: str, key: str, changes: Any) -> Mapping[str, Any]:
+    """An override that is a mapping of fields, checked."""
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"{key}={changes!r} of preset {name!r}: give a mapping of a view's fields")
+    valid = [field for field in View.model_fields if field != "count"]
+    for field in changes:
+        if field not in valid:
+            raise unknown(f"override {key!r} of preset {name!r}", field, valid)
+    return changes
+
+
+def _changed(name: str, views: Views, alone: dict[str, Any]) -> Views:
+    """`views` with the fields of single ones set anew; the others of its kind stay together."""
+    singles = [{**view.model_dump(), "count": 1} for view in views.crops]
+    kinds: list[dict[str, Any]] = []
+    for key, changes in alone.items():
+        if (number := int(key.removeprefix("view"))) >= len(singles):
+            raise ValueError(f"{key} of preset {name!r}: give view0 to view{len(singles) - 1}")
+        singles[number] |= _fields(name, key, changes)
+    for single in singles:
+        if kinds and {**kinds[-1], "count": 1} == single:
+            kinds[-1]["count"] += 1
+        else:
+            kinds.append(single)
+    return Views.model_validate({"views": kinds, "mean": views.mean, "std": views.std})

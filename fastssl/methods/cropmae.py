@@ -7,8 +7,7 @@ One encoder reads both.  With 2 of 196 patches left there is nothing to interpol
 where in the first view the second lies, and the decoder must look it up there.
 Source: Eymael et al. 2024, CropMAE, arXiv:2403.17823, section 3 (98.5 % hidden, patches normalised
 by their own moments); the siamese form is SiamMAE's, arXiv:2305.14344, and cross-view completion
-CroCo's, arXiv:2210.10716.  The paper's second crop lies within the first; those of the preset
-`crop_mae` are drawn apart, the first from nearly all of the image and so around most of the second.
+CroCo's, arXiv:2210.10716.  The second crop lies within the first (preset `crop_mae`).
 """
 
 from typing import Literal

@@ -25,9 +25,9 @@ class VICRegConfig(MethodConfig):
 
 
 class VICReg(Method):
-    """Its views are Barlow Twins', whose protocol (BYOL's) the paper takes over."""
+    """Its views are BYOL's, whose protocol the paper takes over."""
 
-    preset, views, joint = "barlow_twins", 2, True
+    preset, views, joint = "vicreg", 2, True
 
     def __init__(self, encoder: nn.Module, cfg: VICRegConfig):
         super().__init__()
