@@ -8,6 +8,7 @@ says which; `open_source` opens it:
     folder      image files: one folder a class, or flat (sources/folder.py)
     clips       generated clips whose class is a motion (clips.py)
     signals     generated waveforms (signals.py)
+    webdataset  tar shards, local or remote (sources/webdataset.py)
     wavs        .wav files, in folders as images are (sources/wavs.py)
     table       rows of a table that scikit-learn ships, or of a .csv file (tables.py)
     clouds      generated clouds of points on surfaces (clouds.py)
@@ -29,12 +30,14 @@ from .sources.digits import DigitsSource
 from .sources.folder import FolderSource
 from .sources.fractals import FractalsSource
 from .sources.wavs import WavsSource
+from .sources.webdataset import WebDatasetSource
 from .tables import TableSource
 
 SourceConfig = Annotated[
     DigitsSource
     | FractalsSource
     | FolderSource
+    | WebDatasetSource
     | ClipsSource
     | SignalsSource
     | WavsSource

@@ -23,10 +23,10 @@ SUFFIXES = frozenset(
 _ORIENTATION = 0x0112  # the EXIF tag
 # What fails for want of files, memory or a disk says nothing of the image.
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE)
-_MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
+MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
 
 
-def _of_the_machine(error: Exception) -> bool:
+def of_the_machine(error: Exception) -> bool:
     code = error.errno if isinstance(error, OSError) else None
     return isinstance(error, MemoryError) or code in _MACHINE
 
@@ -51,7 +51,7 @@ def _upright(image: Image.Image) -> Image.Image:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
     except Exception as error:  # a damaged EXIF block says nothing against the pixels
-        if _of_the_machine(error):
+        if of_the_machine(error):
             raise
         return image
 
@@ -97,7 +97,7 @@ def decode_bytes(data: bytes, name: str) -> Tensor:
     except UnidentifiedImageError as error:
         raise BadItem(name, f"cannot identify an image in its {len(data)} bytes") from error
     except Exception as error:  # decoders raise whatever the bytes lead them to
-        if _of_the_machine(error):
+        if of_the_machine(error):
             raise
         raise BadItem(name, _reason(error)) from error
 
@@ -111,11 +111,11 @@ def read_bytes(path: Path, name: str) -> bytes:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size >= _MOST_BYTES:
+            if size >= MOST_BYTES:
                 raise ValueError(f"{size} bytes are too many for one item")
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: also a name with a null byte
-        if _of_the_machine(error):
+        if of_the_machine(error):
             raise
         raise BadItem(name, _reason(error)) from error
 

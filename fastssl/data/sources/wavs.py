@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from ..errors import BadItem
-from ..images import _of_the_machine
+from ..images import of_the_machine
 from ..source import Source, SourceOptions, absolute
 from .folder import Format, scan_folder
 
@@ -64,7 +64,7 @@ def decode_wav(path: Path, name: str, rate: int | None = None) -> Tensor:
     try:
         return torch.from_numpy(_decode(path, rate).astype(np.float32))[None]
     except Exception as error:  # a damaged header leads the reader anywhere
-        if _of_the_machine(error):
+        if of_the_machine(error):
             raise
         what = str(error).replace(str(path), "the file") or type(error).__name__
         raise BadItem(name, " ".join(what.split())) from error

@@ -1,0 +1,286 @@
+"""Files by path or URL, named by a pattern and read at any place.
+
+A path is the local disk's; a text with `://` (s3, gs, https, ...) is read through fsspec, which is
+imported for these alone.
+"""
+
+import glob
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import BadItem, DataError
+from ..images import MOST_BYTES
+from ..source import absolute
+
+_OPEN = 64  # descriptors that one process keeps of one set of files
+_MOST_FILES = 1_000_000
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class Status(NamedTuple):
+    size: int  # bytes
+    modified: float | None  # seconds since 1970; None where a store does not tell
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def absolute_pattern(path: str) -> str:
+    """A path or pattern that means the same wherever a saved config is read; a URL as it is."""
+    return path if is_remote(path) else str(absolute(Path(path)))
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises DataError naming what to install.
+    """
+    try:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(path)
+    except ImportError as error:
+        missing = "" if "fsspec" in str(error) else f" ({error})"
+        raise DataError(
+            f"{path!r} is remote and needs a package{missing}: pip install fsspec, and the one for "
+            "its protocol (s3fs, gcsfs, adlfs, aiohttp ...)"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path!r} cannot be opened ({error}): mend the address") from error
+
+
+def status(path: str) -> Status:
+    """Raises OSError where the file is not there."""
+    if not is_remote(path):
+        found = os.stat(path)
+        return Status(found.st_size, found.st_mtime)
+    fs, inner = filesystem(path)
+    try:
+        modified = fs.modified(inner).timestamp()
+    except (NotImplementedError, KeyError, AttributeError):
+        modified = None
+    return Status(int(fs.size(inner)), modified)
+
+
+def read_all(path: str) -> bytes:
+    """A whole, small file.  Raises OSError."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    fs, inner = filesystem(path)
+    return fs.cat_file(inner)
+
+
+def write_beside(path: str, data: bytes) -> bool:
+    """Write a local file aside and put it in its place; False where that cannot be done."""
+    if is_remote(path):
+        return False
+    aside = f"{path}.{os.getpid()}.partial"
+    try:
+        try:
+            Path(aside).write_bytes(data)
+            os.replace(aside, path)
+        finally:
+            with suppress(OSError):
+                os.unlink(aside)
+    except OSError:
+        return False
+    return True
+
+
+def _choices(text: str) -> list[str]:
+    span = _RANGE.fullmatch(text)
+    if span is None:
+        return text.split(",") if "," in text else ["{" + text + "}"]
+    first, last = map(int, span.groups())
+    if last - first >= _MOST_FILES:
+        raise DataError(f"{{{text}}} names more than {_MOST_FILES} files: narrow it")
+    return [f"{k:0{len(span[1])}d}" for k in range(first, last + 1)]
+
+
+def braces(pattern: str) -> list[str]:
+    """The texts that a pattern with {000..099} or {a,b} stands for, in order.
+
+    >>> braces("a{08..10}.{x,y}")[1:4]
+    ['a08.y', 'a09.x', 'a09.y']
+    """
+    parts = _BRACES.split(pattern)  # plain, choice, plain, choice, ..., plain
+    choices = [[part] if k % 2 == 0 else _choices(part) for k, part in enumerate(parts)]
+    count = 1
+    for some in choices:
+        count *= len(some)
+    if count > _MOST_FILES:
+        raise DataError(f"{pattern!r} names {count} files, above {_MOST_FILES}: narrow it")
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def _listed(pattern: str) -> list[str]:
+    """The files that a pattern without braces matches; itself if it has no wildcard."""
+    if not any(c in pattern for c in "*?["):
+        return [pattern]
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern, recursive=True))
+    fs, inner = filesystem(pattern)
+    return sorted(fs.unstrip_protocol(path) for path in fs.glob(inner))
+
+
+def is_folder(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.isdir(path)
+    fs, inner = filesystem(path)
+    return fs.isdir(inner)
+
+
+def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
+    """The files of these suffixes directly in a folder, sorted; hidden ones are passed over."""
+    if is_remote(folder):
+        fs, inner = filesystem(folder)
+        found = [fs.unstrip_protocol(path) for path in fs.ls(inner, detail=False)]
+    else:
+        try:
+            found = [os.path.join(folder, name) for name in os.listdir(folder)]
+        except OSError as error:
+            raise DataError(f"cannot list folder {folder!r} ({error.strerror})") from error
+    names = ((path, path.rstrip("/").rsplit("/", 1)[-1]) for path in found)
+    return sorted(p for p, n in names if n.lower().endswith(tuple(suffixes)) and n[0] != ".")
+
+
+def expand(pattern: str, suffixes: Sequence[str]) -> list[str]:
+    """The files that a folder, a path or a pattern names, in order; none may be there.
+
+    A path that exists is taken as it is, whatever braces or stars are in it.
+    """
+    if is_folder(pattern):
+        return in_folder(pattern, suffixes)
+    if not is_remote(pattern) and os.path.lexists(pattern):
+        return [pattern]
+    return [path for plain in braces(pattern) for path in _listed(plain)]
+
+
+class _Handle:
+    """A descriptor that is closed when nobody reads from it any more."""
+
+    fd = -1
+
+    def __init__(self, path: str):
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = os.pread(self.fd, size, offset)
+        while len(data) < size:
+            more = os.pread(self.fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+
+class _Remote:
+    def __init__(self, path: str):
+        self.fs, self.path = filesystem(path)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.fs.cat_file(self.path, start=offset, end=offset + size)
+
+
+class _Opened:
+    """What one process has open."""
+
+    def __init__(self):
+        self.process, self.lock = os.getpid(), threading.Lock()
+        self.handles: dict[int, _Handle | _Remote] = {}
+
+
+class Files:
+    """A sequence of files, each readable at any place, by several threads at once.
+
+    Files are opened when first read, by each process anew: copies travel by pickle and fork.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = tuple(paths)
+        self._opened: _Opened | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths, "_opened": None}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, k: int) -> str:
+        """The last part of path k."""
+        return self.paths[k].rsplit("/", 1)[-1]
+
+    def _handle(self, k: int) -> _Handle | _Remote:
+        opened = self._opened
+        if opened is None or opened.process != os.getpid():
+            opened = self._opened = _Opened()
+        with opened.lock:
+            handle = opened.handles.pop(k, None)
+            if handle is None:
+                path = self.paths[k]
+                handle = _Remote(path) if is_remote(path) else _Handle(path)
+            opened.handles[k] = handle  # the latest used is last
+            if len(opened.handles) > _OPEN:
+                del opened.handles[next(iter(opened.handles))]
+        return handle
+
+    def read(self, k: int, offset: int, size: int) -> bytes:
+        """size bytes of file k from offset on; fewer where it ends.  Raises OSError."""
+        return self._handle(k).read(offset, size)
+
+    def record(self, k: int, offset: int, size: int, name: str) -> bytes:
+        """`read` for an item called name.
+
+        Raises BadItem for a file that vanished, may not be read or ends before it; a failure of the
+        machine, or of the network, as it is.
+        """
+        if not 0 <= size < MOST_BYTES:
+            raise BadItem(name, f"{size} bytes are too many for one item")
+        try:
+            data = self.read(k, offset, size)
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise BadItem(name, error.strerror or "No such file") from error
+        if len(data) < size:
+            raise BadItem(name, f"its file ends {size - len(data)} bytes before it does")
+        return data
+
+
+class Window:
+    """File k of `files` read front to back in small pieces, a block at a time.
+
+    start: where reading begins; end: the file's size, bytes.
+    """
+
+    def __init__(self, files: Files, k: int, end: int):
+        self.files, self.k, self.end = files, k, end
+        self.block = 2**20 if is_remote(files.paths[k]) else 4096
+        self._start, self._data = 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Fewer bytes than asked for at the end."""
+        at = offset - self._start
+        if not (0 <= at and at + size <= len(self._data)):
+            want = min(max(size, self.block), max(self.end - offset, 0))
+            self._start, self._data = offset, self.files.read(self.k, offset, want) if want else b""
+            at = 0
+        return self._data[at : at + size]
+
+    def blocks(self, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
+        """(place, bytes) of all pieces of `size` bytes from offset on, read in long stretches."""
+        step = max(2**20 // size, 1) * size
+        for start in range(offset, self.end, step):
+            data = self.files.read(self.k, start, min(step, self.end - start))
+            for at in range(0, len(data), size):
+                yield start + at, data[at : at + size]
