@@ -9,9 +9,12 @@ says which; `open_source` opens it:
     clips       generated clips whose class is a motion (clips.py)
     signals     generated waveforms (signals.py)
     webdataset  tar shards, local or remote (sources/webdataset.py)
+    tfrecord    TFRecord files of tf.train.Example, local or remote (sources/tfrecord.py)
     wavs        .wav files, in folders as images are (sources/wavs.py)
     table       rows of a table that scikit-learn ships, or of a .csv file (tables.py)
     clouds      generated clouds of points on surfaces (clouds.py)
+    volumes     generated volumes of solids (volumes.py)
+    npy         .npy files of volumes, in folders as images are (sources/npy.py)
 """
 
 from typing import Annotated
@@ -29,20 +32,26 @@ from .sources.arrays import ArrayImages as ArrayImages
 from .sources.digits import DigitsSource
 from .sources.folder import FolderSource
 from .sources.fractals import FractalsSource
+from .sources.npy import NpySource
+from .sources.tfrecord import TFRecordSource
 from .sources.wavs import WavsSource
 from .sources.webdataset import WebDatasetSource
 from .tables import TableSource
+from .volumes import VolumesSource
 
 SourceConfig = Annotated[
     DigitsSource
     | FractalsSource
     | FolderSource
     | WebDatasetSource
+    | TFRecordSource
     | ClipsSource
     | SignalsSource
     | WavsSource
     | TableSource
-    | CloudsSource,
+    | CloudsSource
+    | VolumesSource
+    | NpySource,
     Field(discriminator="name"),
 ]
 

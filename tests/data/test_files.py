@@ -49,6 +49,7 @@ def test_expand(tmp_path, scheme):
     assert short == ["a.tar", "b.tar"]
     assert expand(f"{where}/?.tar", (".tar",)) == [f"{where}/a.tar", f"{where}/b.tar"]
     assert expand(f"{where}/{{b,z}}.tar", (".tar",)) == [f"{where}/b.tar", f"{where}/z.tar"]
+    assert expand(f"{where}/a*", (".tar",)) == [f"{where}/a.tar"]  # not its index
     assert expand(f"{where}/*.zip", (".tar",)) == []
 
 

@@ -20,6 +20,7 @@ from ..source import absolute
 
 _OPEN = 64  # descriptors that one process keeps of one set of files
 _MOST_FILES = 1_000_000
+_BESIDE = (".idx", ".labels", ".partial")  # what lies beside a file, and is none of the data
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -125,10 +126,12 @@ def _listed(pattern: str) -> list[str]:
     """The files that a pattern without braces matches; itself if it has no wildcard."""
     if not any(c in pattern for c in "*?["):
         return [pattern]
-    if not is_remote(pattern):
-        return sorted(glob.glob(pattern, recursive=True))
-    fs, inner = filesystem(pattern)
-    return sorted(fs.unstrip_protocol(path) for path in fs.glob(inner))
+    if is_remote(pattern):
+        fs, inner = filesystem(pattern)
+        found = [fs.unstrip_protocol(path) for path in fs.glob(inner)]
+    else:
+        found = glob.glob(pattern, recursive=True)
+    return sorted(path for path in found if not path.endswith(_BESIDE))
 
 
 def is_folder(path: str) -> bool:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ..errors import BadItem, DataError
 from ..images import decode_bytes
@@ -24,8 +23,9 @@ from .names import Names
 log = logging.getLogger(__name__)
 
 Label = int | str | None
+Payload = Callable[[bytes, str], bytes]
 MOST_CLASSES = 2**20
-FLAWS = ("", "it has no label, but others of the data do: set labels=false to use it without")
+FLAWS = ("", "it has no label, as others do: set labels=false to use it without")
 SUFFIX = ".labels"
 
 
@@ -44,7 +44,7 @@ class Places(NamedTuple):
 class Records:
     """Images at places of large files, read when asked for.  `labels` is None where there are none.
 
-    A subclass says what a record is where it is more than the encoded image.
+    payload(record, name) is the encoded image in a record, which raises BadItem; None: all of it.
     """
 
     channels = 3
@@ -56,9 +56,10 @@ class Records:
         names: Names,
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
+        payload: Payload | None = None,
     ):
         self.files, self.places, self.labels, self.classes = files, places, labels, classes
-        self._names = names
+        self._names, self._payload = names, payload
 
     def __len__(self) -> int:
         return len(self._names)
@@ -73,21 +74,17 @@ class Records:
         record = self.files.record(file, offset, size, name)
         if flaw:
             raise BadItem(name, FLAWS[flaw])
-        return self.payload(record, name)
-
-    def payload(self, record: bytes, name: str) -> bytes:
-        """The encoded image in a record.  Raises BadItem."""
-        return record
+        return record if self._payload is None else self._payload(record, name)
 
     def item(self, i: int) -> Tensor:
         """Image i, uint8 (3, H, W).  Raises BadItem."""
         return decode_bytes(self.encoded(i), self.name(i))
 
-    def select(self, indices: np.ndarray) -> Self:
+    def select(self, indices: np.ndarray) -> "Records":
         """The items at `indices`, in their order."""
         labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
         places, names = self.places.select(indices), self._names.select(indices)
-        return type(self)(self.files, places, names, labels, self.classes)
+        return Records(self.files, places, names, labels, self.classes, self._payload)
 
 
 class Found(NamedTuple):
@@ -102,8 +99,8 @@ class Found(NamedTuple):
 class Part:
     """The samples of a source's files, collected one by one."""
 
-    def __init__(self, files: Files, kind: type[Records] = Records):
-        self.files, self.kind = files, kind
+    def __init__(self, files: Files, payload: Payload | None = None):
+        self.files, self.payload = files, payload
         self.file, self.offset, self.size = array("i"), array("q"), array("q")
         self.label = array("q")  # -1: none; -2 - k: text k
         self.texts: dict[str, int] = {}
@@ -132,7 +129,7 @@ class Part:
         flaw = np.zeros(len(file), np.int8) if labels is None else (labels < 0).astype(np.int8)
         places = Places(file, np.array(self.offset, np.int64), size, flaw)
         made = None if labels is None else torch.from_numpy(labels.clip(0))
-        return self.kind(self.files, places, self.names, made, classes)
+        return Records(self.files, places, self.names, made, classes, self.payload)
 
 
 def _coded(parts: list[Part]) -> tuple[list[np.ndarray], tuple[str, ...]]:
