@@ -23,7 +23,7 @@ from torch import Tensor
 from .item_views import ItemViews
 from .sources.generated import GeneratedOptions
 from .torch_views import draw, render
-from .views import Area, Probability, Ratio, Spread, View, _ordered
+from .views import Area, Probability, Ratio, Sigma, Spread, Strength, View, _ordered
 
 MOTIONS = (
     *("right", "left", "down", "up", "clockwise", "anticlockwise", "accelerate", "brake"),
@@ -131,9 +131,10 @@ class ClipViews(ItemViews):
     """Views of clips, uint8 (C, T, H, W) -> float32 (C, frames, size, size).
 
     frames      every `stride`-th from a start drawn uniformly; a clip too short repeats its last
-    crop, flip  as in images' views, one draw for all frames
-    normalise   (v - mean) / std, v in [0, 1]
-    Source: Tong et al. 2022, VideoMAE, arXiv:2203.12602 (crop and flip; no other augmentation).
+    the rest    as in images' views (views.py), one draw for all frames; contrast is about the mean
+                of each frame; mean and std are of all channels
+    Source: Tong et al. 2022, VideoMAE, arXiv:2203.12602 (crop and flip; no other augmentation), and
+    for colours and blur Qian et al. 2021, CVRL, arXiv:2008.03800, section 3.2 (consistent in time).
     """
 
     kind: ClassVar[str] = "clip"
@@ -150,7 +151,26 @@ class ClipViews(ItemViews):
     crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
         default=(3 / 4, 4 / 3), description="crop width / height: low, high"
     )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        default="bilinear", description="of the crop's resize, with antialiasing"
+    )
     flip: Probability = Field(default=0.5, description="probability of a left-right flip")
+    rotate: float = Field(default=0.0, ge=0, le=180, description="largest rotation, degrees")
+    jitter: Probability = Field(
+        default=0.0, description="probability of the four colour changes below"
+    )
+    brightness: Strength = Field(default=0.0, description="brightness factor is within 1 +- this")
+    contrast: Strength = Field(default=0.0, description="contrast factor is within 1 +- this")
+    saturation: Strength = Field(default=0.0, description="saturation factor is within 1 +- this")
+    hue: float = Field(default=0.0, ge=0, le=0.5, description="largest hue shift, turns either way")
+    colour: Literal["sequential", "linear"] = Field(
+        default="linear", description="the changes one by one, or as one linear map: faster"
+    )
+    grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
+    blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
+    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)] = Field(
+        default=(0.1, 2.0), description="standard deviation of the blur, output pixels: low, high"
+    )
     mean: float = Field(default=0.45, description="subtracted from values in [0, 1]")
     std: Spread = Field(default=0.225, description="divided by, after the mean")
 
@@ -160,8 +180,9 @@ class ClipViews(ItemViews):
 
     def evaluation(self) -> "ClipViews":
         """The middle frames' largest centred square."""
-        whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
-        return self.with_fields(count=1, start="middle", **whole)
+        whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "rotate": 0.0}
+        own_colours = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
+        return self.with_fields(count=1, start="middle", **whole, **own_colours)
 
     def shown(self, view: Tensor) -> Tensor:
         """Clips in [0, 1]."""
@@ -172,11 +193,15 @@ class ClipViews(ItemViews):
             got = f"{item.dtype} {list(item.shape)}"
             raise ValueError(f"clip: want uint8 (1 or 3, T, H, W), got {got}")
 
+    @property
+    def look(self) -> View:
+        """What images' views would be drawn by."""
+        shared = View.model_fields.keys() & ClipViews.model_fields.keys() - {"count"}
+        return View.model_validate({name: getattr(self, name) for name in shared})
+
     def view(self, item: Tensor, key: int) -> Tensor:
         T, H, W = item.shape[1:]
-        look = View(
-            size=self.size, crop_scale=self.crop_scale, crop_ratio=self.crop_ratio, flip=self.flip
-        )
+        look = self.look
         slack = max(0, T - (self.frames - 1) * self.stride - 1)
         random = Random(f"start {key}").random()  # another stream than the crop's
         start = slack // 2 if self.start == "middle" else int(random * (slack + 1))

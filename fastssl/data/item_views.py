@@ -1,4 +1,4 @@
-"""What the view specs of clips, signals, clouds and rows share; those of images are in views.py."""
+"""What the view specs of clips, volumes, signals, clouds and rows share; views.py has images'."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

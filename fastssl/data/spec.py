@@ -3,6 +3,8 @@
 kind      item of a source            one view of it                spec
 image     uint8 (C, H, W)             float32 (C, size, size)       Views (views.py)
 clip      uint8 (C, T, H, W)          float32 (C, frames, s, s)     ClipViews (clips.py)
+volume    uint8 or float32            float32 (C, depth, s, s)      VolumeViews (volumes.py)
+          (C, D, H, W)
 signal    float32 (C, W)              float32 (C, length)           SignalViews (signals.py)
 cloud     float32 (N, 3)              float32 (points, 3)           CloudViews (clouds.py)
 row       float32 (F,)                float32 (F,)                  TableViews (tables.py)
@@ -20,6 +22,7 @@ from .clouds import cloud_views
 from .signals import signal_views
 from .tables import table_views
 from .views import PRESETS, Views, preset, unknown
+from .volumes import volume_views
 
 
 class ViewSpec(Protocol):
@@ -51,6 +54,7 @@ KINDS: dict[str, Callable[..., ViewSpec]] = {
     "signals": signal_views,
     "clouds": cloud_views,
     "table": table_views,
+    "volumes": volume_views,
 }
 
 

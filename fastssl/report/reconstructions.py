@@ -17,19 +17,19 @@ def plot_reconstructions(
     """Write `path` (PNG): one column per item; original, masked input, reconstruction below.
 
     All three by kind, as `plot_views` takes them: of images (n, C, H, W) floats in [0, 1], C 1 or
-    3; values outside are clipped.  A clip has three rows of its own, with a column a frame; the
-    three clouds may have different numbers of points.
+    3; values outside are clipped.  A clip has three rows of its own, with a column a frame, a
+    volume a slice; the three clouds may have different numbers of points.
     Raises ValueError: shapes that disagree, no item, another number of channels.
     """
     three = (images, masked, reconstructions)
     shapes = [tuple(t.shape) for t in three]
-    ndim = {"image": 4, "clip": 5}.get(kind, 3)
+    ndim = {"image": 4, "clip": 5, "volume": 5}.get(kind, 3)
     alike = [(s[0], s[2:]) if kind == "cloud" else s for s in shapes]
     if images.ndim != ndim or len(images) == 0 or len(set(alike)) != 1:
         raise ValueError(f"want three tensors of one shape (n, C, H, W), n > 0, got {shapes}")
     if kind == "image":
         plot_sheet([list(t) for t in three], path, row_labels=LABELS)
-    elif kind == "clip":
+    elif kind in ("clip", "volume"):
         shown = range(min(_CLIPS, len(images)))
         labels = ["original", "masked", "predicted"] * len(shown)
         plot_strips([[t[i]] for i in shown for t in three], path, labels)

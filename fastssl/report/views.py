@@ -8,7 +8,8 @@ from torch import Tensor
 from fastssl.report._figure import plot_sheet
 from fastssl.report._panels import plot_panels, plot_strips
 
-PICTURED = ("image", "clip", "signal", "cloud")  # kinds of views that there are pictures of
+# Kinds of views that there are pictures of.
+PICTURED = ("image", "clip", "volume", "signal", "cloud")
 
 
 def plot_views(views: Sequence[Tensor], path: Path, kind: str = "image") -> None:
@@ -18,6 +19,7 @@ def plot_views(views: Sequence[Tensor], path: Path, kind: str = "image") -> None
     a few items is what is meant.  By kind:
     "image"   (n, C, H, W) in [0, 1], C 1 or 3
     "clip"    (n, C, T, H, W) in [0, 1]: a strip of frames each
+    "volume"  (n, C, D, H, W) in [0, 1]: a strip of slices each
     "signal"  (n, C, W): a line a channel
     "cloud"   (n, N, 3): points in space
     Raises ValueError: no view, no item, views of different numbers of items, another kind.
@@ -31,7 +33,7 @@ def plot_views(views: Sequence[Tensor], path: Path, kind: str = "image") -> None
     labels = [f"view {v + 1}" for v in range(len(views))]
     if kind == "image":
         plot_sheet(rows, path, column_labels=labels)
-    elif kind == "clip":
+    elif kind in ("clip", "volume"):
         plot_strips(rows, path)
     else:
         plot_panels(rows, path, kind, column_labels=labels)

@@ -6,6 +6,7 @@ import torch
 
 from fastssl.data.clips import MOTIONS, ClipsSource, ClipViews, clip, clip_views, path
 from fastssl.data.spec import apply, view_spec
+from fastssl.data.torch_views import draw, render
 
 SHAPE = (3, 8, 24)
 TIMES = np.linspace(0, 1, 9)
@@ -176,3 +177,46 @@ def test_plain_clips_are_white_on_black():
     assert 0.02 < bright.float().mean() < 0.5
     assert (plain[bright].float().mean() > 235) and (plain[~bright].float().mean() < 20)
     assert not torch.equal(plain, own)
+
+
+COLOURS = dict(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+
+
+@pytest.mark.parametrize("colour", ["sequential", "linear"])
+def test_all_frames_are_recoloured_blurred_and_turned_as_one(colour):
+    still = random_clip(1, 16, 16).expand(-1, 6, -1, -1)
+    spec = clip_views(
+        16, frames=6, rotate=30, blur=1.0, grayscale=0.3, colour=colour, **COLOURS, flip=0.5
+    )
+    for seed in range(6):
+        (view,) = spec.apply(still, seed)
+        assert (view == view[:, :1]).all()
+
+
+@pytest.mark.parametrize("colour", ["sequential", "linear"])
+def test_each_frame_is_the_image_view_of_the_same_draw(colour):
+    """The laws are those of images: frame by frame, with the clip's key."""
+    item = random_clip(4, 24, 30)
+    look = dict(rotate=20, grayscale=0.3, blur=0.5, colour=colour, **COLOURS)
+    spec = clip_views(40, frames=4, **look)
+    for seed in range(5):
+        (view,) = spec.apply(item, seed)
+        p = draw(spec.look, 24, 30, seed << 16)
+        frames = [render(spec.look, item[:, t], p) for t in range(4)]
+        want = (torch.stack(frames, 1) - spec.mean) / spec.std
+        torch.testing.assert_close(view, want, atol=1e-5, rtol=0)
+
+
+def test_colours_leave_crops_flips_and_starts_as_they_were():
+    plain, full = clip_views(16), clip_views(16, blur=0.5, grayscale=0.2, **COLOURS)
+    for seed in range(20):
+        a, b = (draw(spec.look, 20, 28, seed) for spec in (plain, full))
+        assert (*a[:5], a.turn) == (*b[:5], b.turn)
+
+
+def test_evaluation_leaves_colours():
+    item = random_clip(10, 16, 16)
+    plain = clip_views(16, frames=6, rotate=20, blur=1.0, grayscale=1.0, **COLOURS).evaluation()
+    assert torch.equal(
+        plain.apply(item, 0)[0], clip_views(16, frames=6).evaluation().apply(item, 1)[0]
+    )

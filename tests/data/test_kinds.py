@@ -12,14 +12,17 @@ from fastssl.data.loader import EvalLoader, PretrainLoader
 from fastssl.data.signals import SignalsSource
 from fastssl.data.spec import KINDS, view_spec
 from fastssl.data.tables import TableSource
+from fastssl.data.volumes import VolumesSource
 
 SOURCES = {
     "clips": ClipsSource(classes=2, per_class=12, frames=4, size=16),
     "signals": SignalsSource(classes=2, per_class=12, length=64),
     "clouds": CloudsSource(classes=2, per_class=12, points=32),
     "table": TableSource(dataset="iris"),
+    "volumes": VolumesSource(classes=2, per_class=12, size=12),
 }
 SHAPES = {"clips": (3, 4, 16, 16), "signals": (1, 16), "clouds": (16, 3), "table": (4,)}
+SHAPES["volumes"] = (1, 16, 16, 16)
 OPTIONS = {"clips": {"frames": 4}}
 
 

@@ -12,7 +12,7 @@ from fastssl.report._panels import FRAMES, strip
 CLIPS = torch.rand(3, 3, 12, 6, 8, generator=torch.Generator().manual_seed(0))
 SIGNALS = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0))
 CLOUDS = torch.randn(3, 40, 3, generator=torch.Generator().manual_seed(0))
-ITEMS = {"clip": CLIPS, "signal": SIGNALS, "cloud": CLOUDS}
+ITEMS = {"clip": CLIPS, "volume": CLIPS, "signal": SIGNALS, "cloud": CLOUDS}
 
 
 @pytest.fixture
@@ -49,6 +49,15 @@ def test_clips_are_rows_of_frames(tmp_path, figures):
     plot_reconstructions(CLIPS, CLIPS * 0, CLIPS, tmp_path / "r.png", kind="clip")
     labels = [text.get_text() for text in figures[1].axes[0].get_yticklabels()]
     assert labels == ["original", "masked", "predicted"] * 3
+
+
+def test_volumes_are_rows_of_slices(tmp_path, figures):
+    for kind in ("clip", "volume"):
+        plot_views([CLIPS[:, :1]], tmp_path / "v.png", kind=kind)
+        plot_reconstructions(CLIPS, CLIPS * 0, CLIPS, tmp_path / "r.png", kind=kind)
+    arrays = [figure.axes[0].images[0].get_array() for figure in figures]
+    for clip, volume in zip(arrays[:2], arrays[2:], strict=True):
+        np.testing.assert_array_equal(clip, volume)
 
 
 def test_signals_are_lines(tmp_path, figures):

@@ -20,7 +20,8 @@ from .folder import Format, scan_folder
 
 
 def _read(path: Path, channels: int) -> np.ndarray:
-    x = np.load(path, allow_pickle=False)
+    with path.open("rb") as file:
+        x = np.lib.format.read_array(file, allow_pickle=False)
     if x.dtype.kind not in "uif":
         raise ValueError(f"an array of {x.dtype}, want integers or floats")
     x = x[None] if x.ndim == 3 else x
