@@ -10,6 +10,10 @@ says which; `open_source` opens it:
     signals     generated waveforms (signals.py)
     webdataset  tar shards, local or remote (sources/webdataset.py)
     tfrecord    TFRecord files of tf.train.Example, local or remote (sources/tfrecord.py)
+    lmdb        an LMDB database, one image a key (sources/lmdbs.py)
+    hub         a data set of Hugging Face's `datasets` on the local disk (sources/hub.py)
+    arrays      a .npy or .npz file of images (sources/arrays.py)
+    frames      clips as folders of frames (sources/frames.py)
     wavs        .wav files, in folders as images are (sources/wavs.py)
     table       rows of a table that scikit-learn ships, or of a .csv file (tables.py)
     clouds      generated clouds of points on surfaces (clouds.py)
@@ -29,9 +33,13 @@ from .seeds import SPLIT, mix
 from .signals import SignalsSource
 from .source import Split
 from .sources.arrays import ArrayImages as ArrayImages
+from .sources.arrays import ArraysSource
 from .sources.digits import DigitsSource
 from .sources.folder import FolderSource
 from .sources.fractals import FractalsSource
+from .sources.frames import FramesSource
+from .sources.hub import HubSource
+from .sources.lmdbs import LmdbSource
 from .sources.npy import NpySource
 from .sources.tfrecord import TFRecordSource
 from .sources.wavs import WavsSource
@@ -45,6 +53,10 @@ SourceConfig = Annotated[
     | FolderSource
     | WebDatasetSource
     | TFRecordSource
+    | LmdbSource
+    | HubSource
+    | ArraysSource
+    | FramesSource
     | ClipsSource
     | SignalsSource
     | WavsSource

@@ -99,7 +99,7 @@ def _leads_to(entry: os.DirEntry[str], *, folder: bool) -> bool:
         return False
 
 
-def _walk(
+def walk(
     folder: Path, suffixes: frozenset[str], ancestors: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
     """Files of these suffixes below a folder, depth first.
@@ -112,14 +112,14 @@ def _walk(
         return
     for entry in _entries(folder):
         if _leads_to(entry, folder=True):
-            yield from _walk(Path(entry.path), suffixes, (*ancestors, here))
+            yield from walk(Path(entry.path), suffixes, (*ancestors, here))
         elif os.path.splitext(entry.name)[1].lower() in suffixes:
             if _leads_to(entry, folder=False):
                 yield entry.path
 
 
 def _scan(root: Path, folder: Path, kind: Format) -> _Found:
-    names = [os.path.relpath(path, root) for path in _walk(folder, kind.suffixes)]
+    names = [os.path.relpath(path, root) for path in walk(folder, kind.suffixes)]
     depth = len(folder.relative_to(root).parts)
     parts = [name.split(os.sep) for name in names]
     return _Found(names, [p[depth] if len(p) > depth + 1 else None for p in parts])
@@ -148,6 +148,22 @@ def _build(root: Path, found: list[_Found], flat: bool, kind: Format) -> list[Fo
     ]
 
 
+def split_folders(path: Path, what: str) -> tuple[Path, list[Path]]:
+    """The folder itself, absolute, and [it], or [train, test] where it has train/ and one of val,
+    test, valid, validation/.
+
+    Raises DataError for a path that is missing or not a folder.
+    """
+    path = Path(os.path.abspath(path.expanduser()))
+    if not path.exists():
+        raise DataError(f"folder {str(path)!r} does not exist: give the path of a folder of {what}")
+    if not path.is_dir():
+        raise DataError(f"{str(path)!r} is a file: give the folder that holds the {what}")
+    test = next((name for name in _TEST_NAMES if (path / name).is_dir()), None)
+    split = test is not None and (path / "train").is_dir()
+    return path, [path / "train", path / test] if split and test else [path]
+
+
 def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list[FolderFiles]:
     """[all images], or [train, test] where the folder has train/ and one of val, test, valid/.
 
@@ -157,16 +173,7 @@ def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list
     Raises DataError, saying what to do, for a path that is missing or not a folder, for a folder
     without images, and for images both inside and beside class folders.
     """
-    path = Path(os.path.abspath(path.expanduser()))
-    if not path.exists():
-        raise DataError(
-            f"folder {str(path)!r} does not exist: give the path of a folder of {kind.what}s"
-        )
-    if not path.is_dir():
-        raise DataError(f"{str(path)!r} is a file: give the folder that holds the {kind.what}s")
-    test = next((name for name in _TEST_NAMES if (path / name).is_dir()), None)
-    split = test is not None and (path / "train").is_dir()
-    parts = [path / "train", path / test] if split and test else [path]
+    path, parts = split_folders(path, f"{kind.what}s")
     found = [_scan(path, part, kind) for part in parts]
     for part, images in zip(parts, found, strict=True):
         if not images.names:
