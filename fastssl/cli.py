@@ -124,6 +124,47 @@ def export(
 
 
 @app.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images, digits, fractals, or a recipe or YAML file: its data source."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write the shards to.")],
+    shard_size: Annotated[int, typer.Option(help="Size of a shard, MB.")] = 256,
+    split: Annotated[
+        float, typer.Option(help="Part of each class for val/; what comes split stays so.")
+    ] = 0.0,
+    max_side: Annotated[
+        int | None, typer.Option(help="Larger images become JPEGs whose shorter side is this.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Decode every image, and leave out what is unreadable.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace what was packed there.")] = False,
+) -> None:
+    """Write any source of images as WebDataset shards, with indices and a manifest."""
+    from fastssl.data.pack import PackOptions
+    from fastssl.data.pack import pack as write
+    from fastssl.progress import counted
+
+    options = PackOptions(shard_size * 10**6, max_side, check=check, overwrite=overwrite)
+    parts = _parts(source, split)
+    with counted(console, sum(map(len, parts)), "images") as watch:
+        manifest = write(parts, out, options, watch)
+    for name, part in manifest["parts"].items():
+        size = f"{part['samples']:,} images, {part['bytes'] / 1e6:,.1f} MB"
+        console.print(f"{name}: {size} in {len(part['shards'])} shards")
+    skipped = manifest["skipped"]
+    for bad in skipped[:20]:
+        console.print(f"skipped {bad['name']}: {bad['reason']}", markup=False)
+    if len(skipped) > 20:
+        console.print(f"... {len(skipped):,} in all: see {out / 'manifest.json'}", markup=False)
+    console.print(f"data.source.name=webdataset data.source.path={out}", markup=False)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that ship with fastssl."""
     from fastssl.config import recipes as known
@@ -173,6 +214,27 @@ def main() -> None:
             who = "fastssl" if rank == "0" else f"fastssl, rank {rank}"
             Console(stderr=True, soft_wrap=True).print(f"{who}: {error}", markup=False)
         sys.exit(code)
+
+
+def _parts(source: str, fraction: float) -> tuple[Any, ...]:
+    """The parts to pack: as the source comes, or split by `fraction` (and the seed 0)."""
+    from fastssl.config import resolve
+    from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
+    from fastssl.data.errors import DataError
+
+    named = {"digits": DigitsSource, "fractals": FractalsSource}
+    if source in named:
+        cfg = named[source]()
+    elif Path(source).is_dir():
+        cfg = FolderSource(path=Path(source))
+    else:
+        cfg = resolve(source).data.source
+    if fraction:
+        if not 0 < fraction < 1:
+            raise DataError(f"--split {fraction} is no part: give a number between 0 and 1")
+        cfg = cfg.model_copy(update={"test_fraction": fraction})
+        return tuple(open_source(cfg, 0))
+    return cfg.open()
 
 
 def _print_plan(cfg: Any) -> None:

@@ -4,6 +4,8 @@ Where the output is no terminal (a log file, a pipe) a line every few seconds ta
 """
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -55,3 +57,22 @@ class RichWatch:
 
     def end(self) -> None:
         self.bar.stop()
+
+
+@contextmanager
+def counted(console: Console, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` things of a kind; what it gives is told how many more are done.
+
+    Where the output is no terminal nothing is shown.
+    """
+    bar = Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(what),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=total)
+    with bar:
+        yield lambda count: bar.update(task, advance=count)
