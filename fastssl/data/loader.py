@@ -12,112 +12,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from .errors import BadItem, DataError
-from .seeds import ORDER, REPLACE, mix, permutation, sample_seeds
+from .backend import Rendering
+from .errors import DataError
+from .fetch import Batch, EncodedFetch, EvalFetch, Fetch, Items, PretrainFetch, mostly_bad
+from .seeds import ORDER, permutation
 from .source import Source
-from .spec import ViewSpec, apply, blank
-from .torch_views import drawn_parameters
+from .spec import ViewSpec
 from .views import Views
 
-_REPLACEMENTS = 16  # items tried in the place of one bad one
-Batch = dict[str, Any]
-Items = list[tuple[int, int]]  # (epoch, index) of each sample
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread, as in a worker: with more, a sum over pixels rounds otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Fetch(Dataset):
-    """A batch of items, read and augmented; runs in the workers."""
-
-    def __init__(self, source: Source, views: ViewSpec):
-        self.source, self.views = source, views
-
-    def __getitems__(self, items: Items) -> Batch:
-        try:
-            with _one_thread():
-                return self.batch(items)
-        except DataError as error:  # raised again by _run: a worker's own would come as a traceback
-            return {"error": str(error)}
-
-    def batch(self, items: Items) -> Batch:
-        raise TypeError(f"{type(self).__name__} does not define batch(items)")
-
-
-class _PretrainFetch(_Fetch):
-    def __init__(self, source: Source, views: ViewSpec, seed: int, parameters: bool):
-        super().__init__(source, views)
-        self.seed, self.parameters = seed, parameters
-
-    def batch(self, items: Items) -> Batch:
-        bad: list[tuple[str, str]] = []
-        seeds = sample_seeds(self.seed, *np.array(items).T)
-        used, samples, drawn = [], [], []
-        for (epoch, index), seed in zip(items, seeds.tolist(), strict=True):
-            i, item = self._readable(epoch, index, bad)
-            used.append(i)
-            samples.append(apply(self.views, item, seed))
-            if self.parameters:
-                assert isinstance(self.views, Views), "the configuration refuses other kinds"
-                drawn.append(drawn_parameters(self.views, item.shape, seed))
-        labels = self.source.labels
-        return {
-            **({} if labels is None else {"label": labels[used]}),
-            **({"params": list(torch.stack(drawn, 1))} if drawn else {}),
-            "views": [torch.stack(view) for view in zip(*samples, strict=True)],
-            "index": torch.tensor(used),
-            "seeds": torch.from_numpy(seeds),
-            "bad": bad,
-        }
-
-    def _readable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, Tensor]:
-        """Item `index`, or the first readable of those that its key puts in its place."""
-        try:
-            return index, self.source.item(index)
-        except BadItem as error:
-            tried = [(error.name, error.reason)]
-        for word in mix(REPLACE, self.seed, epoch, index, np.arange(_REPLACEMENTS)).tolist():
-            i = word % len(self.source)
-            try:
-                item = self.source.item(i)
-                bad.extend(tried)
-                return i, item
-            except BadItem as error:
-                tried.append((error.name, error.reason))
-        some = list(dict(tried).items())[:3]
-        examples = "; ".join(f"{name}: {reason}" for name, reason in some)
-        raise DataError(
-            f"most of the data is unreadable, {len(tried)} items in a row ({examples}): "
-            "remove or mend these files"
-        )
-
-
-class _EvalFetch(_Fetch):
-    def batch(self, items: Items) -> Batch:
-        bad, used, views = [], [], []
-        for _, i in items:
-            try:
-                views.append(apply(self.views, self.source.item(i), 0)[0])
-                used.append(i)
-            except BadItem as error:
-                bad.append((error.name, error.reason))
-        stacked = torch.stack(views) if views else blank(self.views, self.source.channels, 0)
-        return {"view": stacked, "index": torch.tensor(used, dtype=torch.int64), "bad": bad}
+_BAD_AFTER = 200  # samples, before a share of bad ones means anything
 
 
 def _same(batch: Any) -> Any:
@@ -138,8 +46,10 @@ def _outlive_signals(worker: int) -> None:
 def _ended(batches: Any) -> Iterator[None]:
     """Workers told to end when the stream is left, at the latest when Python exits.
 
-    Python itself ends them by a SIGTERM, which they ignore, and would wait for them for ever.
+    Python itself ends them by a SIGTERM, which they ignore, and would wait for them for ever.  A
+    stream that Python finds still open on its way out is left when modules are empty already.
     """
+    unregister = atexit.unregister
     end = getattr(batches, "_shutdown_workers", None)
     if end is None:  # no workers
         yield
@@ -148,11 +58,11 @@ def _ended(batches: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        atexit.unregister(end)
+        unregister(end)
         end()
 
 
-def _run(fetch: _Fetch, batches: Any, workers: int) -> Iterator[Batch]:
+def _run(fetch: Fetch, batches: Any, workers: int) -> Iterator[Batch]:
     """One DataLoader over all of `batches`: no pause between epochs, workers started once."""
     loader = DataLoader(
         fetch,
@@ -201,17 +111,41 @@ class _Steps:
             if order is None or epoch != order_of:
                 order_of, order = epoch, permutation(len(own.source), ORDER, own.seed, epoch)
             first = s * own.batch_size + own.rank * share
-            yield [(epoch, i) for i in order[first : first + share].tolist()]
+            # Beyond the end, with last="pad" alone, the epoch's first ones come again.
+            yield [(epoch, int(order[i % len(order)])) for i in range(first, first + share)]
+
+
+def _padding(own: "PretrainLoader", step: int) -> torch.Tensor:
+    """(b,) bool: which of this rank's samples of a step only fill up the epoch's last batch."""
+    share = own.batch_size // own.world
+    first = step % own.steps_per_epoch * own.batch_size + own.rank * share
+    return torch.arange(first, first + share) >= len(own.source)
+
+
+def _watched(batches: Iterator[Batch], limit: float) -> Iterator[Batch]:
+    """The same batches.  Raises DataError once more than `limit` of the samples were bad."""
+    seen, found = 0, []
+    for batch in batches:
+        seen += len(batch["index"])
+        found += batch["bad"]
+        drawn = seen + len(found)
+        if drawn >= _BAD_AFTER and len(found) > limit * drawn:
+            raise mostly_bad(f"{len(found)} of {drawn} items", found)
+        yield batch
 
 
 @dataclass(frozen=True)
 class PretrainLoader:
     """Batches of views for pretraining.
 
-    batch_size is the global one, over all `world` ranks; the last, short batch of an epoch is left
-    out.  Joined in rank order, the ranks' batches are the batch of one process, sample for sample.
+    batch_size is the global one, over all `world` ranks.  Joined in rank order, the ranks' batches
+    are the batch of one process, sample for sample.
     workers: processes that read and augment; 0: this one does.  The result is the same.
     parameters: whether batches of images tell what their views were drawn with.
+    last: "drop" leaves an epoch's last, short batch out; "pad" fills it with the epoch's first
+    samples, marked, so that every sample comes once and over all ranks none is lost.
+    rendering: how DALI makes the views, of images alone; None: torchvision does.
+    max_bad: the share of unreadable samples, over the stream, that ends it.
     Raises DataError for a batch larger than the data or not divisible by world.
     """
 
@@ -224,6 +158,9 @@ class PretrainLoader:
     world: int = 1
     workers: int = 0
     parameters: bool = False
+    last: Literal["drop", "pad"] = "drop"
+    rendering: Rendering | None = None
+    max_bad: float = 0.5
 
     def __post_init__(self):
         _check_split(self.rank, self.world, self.workers)
@@ -243,7 +180,8 @@ class PretrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.source) // self.batch_size
+        whole, rest = divmod(len(self.source), self.batch_size)
+        return whole + (self.last == "pad" and rest > 0)
 
     def stream(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps start_step to end_step - 1, counted over all epochs.
@@ -251,15 +189,30 @@ class PretrainLoader:
         Each is {"views": [(b, ...) float32 for each view], "index": (b,) int64 into the
         source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
         "label": (b,) int64 where the source has labels.  With `parameters`, "params": [(b, P)
-        float32 for each view], one column for each of torch_views.PARAMETERS.  A bad item is
-        replaced by another, that (seed, epoch, index) names; "index" has the replacement, "seeds"
-        the place's own, "bad" every item that could not be read.
-        Raises DataError when item after item is bad; ValueError for an impossible range.
+        float32 for each view], one column for each of torch_views.PARAMETERS.  With last="pad",
+        "padding": (b,) bool.  A bad item is replaced by another, that (seed, epoch, index) names;
+        "index" has the replacement, "seeds" the place's own, "bad" every item that could not be
+        read.  DALI's views are on the device of `rendering`.
+        Raises DataError when the data are mostly bad; ValueError for an impossible range.
         """
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps: want 0 <= start <= end, got {start_step} and {end_step}")
-        fetch = _PretrainFetch(self.source, self.views, self.seed, self.parameters)
-        return _run(fetch, _Steps(self, start_step, end_step), self.workers)
+        batches = _watched(self._made(_Steps(self, start_step, end_step)), self.max_bad)
+        if self.last == "drop":
+            return batches
+        steps = enumerate(batches, start_step)
+        return ({**batch, "padding": _padding(self, step)} for step, batch in steps)
+
+    def _made(self, steps: _Steps) -> Iterator[Batch]:
+        given: Any = (self.source, self.views, self.seed, self.parameters)
+        if self.rendering is None:
+            return _run(PretrainFetch(*given), steps, self.workers)
+        from .dali import Renderer  # DALI takes a second to import
+
+        assert isinstance(self.views, Views), "choose_backend refuses other kinds"
+        fetch, share = EncodedFetch(*given), self.batch_size // self.world
+        renderer = Renderer(self.views, self.rendering, share, fetch.again)
+        return renderer.rendered(_run(fetch, steps, self.rendering.readers))
 
 
 @dataclass(frozen=True)
@@ -294,5 +247,5 @@ class EvalLoader:
         return len(self._items())
 
     def __iter__(self) -> Iterator[Batch]:
-        fetch = _EvalFetch(self.source, self.views.evaluation())
+        fetch = EvalFetch(self.source, self.views.evaluation())
         return _run(fetch, self._items(), self.workers)
