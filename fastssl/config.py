@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
+from fastssl.data.batch_ops import AnyBatchOp
 from fastssl.data.datasets import SourceConfig
 from fastssl.data.spec import ViewSpec, view_spec
 from fastssl.engine.config import CheckpointConfig, EngineConfig
@@ -58,6 +59,9 @@ class DataConfig(Section):
     )
     augment: str | None = Field(None, description="Augmentation preset; default: the method's own.")
     overrides: dict[str, Any] = Field({}, description="Fields of every view, over the preset's.")
+    batch_ops: tuple[AnyBatchOp, ...] = Field(
+        (), description="Done to a batch of views, in order: mixup, noise, style, fields ..."
+    )
     workers: int = Field(4, ge=0, description="Loader processes a rank; 0: in the main process.")
 
 
@@ -272,6 +276,9 @@ def _locate(loc: tuple) -> tuple[type[BaseModel] | None, str]:
             model = tagged
             continue
         parts.append(str(part))
+        if isinstance(part, int) and get_origin(model) is tuple:
+            model = get_args(model)[0]
+            continue
         field = model.model_fields.get(str(part)) if _is_model(model) else None  # type: ignore
         if field is not None:
             model = field.annotation  # type: ignore[assignment]

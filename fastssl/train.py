@@ -18,9 +18,11 @@ import torch
 
 from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig
+from fastssl.data.batch_ops import apply_batch_ops, check_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.source import Source, Split
+from fastssl.data.views import Views
 from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine, Step
@@ -61,12 +63,27 @@ def build(cfg: RunConfig, channels: int) -> Method:
     Raises ConfigError for a model or options that do not fit.
     """
     torch.manual_seed(cfg.seed)
-    shape = cfg.views().shapes(channels)[0]
+    shapes = cfg.views().shapes(channels)
     try:
-        encoder = build_backbone(cfg.model.name, shape=shape, kwargs=cfg.model.kwargs)
+        encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
+        for side in check_batch_ops(cfg.data.batch_ops, shapes):
+            check_side(encoder, channels, side)
         return build_method(encoder, cfg.method)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
+    """Raise ValueError where the encoder does not take images of the side that batch_ops make."""
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, channels, side, side))
+        encoder.train()
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"data.batch_ops make images of {side} pixels, which the model does not take: choose a "
+            "convolutional one, or for a timm ViT model.kwargs.dynamic_img_size=true"
+        ) from error
 
 
 def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
@@ -134,6 +151,8 @@ class Run:
         self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
         self.evaluator = Evaluator(cfg, split, loader.views, engine)
         self.progress = Progress()
+        views, channels = loader.views, split.train.channels
+        self.norm = views.normalisation(channels) if isinstance(views, Views) else None
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop = False
@@ -160,6 +179,8 @@ class Run:
         window, since = 0, time.perf_counter()
         for batch in self.loader.stream(state.step, self.total):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
+            at = state.step / self.total
+            batch = apply_batch_ops(self.cfg.data.batch_ops, batch, at, self.norm, engine.device)
             step = engine.step(batch, lr, stop=self.asked_to_stop)
             state.step += 1
             window += 1
