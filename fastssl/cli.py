@@ -267,6 +267,8 @@ def _print_results(results: dict[str, Any]) -> None:
         table.add_row(row["encoder"], *(_number(m, row.get(m)) for m in columns))
     console.print(table)
     speed = f"{train['images_per_s']:,.0f} images/s, " if train["images_per_s"] else ""
+    if train["data_wait"] is not None:
+        speed += f"{100 * train['data_wait']:.0f} % of the time waiting for data, "
     console.print(
         f"loss {train['loss']:.4f}, {speed}{train['seconds']:.0f} s of training, "
         f"peak memory {train['peak_memory_bytes'] / 2**20:,.0f} MiB, "

@@ -179,6 +179,7 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
         "train": {
             "loss": state.last.get("loss"),
             "images_per_s": state.images / state.seconds if state.seconds else None,
+            "data_wait": min(state.waited / state.seconds, 1.0) if state.seconds else None,
             "peak_memory_bytes": peak_memory(),
             "seconds": state.seconds,
             "steps": state.step,

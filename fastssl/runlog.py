@@ -1,6 +1,6 @@
 """What a run tells: metrics.jsonl, one JSON object a line, and whoever watches it live.
 
-{"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", "grad_norm", ...}
+{"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", ...}
 {"kind": "eval",  "step", "epoch", "knn", "linear", "rankme", "uniformity", "alignment", ...}
 {"kind": "event", "step", "what", "detail"}
 """

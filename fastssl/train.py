@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -54,6 +55,7 @@ class Progress:
     epoch_losses: list[float] = field(default_factory=list)  # logged in the current epoch
     seconds: float = 0.0  # spent training, over all resumptions
     images: int = 0  # trained on in those seconds
+    waited: float = 0.0  # of those seconds, for data, on average over ranks
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -150,7 +152,7 @@ class Run:
         self.log = RunLog(self.directory, watch, writing=distributed.rank() == 0)
         self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
         self.evaluator = Evaluator(cfg, split, loader.views, engine)
-        self.progress = Progress()
+        self.progress, self.waits = Progress(), _Waits(iter(()))
         views, channels = loader.views, split.train.channels
         self.norm = views.normalisation(channels) if isinstance(views, Views) else None
         self.steps_per_epoch = loader.steps_per_epoch
@@ -177,7 +179,8 @@ class Run:
         """The loop.  A window of steps is timed as one, since the device runs behind the host."""
         state, engine = self.progress, self.engine
         window, since = 0, time.perf_counter()
-        for batch in self.loader.stream(state.step, self.total):
+        batches = self.waits = _Waits(self.loader.stream(state.step, self.total))
+        for batch in batches:
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             at = state.step / self.total
             batch = apply_batch_ops(self.cfg.data.batch_ops, batch, at, self.norm, engine.device)
@@ -196,20 +199,23 @@ class Run:
             self.watch.advance(state.step, row)
             self.after(ends_epoch, step.stop)
             if row is not None:
-                window, since = 0, time.perf_counter()
+                window, since, batches.seconds = 0, time.perf_counter(), 0.0
 
     def report(self, step: Step, lr: float, window: int, since: float) -> dict[str, Any]:
         """Averages over ranks of the step's metrics, logged; the only wait for the device."""
         state = self.progress
         names = sorted(step.metrics)
         values = torch.stack([step.metrics[name].float().reshape(()) for name in names])
-        values = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
+        values = torch.cat([values, values.new_tensor([self.waits.seconds])])
+        *values, waited = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
         images, seconds = window * self.cfg.batch_size, time.perf_counter() - since
+        state.waited += waited
         state.images, state.seconds = state.images + images, state.seconds + seconds
         state.last = dict(zip(names, values, strict=True))
         if math.isfinite(state.last["loss"]):
             state.epoch_losses.append(state.last["loss"])
         row = {**state.last, "lr": lr, "images_per_s": images / seconds}
+        row["data_wait"] = min(waited / seconds, 1.0)
         epoch = state.step / self.steps_per_epoch
         self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
         return self.log.row("train", state.step, epoch=round(epoch, 4), **row)
@@ -299,11 +305,28 @@ class Run:
                 f"epochs={self.cfg.epochs} is {self.total} steps, and the run is at step "
                 f"{saved['step']} already: give more epochs"
             )
-        self.progress = Progress(**{k: saved[k] for k in vars(self.progress)})
+        self.progress = Progress(**{k: saved[k] for k in vars(self.progress) if k in saved})
         self.log.cut(self.progress.step)
         for note in notes:
             self.log.event(self.progress.step, "damaged", note)
         self.log.event(self.progress.step, "resumed", f"resumed at step {self.progress.step}")
+
+
+class _Waits:
+    """Batches, and how many seconds the loop waited for them since `seconds` was last set."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]]):
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> "_Waits":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        since = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - since
 
 
 class _Signals:

@@ -115,4 +115,5 @@ def final(cfg: RunConfig) -> list[dict[str, Any]]:
 
     rows = read_metrics(cfg.directory / "metrics.jsonl")
     kept = [row for row in rows if row["kind"] != "event"]
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in kept]
+    clocked = ("images_per_s", "data_wait")
+    return [{k: v for k, v in row.items() if k not in clocked} for row in kept]

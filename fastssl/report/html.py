@@ -117,6 +117,7 @@ def _training(results: dict[str, Any]) -> str:
         "epochs": ("epochs", lambda v: f"{v:g}"),
         "seconds": ("training time", words.duration),
         "images_per_s": (f"{items} per second", lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+        "data_wait": ("waiting for data", words.percent),
         "loss": ("final loss", lambda v: f"{v:.4g}"),
         "parameters": ("parameters", words.scaled),
         "peak_memory_bytes": ("peak memory", lambda v: words.scaled(v, "B")),

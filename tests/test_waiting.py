@@ -1,0 +1,51 @@
+"""How long a run waited for its data: in its log, its results, and its last words."""
+
+import time
+
+import pytest
+
+from fastssl.config import dump
+from fastssl.data.loader import PretrainLoader
+from fastssl.report import read_metrics
+from fastssl.train import pretrain
+from tests.runs import tiny
+from tests.test_cli import call
+
+
+@pytest.fixture
+def slow_data(monkeypatch):
+    stream = PretrainLoader.stream
+
+    def slowly(self, start, end):
+        for batch in stream(self, start, end):
+            time.sleep(2.0)
+            yield batch
+
+    monkeypatch.setattr(PretrainLoader, "stream", slowly)
+
+
+def shares(cfg):
+    rows = read_metrics(cfg.directory / "metrics.jsonl")
+    return [row["data_wait"] for row in rows if row["kind"] == "train"]
+
+
+def test_slow_data_are_waited_for(slow_data, tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=1, batch_size=1024)
+    results = pretrain(cfg)
+    assert len(shares(cfg)) == 1 and 0.5 < shares(cfg)[0] <= 1
+    assert results["train"]["data_wait"] == pytest.approx(shares(cfg)[0])
+
+
+def test_data_at_hand_are_not_waited_for(tmp_path, monkeypatch):
+    cfg = tiny("mae", tmp_path, epochs=1)
+    stream = PretrainLoader.stream
+    monkeypatch.setattr(
+        PretrainLoader, "stream", lambda self, start, end: iter(list(stream(self, start, end)))
+    )
+    assert pretrain(cfg)["train"]["data_wait"] < 0.2
+
+
+def test_the_share_is_among_the_last_words(tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=1, batch_size=1024)
+    (tmp_path / "mine.yaml").write_text(dump(cfg))
+    assert "% of the time waiting for data" in call("pretrain", tmp_path / "mine.yaml", "name=x")
