@@ -21,7 +21,8 @@ Only what the spec can ask of a view is in its graph at all.  Pixels are uint8 b
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -56,8 +57,14 @@ class Renderer:
         self.views, self.how, self.batch_size, self.refetch = views, how, batch_size, refetch
         self.layout = Layout(alone=views.count == 1, gpu=how.device.type == "cuda")
 
-    def rendered(self, host: Iterator[Batch]) -> Iterator[Batch]:
+    def rendered(self, host: Generator[Batch, None, None]) -> Generator[Batch]:
         """The batches of `host`, in order, with their views."""
+        with closing(host):
+            first = next(host, None)  # the readers' processes start before DALI's threads
+            if first is not None:
+                yield from self._rendered(chain([first], host))
+
+    def _rendered(self, host: Iterator[Batch]) -> Iterator[Batch]:
         flow = _Flow(self, host)
         pipe = self._started(flow)
         while flow.pending:
@@ -196,7 +203,7 @@ def _graph(to: Renderer, flow: _Flow):
     data, start, shape, *given = fn.external_source(source=flow, num_outputs=count, no_copy=True)
     image = fn.decoders.image_slice(
         data,
-        device="mixed" if gpu else "cpu",
+        device=_decoder(gpu),
         start=start,
         shape=shape,
         axes=(0, 1),
@@ -214,6 +221,10 @@ def _graph(to: Renderer, flow: _Flow):
             x = x ^ (types.Constant(255).uint8() * (x >= at["threshold"]))
         made.append(_normalised(x, views.normalisation(3), to.how, at))
     return tuple(made)
+
+
+def _decoder(gpu: bool) -> str:
+    return "mixed" if gpu else "cpu"
 
 
 def _placed(view: View, image: Node, at: Nodes) -> Node:
@@ -247,7 +258,7 @@ def _coloured_cpu(x: Node, at: Nodes) -> Node:
 def _coloured_gpu(x: Node, at: Nodes) -> Node:
     """Linear colour.  The mean is on the GPU, where an operation's arguments cannot be."""
     x = dali_math.clamp(_twisted(x, at) + _shift(x, at), 0.0, 255.0)
-    return fn.cast(x + 0.5, dtype=types.UINT8)
+    return fn.cast(x, dtype=types.UINT8)  # it rounds
 
 
 def _blurred_cpu(x: Node, at: Nodes) -> Node:

@@ -9,8 +9,8 @@ state, and to resume is to start at another step.
 import atexit
 import signal
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ def _ended(batches: Any) -> Iterator[None]:
         end()
 
 
-def _run(fetch: Fetch, batches: Any, workers: int) -> Iterator[Batch]:
+def _run(fetch: Fetch, batches: Any, workers: int) -> Generator[Batch, None, None]:
     """One DataLoader over all of `batches`: no pause between epochs, workers started once."""
     loader = DataLoader(
         fetch,
@@ -122,16 +122,16 @@ def _padding(own: "PretrainLoader", step: int) -> torch.Tensor:
     return torch.arange(first, first + share) >= len(own.source)
 
 
-def _watched(batches: Iterator[Batch], limit: float) -> Iterator[Batch]:
-    """The same batches.  Raises DataError once more than `limit` of the samples were bad."""
-    seen, found = 0, []
-    for batch in batches:
-        seen += len(batch["index"])
-        found += batch["bad"]
-        drawn = seen + len(found)
-        if drawn >= _BAD_AFTER and len(found) > limit * drawn:
-            raise mostly_bad(f"{len(found)} of {drawn} items", found)
-        yield batch
+def _watched(batches: Generator[Batch, None, None], limit: float) -> Iterator[Batch]:
+    """The same batches.  Raises DataError once more than `limit` of all items read were bad."""
+    drawn = bad = 0
+    with closing(batches):
+        for batch in batches:
+            bad += len(batch["bad"])
+            drawn += len(batch["index"]) + len(batch["bad"])
+            if drawn >= _BAD_AFTER and bad > limit * drawn:
+                raise mostly_bad(f"{bad} of {drawn} items", batch["bad"])
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class PretrainLoader:
         steps = enumerate(batches, start_step)
         return ({**batch, "padding": _padding(self, step)} for step, batch in steps)
 
-    def _made(self, steps: _Steps) -> Iterator[Batch]:
+    def _made(self, steps: _Steps) -> Generator[Batch, None, None]:
         given: Any = (self.source, self.views, self.seed, self.parameters)
         if self.rendering is None:
             return _run(PretrainFetch(*given), steps, self.workers)

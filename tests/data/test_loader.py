@@ -200,6 +200,38 @@ def test_mostly_unreadable_data_stops_with_examples(workers):
     assert words.count(": broken") == 3 and "\n" not in words
 
 
+def test_a_share_of_bad_items_stops_the_stream():
+    """None of them 17 in a row, but every second one."""
+    source = Images(40, bad=range(0, 40, 2))
+    with pytest.raises(DataError, match="most of the data is unreadable, .* of .* items .img"):
+        list(loader(source, max_bad=0.4).stream(0, 200))
+    assert len(list(loader(source, max_bad=0.6).stream(0, 200))) == 200
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (1, 2)])
+def test_a_padded_epoch_has_every_sample_once(world, workers):
+    """Padding is marked, of the same epoch, and the rest is what "drop" has."""
+    options = {"batch_size": 8, "world": world, "workers": workers}
+    own = [loader(last="pad", rank=r, **options) for r in range(world)]
+    assert own[0].steps_per_epoch == 3 and loader(batch_size=8).steps_per_epoch == 2
+    assert loader(Images(24), last="pad", batch_size=8).steps_per_epoch == 3
+    batches = [list(part.stream(0, 6)) for part in own]
+    for epoch in (0, 1):
+        steps = range(3 * epoch, 3 * epoch + 3)
+        index = torch.cat([part[s]["index"] for s in steps for part in batches])
+        padding = torch.cat([part[s]["padding"] for s in steps for part in batches])
+        assert len(index) == 24 and padding.sum() == 2
+        assert sorted(index[~padding].tolist()) == list(range(22))
+        assert torch.equal(index[padding], index[:2])
+    dropped = list(loader(batch_size=8).stream(0, 2))
+    for s in (0, 1):
+        assert torch.equal(torch.cat([p[s]["index"] for p in batches]), dropped[s]["index"])
+    resumed = list(own[0].stream(2, 6))
+    for a, b in zip(batches[0][2:], resumed, strict=True):
+        assert torch.equal(a["padding"], b["padding"]) and torch.equal(a["index"], b["index"])
+    assert "padding" not in dropped[0]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
