@@ -319,7 +319,8 @@ def pack(
     options = options or PackOptions()
     out = Path(os.path.realpath(out.expanduser()))
     names = ("data",) if len(parts) == 1 else ("train", "val")
-    manifest: dict[str, Any] = {"format": FORMAT, "classes": parts[0].classes, "parts": {}}
+    classes = parts[0].classes and list(parts[0].classes)
+    manifest: dict[str, Any] = {"format": FORMAT, "classes": classes, "parts": {}}
     skipped: list[dict[str, str]] = []
     with warnings.catch_warnings(), _aside(out, options.overwrite) as aside:
         warnings.simplefilter("ignore")  # threads would undo each other's filters

@@ -1,9 +1,7 @@
 """Images held as arrays: in memory, or in a .npy file that is read an image at a time."""
 
-import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -11,6 +9,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from ..errors import DataError
+from ..images import of_the_machine
 from ..source import Source, SourceOptions, absolute
 from .files import Files
 from .records import MOST_CLASSES
@@ -88,11 +87,13 @@ def _load(path: Path, mode: Literal["r"] | None = None) -> Any:
     """A .npy as an array, mapped for mode "r"; a .npz as a mapping.  Raises DataError."""
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # a damaged header is read by Python's own parser
+        if of_the_machine(error):
+            raise
+        if isinstance(error, OSError):
+            raise DataError(f"{str(path)!r} cannot be read ({error.strerror}): mend it") from error
         reason = " ".join(str(error).split())
         raise DataError(f"{str(path)!r} is no whole .npy or .npz file ({reason})") from error
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read ({error.strerror}): mend it") from error
 
 
 def _member(path: Path, mapping: Any, key: str) -> np.ndarray:
@@ -101,7 +102,9 @@ def _member(path: Path, mapping: Any, key: str) -> np.ndarray:
     except KeyError as error:
         known = ", ".join(mapping.files) or "nothing"
         raise DataError(f"{str(path)!r} has no array {key!r}: it has {known}") from error
-    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except Exception as error:  # or the decompressor's
+        if of_the_machine(error):
+            raise
         raise DataError(f"array {key!r} of {str(path)!r} is damaged ({error})") from error
 
 
