@@ -10,6 +10,7 @@ import torch
 from fastssl.kernels._dispatch import implementations
 
 TRAIN, DALI = "pip install 'fastssl[train]'", "pip install 'fastssl[dali]'"
+FORMATS = "pip install 'fastssl[formats]'"
 # distribution, module that proves it, what it is for, how to get it
 PARTS = [
     (
@@ -23,6 +24,9 @@ PARTS = [
     ("torchvision", "torchvision", "augmentation on the CPU", TRAIN),
     ("scikit-learn", "sklearn", "digits, linear probe", TRAIN),
     ("nvidia-dali-cuda130", "nvidia.dali", "augmentation pipelines, GPU or CPU (optional)", DALI),
+    ("lmdb", "lmdb", "images in LMDB (optional)", FORMATS),
+    ("datasets", "datasets", "Hugging Face data sets on disk (optional)", FORMATS),
+    ("fsspec", "fsspec", "shards at s3://, gs://, https:// (optional)", FORMATS),
     # `apex` on PyPI is an unrelated package: NVIDIA's has apex.optimizers
     (
         "apex",

@@ -165,6 +165,7 @@ def _empty_test(path):
 
 MISTAKES = {
     "missing": (_missing, r"folder '.*nowhere' does not exist: give the path of a folder"),
+    "remote": (lambda path: "s3://bucket/x", "what is remote is read as shards: see fastssl pack"),
     "file": (_file, r"'.*file.png' is a file: give the folder that holds the images"),
     "no images": (_no_images, r"no image in folder '.*': put some there"),
     "empty test": (_empty_test, r"no image in folder '.*val': put some there"),

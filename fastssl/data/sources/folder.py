@@ -156,7 +156,11 @@ def split_folders(path: Path, what: str) -> tuple[Path, list[Path]]:
     """
     path = Path(os.path.abspath(path.expanduser()))
     if not path.exists():
-        raise DataError(f"folder {str(path)!r} does not exist: give the path of a folder of {what}")
+        far = any(part.endswith(":") for part in path.parts)  # s3://bucket/x, as a path
+        hint = "; what is remote is read as shards: see fastssl pack" if far else ""
+        raise DataError(
+            f"folder {str(path)!r} does not exist: give the path of a folder of {what}{hint}"
+        )
     if not path.is_dir():
         raise DataError(f"{str(path)!r} is a file: give the folder that holds the {what}")
     test = next((name for name in _TEST_NAMES if (path / name).is_dir()), None)

@@ -5,6 +5,7 @@ each sample.  Its first line is `labels 1 <samples> <bytes of the file>`, then t
 each sample: a whole number, a text as JSON writes it, or `-` where there is none.
 """
 
+import gc
 import json
 import logging
 from array import array
@@ -108,7 +109,13 @@ class Part:
 
     def add_all(self, found: Iterable[tuple[int, Found]]) -> None:
         """The (file, sample) pairs of all files."""
-        self.names = Names(self._noted(found))
+        collecting = gc.isenabled()
+        gc.disable()  # an index makes millions of tuples, none in a circle: half of the time
+        try:
+            self.names = Names(self._noted(found))
+        finally:
+            if collecting:
+                gc.enable()
 
     def _noted(self, found: Iterable[tuple[int, Found]]) -> Iterator[str]:
         for file, sample in found:
