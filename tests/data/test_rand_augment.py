@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from torchvision.transforms import v2
 
 from fastssl.data.rand_augment import OPERATIONS, apply_operation, draw_operations
 from fastssl.data.torch_views import apply, draw, drawn_parameters
@@ -155,3 +156,25 @@ def test_it_cannot_be_told():
 
 def test_no_operations_by_default():
     assert draw(View(size=8), 9, 9, 0).operations == ()
+
+
+@pytest.mark.parametrize("magnitude, bin_", [(10.0, 30), (5.0, 15), (2.0, 6)])
+def test_amounts_are_torchvisions(magnitude, bin_):
+    """Magnitudes 0 to 10 are its bins 0 to 30, of an image of 100 pixels."""
+    table = v2.RandAugment._AUGMENTATION_SPACE
+    theirs = {
+        **{"shear_x": "ShearX", "shear_y": "ShearY", "rotate": "Rotate", "saturation": "Color"},
+        **{"translate_x": "TranslateX", "translate_y": "TranslateY", "contrast": "Contrast"},
+        **{"brightness": "Brightness", "sharpness": "Sharpness", "posterise": "Posterize"},
+        "solarise": "Solarize",
+    }
+    for what, amount in draw_operations(500, magnitude, 0.0, Random(0)):
+        if what in theirs:
+            values, _ = table[theirs[what]]
+            want = float(values(31, 100, 100)[bin_])
+            got = amount
+            if what in ("brightness", "saturation", "contrast", "sharpness"):
+                got = amount - 1
+            elif what.startswith("translate"):
+                got = 100 * amount
+            assert abs(got) == pytest.approx(want, abs=1e-5), what
