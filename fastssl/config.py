@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
+from fastssl.data.backend import Backend
 from fastssl.data.batch_ops import AnyBatchOp
 from fastssl.data.datasets import SourceConfig
 from fastssl.data.spec import ViewSpec, view_spec
@@ -27,7 +28,7 @@ from fastssl.engine.optim import OptimConfig, check_optimizer
 from fastssl.methods import METHODS, AnyMethodConfig
 
 SWITCHED = ("method", "model", "data.source", "optim.schedule")
-_SOURCE = ("data.source.path", "data.source.cache", "data.source.label")
+_SOURCE = tuple(f"data.source.{key}" for key in ("path", "val", "cache", "image", "label"))
 VERBATIM = ("name", "output", "model.name", *_SOURCE)
 
 
@@ -62,7 +63,26 @@ class DataConfig(Section):
     batch_ops: tuple[AnyBatchOp, ...] = Field(
         (), description="Done to a batch of views, in order: mixup, noise, style, fields ..."
     )
-    workers: int = Field(4, ge=0, description="Loader processes a rank; 0: in the main process.")
+    workers: int = Field(
+        4, ge=0, description="Loader processes a rank, 0: in the main process; DALI's threads."
+    )
+    backend: Backend = Field(
+        "auto", description="Who makes views: torch (torchvision), dali, or auto: dali if it can."
+    )
+    readers: int = Field(
+        1, ge=0, description="With DALI: processes a rank that read files; 0: the main process."
+    )
+    dali_on: Literal["auto", "cpu"] = Field(
+        "auto", description="Where DALI decodes and augments; auto: where the model is."
+    )
+    channels_last: bool = Field(False, description="With DALI: batches in that memory format.")
+    last: Literal["drop", "pad"] = Field(
+        "drop",
+        description="An epoch's short batch: dropped, or filled with marked samples of its own.",
+    )
+    max_bad: float = Field(
+        0.5, ge=0, le=1, description="Share of unreadable samples above which a run stops."
+    )
 
 
 class EvaluateConfig(Section):
@@ -197,7 +217,12 @@ def differences(saved: RunConfig, now: RunConfig) -> list[str]:
     """
     free = ("output", "device", "resume", "overwrite", "checkpoint", "evaluate", "log")
     old, new = (_flatten(c.model_dump(mode="json", exclude=set(free))) for c in (saved, now))
-    free_leaves = {"data.workers", "engine.activation_checkpointing"}
+    free_leaves = {
+        "data.workers",
+        "data.readers",
+        "data.max_bad",
+        "engine.activation_checkpointing",
+    }
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
         free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.final"}
     keys = sorted((old.keys() | new.keys()) - free_leaves)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from fastssl import distributed
-from fastssl.config import ConfigError, RunConfig
+from fastssl.config import ConfigError, RunConfig, load
+from fastssl.data.backend import Rendering, choose_backend
 from fastssl.data.batch_ops import apply_batch_ops, check_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.loader import PretrainLoader
@@ -96,20 +97,14 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
     """
     split = open_source(cfg.data.source, cfg.seed)
     check_source(cfg, split.train)
+    cfg, note = with_backend(cfg, split.train)
     method = build(cfg, split.train.channels)
     with launch.session(cfg.device) as device:
         if watch is None or distributed.rank() > 0:
             watch = Silent()
-        loader = PretrainLoader(
-            split.train,
-            cfg.views(),
-            batch_size=cfg.batch_size,
-            seed=cfg.seed,
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            workers=cfg.data.workers,
-            parameters=method.told_parameters,
-        )
+        if note:
+            watch.say(note)
+        loader = build_loader(cfg, split.train, device, parameters=method.told_parameters)
         check_steps(cfg, loader)
         with prepared(cfg) as directory:
             engine = Engine(
@@ -122,6 +117,47 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
             )
             forget_replaced(cfg)
             return Run(cfg, split, loader, engine, watch).go(command)
+
+
+def with_backend(cfg: RunConfig, source: Source) -> tuple[RunConfig, str]:
+    """`cfg` with data.backend settled, and what a user should know of that.
+
+    A run that is taken up keeps the back end it began with, whose batches it had.
+    Raises DataError for data.backend=dali where DALI cannot serve.
+    """
+    asked, saved = cfg.data.backend, cfg.directory / "config.yaml"
+    if asked == "auto" and cfg.resume == "auto" and saved.is_file():
+        asked = load(cfg.directory).data.backend
+    chosen = choose_backend(asked, cfg.views(), source)
+    data = cfg.data.model_copy(update={"backend": chosen.backend})
+    return cfg.model_copy(update={"data": data}), chosen.note
+
+
+def build_loader(
+    cfg: RunConfig, source: Source, device: torch.device, *, parameters: bool = False
+) -> PretrainLoader:
+    """The batches that this rank trains on, of a configuration whose back end is settled."""
+    data, cuda = cfg.data, device.type == "cuda"
+    rendering = Rendering(
+        device=device if data.dali_on == "auto" else torch.device("cpu"),
+        threads=max(data.workers, 1),
+        readers=data.readers,
+        half=cuda and cfg.engine.precision == "bf16",  # float16 is nearer than bfloat16, as small
+        channels_last=data.channels_last,
+    )
+    return PretrainLoader(
+        source,
+        cfg.views(),
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        workers=data.workers,
+        parameters=parameters,
+        last=data.last,
+        rendering=rendering if data.backend == "dali" else None,
+        max_bad=data.max_bad,
+    )
 
 
 def check_source(cfg: RunConfig, source: Source) -> None:

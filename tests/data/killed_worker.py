@@ -1,0 +1,61 @@
+"""A run's data without its model: python -m tests.data.killed_worker LOG FOLDER RANK WORLD BACKEND
+
+Streams two epochs and writes a line a step, its number and the ids of the samples, as a run does
+that saves at every step; started again, it goes on behind the last whole line.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastssl.data.backend import Rendering
+from fastssl.data.loader import PretrainLoader
+from fastssl.data.sources.folder import scan_folder
+from fastssl.data.views import preset
+
+BATCH, EPOCHS = 8, 2
+
+
+def steps_done(log: Path) -> int:
+    """Whole lines; a line that the kill cut short goes."""
+    if not log.is_file():
+        return 0
+    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    log.write_text("".join(whole))
+    return len(whole)
+
+
+def told(folder: str, rank: int, world: int, backend: str, start: int) -> Iterator[str]:
+    """A line a step from `start` on: its number, the samples' ids, a sum over each view."""
+    (source,) = scan_folder(Path(folder))
+    loader = PretrainLoader(
+        source,
+        preset("simclr", 64),
+        batch_size=BATCH,
+        seed=5,
+        rank=rank,
+        world=world,
+        workers=1,
+        last="pad",
+        rendering=Rendering(readers=1) if backend == "dali" else None,
+    )
+    for step, batch in enumerate(loader.stream(start, EPOCHS * loader.steps_per_epoch), start):
+        marks = zip(batch["index"].tolist(), batch["padding"].tolist(), strict=True)
+        ids = " ".join(f"{'pad' if padded else ''}{i}" for i, padded in marks)
+        sums = " ".join(f"{float(view.double().sum()):.17g}" for view in batch["views"])
+        yield f"{step}: {ids}: {sums}\n"
+
+
+def main() -> None:
+    log, folder, rank, world, backend = Path(sys.argv[1]), *sys.argv[2:]
+    start = steps_done(log)
+    with open(log, "a") as file:
+        for line in told(folder, int(rank), int(world), backend, start):
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""kill -9 in mid-epoch, and again: every sample of an epoch is seen once, in the same batches."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data.killed_worker import BATCH, EPOCHS, told
+from tests.data.photos import folder
+
+COUNT = 61  # 8 steps of 8: the last one has 3 of padding
+STEPS = EPOCHS * 8
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("photos"), COUNT)
+
+
+def start(log, photos, rank, world, backend):
+    words = [sys.executable, "-m", "tests.data.killed_worker"]
+    given = [str(log), str(photos), str(rank), str(world), backend]
+    return subprocess.Popen([*words, *given], cwd=ROOT)
+
+
+def lines(log):
+    return log.read_text().count("\n") if log.is_file() else 0
+
+
+def kill_after(count, logs, runs):
+    """kill -9 to all, once the first has written `count` lines."""
+    deadline = time.monotonic() + 120
+    while lines(logs[0]) < count:
+        assert time.monotonic() < deadline and runs[0].poll() is None
+        time.sleep(0.002)
+    for run in runs:
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_sample_once_whatever_is_killed(world, backend, photos, tmp_path):
+    logs = [tmp_path / f"rank{r}" for r in range(world)]
+
+    def started():
+        return [start(log, photos, r, world, backend) for r, log in enumerate(logs)]
+
+    for count in (3, 10) if world == 1 else (10,):  # in the midst of an epoch
+        kill_after(count, logs, started())
+    done = [lines(log) for log in logs]
+    assert min(done) < STEPS
+    # The ranks died apart from each other: a run resumes from the step that all of them have.
+    for log in logs:
+        kept = log.read_text().splitlines(keepends=True)[: min(done)]
+        log.write_text("".join(kept))
+    assert [run.wait(timeout=120) for run in started()] == [0] * world
+    parts = [[line.split(": ") for line in log.read_text().splitlines()] for log in logs]
+    assert all([int(step) for step, *_ in part] == list(range(STEPS)) for part in parts)
+    for epoch in range(EPOCHS):
+        words = [
+            word
+            for step in range(8 * epoch, 8 * epoch + 8)
+            for part in parts
+            for word in part[step][1].split()
+        ]
+        assert len(words) == 8 * BATCH and sum(word.startswith("pad") for word in words) == 3
+        seen = sorted(int(word) for word in words if not word.startswith("pad"))
+        assert seen == list(range(COUNT))
+    for rank, log in enumerate(logs):  # to the last bit of the views' sums
+        assert log.read_text() == "".join(told(str(photos), rank, world, backend, 0))
