@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastssl bench", description=__doc__)
     add = parser.add_argument
-    add("cases", nargs="*", metavar="CASE", help="names or patterns (ntxent, 'train-*'); all")
+    add(
+        "cases", nargs="*", metavar="CASE", help="names, families (data), patterns ('train-*'); all"
+    )
     add("--list", action="store_true", help="say which cases there are, and stop")
     add("--quick", action="store_true", help="small shapes, under a minute on a CPU")
     add("--size", choices=SIZES, help="shapes; by default cuda on a GPU, else cpu")

@@ -149,15 +149,21 @@ def all_cases() -> dict[str, Case]:
 
 
 def select(patterns: Iterable[str]) -> list[Case]:
-    """The cases whose names match one of the patterns (`ntxent`, `train-*`); all, without any.
+    """The cases that are asked for, in the order of the table; all, without any pattern.
 
+    A pattern is a case's name, a family's (`data` for every `data-...`), or one with wildcards
+    (`train-*`); a name that is both a case's and a family's is the case's.
     Raises ValueError for a pattern that matches nothing.
     """
-    known, wanted = all_cases(), list(patterns)
+    known, wanted = all_cases(), [*patterns]
+    found: set[str] = set() if wanted else set(known)
     for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in known):
+        family = f"{pattern}-*" if pattern not in known else pattern
+        names = {n for n in known if fnmatchcase(n, pattern) or fnmatchcase(n, family)}
+        if not names:
             raise ValueError(f"no case is called {pattern!r}; there are {', '.join(known)}")
-    return [c for c in known.values() if not wanted or any(fnmatchcase(c.name, p) for p in wanted)]
+        found |= names
+    return [case for name, case in known.items() if name in found]
 
 
 def outputs(value: Any) -> list[Tensor]:

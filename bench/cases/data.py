@@ -1,9 +1,9 @@
-"""The data pipeline: what one worker augments, from pixels in memory to a batch of views.
+"""Augmentation alone: what one worker makes of pixels in memory, a batch of views.
 
 B images of S x S pixels, two views of V x V each.  One thread for everybody, as torch gives a
 worker of a DataLoader; but in this process, since workers would work ahead while others are timed.
-Reading and decoding files is left out, being the same for all.  Everything is on the CPU, also
-where the rest is measured on a GPU.
+Everything is on the CPU, also where the rest is measured on a GPU.  jpegs.py has all of it, from
+files on.
 """
 
 from __future__ import annotations
@@ -129,35 +129,47 @@ def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
         rivals=rivals,
         bytes_moved={"run": nbytes(pixels) + 2 * B * 3 * V * V * 4.0},
         items=(B, "images"),
-        check=_looks_right(pixels, V),
+        check=looks_right(pixels, [V, V], B),
         rotate=False,
     )
 
 
-def _looks_right(pixels: Tensor, side: int) -> Callable[[str, Sequence[Tensor]], str]:
-    """The check: (rival, views) -> what is wrong with them, or ""."""
+def looks_right(
+    pixels: Tensor, sides: Sequence[int], count: int
+) -> Callable[[str, Sequence[Tensor]], str]:
+    """The check: (rival, views) -> what is wrong with them, or "".
+
+    pixels: (n, 3, H, W) uint8, what the views are of.  sides: of each view.  count: of a batch.
+    """
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
     low, high = -mean / std, (1 - mean) / std
     source = (pixels / 255 - mean) / std
-    size = (len(pixels), 3, side, side)
+    source_mean, source_std = source.mean(), source.std()
+    del source
+
+    def wrong(view: Tensor, side: int) -> str:
+        size = (count, 3, side, side)
+        if view.shape != size or view.dtype != torch.float32:
+            return f"is {tuple(view.shape)} {view.dtype}, not {size} float32"
+        if not torch.isfinite(view).all():
+            return "is not finite"
+        if (view < low - 1e-3).any() or (view > high + 1e-3).any():
+            return "leaves the range that pixels in [0, 1] have"
+        # Brightness alone moves an image's mean by about one deviation.
+        away = float((view.mean() - source_mean).abs())
+        if away > 4 / math.sqrt(count):
+            return f"has a mean {away:.2f} deviations from the images'"
+        spread = float(view.std() / source_std)
+        return "" if 0.4 < spread < 2.5 else f"has {spread:.2f} times the images' spread"
 
     def check(name: str, outputs: Sequence[Tensor]) -> str:
-        if len(outputs) != 2:
-            return f"{len(outputs)} views came out, not 2"
-        for v, view in enumerate(outputs):
-            if view.shape != size or view.dtype != torch.float32:
-                return f"view {v} is {tuple(view.shape)} {view.dtype}, not {size} float32"
-            if not torch.isfinite(view).all():
-                return f"view {v} is not finite"
-            if (view < low - 1e-3).any() or (view > high + 1e-3).any():
-                return f"view {v} leaves the range that pixels in [0, 1] have"
-            # Brightness alone moves an image's mean by about one deviation.
-            away = float((view.mean() - source.mean()).abs())
-            if away > 4 / math.sqrt(len(pixels)):
-                return f"view {v} has a mean {away:.2f} deviations from the images'"
-            spread = float(view.std() / source.std())
-            if not 0.4 < spread < 2.5:
-                return f"view {v} has {spread:.2f} times the images' spread"
-        return "the two views are the same" if torch.equal(*outputs) else ""
+        if len(outputs) != len(sides):
+            return f"{len(outputs)} views came out, not {len(sides)}"
+        views = [view.cpu() for view in outputs]
+        for v, (view, side) in enumerate(zip(views, sides, strict=True)):
+            if why := wrong(view, side):
+                return f"view {v} {why}"
+        same = (v for v in range(1, len(views)) if torch.equal(views[v - 1], views[v]))
+        return next((f"views {v - 1} and {v} are the same" for v in same), "")
 
     return check

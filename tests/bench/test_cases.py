@@ -18,6 +18,7 @@ from fastssl.bench.registry import OURS, REFERENCE, SIZES, Absent, all_cases
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CASES = {name: case for name, case in all_cases().items() if not name.endswith("-ranks")}
+PHOTOS = {"N": 8, "B": 8, "W": 80, "V": 40, "workers": 0}
 TINY = {
     "ntxent": {"B": 13, "D": 7},
     "barlow-twins": {"B": 13, "D": 9},
@@ -49,6 +50,12 @@ TINY = {
     "optim-lamb": {"W": 8, "L": 1},
     "optim-adamw": {"W": 8, "L": 1},
     "data-simclr": {"B": 8, "S": 48, "V": 40},
+    "data-jpeg-simclr": PHOTOS,
+    "data-jpeg-mae": PHOTOS,
+    "data-jpeg-dino": PHOTOS,
+    "data-jpeg-plain": PHOTOS,
+    "data-array-simclr": PHOTOS,
+    "data-shard-simclr": PHOTOS,
     "train-simclr": {"B": 8, "S": 16, "P": 8, "W": 64, "L": 1},
     "train-barlow-twins": {"B": 8, "S": 16, "P": 8, "W": 64, "L": 1},
     "train-mae": {"B": 8, "S": 16, "P": 4, "W": 64, "L": 1},
@@ -69,6 +76,12 @@ LIBRARIES = {
     "optim-lamb": {"timm"},
     "optim-adamw": {"timm", "torch foreach", "torch fused"},
     "data-simclr": {"lightly"},
+    "data-jpeg-simclr": {"lightly", "fastssl torchvision", "fastssl torchvision linear"},
+    "data-jpeg-mae": {"lightly", "fastssl torchvision"},
+    "data-jpeg-dino": {"lightly", "fastssl torchvision", "fastssl torchvision linear"},
+    "data-jpeg-plain": {"fastssl torchvision"},
+    "data-array-simclr": {"lightly", "fastssl torchvision", "fastssl torchvision linear"},
+    "data-shard-simclr": {"lightly", "fastssl torchvision", "fastssl folder"},
     "train-simclr": {"lightly", "fastssl engine"},
     "train-barlow-twins": {"lightly", "fastssl engine"},
     "train-mae": {"lightly", "fastssl engine"},
@@ -278,7 +291,7 @@ def _views(x):
     [
         (lambda x: _views(x), ""),
         (lambda x: [x], "1 views came out"),
-        (lambda x: [x, x], "the two views are the same"),
+        (lambda x: [x, x], "views 0 and 1 are the same"),
         (lambda x: _views(x[:4]), "view 0 is (4, 3, 40, 40)"),
         (lambda x: _views(x.double()), "view 0 is (8, 3, 40, 40) torch.float64"),
         (lambda x: _views(x / 0), "view 0 is not finite"),

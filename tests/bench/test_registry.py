@@ -45,6 +45,21 @@ def test_cases_are_selected_by_pattern():
         select(["nt-xent"])
 
 
+def test_a_family_is_selected_by_its_first_words():
+    family = [name for name in all_cases() if name.startswith("data-")]
+    assert len(family) > 3 and [c.name for c in select(["data"])] == family
+    jpegs = [name for name in family if name.startswith("data-jpeg-")]
+    assert [c.name for c in select(["data-jpeg", "ntxent"])] == ["ntxent", *jpegs]
+    assert [c.name for c in select(["clip"])] == ["clip"]
+    with pytest.raises(ValueError, match="no case is called 'dat'"):
+        select(["dat"])
+
+
+def test_a_case_of_a_familys_name_is_that_case():
+    case("data", test="t", shapes={})(make)
+    assert [c.name for c in select(["data"])] == ["data"]
+
+
 def test_every_case_has_shapes_of_some_size_and_a_sentence():
     for one in all_cases().values():
         assert one.about.endswith(".") and set(one.shapes) <= set(SIZES) and one.shapes

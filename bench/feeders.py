@@ -1,0 +1,200 @@
+"""Who feeds a training with views: an epoch a call, from a standing start to its last batch.
+
+Nobody works ahead between calls: our loader's stream ends with the epoch, and so does that of a
+DataLoader, whose workers stay (persistent_workers) and wait.  What a call returns is the views of
+its last batch, on the device that trains.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+
+@dataclass(frozen=True)
+class Feed:
+    """spec: the Views to make.  batch: images in one.  workers: processes, or DALI's threads."""
+
+    spec: Any
+    batch: int
+    workers: int
+    device: torch.device
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def consumed(self, batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+        """Every batch brought to the device, and the last one's views."""
+        views: list[Tensor] = []
+        for batch in batches:
+            views = [view.to(self.device, non_blocking=True) for view in batch]
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        return views
+
+
+class OurFeed:
+    """Epoch after epoch of our loader over `source`; by DALI or by torchvision.
+
+    Its workers start with each epoch, which is part of the time.  On a CPU DALI's files are read by
+    this process: its threads leave no core to another.
+    """
+
+    def __init__(self, feed: Feed, source: Any, *, dali: bool) -> None:
+        self.feed, self.epoch = feed, 0
+        rendering = None
+        if dali:
+            rendering = import_module("fastssl.data.backend").Rendering(
+                device=feed.device, threads=max(feed.workers, 1), readers=int(feed.cuda)
+            )
+        self.loader = import_module("fastssl.data.loader").PretrainLoader(
+            source,
+            feed.spec,
+            batch_size=feed.batch,
+            seed=0,
+            workers=0 if dali else feed.workers,
+            rendering=rendering,
+        )
+
+    def __call__(self, *_: Tensor) -> list[Tensor]:
+        start = self.epoch * self.loader.steps_per_epoch
+        self.epoch += 1
+        stream = self.loader.stream(start, start + self.loader.steps_per_epoch)
+        return self.feed.consumed(batch["views"] for batch in stream)
+
+
+class PlainFeed:
+    """Epoch after epoch of torch's DataLoader, shuffled, with workers that stay.
+
+    after(batch) -> views: what is left to be done on the device.
+    """
+
+    def __init__(
+        self, feed: Feed, data: Dataset, after: Callable[[Tensor], Sequence[Tensor]] | None = None
+    ) -> None:
+        self.feed, self.after = feed, after
+        self.loader = DataLoader(
+            data,
+            batch_size=feed.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=feed.workers,
+            persistent_workers=feed.workers > 0,
+            pin_memory=feed.cuda,
+        )
+
+    def __call__(self, *_: Tensor) -> list[Tensor]:
+        with warnings.catch_warnings():  # Python 3.12 on warns of any fork beside threads
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+            batches = iter(self.loader)
+        if self.after is None:
+            return self.feed.consumed(batches)
+        moved = (batch.to(self.feed.device, non_blocking=True) for batch in batches)
+        return self.feed.consumed(map(self.after, moved))
+
+
+class Pictures(Dataset):
+    """`transform` of each image of a list: a path, decoded by Pillow, or a Pillow image."""
+
+    def __init__(self, images: Sequence[Any], transform: Callable[[Any], Any]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Any:
+        image = self.images[i]
+        if not hasattr(image, "mode"):
+            with import_module("PIL.Image").open(image) as file:
+                image = file.convert("RGB")
+        return self.transform(image)
+
+
+class PillowBlur:
+    """A Gaussian blur of a Pillow image by Pillow, sigma uniform: three times as fast as v2's."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Any) -> Any:
+        sigma = float(torch.empty(()).uniform_(*self.sigma))
+        return image.filter(import_module("PIL.ImageFilter").GaussianBlur(sigma))
+
+
+class Ordinary:
+    """The views of `spec` by torchvision.transforms.v2 on Pillow images, as authors' code has them.
+
+    Pillow images are the fastest form there: a crop reads what it needs, and the blur is Pillow's.
+    """
+
+    def __init__(self, spec: Any) -> None:
+        v2 = import_module("torchvision.transforms.v2")
+        finish = [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(spec.mean, spec.std),
+        ]
+        self.views = [v2.Compose([*_operations(v2, view), *finish]) for view in spec.crops]
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        return [view(image) for view in self.views]
+
+
+def _operations(v2: Any, view: Any) -> list[Any]:
+    mode = v2.InterpolationMode(view.interpolation)
+    if view.crop_scale == (1.0, 1.0):
+        return [v2.Resize(view.size, mode), v2.CenterCrop(view.size)]
+    scale, ratio = view.crop_scale, view.crop_ratio
+    found = [v2.RandomResizedCrop(view.size, scale, ratio, interpolation=mode)]
+    if view.flip:
+        found.append(v2.RandomHorizontalFlip(view.flip))
+    if view.jitter:
+        jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+        found.append(v2.RandomApply([jitter], view.jitter))
+    if view.grayscale:
+        found.append(v2.RandomGrayscale(view.grayscale))
+    if view.blur:
+        found.append(v2.RandomApply([PillowBlur(view.blur_sigma)], view.blur))
+    if view.solarise:
+        found.append(v2.RandomSolarize(255 * view.solarise_threshold, view.solarise))
+    return found
+
+
+class KorniaViews:
+    """The views of `spec` by kornia on a batch (B, 3, H, W) uint8, where that is: on the GPU."""
+
+    def __init__(self, spec: Any, device: torch.device) -> None:
+        K = import_module("kornia.augmentation")
+        self.views = [_kornia(K, view, spec).to(device) for view in spec.crops]
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> list[Tensor]:
+        x = pixels.float() / 255
+        return [view(x) for view in self.views]
+
+
+def _kornia(K: Any, view: Any, spec: Any) -> nn.Sequential:
+    size, mode = (view.size, view.size), view.interpolation
+    found = [K.RandomResizedCrop(size, view.crop_scale, view.crop_ratio, resample=mode)]
+    if view.flip:
+        found.append(K.RandomHorizontalFlip(view.flip))
+    if view.jitter:
+        strength = (view.brightness, view.contrast, view.saturation, view.hue)
+        found.append(K.ColorJitter(*strength, p=view.jitter))
+    if view.grayscale:
+        found.append(K.RandomGrayscale(p=view.grayscale))
+    if view.blur:
+        taps = 2 * round(3 * view.blur_sigma[1]) + 1
+        found.append(K.RandomGaussianBlur((taps, taps), view.blur_sigma, p=view.blur))
+    if view.solarise:
+        found.append(K.RandomSolarize(view.solarise_threshold, 0.0, p=view.solarise))
+    mean, std = (torch.tensor(values) for values in (spec.mean, spec.std))
+    return nn.Sequential(*found, K.Normalize(mean, std))
