@@ -68,7 +68,7 @@ gpu-test: gpu-install  ## tests in every dtype and at large shapes, compute-sani
 gpu-tune: gpu-install  ## which configurations are fastest, ready to be pasted
 	$(GPU) tune $(GPU_ARGS)
 
-gpu-bench: gpu-install ## kernels and losses beside their rivals
+gpu-bench: gpu-install ## kernels, losses and data beside their rivals
 	$(GPU) bench $(GPU_ARGS)
 
 gpu-train: gpu-install ## whole training steps

@@ -183,7 +183,10 @@ class KorniaViews:
 
 def _kornia(K: Any, view: Any, spec: Any) -> nn.Sequential:
     size, mode = (view.size, view.size), view.interpolation
-    found = [K.RandomResizedCrop(size, view.crop_scale, view.crop_ratio, resample=mode)]
+    found: list[nn.Module] = [
+        K.RandomResizedCrop(size, view.crop_scale, view.crop_ratio, resample=mode),
+        nn.Hardtanh(0.0, 1.0),  # bicubic overshoots
+    ]
     if view.flip:
         found.append(K.RandomHorizontalFlip(view.flip))
     if view.jitter:

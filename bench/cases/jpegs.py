@@ -33,7 +33,7 @@ from fastssl.bench.rivals import Late, Rivals, installed, library
 _DALI = "pip install 'fastssl[dali]'"
 _TEST = "tests/data/test_dali.py"
 _CPU = {"N": 256, "B": 64, "W": 500, "V": 224, "workers": 2}
-_CUDA = {"N": 8192, "B": 256, "W": 500, "V": 224, "workers": 8}
+_CUDA = {"N": 2048, "B": 256, "W": 500, "V": 224, "workers": 8}
 _SHAPES = {
     "quick": [{"N": 32, "B": 16, "W": 160, "V": 64, "workers": 1}],
     "cpu": [_CPU],

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastssl.bench import __main__ as bench
 from fastssl.bench import deadline, gpu, record, tune
@@ -171,6 +172,14 @@ def test_the_verdict_on_a_benchmark(tmp_path, statuses, code, want):
     assert gpu.by_record(tmp_path / "part", code, ["Segmentation fault"]) == want
 
 
+def test_a_benchmark_of_a_stand_in_says_so(tmp_path):
+    """DALI is not installed: the other back end is measured."""
+    rows(tmp_path / "part", "absent")
+    rows(tmp_path / "part", "ok", rival="fastssl torchvision")
+    said = "fastssl torchvision: 1 measured; fastssl: because"
+    assert gpu.by_record(tmp_path / "part", 0, []) == (OK, said)
+
+
 def test_a_benchmark_that_wrote_nothing(tmp_path):
     assert gpu.by_record(tmp_path / "part", 2, ["no case"]) == (FAILED, "exit code 2: no case")
 
@@ -202,7 +211,8 @@ def test_the_first_cases_come_first_in_both_dtypes_and_all_come(place):
         assert [c[0] for c in cases[:4]] == [*gpu.FIRST]
         joined = [name for some in cases for name in some]
         optim = {name for name in apart if name.startswith("optim-") and "float32" in theme}
-        assert sorted(joined) == sorted(set(place.cases) - apart | optim)
+        data = set(gpu.DATA) if "float32" in theme else set()
+        assert sorted(joined) == sorted(set(place.cases) - apart | optim | data)
     assert [a.sweep for a in measured(place, "bench-sweep-bfloat16")] == 4 * [True]
     assert [a.rival for a in measured(place, "bench-compile-bfloat16")] == 4 * [["compile"]]
 
@@ -212,6 +222,9 @@ def test_the_rivals_have_the_names_that_cases_give_them():
     ours = f"{OURS} torch"  # from bench/rivals.py
     assert all(f'rivals["{name}"]' in known for name in gpu.RIVALS if name != ours)
     assert ours in gpu.RIVALS and " torch" in (ROOT / "bench/rivals.py").read_text()
+    data = all_cases()["data-jpeg-simclr"]
+    made = data.make(dict(data.shapes["quick"][0]), torch.float32, torch.device("cuda"))
+    assert set(gpu.FEEDERS) <= set(made.rivals) and set(gpu.DATA) <= set(all_cases())
 
 
 def test_a_rehearsal_is_small_and_on_the_cpu(place):
