@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
-from fastssl.config import dump
+import pytest
+
+from fastssl.config import dump, load
 from fastssl.report import read_metrics
+from tests.data.photos import folder
 from tests.runs import losses, tiny
 
 
@@ -34,8 +37,14 @@ def test_a_whole_group_told_to_stop_saves_its_state(tmp_path):
     assert list(cfg.directory.glob("checkpoints/step-*/manifest.json"))
 
 
-def test_killed_and_resumed_equals_undisturbed(tmp_path):
-    whole = tiny("simclr", tmp_path, name="whole", epochs=8, checkpoint__every_steps=3)
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_killed_and_resumed_equals_undisturbed(backend, tmp_path):
+    data = {}
+    if backend == "dali":
+        photos = {"name": "folder", "path": str(folder(tmp_path / "photos", 100))}
+        data = {"data__source": photos, "batch_size": 16, "data__backend": "auto"}
+    changes = {"epochs": 8, "checkpoint__every_steps": 3, **data}
+    whole = tiny("simclr", tmp_path, name="whole", **changes)
     killed = whole.model_copy(update={"name": "killed"})
     subprocess.run(command(whole, tmp_path), check=True, env=os.environ, timeout=300)
     with open(tmp_path / "out", "w") as out:
@@ -53,5 +62,6 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path):
     assert losses(killed) == losses(whole) and len(losses(whole)) == 40
     rows = [json.loads((c.directory / "results.json").read_text())["rows"] for c in (whole, killed)]
     assert rows[0] == rows[1]
+    assert load(killed.directory).data.backend == backend
     events = [r["what"] for r in read_metrics(metrics) if r["kind"] == "event"]
     assert "resumed" in events
