@@ -106,11 +106,12 @@ def test_an_index_spares_the_scan(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "0", "0 20\n", "0 {n}\n", "5 {n}\n{n} {n}\n", "0 {n}\n1 {n}\n", "0 1\n1 99999\n"],
+    ["", "x", "0", "0 20\n", "0 {first}\n", "5 {n}\n{n} {n}\n", "0 {n}\n1 {n}\n", "0 1\n1 99999\n"],
 )
 def test_an_index_that_does_not_fit_is_made_anew(tmp_path, text):
-    path = tfrecord(tmp_path / "a.tfrecord", 0, 2)
-    (tmp_path / "a.tfrecord.idx").write_text(text.format(n=path.stat().st_size // 2))
+    size = tfrecord(tmp_path / "a.tfrecord", 0, 2).stat().st_size
+    first = len(tfrecord(tmp_path / "one", 0, 1).read_bytes())  # whole, but not all there is
+    (tmp_path / "a.tfrecord.idx").write_text(text.format(n=size // 2, first=first))
     assert reds(opened(tmp_path)[0]) == [0, 1]
     assert reds(opened(tmp_path)[0]) == [0, 1]
 

@@ -1,5 +1,6 @@
 """WebDataset shards: found, indexed, read at random, and damaged in every way."""
 
+import io
 import json
 import os
 import pickle
@@ -65,12 +66,31 @@ def test_what_a_sample_is(tmp_path):
         ("y.txt", b"no image"),
         (".z.png", encoded(3)),
         ("w.mask.png", encoded(4)),
+        ("w.edges.png", encoded(5)),
         ("w.cls", b"5\n"),
     ]
     tar(tmp_path / "a.tar", members)
     (whole,) = opened(tmp_path)
     assert names(whole) == ["a.tar/x", "a.tar/w"] and reds(whole) == [2, 4]
     assert whole.labels.tolist() == [7, 5] and len(whole.classes) == 8
+
+
+def test_what_is_no_plain_file_is_passed_over(tmp_path):
+    """Folders, links that tell a size but have no data, and sparse files, which are in pieces."""
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        kinds = {"d.png": tarfile.DIRTYPE, "l.png": tarfile.LNKTYPE, "s.png": tarfile.SYMTYPE}
+        for name, kind in kinds.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, "x", 600 * (kind != tarfile.DIRTYPE)
+            file.addfile(info)
+        info = tarfile.TarInfo("sparse.png")
+        info.size, info.pax_headers = 9, {"GNU.sparse.major": "1"}
+        file.addfile(info, io.BytesIO(bytes(9)))
+        info = tarfile.TarInfo("x.png")
+        info.size = len(encoded(7))
+        file.addfile(info, io.BytesIO(encoded(7)))
+    (whole,) = opened(tmp_path)
+    assert names(whole) == ["a.tar/x"] and reds(whole) == [7]
 
 
 def test_text_labels_are_classes(tmp_path):
@@ -167,6 +187,11 @@ def _of_another(folder):
     (folder / "train-000000.idx").write_bytes((folder / "train-000001.idx").read_bytes())
 
 
+def _of_other_sizes(folder):
+    index = folder / "train-000000.idx"
+    index.write_text(index.read_text().replace(f" {len(encoded(0))} ", f" {len(encoded(0)) + 1} "))
+
+
 def _longer_shard(folder):
     index = (folder / "train-000000.idx").read_bytes()
     shard(folder / "train-000000.tar", 0, 5)
@@ -181,6 +206,7 @@ MISFITS = {
     "short line": _text("v1.2 1\npng 512\n"),
     "no number": _text("v1.2 1\npng x 70 a.png\n"),
     "too few": _text("v1.2 3\npng 512 70 0000.png\n"),
+    "other size": _of_other_sizes,
     "unaligned": _text("v1.2 1\npng 513 70 0000.png\n"),
     "negative": _text("v1.2 1\npng -512 70 0000.png\n"),
     "none": _text("v1.2 0\n"),
