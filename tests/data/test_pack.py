@@ -215,6 +215,22 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert visible(tmp_path) == ["in", "old"] and tree(tmp_path / "old") == before
 
 
+def test_what_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
+    source = FolderSource(path=folder(tmp_path / "in"))
+    packed(source, tmp_path / "out")
+    before, rename = tree(tmp_path / "out"), room.Path.rename
+
+    def refuse(path, target):
+        if path.name.endswith(".partial"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(room.Path, "rename", refuse)
+    with pytest.raises(PackError, match="cannot write .*Permission denied"):
+        packed(source, tmp_path / "out", overwrite=True, shard_bytes=1)
+    assert visible(tmp_path) == ["in", "out"] and tree(tmp_path / "out") == before
+
+
 def test_a_failing_disk_under_the_source_is_not_a_bad_image(tmp_path, monkeypatch):
     source = FolderSource(path=folder(tmp_path / "in"))
 
