@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,29 @@ def by_code(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
         return CUT, ""
     last = next((line for line in reversed(lines) if line.strip()), "")
     return (OK, "") if code == 0 else (FAILED, f"exit code {code}: {last.strip()[:200]}")
+
+
+def by_pytest(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+    """pytest's own last line is the note."""
+    counts = re.compile(r"\b\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.]+s")
+    found = next((line for line in reversed(lines) if counts.search(line)), "")
+    status, note = by_code(code, lines)
+    return status, found.strip("= ") or note
+
+
+def by_sanitizer(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+    """Only its own summary, of no errors, is a pass; a GPU it cannot watch is a tool not run."""
+    if code is None:
+        return CUT, ""
+    text = "\n".join(lines)
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
+    if summaries:
+        errors = [int(n) for line in summaries for n in re.findall(r"(\d+) errors?\b", line)]
+        clean = code == 0 and errors and not any(errors)
+        return OK if clean else FAILED, summaries[-1].strip()
+    if re.search(r"(?i)device not supported", text):
+        return NOT_RUN, "compute-sanitizer does not support this machine's GPU"
+    return FAILED, f"no summary, {by_code(code, lines)[1] or 'exit code 0'}"
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,12 @@ from fastssl.bench.deadline import (
     CUT,
     FAILED,
     NOT_RUN,
-    OK,
     Outcome,
     Runner,
     Step,
     by_code,
+    by_pytest,
+    by_sanitizer,
     fresh_lines,
     run_steps,
     table,
@@ -221,29 +222,6 @@ def _sanitizer(tool: str, command: tuple[str, ...]) -> Step:
     missing = "" if found else "compute-sanitizer is not on PATH"
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Step(tool, (*argv, *command), 90, env, by_sanitizer, missing)
-
-
-def by_pytest(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
-    """pytest's own last line is the note."""
-    counts = re.compile(r"\b\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.]+s")
-    found = next((line for line in reversed(lines) if counts.search(line)), "")
-    status, note = by_code(code, lines)
-    return status, found.strip("= ") or note
-
-
-def by_sanitizer(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
-    """Only its own summary, of no errors, is a pass; a GPU it cannot watch is a tool not run."""
-    if code is None:
-        return CUT, ""
-    text = "\n".join(lines)
-    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
-    if summaries:
-        errors = [int(n) for line in summaries for n in re.findall(r"(\d+) errors?\b", line)]
-        clean = code == 0 and errors and not any(errors)
-        return OK if clean else FAILED, summaries[-1].strip()
-    if re.search(r"(?i)device not supported", text):
-        return NOT_RUN, "compute-sanitizer does not support this machine's GPU"
-    return FAILED, f"no summary, {by_code(code, lines)[1] or 'exit code 0'}"
 
 
 def plan_tune(place: Place, end: float) -> list[Step]:

@@ -187,8 +187,17 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """What is installed, what will run on what, and what to install for what is missing."""
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="Of this recipe or YAML file: is its data or its model the slower?"),
+    ] = None,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(help="For the data, and for the model.")] = 5.0,
+) -> None:
+    """What is installed and will run on what; or, with a recipe, what holds its training up."""
+    if recipe is not None:
+        return _print_bottleneck(recipe, overrides, seconds)
     from fastssl.doctor import findings, primitives
 
     table = Table("part", "state", "what for", "to do")
@@ -257,6 +266,31 @@ def _print_plan(cfg: Any) -> None:
     console.print(f"{images:,} training images, {held:,} held out; {steps:,} steps")
     console.print(f"{plan.parameters:,} parameters, {world} process(es)")
     console.print(table)
+
+
+def _print_bottleneck(recipe: str, overrides: list[str] | None, seconds: float) -> None:
+    from fastssl.bottleneck import advice, examine, on_cpu, verdict
+    from fastssl.config import resolve
+    from fastssl.data.datasets import open_source
+
+    cfg, ranks = examine(resolve(recipe, overrides), seconds)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    table = Table("rank", "images/s: data", "model", "reading alone", "decoding alone", "1st batch")
+    for rank, found in enumerate(ranks):
+        rates = (found.data, found.step, found.read, found.decode)
+        shown = [f"{rate:,.0f}" if rate else "-" for rate in rates]
+        table.add_row(str(rank), *shown, f"{found.first:.1f} s")
+    console.print(table)
+    makes = {"torch": "torch", "dali": "DALI"}[cfg.data.backend]
+    how = f"views by {makes}, {cfg.data.workers} workers a rank, {ranks[0].images} images a step"
+    console.print(f"{how}; alone: by one process", markup=False)
+    found = verdict(ranks)
+    console.print(found.sentence(), markup=False)
+    for line in advice(cfg, ranks, open_source(cfg.data.source, cfg.seed).train):
+        console.print(f"- {line}", markup=False)
+    if on_cpu(cfg):
+        console.print("the model trains on the cores that make views: a run is slower than either")
 
 
 def _print_results(results: dict[str, Any]) -> None:

@@ -13,7 +13,10 @@ LEVELS = [
     {"kernels"},
     {"losses", "models"},
     {"data", "methods", "evaluate", "report", "engine"},
-    {"train", "config", "results", "rundir", "embedding", "runlog", "plan", "export", "doctor"},
+    {
+        *("train", "config", "results", "rundir", "embedding", "runlog", "plan", "export"),
+        *("doctor", "bottleneck"),
+    },
     {"bench"},
     {"cli", "progress", "__main__"},
 ]

@@ -124,7 +124,7 @@ def test_a_deaf_command_is_killed_with_its_children(monkeypatch, tmp_path):
     ],
 )
 def test_the_verdict_on_tests(code, last, want):
-    status, note = gpu.by_pytest(code, ["...", last])
+    status, note = deadline.by_pytest(code, ["...", last])
     assert status == want[0] and note.startswith(want[1])
 
 
@@ -144,7 +144,7 @@ def test_the_verdict_on_tests(code, last, want):
     ],
 )
 def test_the_verdict_of_the_sanitizer(code, text, status):
-    assert gpu.by_sanitizer(code, text.splitlines())[0] == status
+    assert deadline.by_sanitizer(code, text.splitlines())[0] == status
 
 
 def rows(path, *statuses, rival="fastssl"):
