@@ -259,8 +259,8 @@ def _print_plan(cfg: Any) -> None:
     table = Table("per device", "MiB")
     for name in ("weights", "gradients", "optimiser", "activations", "total"):
         table.add_row(name, f"{getattr(plan, name) / 2**20:,.1f}")
-    size, seed = cfg.batch_size, cfg.seed
-    loader = PretrainLoader(split.train, cfg.views(), batch_size=size, seed=seed, world=world)
+    given: dict[str, Any] = {"batch_size": cfg.batch_size, "seed": cfg.seed, "world": world}
+    loader = PretrainLoader(split.train, cfg.views(), last=cfg.data.last, **given)
     check_steps(cfg, loader)
     images, held, steps = len(split.train), len(split.test), cfg.epochs * loader.steps_per_epoch
     console.print(f"{images:,} training images, {held:,} held out; {steps:,} steps")

@@ -213,14 +213,12 @@ def _described(section: BaseModel, indent: str) -> Iterator[str]:
 def differences(saved: RunConfig, now: RunConfig) -> list[str]:
     """Keys, as `a.b: old -> new`, whose change makes it another run.
 
-    Where a run is kept, how often it speaks and how many processes read its data do not count.
+    Where a run is kept, how often it speaks and who reads and makes its data do not count.
     """
     free = ("output", "device", "resume", "overwrite", "checkpoint", "evaluate", "log")
     old, new = (_flatten(c.model_dump(mode="json", exclude=set(free))) for c in (saved, now))
     free_leaves = {
-        "data.workers",
-        "data.readers",
-        "data.max_bad",
+        *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),
         "engine.activation_checkpointing",
     }
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand

@@ -122,15 +122,17 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
 def with_backend(cfg: RunConfig, source: Source) -> tuple[RunConfig, str]:
     """`cfg` with data.backend settled, and what a user should know of that.
 
-    A run that is taken up keeps the back end it began with, whose batches it had.
-    Raises DataError for data.backend=dali where DALI cannot serve.
+    A run that is taken up keeps the back end that it began with, unless another is asked for.
+    Raises DataError for DALI where it cannot serve.
     """
-    asked, saved = cfg.data.backend, cfg.directory / "config.yaml"
-    if asked == "auto" and cfg.resume == "auto" and saved.is_file():
-        asked = load(cfg.directory).data.backend
-    chosen = choose_backend(asked, cfg.views(), source)
-    data = cfg.data.model_copy(update={"backend": chosen.backend})
-    return cfg.model_copy(update={"data": data}), chosen.note
+    asked, before = cfg.data.backend, "auto"
+    if cfg.resume == "auto" and (cfg.directory / "config.yaml").is_file():
+        before = load(cfg.directory).data.backend
+    backend, note = choose_backend(before if asked == "auto" else asked, cfg.views(), source)
+    if before not in ("auto", backend):
+        note = f"views are made by {backend} from here on, and were by {before}: near, not the same"
+    data = cfg.data.model_copy(update={"backend": backend})
+    return cfg.model_copy(update={"data": data}), note
 
 
 def build_loader(

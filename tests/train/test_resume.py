@@ -6,8 +6,11 @@ import signal
 import pytest
 import torch
 
+from fastssl.config import load
 from fastssl.engine.engine import Engine
+from fastssl.runlog import Silent
 from fastssl.train import Interrupted, pretrain
+from tests.data.photos import folder
 from tests.runs import final, tiny
 
 
@@ -53,3 +56,26 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(method, stage, precision, tmp
     assert weights[0].read_bytes() == weights[1].read_bytes()
     kept, other = saved_method(whole), saved_method(parted)
     assert [k for k in kept.keys() | other.keys() if not torch.equal(kept[k], other[k])] == []
+
+
+class Heard(Silent):
+    def __init__(self):
+        self.words = []
+
+    def say(self, text):
+        self.words.append(text)
+
+
+def test_a_run_keeps_its_back_end_or_says_that_it_changes(tmp_path):
+    photos = {"name": "folder", "path": str(folder(tmp_path / "photos", 20))}
+    own = {"data__source": photos, "batch_size": 8, "data__backend": "torch", "resume": "auto"}
+    watch = Heard()
+    pretrain(tiny("mae", tmp_path, epochs=1, **own), watch)
+    pretrain(tiny("mae", tmp_path, epochs=1, **(own | {"data__backend": "auto"})), watch)
+    assert load(tmp_path / "run").data.backend == "torch"  # though DALI is there
+    assert not any("views are made" in said for said in watch.words)
+    pretrain(tiny("mae", tmp_path, epochs=1, **(own | {"data__backend": "dali"})), watch)
+    assert "views are made by dali from here on, and were by torch: near, not the same" in (
+        watch.words
+    )
+    assert load(tmp_path / "run").data.backend == "dali"
