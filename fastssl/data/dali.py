@@ -1,8 +1,8 @@
-"""The views of images with NVIDIA's DALI, on a GPU or, with the same graph, on the CPU.
+"""The views of images with NVIDIA's DALI, on a GPU or on the CPU.
 
-    bytes -> decode the part the views lie in -> for each view:
-    crop, resize (uint8) -> move -> colour -> clamp -> flip, planes -> blur -> solarise
-    -> (v - mean) / std in float32 or float16, planes or channels last -> erase
+    bytes -> decode the part that the views lie in -> for each view: crop, resize -> move -> colour
+    -> blur -> solarise -> flip, (v - mean) / std, to float32 or float16, channels first or last
+    -> erase
 
 Nothing is drawn here: the numbers of torch_views.draw_views come along with the bytes, so that a
 view is the same function of (seed, epoch, image) by either back end, whatever the rank, and to
@@ -14,10 +14,11 @@ tests/data/test_dali.py:
                         off, which shows in the outermost pixels of a crop that shrinks
     colour              `linear` always (views.py).  For `sequential` it stands in: the same where
                         nothing is clamped and the hue is not turned
-    all else            within rounding
+    all else            within rounding: pixels are uint8 between operations
 
-Every operation takes its numbers a sample, neutral ones where the draw leaves it out: no branch.
-Only what the spec can ask of a view is in its graph at all.  Pixels are uint8 between operations.
+Every operation takes its numbers a sample, neutral ones where the draw leaves it out: no branches.
+Only what the spec can ask of a view is in its graph at all.  The flip is the last but for the
+erasing, being free there, unless pixels move: then it is one of the moves.
 """
 
 from collections import deque
@@ -28,19 +29,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia import dali
 from nvidia.dali import math as dali_math
 
 from .backend import Rendering
 from .encoded import COLUMN, ON_THE_WAY, unpacked
 from .views import View, Views
 
+fn: Any = dali.fn  # its stubs know less than it takes
+types: Any = dali.types
 Batch = dict[str, Any]
 Node = Any  # of DALI's graph
 Nodes = dict[str, Any]
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
 _DEPTH = 2  # batches in the making while one is trained on
-_LUMA = (0.299, 0.587, 0.114)
 
 
 class Renderer:
@@ -57,7 +59,7 @@ class Renderer:
         self.views, self.how, self.batch_size, self.refetch = views, how, batch_size, refetch
         self.layout = Layout(alone=views.count == 1, gpu=how.device.type == "cuda")
 
-    def rendered(self, host: Generator[Batch, None, None]) -> Generator[Batch]:
+    def rendered(self, host: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
         """The batches of `host`, in order, with their views."""
         with closing(host):
             first = next(host, None)  # the readers' processes start before DALI's threads
@@ -194,7 +196,7 @@ def moves(view: View) -> bool:
     return bool(view.rotate or view.translate or view.turn or view.flip_vertical)
 
 
-@pipeline_def
+@dali.pipeline_def
 def _graph(to: Renderer, flow: _Flow):
     views, gpu = to.views, to.layout.gpu
     nobody = np.zeros((1, len(COLUMN)), np.float32)
@@ -218,13 +220,19 @@ def _graph(to: Renderer, flow: _Flow):
         if view.blur:
             x = (_blurred_gpu if gpu else _blurred_cpu)(x, at)
         if "threshold" in at:
-            x = x ^ (types.Constant(255).uint8() * (x >= at["threshold"]))
+            threshold = _gpu(at["threshold"]) if gpu else at["threshold"]
+            x = x ^ (types.Constant(255).uint8() * (x >= threshold))
         made.append(_normalised(x, views.normalisation(3), to.how, at))
     return tuple(made)
 
 
 def _decoder(gpu: bool) -> str:
     return "mixed" if gpu else "cpu"
+
+
+def _gpu(node: Node) -> Node:
+    """Numbers of a sample where its pixels are, for arithmetic; arguments stay on the CPU."""
+    return node.gpu()
 
 
 def _placed(view: View, image: Node, at: Nodes) -> Node:
@@ -234,13 +242,13 @@ def _placed(view: View, image: Node, at: Nodes) -> Node:
     cubic = view.interpolation == "bicubic"
     interp = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
     x = fn.resize(image, size=(view.size, view.size), interp_type=interp, antialias=True)
-    return fn.warp_affine(x, at["matrix"], fill_value=0) if "matrix" in at else x
+    return fn.warp_affine(x, matrix=at["matrix"], fill_value=0) if "matrix" in at else x
 
 
 def _shift(x: Node, at: Nodes) -> Node:
     """What linear colour adds to every value of an image, of 0 to 255: views.py's b (1 - c) mu."""
     mean = fn.reductions.mean(x, axes=(0, 1))
-    return at["shift"] * fn.reductions.sum(mean * types.Constant(_LUMA))
+    return at["shift"] * (0.299 * mean[0] + 0.587 * mean[1] + 0.114 * mean[2])
 
 
 def _twisted(x: Node, at: Nodes) -> Node:
@@ -257,7 +265,8 @@ def _coloured_cpu(x: Node, at: Nodes) -> Node:
 
 def _coloured_gpu(x: Node, at: Nodes) -> Node:
     """Linear colour.  The mean is on the GPU, where an operation's arguments cannot be."""
-    x = dali_math.clamp(_twisted(x, at) + _shift(x, at), 0.0, 255.0)
+    shift = _shift(x, at | {"shift": _gpu(at["shift"])})
+    x = dali_math.clamp(_twisted(x, at) + shift, 0.0, 255.0)
     return fn.cast(x, dtype=types.UINT8)  # it rounds
 
 
