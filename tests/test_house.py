@@ -15,7 +15,7 @@ LEVELS = [
     {"data", "methods", "evaluate", "report", "engine"},
     {
         *("train", "config", "results", "rundir", "embedding", "runlog", "plan", "export"),
-        *("doctor", "bottleneck"),
+        *("doctor", "bottleneck", "sheets"),
     },
     {"bench"},
     {"cli", "progress", "__main__"},
