@@ -7,7 +7,9 @@ standing start (bench/feeders.py):
     fastssl                     by DALI, on the device that is measured
     fastssl torchvision         by torchvision's functions in worker processes, colours one by one
     fastssl torchvision linear  the same, all colour changes in one linear map, as DALI's are
-    reference                   torchvision.transforms.v2 on Pillow images, in a DataLoader
+    reference                   torchvision.transforms.v2 on Pillow images, in a DataLoader; where
+                                there is a blur, it is Pillow's, as in most authors' code
+    torchvision blur            the same with torchvision's own blur
     lightly                     lightly's transform in a DataLoader
     kornia                      decoded in a DataLoader, the views made in batches on the GPU
 
@@ -127,6 +129,8 @@ def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Riv
         if _has_dali():
             rivals[OURS + " folder"] = ours("folder", dali=True, colour="linear")
     rivals[REFERENCE] = Late(lambda: plain(feeders.Ordinary(spec)))
+    if any(view.blur for view in spec.views):
+        rivals["torchvision blur"] = Late(lambda: plain(feeders.Ordinary(spec, pillow_blur=False)))
     by_lightly = kind.lightly
     if by_lightly is not None:
         rivals["lightly"] = library(

@@ -76,7 +76,7 @@ LIBRARIES = {
     "optim-lamb": {"timm"},
     "optim-adamw": {"timm", "torch foreach", "torch fused"},
     "data-simclr": {"lightly"},
-    "data-jpeg-simclr": {"lightly", "fastssl torchvision", "fastssl torchvision linear"},
+    "data-jpeg-simclr": {"lightly", "torchvision blur", "fastssl torchvision linear"},
     "data-jpeg-mae": {"lightly", "fastssl torchvision"},
     "data-jpeg-dino": {"lightly", "fastssl torchvision", "fastssl torchvision linear"},
     "data-jpeg-plain": {"fastssl torchvision"},

@@ -90,6 +90,8 @@ def test_ordinary_views_follow_the_spec(name):
     wanted = ["RandomResizedCrop", "RandomHorizontalFlip", "RandomApply", "RandomGrayscale"]
     wanted += ["RandomApply", "RandomSolarize", "ToImage", "ToDtype", "Normalize"]
     assert names == wanted
+    slow = Ordinary(preset("simclr", 224), pillow_blur=False).views[0].transforms[4]
+    assert tuple(slow.transforms[0].kernel_size) == (23, 23)
 
 
 def test_a_blur_by_pillow_is_a_gaussian():
