@@ -74,7 +74,7 @@ def resumed(rank: int, method: str, stage: int | str, folder: str):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, {w: run_ranks(train_all, w, str(folder), timeout=300) for w in (1, 2)}
+    return folder, {w: run_ranks(train_all, w, str(folder), timeout=900) for w in (1, 2)}
 
 
 @pytest.mark.parametrize("method, stage", ALL)
