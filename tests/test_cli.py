@@ -89,9 +89,8 @@ def test_exports_load_whole(run, tmp_path):
     call("embed", run.directory, "digits", "--out", tmp_path / "f.npz")
     from fastssl.data.datasets import open_source
     from fastssl.data.torch_views import apply
-    from fastssl.data.views import preset
 
-    split, plain = open_source(run.data.source, run.seed), preset("plain", 16)
+    split, plain = open_source(run.data.source, run.seed), run.views().evaluation()
     with torch.no_grad():
         mine = model(apply(plain, split.train.item(0), 0)[0][None])
     first = np.load(tmp_path / "f.npz")["features"][0]

