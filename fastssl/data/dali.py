@@ -16,10 +16,9 @@ tests/data/test_dali.py:
                         nothing is clamped and the hue is not turned
     all else            within rounding: pixels are uint8 between operations
 
-Operations take their numbers a sample, neutral ones where the draw leaves them out; colour alone
-is a branch, of a tenth of the time.  Only what the spec can ask of a view is in its graph at all.
-The flip is the last but for the erasing, being free there, unless pixels move: then it is one of
-the moves.
+Every operation takes its numbers a sample, neutral ones where the draw leaves it out: no branches.
+Only what the spec can ask of a view is in its graph at all.  The flip is the last but for the
+erasing, being free there, unless pixels move: then it is one of the moves.
 """
 
 from collections import deque
@@ -166,8 +165,6 @@ def numbers(view: View, drawn: np.ndarray, layout: Layout) -> dict[str, Any]:
         brightness, contrast = column("brightness"), column("contrast")
         found["hue"], found["saturation"] = column("hue"), column("saturation")
         found["gain"], found["shift"] = brightness * contrast, brightness * (1 - contrast)
-        neutral = (found["hue"] == 0) & (found["saturation"] == 1) & (found["gain"] == 1)
-        found["changed"] = ~neutral | (found["shift"] != 0)
     if view.blur:
         found |= _gaussian(column("sigma"), view.size, layout.gpu)
     if view.solarise:
@@ -188,7 +185,7 @@ def _gaussian(sigma: np.ndarray, size: int, gpu: bool) -> dict[str, Any]:
     if gpu:
         return {"sigma": sigma, "window": 2 * radius + 1}
     rows = []
-    for s, r in np.stack([sigma, radius], 1).tolist():
+    for s, r in zip(sigma.tolist(), radius.tolist(), strict=True):
         weights = np.exp(-0.5 * (np.arange(-r, r + 1) / s) ** 2)
         rows.append((weights / weights.sum()).astype(np.float32)[None])
     return {"row": rows, "column": [row.T for row in rows]}
@@ -199,7 +196,7 @@ def moves(view: View) -> bool:
     return bool(view.rotate or view.translate or view.turn or view.flip_vertical)
 
 
-@dali.pipeline_def(enable_conditionals=True)
+@dali.pipeline_def
 def _graph(to: Renderer, flow: _Flow):
     views, gpu = to.views, to.layout.gpu
     nobody = np.zeros((1, len(COLUMN)), np.float32)
@@ -215,11 +212,11 @@ def _graph(to: Renderer, flow: _Flow):
         jpeg_fancy_upsampling=True,
     )
     made = []
-    for view, own in zip(views.crops, names):  # noqa: B905  AutoGraph has no strict zip
+    for view, own in zip(views.crops, names, strict=True):
         at = {name: given.pop(0) for name in own}
         x = _placed(view, image, at)
         if "hue" in at:
-            x = _coloured(x, at, gpu)
+            x = (_coloured_gpu if gpu else _coloured_cpu)(x, at)
         if view.blur:
             x = (_blurred_gpu if gpu else _blurred_cpu)(x, at)
         if "threshold" in at:
@@ -252,12 +249,6 @@ def _shift(x: Node, at: Nodes) -> Node:
     """What linear colour adds to every value of an image, of 0 to 255: views.py's b (1 - c) mu."""
     mean = fn.reductions.mean(x, axes=(0, 1))
     return at["shift"] * (0.299 * mean[0] + 0.587 * mean[1] + 0.114 * mean[2])
-
-
-def _coloured(x: Node, at: Nodes, gpu: bool) -> Node:
-    if at["changed"]:  # for each sample: DALI's AutoGraph makes it a branch
-        x = (_coloured_gpu if gpu else _coloured_cpu)(x, at)
-    return x
 
 
 def _coloured_cpu(x: Node, at: Nodes) -> Node:
