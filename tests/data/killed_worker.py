@@ -1,10 +1,14 @@
-"""A run's data without its model: python -m tests.data.killed_worker LOG FOLDER RANK WORLD BACKEND
+"""A run's data without its model, in a process that kills itself:
+
+    python -m tests.data.killed_worker LOG FOLDER RANK WORLD BACKEND DIES_AT
 
 Streams two epochs and writes a line a step, its number and the ids of the samples, as a run does
-that saves at every step; started again, it goes on behind the last whole line.
+that saves at every step; started again, it goes on behind the last whole line.  After DIES_AT lines
+it ends by kill -9, its readers busy with the batches to come.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,13 +52,16 @@ def told(folder: str, rank: int, world: int, backend: str, start: int) -> Iterat
 
 
 def main() -> None:
-    log, folder, rank, world, backend = Path(sys.argv[1]), *sys.argv[2:]
+    log, folder, rank, world, backend, dies_at = Path(sys.argv[1]), *sys.argv[2:]
     start = steps_done(log)
     with open(log, "a") as file:
-        for line in told(folder, int(rank), int(world), backend, start):
+        lines = told(folder, int(rank), int(world), backend, start)
+        for count, line in enumerate(lines, start + 1):
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+            if count == int(dies_at):
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tests.data.photos import folder
 
 COUNT = 61  # 8 steps of 8: the last one has 3 of padding
 STEPS = EPOCHS * 8
+NEVER = 2 * STEPS
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,25 +21,10 @@ def photos(tmp_path_factory):
     return folder(tmp_path_factory.mktemp("photos"), COUNT)
 
 
-def start(log, photos, rank, world, backend):
+def start(log, photos, rank, world, backend, dies_at):
     words = [sys.executable, "-m", "tests.data.killed_worker"]
-    given = [str(log), str(photos), str(rank), str(world), backend]
+    given = [str(log), str(photos), str(rank), str(world), backend, str(dies_at)]
     return subprocess.Popen([*words, *given], cwd=ROOT)
-
-
-def lines(log):
-    return log.read_text().count("\n") if log.is_file() else 0
-
-
-def kill_after(count, logs, runs):
-    """kill -9 to all, once the first has written `count` lines."""
-    deadline = time.monotonic() + 120
-    while lines(logs[0]) < count:
-        assert time.monotonic() < deadline and runs[0].poll() is None
-        time.sleep(0.002)
-    for run in runs:
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("backend", ["torch", "dali"])
@@ -47,18 +32,19 @@ def kill_after(count, logs, runs):
 def test_every_sample_once_whatever_is_killed(world, backend, photos, tmp_path):
     logs = [tmp_path / f"rank{r}" for r in range(world)]
 
-    def started():
-        return [start(log, photos, r, world, backend) for r, log in enumerate(logs)]
+    def ends(dies_at):
+        """How the ranks end that die after so many lines, one line apart from each other."""
+        runs = [start(log, photos, r, world, backend, dies_at + r) for r, log in enumerate(logs)]
+        return [run.wait(timeout=240) for run in runs]
 
     for count in (3, 10) if world == 1 else (10,):  # in the midst of an epoch
-        kill_after(count, logs, started())
-    done = [lines(log) for log in logs]
-    assert min(done) < STEPS
-    # The ranks died apart from each other: a run resumes from the step that all of them have.
-    for log in logs:
-        kept = log.read_text().splitlines(keepends=True)[: min(done)]
-        log.write_text("".join(kept))
-    assert [run.wait(timeout=120) for run in started()] == [0] * world
+        assert ends(dies_at=count) == [-signal.SIGKILL] * world
+        whole = [log.read_text().splitlines(keepends=True) for log in logs]
+        assert [len(part) for part in whole] == [count + r for r in range(world)]
+        # The ranks died apart from each other: a run resumes from the step that all of them have.
+        for log, part in zip(logs, whole, strict=True):
+            log.write_text("".join(part[:count]))
+    assert ends(dies_at=NEVER) == [0] * world
     parts = [[line.split(": ") for line in log.read_text().splitlines()] for log in logs]
     assert all([int(step) for step, *_ in part] == list(range(STEPS)) for part in parts)
     for epoch in range(EPOCHS):
