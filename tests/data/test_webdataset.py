@@ -15,7 +15,7 @@ from fastssl.data.datasets import open_source
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.source import EncodedSource
 from fastssl.data.sources import tars, webdataset
-from fastssl.data.sources.files import filesystem
+from fastssl.data.sources.remote import filesystem
 from fastssl.data.sources.webdataset import WebDatasetSource
 from tests.data.made import encoded, names, reds, shard, tar
 

@@ -1,7 +1,6 @@
 """Files by path or URL, named by a pattern and read at any place.
 
-A path is the local disk's; a text with `://` (s3, gs, https, ...) is read through fsspec, which is
-imported for these alone.
+A path is the local disk's; a text with `://` (s3, gs, https, ...) is read as remote.py says.
 """
 
 import glob
@@ -10,24 +9,22 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import BadItem, DataError
 from ..images import MOST_BYTES
 from ..source import absolute
+from . import remote
+from .remote import Remote, Status
 
 _OPEN = 64  # descriptors that one process keeps of one set of files
 _MOST_FILES = 1_000_000
 _BESIDE = (".idx", ".labels", ".partial")  # what lies beside a file, and is none of the data
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-
-
-class Status(NamedTuple):
-    size: int  # bytes
-    modified: float | None  # seconds since 1970; None where a store does not tell
 
 
 def is_remote(path: str) -> bool:
@@ -39,44 +36,17 @@ def absolute_pattern(path: str) -> str:
     return path if is_remote(path) else str(absolute(Path(path)))
 
 
-def filesystem(path: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it.
-
-    Raises DataError naming what to install.
-    """
-    try:
-        from fsspec.core import url_to_fs
-
-        return url_to_fs(path)
-    except ImportError as error:
-        missing = "" if "fsspec" in str(error) else f" ({error})"
-        raise DataError(
-            f"{path!r} is remote and needs a package{missing}: pip install fsspec, and the one for "
-            "its protocol (s3fs, gcsfs, adlfs, aiohttp ...)"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{path!r} cannot be opened ({error}): mend the address") from error
-
-
 def status(path: str) -> Status:
     """Raises OSError where the file is not there."""
-    if not is_remote(path):
-        found = os.stat(path)
-        return Status(found.st_size, found.st_mtime)
-    fs, inner = filesystem(path)
-    try:
-        modified = fs.modified(inner).timestamp()
-    except (NotImplementedError, KeyError, AttributeError):
-        modified = None
-    return Status(int(fs.size(inner)), modified)
+    if is_remote(path):
+        return remote.status(path)
+    found = os.stat(path)
+    return Status(found.st_size, found.st_mtime)
 
 
 def read_all(path: str) -> bytes:
     """A whole, small file.  Raises OSError."""
-    if not is_remote(path):
-        return Path(path).read_bytes()
-    fs, inner = filesystem(path)
-    return fs.cat_file(inner)
+    return remote.read_all(path) if is_remote(path) else Path(path).read_bytes()
 
 
 def write_beside(path: str, data: bytes) -> bool:
@@ -126,26 +96,19 @@ def _listed(pattern: str) -> list[str]:
     """The files that a pattern without braces matches; itself if it has no wildcard."""
     if not any(c in pattern for c in "*?["):
         return [pattern]
-    if is_remote(pattern):
-        fs, inner = filesystem(pattern)
-        found = [fs.unstrip_protocol(path) for path in fs.glob(inner)]
-    else:
-        found = glob.glob(pattern, recursive=True)
+    find = remote.matching if is_remote(pattern) else partial(glob.glob, recursive=True)
+    found = find(pattern)
     return sorted(path for path in found if not path.endswith(_BESIDE))
 
 
 def is_folder(path: str) -> bool:
-    if not is_remote(path):
-        return os.path.isdir(path)
-    fs, inner = filesystem(path)
-    return fs.isdir(inner)
+    return remote.is_folder(path) if is_remote(path) else os.path.isdir(path)
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
     """The files of these suffixes directly in a folder, sorted; hidden ones are passed over."""
     if is_remote(folder):
-        fs, inner = filesystem(folder)
-        found = [fs.unstrip_protocol(path) for path in fs.ls(inner, detail=False)]
+        found = remote.listed(folder)
     else:
         try:
             found = [os.path.join(folder, name) for name in os.listdir(folder)]
@@ -189,20 +152,12 @@ class _Handle:
         return data
 
 
-class _Remote:
-    def __init__(self, path: str):
-        self.fs, self.path = filesystem(path)
-
-    def read(self, offset: int, size: int) -> bytes:
-        return self.fs.cat_file(self.path, start=offset, end=offset + size)
-
-
 class _Opened:
     """What one process has open."""
 
     def __init__(self):
         self.process, self.lock = os.getpid(), threading.Lock()
-        self.handles: dict[int, _Handle | _Remote] = {}
+        self.handles: dict[int, _Handle | Remote] = {}
 
 
 class Files:
@@ -225,7 +180,7 @@ class Files:
         """The last part of path k."""
         return self.paths[k].rsplit("/", 1)[-1]
 
-    def _handle(self, k: int) -> _Handle | _Remote:
+    def _handle(self, k: int) -> _Handle | Remote:
         opened = self._opened
         if opened is None or opened.process != os.getpid():
             opened = self._opened = _Opened()
@@ -233,7 +188,7 @@ class Files:
             handle = opened.handles.pop(k, None)
             if handle is None:
                 path = self.paths[k]
-                handle = _Remote(path) if is_remote(path) else _Handle(path)
+                handle = Remote(path) if is_remote(path) else _Handle(path)
             opened.handles[k] = handle  # the latest used is last
             if len(opened.handles) > _OPEN:
                 del opened.handles[next(iter(opened.handles))]
@@ -246,8 +201,8 @@ class Files:
     def record(self, k: int, offset: int, size: int, name: str) -> bytes:
         """`read` for an item called name.
 
-        Raises BadItem for a file that vanished, may not be read or ends before it; a failure of the
-        machine, or of the network, as it is.
+        Raises BadItem for a file that vanished, may not be read or ends before it; DataError where
+        a remote store fails; a failure of the machine as it is.
         """
         if not 0 <= size < MOST_BYTES:
             raise BadItem(name, f"{size} bytes are too many for one item")

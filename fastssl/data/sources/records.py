@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import BadItem, DataError
 from ..images import decode_bytes
-from .files import Files, Status, read_all, status, write_beside
+from .files import Files, read_all, status, write_beside
 from .names import Names
+from .remote import Status
 
 log = logging.getLogger(__name__)
 

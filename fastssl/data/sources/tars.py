@@ -17,7 +17,8 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from ..errors import DataError
-from .files import Files, Status, Window, read_all
+from .files import Files, Window, read_all
+from .remote import Status
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from pydantic import AfterValidator, Field
 
 from ..errors import BadItem, DataError
 from ..source import Source, SourceOptions
-from .files import Files, Status, Window, absolute_pattern, read_all, write_beside
+from .files import Files, Window, absolute_pattern, read_all, write_beside
 from .records import Found, Label, Part, build, checked, kept_labels, status_or_none
+from .remote import Status
 from .webdataset import shards
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,8 @@ def example_label(data: Any, size: int, key: str) -> Label:
                 packed = data[first.start : min(first.start + 10, first.end)]
                 number = _varint(packed, 0)[0] if packed else first.number
                 return number if number < 2**63 else None
+    except DataError:  # the store failed
+        raise
     except ValueError:  # damaged: a bad item when its image is asked for
         pass
     return None

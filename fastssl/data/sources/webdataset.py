@@ -16,7 +16,7 @@ from ..errors import BadItem, DataError
 from ..images import SUFFIXES
 from ..source import Source, SourceOptions
 from . import tars
-from .files import Files, Status, absolute_pattern, expand, is_folder, read_all, write_beside
+from .files import Files, absolute_pattern, expand, is_folder, read_all, write_beside
 from .records import (
     Found,
     Label,
@@ -26,6 +26,7 @@ from .records import (
     kept_labels,
     status_or_none,
 )
+from .remote import Status
 from .tars import Component, Sample
 
 log = logging.getLogger(__name__)
