@@ -10,8 +10,8 @@ OURS := $(filter .venv/bin,$(BIN))
 demo: $(OURS:bin=train) ## pretrain on real images, evaluate, write runs/simclr-digits/report.html
 	$(BIN)/fastssl pretrain simclr-digits overwrite=true
 
-test: lint             ## everything CI runs; the last line compiles every kernel that is launched
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2
+test: lint             ## everything CI runs; the last line compiles what is launched, each on a chip in turn
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2 --dist loadfile
 	$(BIN)/python -m fastssl.bench.aot --used > aot.log || (cat aot.log; false)
 	@tail -n 1 aot.log
 

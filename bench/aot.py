@@ -1,7 +1,7 @@
 """Ahead-of-time proof: every Triton kernel in every configuration, compiled without a GPU.
 
     python -m fastssl.bench.aot                        everything, on sm_80, sm_90 and sm_100
-    python -m fastssl.bench.aot --used                 what is launched: no untried candidates
+    python -m fastssl.bench.aot --used                 what is launched, each on one chip in turn
     python -m fastssl.bench.aot --quick                one shape class a kernel, its safe one
     python -m fastssl.bench.aot --kernel 'pairwise*' --target sm_90 --json proofs.jsonl
 
@@ -109,10 +109,8 @@ def label(config: Config) -> str:
 def configs(kernel: str, variant: Variant, target: str, used: bool = False) -> list[Config]:
     """The safe configuration, unless `used` the others, and what was tuned there, each once."""
     tuned = _tuning.table().get((kernel, target, variant.name), variant.safe)
-    found: list[Config] = []
-    for config in (variant.safe, *(() if used else variant.candidates), tuned):
-        found += [] if config in found else [config]
-    return found
+    every = (variant.safe, *(() if used else variant.candidates), tuned)
+    return [config for i, config in enumerate(every) if config not in every[:i]]
 
 
 def plan(
@@ -121,10 +119,12 @@ def plan(
     """All compilations; `quick`, `used`: as the options."""
     tasks = []
     for kernel in kernels:
-        for variant in list(kernel.variants.values())[: 1 if quick else None]:
-            for target in targets:
-                chosen = configs(kernel.name, variant, target, used)
-                chosen = [variant.safe] if quick else chosen
+        taking_turns = used and len(kernel.variants) >= len(targets)
+        for turn, variant in enumerate(list(kernel.variants.values())[: 1 if quick else None]):
+            for at, target in enumerate(targets):
+                chosen = [variant.safe] if quick else configs(kernel.name, variant, target, used)
+                if taking_turns and at != turn % len(targets):
+                    chosen.remove(variant.safe)
                 tasks += [Task(kernel.name, variant.name, config, target) for config in chosen]
     return tasks
 
@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", default="*", metavar="PATTERN", help="which kernels, by name")
     add("--target", nargs="+", choices=known, default=known, help="chips")
     add("--quick", action="store_true", help="one shape class a kernel, its safe configuration")
-    add("--used", action="store_true", help="no candidates: the safe configurations and the tuned")
+    add("--used", action="store_true", help="what was tuned, and the safe ones, on a chip each")
     add("--json", type=Path, metavar="FILE", help="also write the table there, as JSON lines")
     more = "import it, and call the function, to register more kernels"
     add("--module", action="append", default=[], metavar="MODULE[:FUNCTION]", help=more)
@@ -360,8 +360,8 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
     known = _tuning.kernels()
     chosen = [kernel for name, kernel in known.items() if fnmatchcase(name, args.kernel)]
     if not chosen:
-        names = ", ".join(known) or "none is registered"
-        raise ValueError(f"--kernel {args.kernel!r} matches no kernel; there are: {names}")
+        there = ", ".join(known) or "none is registered"
+        raise ValueError(f"--kernel {args.kernel!r} matches no kernel; there are: {there}")
     return plan(chosen, args.target, args.quick, args.used)
 
 

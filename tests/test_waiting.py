@@ -30,7 +30,7 @@ def shares(cfg):
 
 
 def test_slow_data_are_waited_for(slow_data, tmp_path):
-    cfg = tiny("mae", tmp_path, epochs=1, batch_size=1024)
+    cfg = tiny("mae", tmp_path, epochs=1, batch_size=256)
     results = pretrain(cfg)
     assert len(shares(cfg)) == 1 and 0.5 < shares(cfg)[0] <= 1
     assert results["train"]["data_wait"] == pytest.approx(shares(cfg)[0])
@@ -46,6 +46,6 @@ def test_data_at_hand_are_not_waited_for(tmp_path, monkeypatch):
 
 
 def test_the_share_is_among_the_last_words(tmp_path):
-    cfg = tiny("mae", tmp_path, epochs=1, batch_size=1024)
+    cfg = tiny("mae", tmp_path, epochs=1, batch_size=256)
     (tmp_path / "mine.yaml").write_text(dump(cfg))
     assert "% of the time waiting for data" in call("pretrain", tmp_path / "mine.yaml", "name=x")

@@ -156,6 +156,16 @@ def test_plan_holds_every_variant_configuration_and_target_once():
     assert names == [f"k, first, M=64 warps=4 stages=2, {t}" for t in ("sm_80", "sm_90")]
 
 
+def test_what_is_used_is_compiled_for_one_chip_in_turn():
+    kernel = Kernel("k", None, {name: variant(name) for name in ("a", "b", "c", "d")})
+    tasks = aot.plan([kernel], ["sm_80", "sm_90", "sm_100"], used=True)
+    assert [(task.variant, task.target) for task in tasks] == [
+        *(("a", "sm_80"), ("b", "sm_90"), ("c", "sm_100"), ("d", "sm_80"))
+    ]
+    few = Kernel("k", None, {name: variant(name) for name in ("a", "b")})  # not all chips in turn
+    assert len(aot.plan([few], ["sm_80", "sm_90", "sm_100"], used=True)) == 6
+
+
 def test_what_was_tuned_on_a_target_is_compiled_for_it(monkeypatch):
     tuned = Config({"BLOCK_M": 256}, num_warps=8)
     monkeypatch.setattr(aot._tuning, "table", lambda: {("k", "sm_90", "v"): tuned})

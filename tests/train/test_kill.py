@@ -11,6 +11,7 @@ import pytest
 
 from fastssl.config import dump, load
 from fastssl.report import read_metrics
+from fastssl.train import pretrain
 from tests.data.photos import folder
 from tests.runs import losses, tiny
 
@@ -43,23 +44,23 @@ def test_killed_and_resumed_equals_undisturbed(backend, tmp_path):
     if backend == "dali":
         photos = {"name": "folder", "path": str(folder(tmp_path / "photos", 100))}
         data = {"data__source": photos, "batch_size": 16, "data__backend": "auto"}
-    changes = {"epochs": 8, "checkpoint__every_steps": 3, **data}
+    changes = {"epochs": 5, "checkpoint__every_steps": 3, **data}
     whole = tiny("simclr", tmp_path, name="whole", **changes)
     killed = whole.model_copy(update={"name": "killed"})
-    subprocess.run(command(whole, tmp_path), check=True, env=os.environ, timeout=300)
+    pretrain(whole)  # undisturbed, in this process
     with open(tmp_path / "out", "w") as out:
         run = subprocess.Popen(command(killed, tmp_path), stdout=out, stderr=out)
         metrics, deadline = killed.directory / "metrics.jsonl", time.monotonic() + 200
-        while not (metrics.is_file() and len(losses(killed)) >= 13):
+        while not (metrics.is_file() and len(losses(killed)) >= 8):
             assert run.poll() is None and time.monotonic() < deadline, (
                 tmp_path / "out"
             ).read_text()
             time.sleep(0.02)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
-    assert len(losses(killed)) < 40
+    assert len(losses(killed)) < 25
     subprocess.run(command(killed, tmp_path, "resume=auto"), check=True, timeout=300)
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 40
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 25
     rows = [json.loads((c.directory / "results.json").read_text())["rows"] for c in (whole, killed)]
     assert rows[0] == rows[1]
     assert load(killed.directory).data.backend == backend

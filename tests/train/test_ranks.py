@@ -9,7 +9,7 @@ import torch
 from fastssl.distributed import barrier
 from fastssl.train import pretrain
 from tests.ranks import run_ranks
-from tests.runs import losses, tiny
+from tests.runs import losses, tiny, without_pictures
 
 STAGES: tuple[int | str, ...] = (0, 1, 2, 3)
 WHOLE = "3, uncut"  # parameters this small are whole on every rank, beside their pieces
@@ -34,7 +34,7 @@ def configuration(method: str, stage: int | str, output: Path, world: int):
         output,
         name=f"{method}-zero{stage}-{world}",
         epochs=2,
-        batch_size=128,
+        batch_size=32,
         engine__zero_stage=3 if stage == WHOLE else stage,
         engine__deepspeed={} if stage == WHOLE else cut,
         evaluate__max_images=64,
@@ -45,6 +45,7 @@ def train_all(rank: int, world: int, folder: str):
     """Accuracies of every run of RUNS, or on one rank of each method's at stage 0, by its name."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    without_pictures()
     done = {}
     for method, stage in ALL if world > 1 else [(method, 0) for method in RUNS]:
         results = pretrain(configuration(method, stage, Path(folder), world))
