@@ -58,11 +58,12 @@ class Handler(BaseHTTPRequestHandler):
         if span and failure != "whole":
             data, code = data[int(span[1]) : int(span[2]) + 1], 206
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
+        if failure != "sizeless":
+            self.send_header("Content-Length", str(len(data)))
         self.send_header("Accept-Ranges", "none" if failure == "whole" else "bytes")
         self.end_headers()
+        self.close_connection = failure in ("dropped", "sizeless")
         if failure == "dropped":
-            self.close_connection = True
             data = data[: len(data) // 2]
         if body:
             self.wfile.write(data)
@@ -191,4 +192,10 @@ def test_a_server_that_sends_whole_files_is_refused(shards):
     with serving(shards, "whole", lambda n: True) as (url, _):
         assert status(url + "/train-0.tar").size == (shards / "train-0.tar").stat().st_size
         with pytest.raises(DataError, match=r"asked for 64 bytes and sent \d+: its server"):
+            WebDatasetSource(path=url + "/train-0.tar").open()
+
+
+def test_a_server_that_tells_no_size_is_refused(shards):
+    with serving(shards, "sizeless", lambda n: True) as (url, _):
+        with pytest.raises(DataError, match="is of no known size: its server sends no"):
             WebDatasetSource(path=url + "/train-0.tar").open()

@@ -101,12 +101,17 @@ def patiently(path: str, ask: Callable[[], T]) -> T:
 def status(path: str) -> Status:
     """Raises OSError where the file is not there, DataError where the store fails."""
     fs, inner = filesystem(path)
-    size = patiently(path, lambda: int(fs.size(inner)))
+    size = patiently(path, lambda: fs.size(inner))
+    if size is None:
+        raise DataError(
+            f"{path!r} is of no known size: its server sends no Content-Length; use one that does, "
+            "or a local copy"
+        )
     try:
         modified = patiently(path, lambda: fs.modified(inner).timestamp())
     except (NotImplementedError, KeyError, AttributeError):
         modified = None
-    return Status(size, modified)
+    return Status(int(size), modified)
 
 
 def read_all(path: str) -> bytes:
