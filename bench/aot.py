@@ -119,7 +119,7 @@ def plan(
     """All compilations; `quick`, `used`: as the options."""
     tasks = []
     for kernel in kernels:
-        taking_turns = used and len(kernel.variants) >= len(targets)
+        taking_turns = used and not quick and len(kernel.variants) >= len(targets)
         for turn, variant in enumerate(list(kernel.variants.values())[: 1 if quick else None]):
             for at, target in enumerate(targets):
                 chosen = [variant.safe] if quick else configs(kernel.name, variant, target, used)
@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", default="*", metavar="PATTERN", help="which kernels, by name")
     add("--target", nargs="+", choices=known, default=known, help="chips")
     add("--quick", action="store_true", help="one shape class a kernel, its safe configuration")
-    add("--used", action="store_true", help="what was tuned, and the safe ones, on a chip each")
+    add("--used", action="store_true", help="the tuned, and the safe ones on a chip in turn")
     add("--json", type=Path, metavar="FILE", help="also write the table there, as JSON lines")
     more = "import it, and call the function, to register more kernels"
     add("--module", action="append", default=[], metavar="MODULE[:FUNCTION]", help=more)
@@ -360,8 +360,8 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
     known = _tuning.kernels()
     chosen = [kernel for name, kernel in known.items() if fnmatchcase(name, args.kernel)]
     if not chosen:
-        there = ", ".join(known) or "none is registered"
-        raise ValueError(f"--kernel {args.kernel!r} matches no kernel; there are: {there}")
+        names = ", ".join(known) or "none is registered"
+        raise ValueError(f"--kernel {args.kernel!r} matches no kernel; there are: {names}")
     return plan(chosen, args.target, args.quick, args.used)
 
 

@@ -7,7 +7,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    torch.set_num_threads(1)  # as the tests' ranks have: with two threads sums round otherwise
+    # One thread here, in ranks and in programs started: with two, sums round otherwise.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fastssl.kernels  # noqa: E402  after the variable is set
 

@@ -162,6 +162,7 @@ def test_what_is_used_is_compiled_for_one_chip_in_turn():
     assert [(task.variant, task.target) for task in tasks] == [
         *(("a", "sm_80"), ("b", "sm_90"), ("c", "sm_100"), ("d", "sm_80"))
     ]
+    assert len(aot.plan([kernel], ["sm_80", "sm_90", "sm_100"], used=True, quick=True)) == 3
     few = Kernel("k", None, {name: variant(name) for name in ("a", "b")})  # not all chips in turn
     assert len(aot.plan([few], ["sm_80", "sm_90", "sm_100"], used=True)) == 6
 

@@ -13,6 +13,7 @@ from fastssl.data.errors import BadItem, DataError
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.sources import remote
 from fastssl.data.sources.files import Files, read_all, status
+from fastssl.data.sources.tfrecord import example_label
 from fastssl.data.sources.webdataset import WebDatasetSource
 from fastssl.data.views import preset
 from tests.data.made import shard
@@ -97,7 +98,7 @@ def views_of(path):
     return [(b["index"], b["views"][0], b["label"], b["bad"]) for b in loader.stream(0, 4)]
 
 
-def odd(n):
+def every_third(n):
     return n % 3 == 1
 
 
@@ -105,7 +106,7 @@ def odd(n):
 def test_a_store_that_fails_now_and_then(failure, shards):
     """The batches of the local files, in workers that forked after the first reads."""
     expected = views_of(shards / "train-{0..1}.tar")
-    with serving(shards, failure, odd) as (url, store):
+    with serving(shards, failure, every_third) as (url, store):
         got = views_of(url + "/train-{0..1}.tar")
         assert store.asked > 16 * 2
     for mine, theirs in zip(expected, got, strict=True):
@@ -140,7 +141,6 @@ def test_a_store_that_fails_to_the_end(shards):
 
 def test_a_store_that_dies_in_an_epoch(shards):
     """The run ends with the sentence, not with a worker's traceback."""
-    (source,) = WebDatasetSource(path=str(shards / "train-{0..1}.tar")).open()
     with serving(shards) as (url, store):
         (source,) = WebDatasetSource(path=url + "/train-{0..1}.tar").open()
         loader = PretrainLoader(source, preset("plain", 8), batch_size=2, seed=1, workers=1)
@@ -171,6 +171,8 @@ def test_a_file_that_may_not_be_read_is_told_at_the_start(shards):
     with serving(shards, "403", lambda n: True) as (url, _):
         with pytest.raises(DataError, match=r"train-0.tar' cannot be read .Not permitted"):
             WebDatasetSource(path=url + "/train-0.tar").open()
+        with pytest.raises(DataError, match=r"/shards' cannot be read .Not permitted"):
+            WebDatasetSource(path=url + "/shards").open()
         with pytest.raises(DataError, match=r"may not be listed: name its files by a range"):
             WebDatasetSource(path=url + "/train-*.tar").open()
 
@@ -199,3 +201,18 @@ def test_a_server_that_tells_no_size_is_refused(shards):
     with serving(shards, "sizeless", lambda n: True) as (url, _):
         with pytest.raises(DataError, match="is of no known size: its server sends no"):
             WebDatasetSource(path=url + "/train-0.tar").open()
+
+
+def test_a_shard_is_not_fetched_to_see_whether_it_is_a_folder(shards, monkeypatch):
+    monkeypatch.setattr(remote, "is_folder", lambda path: pytest.fail(f"asked about {path}"))
+    with serving(shards) as (url, _):
+        assert len(WebDatasetSource(path=url + "/train-0.tar").open()[0]) == 5
+
+
+def test_a_store_that_fails_is_no_damaged_record():
+    class Failing:
+        def __getitem__(self, at):
+            raise DataError("could not be read")
+
+    with pytest.raises(DataError, match="could not be read"):
+        example_label(Failing(), 100, "label")

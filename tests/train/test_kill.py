@@ -44,7 +44,7 @@ def test_killed_and_resumed_equals_undisturbed(backend, tmp_path):
     if backend == "dali":
         photos = {"name": "folder", "path": str(folder(tmp_path / "photos", 100))}
         data = {"data__source": photos, "batch_size": 16, "data__backend": "auto"}
-    changes = {"epochs": 5, "checkpoint__every_steps": 3, **data}
+    changes = {"epochs": 8, "checkpoint__every_steps": 3, **data}
     whole = tiny("simclr", tmp_path, name="whole", **changes)
     killed = whole.model_copy(update={"name": "killed"})
     pretrain(whole)  # undisturbed, in this process
@@ -58,9 +58,9 @@ def test_killed_and_resumed_equals_undisturbed(backend, tmp_path):
             time.sleep(0.02)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
-    assert len(losses(killed)) < 25
+    assert len(losses(killed)) < 40
     subprocess.run(command(killed, tmp_path, "resume=auto"), check=True, timeout=300)
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 25
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 40
     rows = [json.loads((c.directory / "results.json").read_text())["rows"] for c in (whole, killed)]
     assert rows[0] == rows[1]
     assert load(killed.directory).data.backend == backend

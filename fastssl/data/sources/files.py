@@ -101,8 +101,11 @@ def _listed(pattern: str) -> list[str]:
     return sorted(path for path in found if not path.endswith(_BESIDE))
 
 
-def is_folder(path: str) -> bool:
-    return remote.is_folder(path) if is_remote(path) else os.path.isdir(path)
+def is_folder(path: str, suffixes: Sequence[str]) -> bool:
+    """A URL that ends as the files do is one: a web server, asked for a folder, would send it."""
+    if is_remote(path):
+        return not path.endswith(tuple(suffixes)) and remote.is_folder(path)
+    return os.path.isdir(path)
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
@@ -123,7 +126,7 @@ def expand(pattern: str, suffixes: Sequence[str]) -> list[str]:
 
     A path that exists is taken as it is, whatever braces or stars are in it.
     """
-    if is_folder(pattern):
+    if is_folder(pattern, suffixes):
         return in_folder(pattern, suffixes)
     if not is_remote(pattern) and os.path.lexists(pattern):
         return [pattern]

@@ -20,6 +20,7 @@ WAITS = (0.5, 1, 2, 4, 8, 16, 32)  # seconds between tries
 _FOR_GOOD = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(ImportError, NotImplementedError, AttributeError, LookupError, TypeError, ValueError),
+    MemoryError,
 )
 _jitter = random.SystemRandom()  # workers that failed together do not ask again together
 T = TypeVar("T")
@@ -81,21 +82,23 @@ def patiently(path: str, ask: Callable[[], T]) -> T:
     Raises DataError when it fails to the end, or refuses; PermissionError; EOFError for a part that
     begins behind the file's end; and what the file system says for good (_FOR_GOOD) as it is.
     """
-    for tries, wait in enumerate((*WAITS, None), 1):
+    waits = iter(WAITS)
+    while True:
         try:
             return ask()
-        except Exception as error:
+        except Exception as error:  # each library has its own
             if (believed := _believed(path, error)) is not None:
                 raise believed from error
             told = f"{type(error).__name__}: {error}"
+            wait = next(waits, None)
             if wait is None:
                 raise DataError(
-                    f"{path!r} could not be read in {tries} tries over {sum(WAITS):.0f} s "
+                    f"{path!r} could not be read in {len(WAITS) + 1} tries over {sum(WAITS):.0f} s "
                     f"({told}): see that its store answers, then go on with resume=auto"
                 ) from error
+            wait *= 0.75 + 0.5 * _jitter.random()
             log.warning("%s: %s; asked again in %.1f s", path, told, wait)
-            time.sleep(wait * (0.75 + 0.5 * _jitter.random()))
-    raise AssertionError("the last wait is None")
+            time.sleep(wait)
 
 
 def status(path: str) -> Status:

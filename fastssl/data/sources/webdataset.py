@@ -129,9 +129,9 @@ def _classes(paths: list[str]) -> tuple[str, ...] | None:
 
 def own_split(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """[path], or its folders train/ and val/ (or test/) where both have such files."""
-    if is_folder(path) and is_folder(f"{path}/train"):
+    if is_folder(path, suffixes) and is_folder(f"{path}/train", suffixes):
         for test in TESTS:
-            if is_folder(f"{path}/{test}") and expand(f"{path}/{test}", suffixes):
+            if is_folder(f"{path}/{test}", suffixes) and expand(f"{path}/{test}", suffixes):
                 return [f"{path}/train", f"{path}/{test}"]
     return [path]
 
