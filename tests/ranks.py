@@ -17,7 +17,7 @@ import torch.distributed as dist
 _PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
 
 
-def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 400) -> list[Any]:
     """[fn(rank, world, *args) for each rank], the ranks joined by a gloo process group.
 
     fn: a module's top-level function; it returns tensors, numbers, strings and containers of them.

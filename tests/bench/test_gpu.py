@@ -1,10 +1,12 @@
 """The GPU's slices, without a GPU: times, names, command lines, verdicts and tables."""
 
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from argparse import ArgumentParser
 from dataclasses import replace
@@ -21,6 +23,7 @@ from fastssl.bench.registry import OURS, all_cases
 from .sample import run as sample_run
 
 ROOT = Path(__file__).parents[2]
+LATE = 12345.0
 MACHINE = {
     "gpu": "NVIDIA H200",
     "arch": "sm_90",
@@ -92,25 +95,56 @@ def test_a_command_sees_its_environment():
     assert run_command((sys.executable, "-c", code), 60, {"FASTSSL_TEST": "7"})[1] == ["7"]
 
 
-def test_a_late_command_is_interrupted_and_keeps_its_last_words():
+@pytest.fixture
+def late(monkeypatch):
+    """A time that is over as soon as the command has printed a line, however slow the machine."""
+    said, pass_on = threading.Event(), deadline._pass_on
+
+    def told(stream):
+        for line in stream:
+            yield line
+            said.set()
+
+    class Late(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout != LATE:
+                return super().wait(timeout)
+            assert said.wait(200)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(deadline, "_pass_on", lambda stream, lines: pass_on(told(stream), lines))
+    monkeypatch.setattr(subprocess, "Popen", Late)
+    return LATE
+
+
+def test_a_late_command_is_interrupted_and_keeps_its_last_words(late, monkeypatch):
+    monkeypatch.setattr(deadline, "GRACE_S", 200)
     code = (
         "import time\ntry:\n print('up'); time.sleep(60)\nexcept KeyboardInterrupt:\n print('bye')"
     )
-    ended, lines, seconds = run_command((sys.executable, "-c", code), 1.0, {})
-    assert ended is None and lines == ["up", "bye"] and seconds < 9
+    assert run_command((sys.executable, "-c", code), late, {})[:2] == (None, ["up", "bye"])
 
 
-def test_a_deaf_command_is_killed_with_its_children(monkeypatch, tmp_path):
-    monkeypatch.setattr(deadline, "GRACE_S", 0.3)
-    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'x')!r}).touch()"
+def test_a_deaf_command_is_killed_with_its_children(late, monkeypatch, tmp_path):
+    monkeypatch.setattr(deadline, "GRACE_S", 0.1)
+    held = tmp_path / "held"
+    child = (
+        f"import fcntl, time; f = open({str(held)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "print('up'); time.sleep(600)"
+    )
     code = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('up'); time.sleep(60)"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
     )
-    ended, lines, _ = run_command((sys.executable, "-c", code), 1.0, {})
-    assert ended is None and lines == ["up"]
-    time.sleep(1.5)
-    assert not (tmp_path / "x").exists()
+    assert run_command((sys.executable, "-c", code), late, {})[:2] == (None, ["up"])
+    end = time.monotonic() + 100
+    with held.open() as file:
+        while True:  # the child's lock ends with the child
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < end
+                time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

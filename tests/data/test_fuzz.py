@@ -37,7 +37,7 @@ def damaged(data: bytes, damage) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(damage=damages())
 def test_images(kind, damage):
     try:
@@ -79,7 +79,7 @@ CASES = [
 
 @pytest.mark.parametrize("kind, name", CASES)
 @pytest.mark.parametrize("indexed", [True, False])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(damage=damages())
 def test_data_sets(kind, name, indexed, damage):
     whole = files(kind)
@@ -107,7 +107,7 @@ def test_data_sets(kind, name, indexed, damage):
                 assert error.name == source.name(i)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=80) | st.text(alphabet="v1.2 \npngq", max_size=60).map(str.encode))
 def test_indices(text):
     try:

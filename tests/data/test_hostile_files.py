@@ -153,7 +153,7 @@ except BadItem as error:
     print(error)
 """
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("a.png: ") and "3600000000 pixels" in run.stdout

@@ -35,7 +35,7 @@ def test_every_sample_once_whatever_is_killed(world, backend, photos, tmp_path):
     def ends(dies_at):
         """How the ranks end that die after so many lines, one line apart from each other."""
         runs = [start(log, photos, r, world, backend, dies_at + r) for r, log in enumerate(logs)]
-        return [run.wait(timeout=240) for run in runs]
+        return [run.wait(timeout=300) for run in runs]
 
     for count in (3, 10) if world == 1 else (10,):  # in the midst of an epoch
         assert ends(dies_at=count) == [-signal.SIGKILL] * world

@@ -253,12 +253,14 @@ def test_impossible_steps(steps):
         loader().stream(*steps)
 
 
-def test_stream_may_be_left_early():
+def test_stream_may_be_left_early(monkeypatch):
+    """The workers end of themselves: torch, which waits before it uses force, would wait long."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 100.0)
     stream = loader(workers=2).stream(0, 100)
     next(stream)
     started = time.monotonic()
     stream.close()
-    assert time.monotonic() - started < 4  # torch waits 5 s for a worker before it uses force
+    assert time.monotonic() - started < 50
     assert not multiprocessing.active_children()
 
 
@@ -289,7 +291,7 @@ def test_python_exits_with_a_stream_open():
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1 and done.stderr.endswith("with the stream open\n")
 

@@ -66,7 +66,7 @@ def steps(rank, world):
 
 @pytest.fixture(scope="module")
 def ran():
-    return run_ranks(steps, 1), run_ranks(steps, 2, timeout=300)
+    return run_ranks(steps, 1), run_ranks(steps, 2)
 
 
 @pytest.mark.parametrize("kind", [str(kind) for kind in KINDS])

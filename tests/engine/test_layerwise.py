@@ -153,7 +153,7 @@ def test_impossible_options_are_refused(make, words):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    return run_ranks(worker, WORLD, str(tmp_path_factory.mktemp("zero")), timeout=400)
+    return run_ranks(worker, WORLD, str(tmp_path_factory.mktemp("zero")))
 
 
 def in_one_process(name: str, variant: str) -> dict[str, torch.Tensor]:

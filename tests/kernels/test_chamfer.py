@@ -119,7 +119,7 @@ def test_equal_clouds_have_no_distance_and_no_gradient(kind, impl):
     assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), leaves))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.sampled_from(["l1", "l2"]))
 @pytest.mark.parametrize("impl", IMPLS)
 def test_laws(impl, N, M, D, kind):

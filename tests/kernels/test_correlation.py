@@ -105,7 +105,7 @@ def test_small_matrices_go_by_torchs_graph(monkeypatch, N, D, same):
         assert_no_worse(call, formula, rows(torch.float32, *shapes), slack=GRAM_SLACK)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9), st.booleans())
 def test_plans_agree_on_any_shape(N, D, seed, same):
     torch.manual_seed(seed)

@@ -45,7 +45,7 @@ def test_value_and_gradient_of_lightly(shape, reduce):
     assert_no_worse(VICRegLoss(), lightly.loss.VICRegLoss(), views(*shape), reduce)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 9), st.lists(st.integers(1, 4), max_size=2), st.integers(1, 12))
 def test_any_leading_axes(B, middle, D):
     inputs = [z.double() for z in views(B, *middle, D)]

@@ -132,7 +132,7 @@ def test_checkpointing_recomputes_every_block():
         assert len(ran) == 2
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     dims=st.sampled_from([1, 2, 3]),
     sides=st.tuples(*[st.integers(1, 4)] * 3),
