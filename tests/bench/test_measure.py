@@ -38,7 +38,7 @@ def test_more_rounds_while_the_budget_lasts():
     x = torch.randn(8)
     rivals = {OURS: lambda x: x + 1}
     few = take_turns(rivals, Problem((x,), rivals), CPU, budget_s=0, least_rounds=3)
-    many = take_turns(rivals, Problem((x,), rivals), CPU, budget_s=0.2, least_rounds=3)
+    many = take_turns(rivals, Problem((x,), rivals), CPU, budget_s=60, least_rounds=3)
     assert len(few[OURS]["run"]) == 3 < len(many[OURS]["run"])
     assert len(many[OURS]["run"]) <= measure.MOST_ROUNDS
 
