@@ -131,6 +131,7 @@ def run_command(argv: Sequence[str], seconds: float, env: Mapping[str, str]) -> 
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=_interruptible,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
     )
     assert process.stdout is not None
@@ -150,6 +151,11 @@ def run_command(argv: Sequence[str], seconds: float, env: Mapping[str, str]) -> 
         if not reader.is_alive():  # else somebody of another session holds the other end
             process.stdout.close()
     return code, list(lines), time.monotonic() - start
+
+
+def _interruptible() -> None:
+    """What a shell starts in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _pass_on(stream: IO[str], lines: deque[str]) -> None:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,7 @@ def _ceilings(source: Source, seconds: float) -> tuple[float, float, int]:
         if pixels.ndim == 3:
             sides.append(min(pixels.shape[-2:]))
 
-    return read, _rate(item, samples, seconds), int(median(sides)) if sides else 0
+    return read, _rate(item, samples, seconds), median_low(sides) if sides else 0
 
 
 def _rate(call: Callable[[int], Any], samples: Sequence[int], seconds: float) -> float:
