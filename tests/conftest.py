@@ -25,9 +25,11 @@ for name, module in list(sys.modules.items()):
 # A suite must not fail by luck: the same examples and the same numbers each time, whichever tests
 # ran before in this process.  For examples of another draw: --hypothesis-profile default.
 if find_spec("hypothesis"):  # a GPU machine may be without
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.load_profile("ci")
+    slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("same", derandomize=True, database=None, **slow)
+    settings.load_profile("same")
 
 
 def pytest_runtest_setup():

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -117,12 +118,19 @@ def late(monkeypatch):
     return LATE
 
 
-def test_a_late_command_is_interrupted_and_keeps_its_last_words(late, monkeypatch):
-    monkeypatch.setattr(deadline, "GRACE_S", 200)
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_late_command_is_interrupted_and_keeps_its_last_words(handler, late, monkeypatch):
+    """Also where a shell started us in the background, which ignores interrupts."""
+    monkeypatch.setattr(deadline, "GRACE_S", 50)
     code = (
         "import time\ntry:\n print('up'); time.sleep(60)\nexcept KeyboardInterrupt:\n print('bye')"
     )
-    assert run_command((sys.executable, "-c", code), late, {})[:2] == (None, ["up", "bye"])
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        done = run_command((sys.executable, "-c", code), late, {})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done[:2] == (None, ["up", "bye"])
 
 
 def test_a_deaf_command_is_killed_with_its_children(late, monkeypatch, tmp_path):

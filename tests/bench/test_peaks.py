@@ -19,6 +19,16 @@ def test_ceilings_are_measured(monkeypatch):
     assert copy.datasheet is None and product.datasheet is None
 
 
+@pytest.mark.parametrize(
+    ("spent", "rate"), [((30.0,), 2 * 384**3 / 30e9), ((2.0, 100.0), 2 * 1536**3 / 100e9)]
+)
+def test_what_a_cpu_emulates_is_measured_on_a_small_product_alone(spent, rate, monkeypatch):
+    left = [2.5, *spent]  # of the copy, then of each product
+    monkeypatch.setattr(peaks, "_best_ms", lambda call, device: left.pop(0))
+    _, product = measure_ceilings(torch.device("cpu"), ("bfloat16",))
+    assert product.measured == pytest.approx(rate) and not left
+
+
 def test_the_floor_is_the_slower_of_arithmetic_and_memory_in_each_pass():
     flops, moved = {"fwd": 2e9, "bwd": 1e9}, {"fwd": 1e6, "bwd": 1e9}
     assert floor_ms(flops, moved, "float32", HAVE) == pytest.approx(1.0 + 10.0)
