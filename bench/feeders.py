@@ -52,7 +52,7 @@ class OurFeed:
         self.feed, self.epoch = feed, 0
         rendering = None
         if dali:
-            rendering = import_module("fastssl.data.backend").Rendering(
+            rendering = import_module("fastssl.data.render.backend").Rendering(
                 device=feed.device, threads=max(feed.workers, 1), readers=int(feed.cuda)
             )
         self.loader = import_module("fastssl.data.loader").PretrainLoader(

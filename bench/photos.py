@@ -46,7 +46,7 @@ def folder(count: int, width: int) -> Path:
 @cache
 def shards(count: int, width: int) -> Path:
     """The same files as WebDataset shards, in a folder."""
-    pack = import_module("fastssl.data.pack")
+    pack = import_module("fastssl.data.sources.pack")
     scan = import_module("fastssl.data.sources.folder").scan_folder
     out = Path(_room().name) / f"{count}-of-{width}-packed"
     pack.pack(scan(folder(count, width)), out, pack.PackOptions(check=False))
@@ -56,7 +56,7 @@ def shards(count: int, width: int) -> Path:
 @cache
 def pixels(count: int, width: int) -> Tensor:
     """The same photos decoded: (count, 3, height, width) uint8."""
-    decode = import_module("fastssl.data.images").decode
+    decode = import_module("fastssl.data.sources.decode").decode
     return torch.stack([decode(path, path.name) for path in files(count, width)])
 
 

@@ -48,7 +48,7 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
     say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
-    from fastssl.config import described, resolve
+    from fastssl.config.schema import described, resolve
 
     cfg = resolve(recipe, overrides)
     if dry_run:
@@ -56,8 +56,8 @@ def pretrain(
         return _print_plan(cfg) if os.environ.get("RANK", "0") == "0" else None
     what = f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name}"
     say(f"{what} -> {cfg.directory}", markup=False)
-    from fastssl.progress import RichWatch
-    from fastssl.train import pretrain as run
+    from fastssl.run.progress import RichWatch
+    from fastssl.run.train import pretrain as run
 
     command = shlex.join(["fastssl", *sys.argv[1:]])
     results = run(cfg, RichWatch(console, cfg.epochs), command)
@@ -71,7 +71,7 @@ def evaluate(run: RunPath) -> None:
     """Measure a run's encoder again: kNN, linear probe, RankMe, alignment, uniformity."""
     from fastssl.data.datasets import open_source
     from fastssl.export import load_encoder
-    from fastssl.results import evaluate_on, scores
+    from fastssl.run.results import evaluate_on, scores
 
     encoder, cfg, _ = load_encoder(run)
     split = open_source(cfg.data.source, cfg.seed)
@@ -145,9 +145,9 @@ def pack(
     overwrite: Annotated[bool, typer.Option(help="Replace what was packed there.")] = False,
 ) -> None:
     """Write any source of images as WebDataset shards, with indices and a manifest."""
-    from fastssl.data.pack import PackOptions
-    from fastssl.data.pack import pack as write
-    from fastssl.progress import counted
+    from fastssl.data.sources.pack import PackOptions
+    from fastssl.data.sources.pack import pack as write
+    from fastssl.run.progress import counted
 
     options = PackOptions(shard_size * 10**6, max_side, check=check, overwrite=overwrite)
     parts = _parts(source, split)
@@ -167,7 +167,7 @@ def pack(
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with fastssl."""
-    from fastssl.config import recipes as known
+    from fastssl.config.schema import recipes as known
 
     table = Table("recipe", "what it does")
     for name, path in known().items():
@@ -198,7 +198,7 @@ def doctor(
     """What is installed and will run on what; or, with a recipe, what holds its training up."""
     if recipe is not None:
         return _print_bottleneck(recipe, overrides, seconds)
-    from fastssl.doctor import findings, primitives
+    from fastssl.diagnose.doctor import findings, primitives
 
     table = Table("part", "state", "what for", "to do")
     for found in findings():
@@ -227,7 +227,7 @@ def main() -> None:
 
 def _parts(source: str, fraction: float) -> tuple[Any, ...]:
     """The parts to pack: as the source comes, or split by `fraction` (and the seed 0)."""
-    from fastssl.config import resolve
+    from fastssl.config.schema import resolve
     from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
     from fastssl.data.errors import DataError
 
@@ -249,8 +249,8 @@ def _parts(source: str, fraction: float) -> tuple[Any, ...]:
 def _print_plan(cfg: Any) -> None:
     from fastssl.data.datasets import open_source
     from fastssl.data.loader import PretrainLoader
-    from fastssl.plan import make_plan
-    from fastssl.train import check_source, check_steps
+    from fastssl.diagnose.plan import make_plan
+    from fastssl.run.train import check_source, check_steps
 
     split = open_source(cfg.data.source, cfg.seed)
     check_source(cfg, split.train)
@@ -269,9 +269,9 @@ def _print_plan(cfg: Any) -> None:
 
 
 def _print_bottleneck(recipe: str, overrides: list[str] | None, seconds: float) -> None:
-    from fastssl.bottleneck import advice, examine, on_cpu, verdict
-    from fastssl.config import resolve
+    from fastssl.config.schema import resolve
     from fastssl.data.datasets import open_source
+    from fastssl.diagnose.bottleneck import advice, examine, on_cpu, verdict
 
     cfg, ranks = examine(resolve(recipe, overrides), seconds)
     if os.environ.get("RANK", "0") != "0":

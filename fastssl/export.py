@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastssl import config
-from fastssl.config import ConfigError, RunConfig
+from fastssl.config import schema as config
+from fastssl.config.schema import ConfigError, RunConfig
 from fastssl.data.datasets import (
     DigitsSource,
     FolderSource,
@@ -23,9 +23,9 @@ from fastssl.data.datasets import (
     open_source,
 )
 from fastssl.data.errors import DataError
-from fastssl.data.views import Views
-from fastssl.embedding import EmbedConfig, embed
+from fastssl.data.views.image import Views
 from fastssl.engine.checkpoint import encoder_file
+from fastssl.evaluate.embed import EmbedConfig, embed
 from fastssl.models import OWN, backbone_arguments, build_backbone, channels_of, feature_dim
 
 

@@ -26,16 +26,16 @@ from pydantic import TypeAdapter
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from fastssl.data.backend import Rendering, choose_backend
-from fastssl.data.batch_ops import AnyBatchOp, apply_batch_ops
-from fastssl.data.clips import ClipsSource
+from fastssl.data.batch.ops import AnyBatchOp, apply_batch_ops
 from fastssl.data.loader import PretrainLoader
-from fastssl.data.presets import PRESETS
-from fastssl.data.source import Source
+from fastssl.data.render.backend import Rendering, choose_backend
+from fastssl.data.sources.base import Source
 from fastssl.data.sources.folder import scan_folder
-from fastssl.data.spec import ViewSpec, apply, view_spec
-from fastssl.data.views import Views, preset
-from fastssl.data.volumes import VolumesSource
+from fastssl.data.synthetic.clips import ClipsSource
+from fastssl.data.synthetic.volumes import VolumesSource
+from fastssl.data.views.image import Views, preset
+from fastssl.data.views.presets import PRESETS
+from fastssl.data.views.spec import ViewSpec, apply, view_spec
 
 CELL, GAP, HEAD, SIDE = 88, 4, 54, 8  # pixels: of a cell, between them, above and beside all
 DPI, COLOURS = 100, 256  # of the palette that keeps a sheet small

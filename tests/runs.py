@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.config import RunConfig, from_mapping
+from fastssl.config.schema import RunConfig, from_mapping
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
@@ -139,7 +139,7 @@ def final(cfg: RunConfig) -> list[dict[str, Any]]:
 
 def without_pictures(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
     """Runs draw no plots from now on, or as long as a monkeypatch's setattr holds."""
-    from fastssl import results
+    from fastssl.run import results
 
     for name in ("plot_views", "plot_curves", "plot_embedding", "plot_reconstructions"):
         assert hasattr(results, name)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fastssl import bottleneck
-from fastssl.bottleneck import Measured, Verdict, advice, examine, verdict
-from fastssl.config import dump
+from fastssl.config.schema import dump
 from fastssl.data.datasets import open_source
 from fastssl.data.sources.digits import DigitsSource
+from fastssl.diagnose import bottleneck
+from fastssl.diagnose.bottleneck import Measured, Verdict, advice, examine, verdict
 from fastssl.engine.engine import Engine
 from tests.data import photos
 from tests.ranks import run_ranks
@@ -119,7 +119,7 @@ def test_the_back_end_and_colour_are_advised(folder, tmp_path, monkeypatch):
     cfg = tiny("simclr", tmp_path, data__backend="torch", **coloured)  # arrays: torch's by rule
     said = advice(cfg, [RANK], DigitsSource().open()[0])
     assert said[0].startswith("data.overrides.colour=linear")
-    monkeypatch.setattr("fastssl.data.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("fastssl.data.render.backend.find_spec", lambda name: None)
     cfg = of_photos(folder, tmp_path, data__backend="torch")
     assert "pip install 'fastssl[dali]'" in advice(cfg, [RANK], source_of(cfg))[0]
 

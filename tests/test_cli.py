@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastssl import cli
-from fastssl.config import ConfigError, dump, recipes
+from fastssl.config.schema import ConfigError, dump, recipes
 from fastssl.data.errors import DataError
-from fastssl.train import pretrain
+from fastssl.run.train import pretrain
 from tests.runs import tiny
 
 
@@ -88,7 +88,7 @@ def test_exports_load_whole(run, tmp_path):
     assert model.default_cfg["input_size"] == (1, 16, 16)
     call("embed", run.directory, "digits", "--out", tmp_path / "f.npz")
     from fastssl.data.datasets import open_source
-    from fastssl.data.torch_views import apply
+    from fastssl.data.render.torchvision import apply
 
     split, plain = open_source(run.data.source, run.seed), run.views().evaluation()
     with torch.no_grad():

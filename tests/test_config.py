@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastssl.config import (
+from fastssl.config.schema import (
     ConfigError,
     RunConfig,
     described,

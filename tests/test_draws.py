@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastssl.draws import hashes, uniform
+from fastssl.random import hashes, uniform
 
 
 def test_uniform_is_uniform():

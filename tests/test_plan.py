@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from fastssl.diagnose.plan import make_plan
 from fastssl.methods.base import PARAMETERS
-from fastssl.plan import make_plan
-from fastssl.train import build
+from fastssl.run.train import build
 from tests.runs import METHODS, tiny
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from fastssl import sheets
-from fastssl.data.batch_ops import AnyBatchOp
-from fastssl.data.presets import PRESETS
+from fastssl.data.batch.ops import AnyBatchOp
+from fastssl.data.views.presets import PRESETS
 from fastssl.sheets import Column, draw, page, photographs, preset_columns, write
 
 DOCS = Path(__file__).parents[1] / "docs/views"

@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from fastssl.config import dump
+from fastssl.config.schema import dump
 from fastssl.data.loader import PretrainLoader
 from fastssl.report import read_metrics
-from fastssl.train import pretrain
+from fastssl.run.train import pretrain
 from tests.runs import tiny
 from tests.test_cli import call
 

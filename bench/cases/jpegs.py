@@ -99,7 +99,7 @@ def _problem(kind: _Kind, shape: Shape, device: torch.device, origin: str = "fol
 
 
 def _spec(kind: _Kind, shape: Shape, **overrides: Any) -> Any:
-    return import_module("fastssl.data.views").preset(kind.preset, shape["V"], **overrides)
+    return import_module("fastssl.data.views.image").preset(kind.preset, shape["V"], **overrides)
 
 
 def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Rivals:
@@ -142,7 +142,7 @@ def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Riv
 
 
 def _has_dali() -> bool:
-    missing = import_module("fastssl.data.backend")._not_installed
+    missing = import_module("fastssl.data.render.backend")._not_installed
     return not missing()
 
 

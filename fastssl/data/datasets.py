@@ -27,25 +27,25 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from .clips import ClipsSource
-from .clouds import CloudsSource
-from .seeds import SPLIT, mix
-from .signals import SignalsSource
-from .source import Split
-from .sources.arrays import ArrayImages as ArrayImages
-from .sources.arrays import ArraysSource
-from .sources.digits import DigitsSource
-from .sources.folder import FolderSource
-from .sources.fractals import FractalsSource
-from .sources.frames import FramesSource
-from .sources.hub import HubSource
-from .sources.lmdbs import LmdbSource
-from .sources.npy import NpySource
-from .sources.tfrecord import TFRecordSource
-from .sources.wavs import WavsSource
-from .sources.webdataset import WebDatasetSource
-from .tables import TableSource
-from .volumes import VolumesSource
+from fastssl.data.seeds import SPLIT, mix
+from fastssl.data.sources.arrays import ArrayImages as ArrayImages
+from fastssl.data.sources.arrays import ArraysSource
+from fastssl.data.sources.base import Split
+from fastssl.data.sources.digits import DigitsSource
+from fastssl.data.sources.folder import FolderSource
+from fastssl.data.sources.frames import FramesSource
+from fastssl.data.sources.hub import HubSource
+from fastssl.data.sources.lmdbs import LmdbSource
+from fastssl.data.sources.npy import NpySource
+from fastssl.data.sources.tables import TableSource
+from fastssl.data.sources.tfrecord import TFRecordSource
+from fastssl.data.sources.wavs import WavsSource
+from fastssl.data.sources.webdataset import WebDatasetSource
+from fastssl.data.synthetic.clips import ClipsSource
+from fastssl.data.synthetic.clouds import CloudsSource
+from fastssl.data.synthetic.fractals import FractalsSource
+from fastssl.data.synthetic.signals import SignalsSource
+from fastssl.data.synthetic.volumes import VolumesSource
 
 SourceConfig = Annotated[
     DigitsSource

@@ -17,13 +17,21 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from .backend import Rendering
-from .errors import DataError
-from .fetch import Batch, EncodedFetch, EvalFetch, Fetch, Items, PretrainFetch, mostly_bad
-from .seeds import ORDER, permutation
-from .source import Source
-from .spec import ViewSpec
-from .views import Views
+from fastssl.data.errors import DataError
+from fastssl.data.render.backend import Rendering
+from fastssl.data.seeds import ORDER, permutation
+from fastssl.data.sources.base import Source
+from fastssl.data.views.image import Views
+from fastssl.data.views.spec import ViewSpec
+from fastssl.data.worker import (
+    Batch,
+    EncodedFetch,
+    EvalFetch,
+    Fetch,
+    Items,
+    PretrainFetch,
+    mostly_bad,
+)
 
 _BAD_AFTER = 200  # samples, before a share of bad ones means anything
 
@@ -207,7 +215,7 @@ class PretrainLoader:
         given: Any = (self.source, self.views, self.seed, self.parameters)
         if self.rendering is None:
             return _run(PretrainFetch(*given), steps, self.workers)
-        from .dali import Renderer  # DALI takes a second to import
+        from fastssl.data.render.dali import Renderer  # DALI takes a second to import
 
         assert isinstance(self.views, Views), "choose_backend refuses other kinds"
         fetch, share = EncodedFetch(*given), self.batch_size // self.world

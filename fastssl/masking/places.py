@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.draws import hashes
+from fastssl.random import hashes
 
 # Streams of one seed start this far apart: odd, and no multiple of SplitMix64's own step.
 _STRIDE = 0xD1B54A32D192ED03

@@ -1,12 +1,12 @@
 """What a method is: an encoder that is kept, a loss on a batch, and a hook after each step.
 
 A batch is a dict: "views" a list of float tensors, one a view, images (B, C, H, W) or what else the
-source has (clips, signals, clouds, rows: fastssl.data.spec); "index" (B,)
+source has (clips, signals, clouds, rows: fastssl.data.views.spec); "index" (B,)
 int64, the samples' places in the data set; "label" (B,) int64 their classes, where they have any;
 "seeds" (B,) int64, one random seed a sample, a pure function of (run seed, epoch, sample): what a
 method draws at random, it draws from these.  A method that asks also gets "params", a list of
 (B, P) float32, one tensor a view: what the view was drawn with, in the columns PARAMETERS, whose
-units are those of fastssl.data.torch_views.PARAMETERS.
+units are those of fastssl.data.render.torchvision.PARAMETERS.
 """
 
 from typing import Any, ClassVar

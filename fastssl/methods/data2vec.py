@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fastssl.draws import hashes
 from fastssl.kernels import gather_tokens
 from fastssl.masking import Masking
 from fastssl.models import EMA, MAEDecoder, MaskedViT
+from fastssl.random import hashes
 from fastssl.schedules import linear
 
 from .base import Batch, Method, MethodConfig

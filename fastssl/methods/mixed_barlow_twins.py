@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from fastssl.draws import uniform
 from fastssl.losses import MixedBarlowTwinsLoss
+from fastssl.random import uniform
 
 from .barlow_twins import BarlowTwins, BarlowTwinsConfig
 from .base import Batch

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastssl.draws import hashes
 from fastssl.kernels import gather_tokens
 from fastssl.masking import Blocks, random_masking
 from fastssl.models import EMA, LatentPredictor, TableTransformer
+from fastssl.random import hashes
 from fastssl.schedules import linear
 
 from .base import Batch, Method, MethodConfig

@@ -14,7 +14,7 @@ from fastssl.bench.feeders import Feed, Ordinary, OurFeed, Pictures, PlainFeed
 from fastssl.bench.registry import OURS, Absent, all_cases
 from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.webdataset import WebDatasetSource
-from fastssl.data.views import preset
+from fastssl.data.views.image import preset
 
 CPU = torch.device("cpu")
 SHAPE = {"N": 12, "B": 4, "W": 80, "V": 40, "workers": 1}

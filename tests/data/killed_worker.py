@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastssl.data.backend import Rendering
 from fastssl.data.loader import PretrainLoader
+from fastssl.data.render.backend import Rendering
 from fastssl.data.sources.folder import scan_folder
-from fastssl.data.views import preset
+from fastssl.data.views.image import preset
 
 BATCH, EPOCHS = 8, 2
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from fastssl.data.backend import choose_backend
 from fastssl.data.errors import DataError
+from fastssl.data.render.backend import choose_backend
 from fastssl.data.sources.folder import scan_folder
-from fastssl.data.spec import view_spec
-from fastssl.data.views import preset
+from fastssl.data.views.image import preset
+from fastssl.data.views.spec import view_spec
 from tests.data.photos import folder
 from tests.data.test_loader import Images
 

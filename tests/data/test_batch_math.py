@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.data import batch_math as bm
+from fastssl.data.batch import math as bm
 
 B, C, H, W = 5, 3, 12, 16
 

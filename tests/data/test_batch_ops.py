@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from fastssl.config import ConfigError, resolve
-from fastssl.data import batch_math as bm
-from fastssl.data.batch_ops import (
+from fastssl.config.schema import ConfigError, resolve
+from fastssl.data.batch import math as bm
+from fastssl.data.batch.ops import (
     AnyBatchOp,
     Fields,
     LowFrequency,
@@ -21,7 +21,7 @@ from fastssl.data.batch_ops import (
     check_batch_ops,
 )
 from fastssl.engine.engine import Engine
-from fastssl.train import Interrupted, pretrain
+from fastssl.run.train import Interrupted, pretrain
 from tests.runs import final, losses, tiny
 
 B, NORM = 6, ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.data.clips import MOTIONS, ClipsSource, ClipViews, clip, clip_views, path
-from fastssl.data.spec import apply, view_spec
-from fastssl.data.torch_views import draw, render
+from fastssl.data.render.torchvision import draw, render
+from fastssl.data.synthetic.clips import MOTIONS, ClipsSource, ClipViews, clip, clip_views, path
+from fastssl.data.views.spec import apply, view_spec
 
 SHAPE = (3, 8, 24)
 TIMES = np.linspace(0, 1, 9)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.data.clouds import (
+from fastssl.data.synthetic.clouds import (
     SURFACES,
     CloudsSource,
     CloudViews,
@@ -12,7 +12,7 @@ from fastssl.data.clouds import (
     cloud,
     cloud_views,
 )
-from fastssl.data.spec import apply, view_spec
+from fastssl.data.views.spec import apply, view_spec
 
 
 @pytest.mark.parametrize("label", range(len(SURFACES)), ids=SURFACES)

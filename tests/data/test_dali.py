@@ -6,15 +6,16 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
 
-from fastssl.data import dali, torch_views
-from fastssl.data.backend import Rendering
 from fastssl.data.datasets import ArrayImages
-from fastssl.data.encoded import encoded_item
-from fastssl.data.images import decode_bytes
-from fastssl.data.jpeg import plain_jpeg_size
 from fastssl.data.loader import PretrainLoader
+from fastssl.data.render import dali
+from fastssl.data.render import torchvision as torch_views
+from fastssl.data.render.backend import Rendering
+from fastssl.data.render.encoded import encoded_item
+from fastssl.data.render.jpeg import plain_jpeg_size
+from fastssl.data.sources.decode import decode_bytes
 from fastssl.data.sources.folder import scan_folder
-from fastssl.data.views import View, Views, preset
+from fastssl.data.views.image import View, Views, preset
 from tests.data.photos import SHAPES, folder, jpeg, photo
 from tests.data.test_loader import assert_same_stream
 

@@ -19,8 +19,8 @@ from fastssl.data.datasets import (
     split_indices,
 )
 from fastssl.data.errors import DataError
-from fastssl.data.sources import fractals
-from fastssl.data.sources.fractals import cache_fractals
+from fastssl.data.synthetic import fractals
+from fastssl.data.synthetic.fractals import cache_fractals
 
 FRACTALS = FractalsSource(classes=3, per_class=5, size=16)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastssl.data.datasets import FolderSource, open_source
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.source import EncodedSource
+from fastssl.data.sources.base import EncodedSource
 from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.names import Names
 from fastssl.data.sources.wavs import WavsSource

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fastssl.data.sources.fractals import _chaos_game, class_code, fractal
+from fastssl.data.synthetic.fractals import _chaos_game, class_code, fractal
 
 SIZE, CLASSES = 32, 10
 

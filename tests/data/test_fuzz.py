@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.images import decode_bytes
 from fastssl.data.sources.arrays import ArraysSource
+from fastssl.data.sources.decode import decode_bytes
 from fastssl.data.sources.tars import parse_index
 from fastssl.data.sources.tfrecord import TFRecordSource
 from fastssl.data.sources.webdataset import WebDatasetSource

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.data.torch_views import (
+from fastssl.data.render.torchvision import (
     PARAMETERS,
     Drawn,
     apply,
@@ -18,7 +18,7 @@ from fastssl.data.torch_views import (
     parameters,
     render,
 )
-from fastssl.data.views import View, Views, preset
+from fastssl.data.views.image import View, Views, preset
 
 IDENTITY = Drawn(0, 0, 24, 24, False, 0.0, (0.0, 0.0), (), False, 0.0, False)
 N = 4000

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fastssl.data.errors import BadItem
-from fastssl.data.images import decode_bytes
+from fastssl.data.sources.decode import decode_bytes
 from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.webdataset import WebDatasetSource
 from tests.data.made import encoded, noise, tar
@@ -143,7 +143,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
 import resource
 from pathlib import Path
 from fastssl.data.errors import BadItem
-from fastssl.data.images import decode
+from fastssl.data.sources.decode import decode
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 2**28
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.source import EncodedSource
+from fastssl.data.sources.base import EncodedSource
 from fastssl.data.sources.hub import HubSource
 from tests.data.made import encoded, names, reds
 

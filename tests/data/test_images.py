@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastssl.data.errors import BadItem
-from fastssl.data.images import decode, decode_bytes, read_bytes
+from fastssl.data.sources.decode import decode, decode_bytes, read_bytes
 
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(0, 256, (3, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 24 x 32

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastssl.data.jpeg import plain_jpeg_size
+from fastssl.data.render.jpeg import plain_jpeg_size
 from tests.data.photos import jpeg, photo
 
 PIXELS = photo(0, 37, 50)

@@ -5,14 +5,14 @@ import pickle
 import pytest
 import torch
 
-from fastssl.data.clips import ClipsSource
-from fastssl.data.clouds import CloudsSource
 from fastssl.data.datasets import open_source
 from fastssl.data.loader import EvalLoader, PretrainLoader
-from fastssl.data.signals import SignalsSource
-from fastssl.data.spec import KINDS, view_spec
-from fastssl.data.tables import TableSource
-from fastssl.data.volumes import VolumesSource
+from fastssl.data.sources.tables import TableSource
+from fastssl.data.synthetic.clips import ClipsSource
+from fastssl.data.synthetic.clouds import CloudsSource
+from fastssl.data.synthetic.signals import SignalsSource
+from fastssl.data.synthetic.volumes import VolumesSource
+from fastssl.data.views.spec import KINDS, view_spec
 
 SOURCES = {
     "clips": ClipsSource(classes=2, per_class=12, frames=4, size=16),

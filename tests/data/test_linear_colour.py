@@ -7,8 +7,8 @@ import pytest
 import torch
 from nvidia.dali import pipeline_def
 
-from fastssl.data.torch_views import Drawn, apply, colour_matrix, render
-from fastssl.data.views import View, preset
+from fastssl.data.render.torchvision import Drawn, apply, colour_matrix, render
+from fastssl.data.views.image import View, preset
 
 VIEW = View(size=24, colour="linear")
 IDENTITY = Drawn(0, 0, 24, 24, False, 0.0, (0.0, 0.0), (), False, 0.0, False)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.source import EncodedSource
 from fastssl.data.sources import lmdbs
+from fastssl.data.sources.base import EncodedSource
 from fastssl.data.sources.lmdbs import LmdbSource
 from tests.data.made import encoded, names, reds
 

@@ -14,13 +14,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastssl import cli
-from fastssl.data import pack as room
-from fastssl.data.clips import ClipsSource
 from fastssl.data.datasets import DigitsSource, FolderSource, open_source
 from fastssl.data.errors import DataError
-from fastssl.data.pack import PackError, PackOptions, pack
+from fastssl.data.sources import pack as room
 from fastssl.data.sources import tars
+from fastssl.data.sources.pack import PackError, PackOptions, pack
 from fastssl.data.sources.webdataset import WebDatasetSource
+from fastssl.data.synthetic.clips import ClipsSource
 from tests.data.made import encoded, noise, reds
 
 

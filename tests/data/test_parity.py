@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastssl.data.backend import Rendering
 from fastssl.data.loader import PretrainLoader
+from fastssl.data.render.backend import Rendering
+from fastssl.data.render.torchvision import PARAMETERS
 from fastssl.data.sources.folder import scan_folder
-from fastssl.data.torch_views import PARAMETERS
-from fastssl.data.views import preset
+from fastssl.data.views.image import preset
 from tests.data.photos import folder
 
 COUNT, STEPS = 40, 40  # 1,600 draws of each of two views

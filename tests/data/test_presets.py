@@ -2,9 +2,9 @@
 
 import pytest
 
-from fastssl.config import resolve
-from fastssl.data.presets import MULTI_CROP, PRESETS
-from fastssl.data.views import View, preset
+from fastssl.config.schema import resolve
+from fastssl.data.views.image import View, preset
+from fastssl.data.views.presets import MULTI_CROP, PRESETS
 from fastssl.methods import METHODS
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import v2
 
-from fastssl.data.rand_augment import OPERATIONS, apply_operation, draw_operations
-from fastssl.data.torch_views import apply, draw, drawn_parameters
-from fastssl.data.views import View, preset
+from fastssl.data.render.torchvision import apply, draw, drawn_parameters
+from fastssl.data.views.image import View, preset
+from fastssl.data.views.rand_augment import OPERATIONS, apply_operation, draw_operations
 
 N = 20_000
 

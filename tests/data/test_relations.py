@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from fastssl.data import torch_views
-from fastssl.data.torch_views import draw, parameters, render
-from fastssl.data.views import View
+from fastssl.data.render import torchvision as torch_views
+from fastssl.data.render.torchvision import draw, parameters, render
+from fastssl.data.views.image import View
 from fastssl.methods import base
 from fastssl.methods.sie import frame_change, relation
 

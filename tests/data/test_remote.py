@@ -15,7 +15,7 @@ from fastssl.data.sources import remote
 from fastssl.data.sources.files import Files, read_all, status
 from fastssl.data.sources.tfrecord import example_label
 from fastssl.data.sources.webdataset import WebDatasetSource
-from fastssl.data.views import preset
+from fastssl.data.views.image import preset
 from tests.data.made import shard
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.data.signals import WAVES, SignalsSource, SignalViews, signal, signal_views
-from fastssl.data.spec import apply, view_spec
+from fastssl.data.synthetic.signals import WAVES, SignalsSource, SignalViews, signal, signal_views
+from fastssl.data.views.spec import apply, view_spec
 
 
 def test_deterministic_and_sized():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.source import EncodedSource
 from fastssl.data.sources import tfrecord as room
+from fastssl.data.sources.base import EncodedSource
 from fastssl.data.sources.remote import filesystem
 from fastssl.data.sources.tfrecord import TFRecordSource, example_bytes, example_label, masked_crc
 from tests.data.made import encoded, example, field, names, record, reds, tfrecord

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fastssl.data.torch_views import (
+from fastssl.data.render.torchvision import (
     PARAMETERS,
     Drawn,
     apply,
@@ -20,7 +20,7 @@ from fastssl.data.torch_views import (
     parameters,
     render,
 )
-from fastssl.data.views import View, Views, preset
+from fastssl.data.views.image import View, Views, preset
 
 IDENTITY = Drawn(0, 0, 24, 24, False, 0.0, (0.0, 0.0), (), False, 0.0, False)
 VIEW = View(size=24)

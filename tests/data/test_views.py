@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from fastssl.data.views import PRESETS, View, Views, preset
+from fastssl.data.views.image import PRESETS, View, Views, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

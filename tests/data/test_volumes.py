@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as V
 
-from fastssl.data.spec import apply, view_spec
-from fastssl.data.volumes import SOLIDS, VolumesSource, VolumeViews, distance, volume, volume_views
+from fastssl.data.synthetic.volumes import (
+    SOLIDS,
+    VolumesSource,
+    VolumeViews,
+    distance,
+    volume,
+    volume_views,
+)
+from fastssl.data.views.spec import apply, view_spec
 
 WHOLE = {"crop_scale": (1.0, 1.0), "flip": 0.0, "mean": 0.0, "std": 1.0}
 N = 2000

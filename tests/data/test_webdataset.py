@@ -13,8 +13,8 @@ import torch
 
 from fastssl.data.datasets import open_source
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.source import EncodedSource
 from fastssl.data.sources import tars, webdataset
+from fastssl.data.sources.base import EncodedSource
 from fastssl.data.sources.remote import filesystem
 from fastssl.data.sources.webdataset import WebDatasetSource
 from tests.data.made import encoded, names, reds, shard, tar

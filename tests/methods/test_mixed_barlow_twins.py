@@ -1,7 +1,7 @@
 import torch
 
-from fastssl.draws import uniform
 from fastssl.losses import BarlowTwinsLoss, MixedBarlowTwinsLoss
+from fastssl.random import uniform
 from tests.methods.test_methods import assert_gradients_reach, batch, method
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastssl.config import ConfigError
+from fastssl.config.schema import ConfigError
+from fastssl.diagnose.plan import make_plan
 from fastssl.export import export
 from fastssl.models import channels_of
-from fastssl.plan import make_plan
-from fastssl.train import build, open_source, pretrain
+from fastssl.run.train import build, open_source, pretrain
 from tests.runs import OTHERS, losses, tiny
 
 CHANNELS = {"videomae": 3, "signal_mae": 1, "tjepa": 13, "point_mae": 3}

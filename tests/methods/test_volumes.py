@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastssl.train import pretrain
+from fastssl.run.train import pretrain
 from tests.runs import losses, tiny
 
 RUN = {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.config import dump, load
+from fastssl.config.schema import dump, load
 from fastssl.report import read_metrics
-from fastssl.train import pretrain
+from fastssl.run.train import pretrain
 from tests.data.photos import folder
 from tests.runs import losses, tiny
 

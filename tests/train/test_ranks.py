@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastssl.distributed import barrier
-from fastssl.train import pretrain
+from fastssl.run.train import pretrain
 from tests.ranks import run_ranks
 from tests.runs import losses, tiny, without_pictures
 

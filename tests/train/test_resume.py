@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from fastssl.config import load
+from fastssl.config.schema import load
 from fastssl.engine.engine import Engine
-from fastssl.runlog import Silent
-from fastssl.train import Interrupted, pretrain
+from fastssl.run.log import Silent
+from fastssl.run.train import Interrupted, pretrain
 from tests.data.photos import folder
 from tests.runs import final, tiny
 

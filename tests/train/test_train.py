@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.config import ConfigError, load
+from fastssl.config.schema import ConfigError, load
 from fastssl.data.errors import DataError
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.config import EngineError
 from fastssl.engine.engine import Engine
 from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
-from fastssl.results import EvaluationError
-from fastssl.rundir import prepared
-from fastssl.runlog import LogError, Silent
-from fastssl.train import NonFinite, Progress, Run, pretrain
+from fastssl.run.directory import prepared
+from fastssl.run.log import LogError, Silent
+from fastssl.run.results import EvaluationError
+from fastssl.run.train import NonFinite, Progress, Run, pretrain
 from tests.runs import METHODS, final, losses, tiny
 
 

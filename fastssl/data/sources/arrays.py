@@ -8,11 +8,11 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from ..errors import DataError
-from ..images import of_the_machine
-from ..source import Source, SourceOptions, absolute
-from .files import Files
-from .records import MOST_CLASSES
+from fastssl.data.errors import DataError
+from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.decode import of_the_machine
+from fastssl.data.sources.files import Files
+from fastssl.data.sources.records import MOST_CLASSES
 
 
 class ArrayImages:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..source import Source, SourceOptions
-from .arrays import ArrayImages
+from fastssl.data.sources.arrays import ArrayImages
+from fastssl.data.sources.base import Source, SourceOptions
 
 
 class DigitsSource(SourceOptions):

@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadItem, DataError
-from ..images import MOST_BYTES
-from ..source import absolute
-from . import remote
-from .remote import Remote, Status
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.sources import remote
+from fastssl.data.sources.base import absolute
+from fastssl.data.sources.decode import MOST_BYTES
+from fastssl.data.sources.remote import Remote, Status
 
 _OPEN = 64  # descriptors that one process keeps of one set of files
 _MOST_FILES = 1_000_000

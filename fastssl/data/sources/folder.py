@@ -11,10 +11,10 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import DataError
-from ..images import SUFFIXES, decode, decode_bytes, read_bytes
-from ..source import Source, SourceOptions, absolute
-from .names import Names
+from fastssl.data.errors import DataError
+from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.decode import SUFFIXES, decode, decode_bytes, read_bytes
+from fastssl.data.sources.names import Names
 
 _TEST_NAMES = ("val", "test", "valid", "validation")
 

@@ -10,11 +10,11 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from ..errors import BadItem, DataError
-from ..images import MOST_BYTES, SUFFIXES, decode, of_the_machine
-from ..source import Source, SourceOptions, absolute
-from .folder import split_folders, walk
-from .names import Names
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.decode import MOST_BYTES, SUFFIXES, decode, of_the_machine
+from fastssl.data.sources.folder import split_folders, walk
+from fastssl.data.sources.names import Names
 
 _DIGITS = re.compile(r"(\d+)")
 

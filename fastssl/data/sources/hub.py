@@ -12,11 +12,11 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from ..errors import BadItem, DataError
-from ..images import decode_bytes, of_the_machine, read_bytes
-from ..source import Source, SourceOptions, absolute
-from .records import MOST_CLASSES
-from .webdataset import TESTS
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.decode import decode_bytes, of_the_machine, read_bytes
+from fastssl.data.sources.records import MOST_CLASSES
+from fastssl.data.sources.webdataset import TESTS
 
 
 def _datasets() -> Any:

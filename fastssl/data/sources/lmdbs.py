@@ -10,10 +10,10 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from ..errors import BadItem, DataError
-from ..images import decode_bytes
-from ..source import Source, SourceOptions, absolute
-from .names import Names
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.decode import decode_bytes
+from fastssl.data.sources.names import Names
 
 _OPENED: dict[tuple[int, str], Any] = {}  # by process and path: one may not open a database twice
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BadItem, DataError
-from ..images import decode_bytes
-from .files import Files, read_all, status, write_beside
-from .names import Names
-from .remote import Status
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.sources.decode import decode_bytes
+from fastssl.data.sources.files import Files, read_all, status, write_beside
+from fastssl.data.sources.names import Names
+from fastssl.data.sources.remote import Status
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import DataError
+from fastssl.data.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
-from ..errors import DataError
-from .files import Files, Window, read_all
-from .remote import Status
+from fastssl.data.errors import DataError
+from fastssl.data.sources.files import Files, Window, read_all
+from fastssl.data.sources.remote import Status
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
-from ..errors import BadItem, DataError
-from ..source import Source, SourceOptions
-from .files import Files, Window, absolute_pattern, read_all, write_beside
-from .records import Found, Label, Part, build, checked, kept_labels, status_or_none
-from .remote import Status
-from .webdataset import shards
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.sources.base import Source, SourceOptions
+from fastssl.data.sources.files import Files, Window, absolute_pattern, read_all, write_beside
+from fastssl.data.sources.records import (
+    Found,
+    Label,
+    Part,
+    build,
+    checked,
+    kept_labels,
+    status_or_none,
+)
+from fastssl.data.sources.remote import Status
+from fastssl.data.sources.webdataset import shards
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from ..errors import BadItem
-from ..images import of_the_machine
-from ..source import Source, SourceOptions, absolute
-from .folder import Format, scan_folder
+from fastssl.data.errors import BadItem
+from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.decode import of_the_machine
+from fastssl.data.sources.folder import Format, scan_folder
 
 
 def _samples(data: bytes, width: int) -> np.ndarray:

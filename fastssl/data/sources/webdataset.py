@@ -12,12 +12,19 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from ..errors import BadItem, DataError
-from ..images import SUFFIXES
-from ..source import Source, SourceOptions
-from . import tars
-from .files import Files, absolute_pattern, expand, is_folder, read_all, write_beside
-from .records import (
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.sources import tars
+from fastssl.data.sources.base import Source, SourceOptions
+from fastssl.data.sources.decode import SUFFIXES
+from fastssl.data.sources.files import (
+    Files,
+    absolute_pattern,
+    expand,
+    is_folder,
+    read_all,
+    write_beside,
+)
+from fastssl.data.sources.records import (
     Found,
     Label,
     Part,
@@ -26,8 +33,8 @@ from .records import (
     kept_labels,
     status_or_none,
 )
-from .remote import Status
-from .tars import Component, Sample
+from fastssl.data.sources.remote import Status
+from fastssl.data.sources.tars import Component, Sample
 
 log = logging.getLogger(__name__)
 

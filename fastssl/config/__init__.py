@@ -1,0 +1,1 @@
+"""What a run is told: its sections, read from a recipe, a YAML file and overrides."""

@@ -1,0 +1,1 @@
+"""What is done to a whole batch of views at once."""

@@ -1,0 +1,1 @@
+"""Views made: by torchvision or by DALI, from the same draws."""

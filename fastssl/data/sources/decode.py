@@ -1,0 +1,125 @@
+"""Decoding one image, of any format and mode Pillow reads, to uint8 (3, H, W).
+
+Colour is what a viewer would show: EXIF orientation applied, transparency over white, CMYK and
+palettes converted, 16-bit grey scaled to 8, and float images stretched unless they are in [0, 1].
+"""
+
+import errno
+import os
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fastssl.data.errors import BadItem
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2".split()
+)
+_ORIENTATION = 0x0112  # the EXIF tag
+# What fails for want of files, memory or a disk says nothing of the image.
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE)
+MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
+
+
+def of_the_machine(error: Exception) -> bool:
+    code = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MemoryError) or code in _MACHINE
+
+
+def _deep_to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey images of more than 8 bits, which Pillow's own conversion clips to white."""
+    pixels = np.asarray(image, np.float64)
+    if image.mode == "F":
+        low, high = float(pixels.min()), float(pixels.max())
+        if not np.isfinite(high - low):
+            raise ValueError("pixels are not finite")
+        if low < 0 or high > 1:
+            pixels = (pixels - low) / max(high - low, np.finfo(np.float64).tiny)
+        pixels = pixels * 255
+    else:
+        pixels = pixels.clip(0, 65535) / 257
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception as error:  # a damaged EXIF block says nothing against the pixels
+        if of_the_machine(error):
+            raise
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _deep_to_8_bit(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _pixels(data: bytes) -> Tensor:
+    with Image.open(BytesIO(data)) as image:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
+            size = f"{image.width} x {image.height}"
+            raise ValueError(f"{size} pixels are above Pillow's limit of {limit} (a bomb?)")
+        if image.format == "EPS":  # Pillow would run Ghostscript on it
+            raise ValueError("PostScript is a program, not pixels")
+        image.load()
+        pixels = np.array(_to_rgb(_upright(image)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _reason(error: Exception) -> str:
+    what = error.strerror if isinstance(error, OSError) else None
+    return " ".join((what or str(error) or type(error).__name__).split())
+
+
+def decode_bytes(data: bytes, name: str) -> Tensor:
+    """The pixels of an encoded image, uint8 (3, H, W); its first frame if it has several.
+
+    Raises BadItem(name, reason) for whatever cannot be read as an image.  A failure of
+    the machine (no memory or file handle left, a disk's I/O error) is raised as it is.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the limit is checked above, odd metadata is harmless
+            return _pixels(data)
+    except UnidentifiedImageError as error:
+        raise BadItem(name, f"cannot identify an image in its {len(data)} bytes") from error
+    except Exception as error:  # decoders raise whatever the bytes lead them to
+        if of_the_machine(error):
+            raise
+        raise BadItem(name, _reason(error)) from error
+
+
+def read_bytes(path: Path, name: str) -> bytes:
+    """A file as it is.
+
+    Raises BadItem(name, reason) for one that vanished, is no file or may not be read, and for 2 GiB
+    and more.  A failure of the machine is raised as it is.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size >= MOST_BYTES:
+                raise ValueError(f"{size} bytes are too many for one item")
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: also a name with a null byte
+        if of_the_machine(error):
+            raise
+        raise BadItem(name, _reason(error)) from error
+
+
+def decode(path: Path, name: str) -> Tensor:
+    """`decode_bytes` of a file.  Raises BadItem(name, reason), and a failure of the machine."""
+    return decode_bytes(read_bytes(path, name), name)

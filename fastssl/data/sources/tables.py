@@ -1,0 +1,195 @@
+"""Tables: numeric rows, each column standardised by the training part.
+
+    z_ij = (x_ij - mean_j) / deviation_j,   mean and (biased) deviation over the training rows
+
+A missing cell (empty, or "nan") takes the training mean, which is 0.  A column that is constant in
+training has deviation 1: it stays, as the difference from that constant.  A column without a value
+in training cannot be standardised, and is refused.
+"""
+
+import csv
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from fastssl.data.errors import DataError
+from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.views.item import ItemViews
+
+Shipped = Literal["breast_cancer", "wine", "iris", "digits"]
+
+
+class Table:
+    """Rows (N, F) float64, nan where a cell is missing, as float32 items (F,).
+
+    mean, deviation: (F,), what items are standardised by; until `fitted` 0 and 1.
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        columns: list[str],
+        labels: Tensor | None = None,
+        classes: tuple[str, ...] | None = None,
+    ):
+        self.rows, self.columns, self.labels, self.classes = rows, columns, labels, classes
+        self.channels = rows.shape[1]
+        self.places = np.arange(len(rows))  # in the whole table, for the names
+        self.mean, self.deviation = np.zeros(self.channels), np.ones(self.channels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def item(self, i: int) -> Tensor:
+        """Row i, float32 (F,)."""
+        z = (self.rows[i] - self.mean) / self.deviation
+        return torch.from_numpy(np.nan_to_num(z, nan=0.0).astype(np.float32))
+
+    def name(self, i: int) -> str:
+        return f"row {self.places[i] + 1}"
+
+    def select(self, indices: np.ndarray) -> "Table":
+        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
+        chosen = Table(self.rows[indices], self.columns, labels, self.classes)
+        chosen.places = self.places[indices]
+        chosen.mean, chosen.deviation = self.mean, self.deviation
+        return chosen
+
+    def fitted(self, train: np.ndarray) -> "Table":
+        """The same table, standardised by the rows `train` (int64).
+
+        Raises DataError naming a column that has no value there.
+        """
+        rows = self.rows[train]
+        seen = ~np.isnan(rows)
+        count = seen.sum(0)
+        if (count == 0).any():
+            column = self.columns[int((count == 0).argmax())]
+            raise DataError(f"column {column!r} has no value in the training rows: remove it")
+        whole = self.select(np.arange(len(self)))
+        whole.mean = np.where(seen, rows, 0).sum(0) / count
+        deviation = np.sqrt((np.where(seen, rows - whole.mean, 0) ** 2).sum(0) / count)
+        constant = deviation <= 1e-9 * np.abs(whole.mean)  # what rounding leaves is no spread
+        whole.deviation = np.where(constant | (deviation == 0), 1.0, deviation)
+        return whole
+
+
+def _shipped(name: str) -> Table:
+    from sklearn import datasets  # a second to import, for this source alone
+
+    found: Any = getattr(datasets, f"load_{name}")()
+    labels = torch.from_numpy(found.target.astype(np.int64))
+    classes = tuple(str(c) for c in found.target_names)
+    columns = [str(c) for c in found.feature_names]
+    return Table(np.asarray(found.data, np.float64), columns, labels, classes)
+
+
+def _number(cell: str, where: str) -> float:
+    cell = cell.strip()
+    try:
+        value = float(cell or "nan")
+    except ValueError:
+        raise DataError(f"{where} holds {cell!r}, which is no number: encode it") from None
+    if np.isinf(value):
+        raise DataError(f"{where} holds {cell!r}: give a finite number, or leave it empty")
+    return value
+
+
+def read_csv(path: Path, label: str | None) -> Table:
+    """A table from a .csv file with a header.  label: the column of classes, of any text.
+
+    Classes are numbered by the sorted texts.  Blank lines are passed over.
+    Raises DataError, naming the line and the column, for what is no table of numbers.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the table {str(path)!r} ({reason}): mend it") from error
+    if len(lines) < 2:
+        raise DataError(f"the table {str(path)!r} has no rows below its header: add some")
+    header = [name.strip() for name in lines.pop(0)[1]]
+    if label is not None and label not in header:
+        raise DataError(f"no column {label!r} for the labels; there are: {', '.join(header)}")
+    at = None if label is None else header.index(label)
+    for number, row in lines:
+        if len(row) != len(header):
+            raise DataError(f"line {number} has {len(row)} cells, the header {len(header)}")
+    kept = [j for j in range(len(header)) if j != at]
+    if not kept:
+        raise DataError(f"the table {str(path)!r} has no column but its labels: add some")
+    rows = [[_number(row[j], f"line {n}, column {header[j]!r}") for j in kept] for n, row in lines]
+    columns = [header[j] for j in kept]
+    if at is None:
+        return Table(np.array(rows), columns)
+    texts = [row[at].strip() for _, row in lines]
+    classes = tuple(sorted(set(texts)))
+    labels = torch.tensor([classes.index(text) for text in texts])
+    return Table(np.array(rows), columns, labels, classes)
+
+
+class TableSource(SourceOptions):
+    """Rows of a numeric table: one that scikit-learn ships, or a .csv file."""
+
+    name: Literal["table"] = Field(default="table", description="which source this is")
+    dataset: Shipped | None = Field(
+        default=None, description=f"a table of scikit-learn's: {', '.join(get_args(Shipped))}"
+    )
+    path: Annotated[Path | None, AfterValidator(lambda p: p and absolute(p))] = Field(
+        default=None, description="a .csv file with a header, numbers in all columns but the label"
+    )
+    label: str | None = Field(
+        default=None, description="its column of classes; without one there are no labels"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.dataset is None) == (self.path is None):
+            raise ValueError(f"want dataset or path, got {self.dataset} and {self.path}")
+        if self.label is not None and self.path is None:
+            raise ValueError(f"label={self.label} is for a path: {self.dataset} has its own")
+        return self
+
+    def open(self) -> tuple[Source, ...]:
+        if self.path is not None:
+            return (read_csv(self.path, self.label),)
+        return (_shipped(str(self.dataset)),)
+
+
+class TableViews(ItemViews):
+    """Rows as they are, float32 (F,): a table has no augmentation that keeps its meaning."""
+
+    kind: ClassVar[str] = "row"
+
+    def shapes(self, channels: int) -> list[tuple[int, ...]]:
+        """(channels,) of each view."""
+        return [(channels,)] * self.count
+
+    def evaluation(self) -> "TableViews":
+        return self.with_fields(count=1)
+
+    def shown(self, view: Tensor) -> Tensor:
+        """Rows as they are."""
+        return view
+
+    def check(self, item: Tensor) -> None:
+        if item.ndim != 1 or not item.is_floating_point():
+            raise ValueError(f"row: want float (F,), got {item.dtype} {list(item.shape)}")
+
+    def view(self, item: Tensor, key: int) -> Tensor:
+        return item.float()
+
+
+def table_views(size: int, **overrides: Any) -> TableViews:
+    """The rows; they have the size of their table, whatever `size`.
+
+    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
+    """
+    return TableViews.preset("table", {}, overrides)

@@ -1,0 +1,56 @@
+"""Sources whose items come from a formula.
+
+Item i is instance i % per_class of class i // per_class, and a pure function of (seed, class,
+instance): nothing is stored, and every process draws it alike.
+"""
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastssl.data.sources.base import Source, SourceOptions
+
+
+class GeneratedOptions(SourceOptions):
+    """What all generated sources are told.  A subclass says how to `draw` an item."""
+
+    per_class: int = Field(default=100, ge=1, le=100_000, description="items of each class")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="which items; the split has the run's seed"
+    )
+
+    def layout(self) -> tuple[tuple[str, ...], int]:
+        """The names of the classes, and an item's number of channels."""
+        raise TypeError(f"{type(self).__name__} does not define layout()")
+
+    def draw(self, label: int, instance: int) -> Tensor:
+        """Instance `instance` of class `label`."""
+        raise TypeError(f"{type(self).__name__} does not define draw(label, instance)")
+
+    def open(self) -> tuple[Source, ...]:
+        return (Generated(self, np.arange(len(self.layout()[0]) * self.per_class)),)
+
+
+class Generated:
+    """The items `members` (int64) of `options`, drawn when asked for."""
+
+    def __init__(self, options: GeneratedOptions, members: np.ndarray):
+        self.options, self._members = options, members
+        self.classes, self.channels = options.layout()
+        self.labels = torch.from_numpy(members // options.per_class)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def item(self, i: int) -> Tensor:
+        label, instance = divmod(int(self._members[i]), self.options.per_class)
+        return self.options.draw(label, instance)
+
+    def name(self, i: int) -> str:
+        label, instance = divmod(int(self._members[i]), self.options.per_class)
+        digits = len(str(self.options.per_class - 1))
+        return f"{self.classes[label]}/{instance:0{digits}d}"
+
+    def select(self, indices: np.ndarray) -> "Generated":
+        return Generated(self.options, self._members[indices])

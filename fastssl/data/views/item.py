@@ -1,0 +1,51 @@
+"""What the view specs of clips, volumes, signals, clouds and rows share; views.py has images'."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from typing_extensions import Self
+
+from fastssl.data.views.image import unknown
+
+
+class ItemViews(BaseModel):
+    """`count` views of an item, each drawn by the same law from its own key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: ClassVar[str]
+
+    count: int = Field(default=1, ge=1, le=64, description="how many views of each item")
+
+    @classmethod
+    def preset(cls, name: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
+        """The spec of `fields`, with others set anew by `overrides`.
+
+        Raises ValueError for an override that is no field, naming the closest, or out of bounds.
+        """
+        valid = [field for field in cls.model_fields if field not in fields]
+        for key in overrides:
+            if key not in valid:
+                raise unknown(f"override of preset {name!r}", key, valid)
+        return cls.model_validate({**fields, **overrides})
+
+    def with_fields(self, **fields: Any) -> Self:
+        """The same spec with these fields."""
+        return type(self).model_validate({**self.model_dump(), **fields})
+
+    def apply(self, item: Tensor, seed: int) -> list[Tensor]:
+        """The views of one item, a pure function of it and of seed, a non-negative integer.
+
+        Raises ValueError for an item of another shape or dtype.
+        """
+        self.check(item)
+        return [self.view(item, (seed << 16) | v) for v in range(self.count)]
+
+    def check(self, item: Tensor) -> None:
+        """Raise ValueError for an item of another shape or dtype."""
+        raise TypeError(f"{type(self).__name__} does not define check(item)")
+
+    def view(self, item: Tensor, key: int) -> Tensor:
+        """One view of an item, drawn from `key`."""
+        raise TypeError(f"{type(self).__name__} does not define view(item, key)")

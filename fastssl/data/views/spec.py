@@ -1,0 +1,88 @@
+"""View specs: which random views of an item a run trains on, whatever the kind of its items.
+
+kind      item of a source            one view of it                spec
+image     uint8 (C, H, W)             float32 (C, size, size)       Views (views.py)
+clip      uint8 (C, T, H, W)          float32 (C, frames, s, s)     ClipViews (clips.py)
+volume    uint8 or float32            float32 (C, depth, s, s)      VolumeViews (volumes.py)
+          (C, D, H, W)
+signal    float32 (C, W)              float32 (C, length)           SignalViews (signals.py)
+cloud     float32 (N, 3)              float32 (points, 3)           CloudViews (clouds.py)
+row       float32 (F,)                float32 (F,)                  TableViews (tables.py)
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fastssl.data.render import torchvision
+from fastssl.data.sources.tables import table_views
+from fastssl.data.synthetic.clips import clip_views
+from fastssl.data.synthetic.clouds import cloud_views
+from fastssl.data.synthetic.signals import signal_views
+from fastssl.data.synthetic.volumes import volume_views
+from fastssl.data.views.image import PRESETS, Views, preset, unknown
+
+
+class ViewSpec(Protocol):
+    """The views of an item.  Frozen, and picklable: workers hold a copy."""
+
+    kind: ClassVar[str]
+
+    @property
+    def count(self) -> int:
+        """How many views of an item there are."""
+        ...
+
+    def shapes(self, channels: int) -> list[tuple[int, ...]]:
+        """The shape of each view of an item with so many channels, without the batch."""
+        ...
+
+    def evaluation(self) -> "ViewSpec":
+        """The spec of one view that nothing random has part in: what evaluation sees."""
+        ...
+
+    def shown(self, view: Tensor) -> Tensor:
+        """Views (n, ...) as pictures show them: the normalisation undone."""
+        ...
+
+
+# preset: (size, **overrides) -> spec, of items that are no images.
+KINDS: dict[str, Callable[..., ViewSpec]] = {
+    "clips": clip_views,
+    "signals": signal_views,
+    "clouds": cloud_views,
+    "table": table_views,
+    "volumes": volume_views,
+}
+
+
+def view_spec(name: str, size: int, **overrides: Any) -> ViewSpec:
+    """The views that preset `name` makes at `size` (pixels, samples, points), with overrides.
+
+    Raises ValueError for an unknown name or override, naming the closest, or a value out of bounds.
+
+    >>> view_spec("mae", 32).shapes(3)
+    [(3, 32, 32)]
+    """
+    if name in KINDS:
+        return KINDS[name](size, **overrides)
+    if name not in PRESETS:
+        raise unknown("preset", name, [*PRESETS, *KINDS])
+    return preset(name, size, **overrides)
+
+
+def apply(spec: ViewSpec, item: Tensor, seed: int) -> list[Tensor]:
+    """Every view of one item, a tensor each: a pure function of its arguments.
+
+    seed: a non-negative integer.  Raises ValueError for an item of another kind.
+    """
+    if isinstance(spec, Views):
+        return torchvision.apply(spec, item, seed)
+    return spec.apply(item, seed)  # type: ignore[attr-defined]
+
+
+def blank(spec: ViewSpec, channels: int, count: int = 1) -> Tensor:
+    """`count` views of zeros: the first kind of view of an item with so many channels."""
+    return torch.zeros(count, *spec.shapes(channels)[0])

@@ -1,0 +1,183 @@
+"""What a loader's worker does: it reads a batch of items, and augments them or draws how to.
+
+An item is asked for by (epoch, index), and all its randomness is keyed by (seed, epoch, index): a
+worker holds no state.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fastssl.data.errors import BadItem, DataError
+from fastssl.data.render.encoded import Encoded, drawn_columns, encoded_item, packed, union
+from fastssl.data.render.torchvision import draw_views, drawn_parameters
+from fastssl.data.seeds import REPLACE, mix, sample_seeds
+from fastssl.data.sources.base import Source
+from fastssl.data.views.image import Views
+from fastssl.data.views.spec import ViewSpec, apply, blank
+
+_REPLACEMENTS = 16  # items tried in the place of one bad one
+Batch = dict[str, Any]
+Items = list[tuple[int, int]]  # (epoch, index) of each sample
+T = TypeVar("T")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread, as in a worker: with more, a sum over pixels rounds otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Fetch(Dataset):
+    """A batch of items, read and augmented; runs in the workers."""
+
+    def __init__(self, source: Source, views: ViewSpec):
+        self.source, self.views = source, views
+
+    def __getitems__(self, items: Items) -> Batch:
+        try:
+            with _one_thread():
+                return self.batch(items)
+        except DataError as error:  # raised again by the loader: a worker's own is a traceback
+            return {"error": str(error)}
+
+    def batch(self, items: Items) -> Batch:
+        raise TypeError(f"{type(self).__name__} does not define batch(items)")
+
+
+class _TrainFetch(Fetch):
+    """Items for training: bad ones are replaced by others."""
+
+    def __init__(self, source: Source, views: ViewSpec, seed: int, parameters: bool):
+        super().__init__(source, views)
+        self.seed, self.parameters = seed, parameters
+
+    def described(self, seeds: np.ndarray, used: list[int], bad: list[tuple[str, str]]) -> Batch:
+        labels = self.source.labels
+        return {
+            **({} if labels is None else {"label": labels[used]}),
+            "index": torch.tensor(used),
+            "seeds": torch.from_numpy(seeds),
+            "bad": bad,
+        }
+
+    def told(self, shapes: list[tuple[int, ...]], seeds: np.ndarray) -> Batch:
+        """What the views are drawn with, for a method that asks."""
+        if not self.parameters:
+            return {}
+        assert isinstance(self.views, Views), "the configuration refuses other kinds"
+        drawn = [
+            drawn_parameters(self.views, shape, seed)
+            for shape, seed in zip(shapes, seeds.tolist(), strict=True)
+        ]
+        return {"params": list(torch.stack(drawn, 1))}
+
+    def readable(
+        self, items: Items, read: Callable[[int], T]
+    ) -> tuple[list[int], list[T], list[tuple[str, str]]]:
+        """The indices of `items` and what read(index) gives, bad ones replaced; all bad ones."""
+        bad: list[tuple[str, str]] = []
+        used, got = zip(*(self._readable(*item, read, bad) for item in items), strict=True)
+        return list(used), list(got), bad
+
+    def _readable(
+        self, epoch: int, index: int, read: Callable[[int], T], bad: list[tuple[str, str]]
+    ) -> tuple[int, T]:
+        """Item `index`, or the first readable of those that its key puts in its place."""
+        try:
+            return index, read(index)
+        except BadItem as error:
+            tried = [(error.name, error.reason)]
+        for word in mix(REPLACE, self.seed, epoch, index, np.arange(_REPLACEMENTS)).tolist():
+            i = word % len(self.source)
+            try:
+                item = read(i)
+                bad.extend(tried)
+                return i, item
+            except BadItem as error:
+                tried.append((error.name, error.reason))
+        raise mostly_bad(f"{len(tried)} items in a row", tried)
+
+
+def mostly_bad(how_many: str, found: list[tuple[str, str]]) -> DataError:
+    """The refusal of data that are mostly unreadable, with some of those found."""
+    examples = "; ".join(f"{name}: {reason}" for name, reason in list(dict(found).items())[:3])
+    return DataError(
+        f"most of the data is unreadable, {how_many} ({examples}): remove or mend these files"
+    )
+
+
+class PretrainFetch(_TrainFetch):
+    """Views made here, by torchvision."""
+
+    def batch(self, items: Items) -> Batch:
+        seeds = sample_seeds(self.seed, *np.array(items).T)
+        used, got, bad = self.readable(items, self.source.item)
+        samples = [apply(self.views, x, s) for x, s in zip(got, seeds.tolist(), strict=True)]
+        return {
+            **self.described(seeds, used, bad),
+            **self.told([x.shape for x in got], seeds),
+            "views": [torch.stack(view) for view in zip(*samples, strict=True)],
+        }
+
+
+class EncodedFetch(_TrainFetch):
+    """Bytes, and what DALI is to make of them: see encoded.py and dali.py."""
+
+    views: Views
+
+    def batch(self, items: Items, *, careful: bool = False) -> Batch:
+        """careful: every image is decoded here."""
+
+        def read(i: int) -> Encoded:
+            return encoded_item(self.source, i, careful=careful)
+
+        seeds = sample_seeds(self.seed, *np.array(items).T)
+        used, got, bad = self.readable(items, read)
+        parts, columns = [], []
+        for item, seed in zip(got, seeds.tolist(), strict=True):
+            drawn = draw_views(self.views, item.height, item.width, seed)
+            parts.append(union(drawn))
+            top, left, *_ = parts[-1]
+            pairs = zip(self.views.crops, drawn, strict=True)
+            columns.append([drawn_columns(view, p, top, left) for view, p in pairs])
+        data, ends = packed(got)
+        return {
+            **self.described(seeds, used, bad),
+            **self.told([(3, x.height, x.width) for x in got], seeds),
+            **{"data": data, "ends": ends, "part": torch.tensor(parts)},
+            "drawn": torch.tensor(columns, dtype=torch.float32).transpose(0, 1).contiguous(),
+            **{"items": items, "careful": careful},
+        }
+
+    def again(self, batch: Batch) -> Batch:
+        """The same batch, every image decoded here; those that cannot be are replaced."""
+        again = self.__class__.batch(self, batch["items"], careful=True)
+        return {
+            **again,
+            "bad": [*batch["bad"], *(b for b in again["bad"] if b not in batch["bad"])],
+        }
+
+
+class EvalFetch(Fetch):
+    """Items as evaluation sees them: bad ones are left out."""
+
+    def batch(self, items: Items) -> Batch:
+        bad, used, views = [], [], []
+        for _, i in items:
+            try:
+                views.append(apply(self.views, self.source.item(i), 0)[0])
+                used.append(i)
+            except BadItem as error:
+                bad.append((error.name, error.reason))
+        view = torch.stack(views) if views else blank(self.views, self.source.channels, 0)
+        return {"view": view, "index": torch.tensor(used, dtype=torch.int64), "bad": bad}

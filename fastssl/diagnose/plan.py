@@ -1,0 +1,91 @@
+"""What a run will need before it starts: parameters, and memory on each device.
+
+Weights, gradients and optimiser state follow ZeRO's arithmetic (Rajbhandari et al. 2020,
+arXiv:1910.02054, figure 1).  Activations are counted, not guessed: the method runs once on fake
+tensors, which have shapes but no memory and take the paths that real ones take, and every tensor
+that autograd keeps for backward is added up.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastssl.config.schema import RunConfig
+from fastssl.methods.base import PARAMETERS
+from fastssl.run.results import count_parameters
+from fastssl.run.train import build
+
+# float32 values an optimiser keeps for each parameter; two where it is not listed (the Adam family)
+STATES = {"sgd": 1, "momentum": 1, "lars": 1, "lion": 1, "muon": 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each device; `parameters` is a count, over all devices."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+
+def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
+    """The plan of `cfg` on `world` devices, for items of `channels` channels."""
+    with torch.device("meta"):
+        method = build(cfg, channels)
+    P, stage, half = count_parameters(method), cfg.engine.zero_stage, cfg.engine.precision == "bf16"
+    T = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    if half:
+        method.to(torch.bfloat16)
+    if cfg.engine.activation_checkpointing:
+        method.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+    width = 2 if half else 4
+    means = 4 * (P - T) if half else 0  # of a teacher
+    states = 4 * STATES.get(cfg.optim.name, 2)
+    masters = 4 if half or stage > 0 else 0
+    return Plan(
+        parameters=P,
+        weights=int((width * P + means) / (world if stage == 3 else 1)),
+        gradients=int(width * T / (world if stage >= 2 else 1)),
+        optimiser=int((masters + states) * T / (world if stage >= 1 else 1)),
+        activations=_activations(method, cfg, channels, world),
+    )
+
+
+def _activations(method: torch.nn.Module, cfg: RunConfig, channels: int, world: int) -> int:
+    """Bytes kept for backward on a micro-batch: linear in its size, measured at 4 and 8 images."""
+    micro = cfg.batch_size // (world * cfg.engine.accumulation)
+    device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to_empty(device=device)
+        small, large = (_kept(method, cfg, channels, n, device) for n in (4, 8))
+    slope = (large - small) / 4
+    return int(max(0, small - 4 * slope) + slope * micro)
+
+
+def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int, device: str) -> int:
+    own = {p.untyped_storage()._cdata for p in method.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # a storage freed in mid-pass would lend its address to another
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    shapes = cfg.views().shapes(channels)
+    views = [torch.empty(n, *shape, device=device) for shape in shapes]
+    index = torch.zeros(n, dtype=torch.int64, device=device)
+    batch = {"views": views, "index": index, "seeds": index, "label": index}
+    batch["params"] = [torch.ones(n, len(PARAMETERS), device=device) for _ in views]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        method(batch)["loss"]
+    return sum(kept.values())

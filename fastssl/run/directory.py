@@ -1,0 +1,101 @@
+"""A run's directory: one run at a time, never overwritten unasked, never lost to a mistake.
+
+OUTPUT/NAME/             the run;  OUTPUT/.NAME.lock  held while it trains
+OUTPUT/.NAME.replaced/   the run that overwrite=true replaces, until the new one can start
+"""
+
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from fastssl import distributed
+from fastssl.config import schema as config
+from fastssl.config.schema import ConfigError, RunConfig
+from fastssl.engine.config import EngineError
+
+
+@contextlib.contextmanager
+def prepared(cfg: RunConfig) -> Iterator[Path]:
+    """The run's directory, new, replaced or taken up, with its configuration in it, and locked.
+
+    Raises ConfigError when a run of that name is going on, or exists and neither resume nor
+    overwrite is asked for, and when the configuration differs from the one resumed, naming each
+    difference.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if distributed.rank() == 0:
+            try:
+                output = cfg.directory.parent
+                output.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(output / f".{cfg.name}.lock", "w"))
+                _lock(lock)
+                problem = _prepare(cfg)
+            except ConfigError as error:
+                problem = str(error)
+            except BlockingIOError:
+                problem = f"{cfg.directory} is being trained by another process: choose name=..."
+            except OSError as error:
+                problem = f"output={cfg.output} cannot be written to: {error}"
+        problem = distributed.broadcast_object(problem)
+        if problem:
+            raise ConfigError(problem)
+        try:
+            yield cfg.directory
+        except EngineError:  # nothing has been trained: what was there comes back
+            if distributed.rank() == 0 and _replaced(cfg).is_dir():
+                shutil.rmtree(cfg.directory)
+                _replaced(cfg).rename(cfg.directory)
+            raise
+
+
+def _lock(file: IO[str], seconds: float = 10.0) -> None:
+    """Lock `file`.  The loader processes of a run that was killed hold its lock a little longer.
+
+    Raises BlockingIOError when another process keeps it.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _replaced(cfg: RunConfig) -> Path:
+    """Where a run that is being overwritten waits until the new one can start."""
+    return cfg.directory.with_name(f".{cfg.name}.replaced")
+
+
+def forget_replaced(cfg: RunConfig) -> None:
+    """The new run can start: the one it replaces goes."""
+    shutil.rmtree(_replaced(cfg), ignore_errors=True)
+
+
+def _prepare(cfg: RunConfig) -> str | None:
+    directory, saved = cfg.directory, cfg.directory / "config.yaml"
+    if saved.is_file() and cfg.resume == "auto":
+        changed = config.differences(config.load(directory), cfg)
+        if changed:
+            return f"{directory} is another run: {'; '.join(changed)}; give name=... a new name"
+    elif saved.is_file() and not cfg.overwrite:
+        return (
+            f"{directory} already holds a run: resume=auto continues it, overwrite=true replaces "
+            f"it, name=... makes another"
+        )
+    elif saved.is_file():
+        shutil.rmtree(_replaced(cfg), ignore_errors=True)
+        directory.rename(_replaced(cfg))
+    directory.mkdir(exist_ok=True)
+    aside = directory / ".config.partial"
+    # What was said of an earlier run is not said of the next one that reads this file.
+    kept = cfg.model_copy(update={"overwrite": False, "resume": "never"})
+    aside.write_text(config.dump(kept))
+    aside.replace(saved)
+    return None

@@ -1,0 +1,395 @@
+"""A pretraining run: data, method and engine from a configuration, and the loop.
+
+    pretrain(resolve("simclr-digits"))
+
+The run is a function of its configuration: data order, augmentations and masks depend on the seed
+and the step alone, so that a run that was killed and resumed ends with the same numbers.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fastssl import distributed
+from fastssl.config.schema import ConfigError, RunConfig, load
+from fastssl.data.batch.ops import apply_batch_ops, check_batch_ops
+from fastssl.data.datasets import open_source
+from fastssl.data.loader import PretrainLoader
+from fastssl.data.render.backend import Rendering, choose_backend
+from fastssl.data.sources.base import Source, Split
+from fastssl.data.views.image import Views
+from fastssl.engine import launch
+from fastssl.engine.checkpoint import Checkpoints
+from fastssl.engine.engine import Engine, Step
+from fastssl.methods import Method, build_method
+from fastssl.models import build_backbone
+from fastssl.run.directory import forget_replaced, prepared
+from fastssl.run.log import RunLog, Silent, Watch
+from fastssl.run.results import Evaluator, finish
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient was not finite: says where, on which images, what is still good."""
+
+    exit_code, on_every_rank = 3, True
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; its state is saved."""
+
+    exit_code, on_every_rank = 5, True
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    epoch_losses: list[float] = field(default_factory=list)  # logged in the current epoch
+    seconds: float = 0.0  # spent training, over all resumptions
+    images: int = 0  # trained on in those seconds
+    waited: float = 0.0  # of those seconds, for data, on average over ranks
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def build(cfg: RunConfig, channels: int) -> Method:
+    """The method of `cfg` over its encoder, initialised from the run's seed.
+
+    Raises ConfigError for a model or options that do not fit.
+    """
+    torch.manual_seed(cfg.seed)
+    shapes = cfg.views().shapes(channels)
+    try:
+        encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
+        for side in check_batch_ops(cfg.data.batch_ops, shapes):
+            check_side(encoder, channels, side)
+        return build_method(encoder, cfg.method)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
+    """Raise ValueError where the encoder does not take images of the side that batch_ops make."""
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, channels, side, side))
+        encoder.train()
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"data.batch_ops make images of {side} pixels, which the model does not take: choose a "
+            "convolutional one, or for a timm ViT model.kwargs.dynamic_img_size=true"
+        ) from error
+
+
+def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
+    """Run `cfg` to its end and return its results (also RUN/results.json).
+
+    Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted,
+    and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
+    """
+    split = open_source(cfg.data.source, cfg.seed)
+    check_source(cfg, split.train)
+    cfg, note = with_backend(cfg, split.train)
+    method = build(cfg, split.train.channels)
+    with launch.session(cfg.device) as device:
+        if watch is None or distributed.rank() > 0:
+            watch = Silent()
+        if note:
+            watch.say(note)
+        loader = build_loader(cfg, split.train, device, parameters=method.told_parameters)
+        check_steps(cfg, loader)
+        with prepared(cfg) as directory:
+            engine = Engine(
+                method,
+                cfg.optim,
+                cfg.engine,
+                device=device,
+                batch_size=cfg.batch_size,
+                monitor=directory / "tensorboard" if cfg.log.tensorboard else None,
+            )
+            forget_replaced(cfg)
+            return Run(cfg, split, loader, engine, watch).go(command)
+
+
+def with_backend(cfg: RunConfig, source: Source) -> tuple[RunConfig, str]:
+    """`cfg` with data.backend settled, and what a user should know of that.
+
+    A run that is taken up keeps the back end that it began with, unless another is asked for.
+    Raises DataError for DALI where it cannot serve.
+    """
+    asked, before = cfg.data.backend, "auto"
+    if cfg.resume == "auto" and (cfg.directory / "config.yaml").is_file():
+        before = load(cfg.directory).data.backend
+    backend, note = choose_backend(before if asked == "auto" else asked, cfg.views(), source)
+    if before not in ("auto", backend):
+        note = f"views are made by {backend} from here on, and were by {before}: near, not the same"
+    data = cfg.data.model_copy(update={"backend": backend})
+    return cfg.model_copy(update={"data": data}), note
+
+
+def build_loader(
+    cfg: RunConfig, source: Source, device: torch.device, *, parameters: bool = False
+) -> PretrainLoader:
+    """The batches that this rank trains on, of a configuration whose back end is settled."""
+    data, cuda = cfg.data, device.type == "cuda"
+    rendering = Rendering(
+        device=device if data.dali_on == "auto" else torch.device("cpu"),
+        threads=max(data.workers, 1),
+        readers=data.readers,
+        half=cuda and cfg.engine.precision == "bf16",  # float16 is nearer than bfloat16, as small
+        channels_last=data.channels_last,
+    )
+    return PretrainLoader(
+        source,
+        cfg.views(),
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        workers=data.workers,
+        parameters=parameters,
+        last=data.last,
+        rendering=rendering if data.backend == "dali" else None,
+        max_bad=data.max_bad,
+    )
+
+
+def check_source(cfg: RunConfig, source: Source) -> None:
+    """Raise ConfigError where the method needs other data than those of `source`."""
+    names = source.classes if source.labels is not None else None
+    try:
+        cfg.method.check_source(None if names is None else len(names))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
+    """Raise ConfigError for a schedule that does not fit the run's number of steps."""
+    try:
+        cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from error
+
+
+class Run:
+    """One run's parts, and the loop over them."""
+
+    def __init__(
+        self, cfg: RunConfig, split: Split, loader: PretrainLoader, engine: Engine, watch: Watch
+    ):
+        self.cfg, self.split, self.loader, self.engine = cfg, split, loader, engine
+        self.watch, self.directory = watch, cfg.directory
+        self.log = RunLog(self.directory, watch, writing=distributed.rank() == 0)
+        self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
+        self.evaluator = Evaluator(cfg, split, loader.views, engine)
+        self.progress, self.waits = Progress(), _Waits(iter(()))
+        views, channels = loader.views, split.train.channels
+        self.norm = views.normalisation(channels) if isinstance(views, Views) else None
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.total = cfg.epochs * self.steps_per_epoch
+        self.asked_to_stop = False
+        self.bad: list[tuple[str, str]] = []  # unreadable images not yet logged
+        torch.manual_seed((cfg.seed << 20) + distributed.rank())  # each rank its own dropout
+
+    def go(self, command: str) -> dict[str, Any]:
+        self.resume()
+        self.warn()
+        if self.progress.step == 0:
+            self.evaluator.pictures_before(self.directory)
+            self.evaluate(self.progress.step)
+        self.watch.begin(self.total, self.progress.step)
+        try:
+            with _Signals(self):
+                self.train()
+        finally:
+            self.watch.end()
+        return finish(self, command)
+
+    def train(self) -> None:
+        """The loop.  A window of steps is timed as one, since the device runs behind the host."""
+        state, engine = self.progress, self.engine
+        window, since = 0, time.perf_counter()
+        batches = self.waits = _Waits(self.loader.stream(state.step, self.total))
+        for batch in batches:
+            lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
+            at = state.step / self.total
+            batch = apply_batch_ops(self.cfg.data.batch_ops, batch, at, self.norm, engine.device)
+            step = engine.step(batch, lr, stop=self.asked_to_stop)
+            state.step += 1
+            window += 1
+            self.bad += batch["bad"]
+            if not step.finite:
+                self.refuse(step, batch)
+            engine.method.after_step(state.step / self.total)
+            ends_epoch = state.step % self.steps_per_epoch == 0
+            row = None
+            if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
+                row = self.report(step, lr, window, since)
+                self.log_bad()
+            self.watch.advance(state.step, row)
+            self.after(ends_epoch, step.stop)
+            if row is not None:
+                window, since, batches.seconds = 0, time.perf_counter(), 0.0
+
+    def report(self, step: Step, lr: float, window: int, since: float) -> dict[str, Any]:
+        """Averages over ranks of the step's metrics, logged; the only wait for the device."""
+        state = self.progress
+        names = sorted(step.metrics)
+        values = torch.stack([step.metrics[name].float().reshape(()) for name in names])
+        values = torch.cat([values, values.new_tensor([self.waits.seconds])])
+        *values, waited = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
+        images, seconds = window * self.cfg.batch_size, time.perf_counter() - since
+        state.waited += waited
+        state.images, state.seconds = state.images + images, state.seconds + seconds
+        state.last = dict(zip(names, values, strict=True))
+        if math.isfinite(state.last["loss"]):
+            state.epoch_losses.append(state.last["loss"])
+        row = {**state.last, "lr": lr, "images_per_s": images / seconds}
+        row["data_wait"] = min(waited / seconds, 1.0)
+        epoch = state.step / self.steps_per_epoch
+        self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
+        return self.log.row("train", state.step, epoch=round(epoch, 4), **row)
+
+    def after(self, ends_epoch: bool, stop: bool) -> None:
+        """Evaluate and save where they are due; leave when asked to."""
+        state, cfg = self.progress, self.cfg
+        epoch, last = state.step // self.steps_per_epoch, state.step == self.total
+        metrics: dict[str, float] = {}
+        if ends_epoch and state.epoch_losses:
+            metrics["loss"] = fmean(state.epoch_losses)
+            state.epoch_losses = []
+        if ends_epoch and (last or _due(epoch, cfg.evaluate.every)):
+            metrics |= self.evaluate(state.step)
+        best = self.improves(metrics)
+        due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
+        if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
+            self.log_bad()
+            self.checkpoints.save(self.engine, state.step, vars(state).copy(), best=best)
+        if stop and not last:
+            raise Interrupted(
+                f"stopped at step {state.step} of {self.total}; the state is saved in "
+                f"{self.checkpoints.folder}: resume=auto continues"
+            )
+
+    def log_bad(self) -> None:
+        self.log.bad_images(self.progress.step, self.bad)
+        self.bad = []
+
+    def improves(self, metrics: dict[str, float]) -> bool:
+        """Whether this is the best state so far, by checkpoint.best, where that was measured."""
+        name = self.cfg.checkpoint.best
+        if name not in metrics or not math.isfinite(metrics[name]):
+            return False
+        value = -metrics[name] if name == "loss" else metrics[name]
+        if self.progress.best is not None and value <= self.progress.best:
+            return False
+        self.progress.best = value
+        return True
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        metrics = self.evaluator.metrics()
+        self.log.bad_images(step, self.evaluator.bad)
+        epoch = round(step / self.steps_per_epoch, 4)
+        self.log.row("eval", step, epoch=epoch, **metrics)
+        self.engine.write_scalars({f"eval/{k}": v for k, v in metrics.items()}, step)
+        return metrics
+
+    def refuse(self, step: Step, batch: dict[str, Any]) -> None:
+        """A step that was not finite: skip it by leave of the configuration, or end the run."""
+        state = self.progress
+        indices = [i for part in distributed.gather_objects(batch["index"].tolist()) for i in part]
+        where = f"the loss or a gradient was not finite at step {state.step}"
+        some = f"images {indices[:16]}"
+        if len(indices) > 16:
+            some += f" and {len(indices) - 16} more, all in metrics.jsonl"
+        self.log.row("event", state.step, what="nonfinite", detail=where, images=indices)
+        if self.cfg.engine.on_nonfinite == "skip":
+            self.watch.say(f"{where}: step skipped ({some})")
+            return
+        last = self.checkpoints.latest()
+        good = self.checkpoints.folder / last if last else "none yet"
+        raise NonFinite(f"{where}; {some}; last good checkpoint: {good}")
+
+    def warn(self) -> None:
+        parts, method = self.cfg.engine.accumulation, self.cfg.method.name
+        if parts > 1 and self.engine.method.joint:
+            self.watch.say(
+                f"engine.accumulation={parts}: {method} compares images of one micro-batch "
+                f"({self.cfg.batch_size // parts}) only, so this is not a batch of "
+                f"{self.cfg.batch_size}"
+            )
+
+    def resume(self) -> None:
+        """Take up the newest intact checkpoint, if the configuration says so and there is one."""
+        if self.cfg.resume != "auto":
+            return
+        notes: list[str] = []
+        saved = self.checkpoints.load(self.engine, notes)
+        if saved is None:
+            self.log.cut(-1)  # of a run that died before its first checkpoint
+            for note in notes:
+                self.log.event(0, "damaged", note)
+            return
+        if saved["step"] > self.total:
+            raise ConfigError(
+                f"epochs={self.cfg.epochs} is {self.total} steps, and the run is at step "
+                f"{saved['step']} already: give more epochs"
+            )
+        self.progress = Progress(**{k: saved[k] for k in vars(self.progress) if k in saved})
+        self.log.cut(self.progress.step)
+        for note in notes:
+            self.log.event(self.progress.step, "damaged", note)
+        self.log.event(self.progress.step, "resumed", f"resumed at step {self.progress.step}")
+
+
+class _Waits:
+    """Batches, and how many seconds the loop waited for them since `seconds` was last set."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]]):
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> "_Waits":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        since = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - since
+
+
+class _Signals:
+    """While training, SIGTERM and the first Ctrl-C end the step, save, and leave.
+
+    In a thread other than the main one, which gets no signals, this does nothing.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.before = run, {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        self.run.asked_to_stop = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0
