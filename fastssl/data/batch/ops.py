@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fastssl.data.batch import math as batch_math
-from fastssl.data.views.image import Strength, _ordered
+from fastssl.data.views.image import Strength, check_order
 from fastssl.random import hashes, uniform
 
 Batch = dict[str, Any]
@@ -56,7 +56,7 @@ class Mixup(BatchOp):
     """Each sample mixed with another of the batch: the same one, and as much, in all its views."""
 
     name: Literal["mixup"] = "mixup"
-    alpha: Annotated[tuple[Share, Share], AfterValidator(_ordered)] = Field(
+    alpha: Annotated[tuple[Share, Share], AfterValidator(check_order)] = Field(
         (0.0, 1.0), description="The sample's own share is uniform in this range: low, high."
     )
     per: Literal["batch", "sample"] = Field("batch", description="What has a share of its own.")
@@ -97,7 +97,7 @@ class Style(BatchOp):
     square: float = Field(
         0.1, ge=0, le=1, description="Side of the low frequencies' square, of the spectrum's."
     )
-    strength: Annotated[tuple[Share, Share], AfterValidator(_ordered)] = Field(
+    strength: Annotated[tuple[Share, Share], AfterValidator(check_order)] = Field(
         (1.0, 1.0), description="How far amplitudes go to the donor's, for a batch: low, high."
     )
 

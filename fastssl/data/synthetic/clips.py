@@ -30,7 +30,7 @@ from fastssl.data.views.image import (
     Spread,
     Strength,
     View,
-    _ordered,
+    check_order,
 )
 from fastssl.data.views.item import ItemViews
 
@@ -154,10 +154,10 @@ class ClipViews(ItemViews):
     start: Literal["random", "middle"] = Field(
         default="random", description="where the view starts among the frames that it could"
     )
-    crop_scale: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = Field(
+    crop_scale: Annotated[tuple[Area, Area], AfterValidator(check_order)] = Field(
         default=(0.5, 1.0), description="crop area as a fraction of the frame's: low, high"
     )
-    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
+    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(check_order)] = Field(
         default=(3 / 4, 4 / 3), description="crop width / height: low, high"
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(
@@ -177,7 +177,7 @@ class ClipViews(ItemViews):
     )
     grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
     blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
-    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)] = Field(
+    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(check_order)] = Field(
         default=(0.1, 2.0), description="standard deviation of the blur, output pixels: low, high"
     )
     mean: float = Field(default=0.45, description="subtracted from values in [0, 1]")

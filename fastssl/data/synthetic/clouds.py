@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.synthetic.generated import GeneratedOptions
-from fastssl.data.views.image import _ordered
+from fastssl.data.views.image import check_order
 from fastssl.data.views.item import ItemViews
 
 SURFACES = (
@@ -172,7 +172,7 @@ class CloudViews(ItemViews):
     subset: Literal["random", "first"] = Field(
         default="random", description="which of the cloud's points are read"
     )
-    scale: Annotated[tuple[Factor, Factor], AfterValidator(_ordered)] = Field(
+    scale: Annotated[tuple[Factor, Factor], AfterValidator(check_order)] = Field(
         default=(2 / 3, 3 / 2), description="factor of each axis: low, high"
     )
     translate: float = Field(default=0.2, ge=0, le=10, description="largest shift of each axis")

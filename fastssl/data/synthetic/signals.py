@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.synthetic.generated import GeneratedOptions
-from fastssl.data.views.image import _ordered
+from fastssl.data.views.image import check_order
 from fastssl.data.views.item import ItemViews
 
 WAVES = (
@@ -111,7 +111,7 @@ class SignalViews(ItemViews):
     start: Literal["random", "middle"] = Field(
         default="random", description="where the view starts among the samples that it could"
     )
-    gain: Annotated[tuple[Gain, Gain], AfterValidator(_ordered)] = Field(
+    gain: Annotated[tuple[Gain, Gain], AfterValidator(check_order)] = Field(
         default=(0.8, 1.25), description="factor after the normalisation: low, high"
     )
 

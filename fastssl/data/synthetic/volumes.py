@@ -24,7 +24,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.synthetic.generated import GeneratedOptions
-from fastssl.data.views.image import Area, Probability, Ratio, Sigma, Spread, _ordered
+from fastssl.data.views.image import Area, Probability, Ratio, Sigma, Spread, check_order
 from fastssl.data.views.item import ItemViews
 
 SOLIDS = ("ball", "shell", "ring", "rod", "pair", "three", "core", "links")
@@ -150,16 +150,16 @@ class VolumeViews(ItemViews):
 
     size: int = Field(ge=4, le=1024, description="height and width of the view, voxels")
     depth: int | None = Field(default=None, ge=1, le=1024, description="its depth; none: size")
-    crop_scale: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = Field(
+    crop_scale: Annotated[tuple[Area, Area], AfterValidator(check_order)] = Field(
         default=(0.3, 1.0), description="crop as a fraction of the volume: low, high"
     )
-    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
+    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(check_order)] = Field(
         default=(1.0, 1.0), description="factors of the crop's sides, before their mean is put back"
     )
     flip: Probability = Field(default=0.5, description="probability of a flip of each axis")
     turn: Probability = Field(default=0.0, description="probability of quarter turns")
     blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
-    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)] = Field(
+    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(check_order)] = Field(
         default=(0.5, 1.0), description="standard deviation of the blur, voxels: low, high"
     )
     gamma: float = Field(
@@ -170,7 +170,7 @@ class VolumeViews(ItemViews):
         default=0.0, ge=0, le=4, description="largest shift of values, in units of std"
     )
     noise: Probability = Field(default=0.0, description="probability of noise")
-    noise_sigma: Annotated[tuple[Spread, Spread], AfterValidator(_ordered)] = Field(
+    noise_sigma: Annotated[tuple[Spread, Spread], AfterValidator(check_order)] = Field(
         default=(0.01, 0.3), description="standard deviation of the noise, in units of std"
     )
     mean: float = Field(default=0.45, description="subtracted from values")

@@ -53,7 +53,7 @@ from torch import Tensor
 from fastssl.data.views.presets import MULTI_CROP, PRESETS
 
 
-def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+def check_order(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError(f"the low end {pair[0]} is above the high end {pair[1]}")
     return pair
@@ -80,10 +80,10 @@ class View(BaseModel):
 
     size: int = Field(ge=4, le=4096, description="height and width of the view, pixels")
     count: int = Field(default=1, ge=1, le=64, description="how many such views of each image")
-    crop_scale: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = Field(
+    crop_scale: Annotated[tuple[Area, Area], AfterValidator(check_order)] = Field(
         default=(1.0, 1.0), description="crop area as a fraction of the image's: low, high"
     )
-    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
+    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(check_order)] = Field(
         default=(1.0, 1.0), description="crop width / height: low, high"
     )
     within: int | None = Field(
@@ -128,7 +128,7 @@ class View(BaseModel):
     )
     grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
     blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
-    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(_ordered)] = Field(
+    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(check_order)] = Field(
         default=(0.1, 2.0), description="standard deviation of the blur, output pixels: low, high"
     )
     solarise: Probability = Field(
@@ -138,10 +138,10 @@ class View(BaseModel):
         default=0.5, description="inverted from this value, in [0, 1]"
     )
     erase: Probability = Field(default=0.0, description="probability of a rectangle erased")
-    erase_scale: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = Field(
+    erase_scale: Annotated[tuple[Area, Area], AfterValidator(check_order)] = Field(
         default=(0.02, 0.33), description="its area as a fraction of the view's: low, high"
     )
-    erase_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = Field(
+    erase_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(check_order)] = Field(
         default=(0.3, 3.3), description="its width / height: low, high"
     )
 

@@ -1,6 +1,6 @@
 """Contact sheets of every augmentation: what a preset makes of four photographs, by both back ends.
 
-    python -m fastssl.sheets docs/views
+    python docs/make_views.py docs/views
 
 For each preset of images OUT/PRESET.png: a row a photograph, and for each kind of view up to two,
 side by side as torchvision makes them, as DALI makes the same draws, and, where colours change, as
@@ -200,7 +200,7 @@ def page() -> str:
     lines = [
         "# What the augmentations make",
         "",
-        "Made by `python -m fastssl.sheets docs/views`. A row is a photograph. *torchvision* and "
+        "Made by `python docs/make_views.py docs/views`. A row is a photograph. *torchvision* and "
         "*DALI* make the same draws with `colour=linear`, and must look alike; *one by one* is "
         "the default of torchvision's, `colour=sequential`.",
     ]
@@ -232,6 +232,6 @@ def write(out: Path, names: Sequence[str] = (*PRESETS, *OTHERS)) -> list[Path]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("give one folder to write to: python -m fastssl.sheets OUT")
+        sys.exit("give one folder to write to: python docs/make_views.py OUT")
     for picture in write(Path(sys.argv[1])):
         print(picture)

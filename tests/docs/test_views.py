@@ -1,5 +1,7 @@
 """Contact sheets: both back ends alike on them, every preset in the folder and on its page."""
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import get_args
 
@@ -7,18 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl import sheets
 from fastssl.data.batch.ops import AnyBatchOp
 from fastssl.data.views.presets import PRESETS
-from fastssl.sheets import Column, draw, page, photographs, preset_columns, write
 
-DOCS = Path(__file__).parents[1] / "docs/views"
+DOCS = Path(__file__).parents[2] / "docs"
+spec = spec_from_file_location("make_views", DOCS / "make_views.py")
+assert spec and spec.loader
+sheets = sys.modules["make_views"] = module_from_spec(spec)
+spec.loader.exec_module(sheets)
 EVERY = {*PRESETS, *sheets.OTHERS}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return photographs(tmp_path_factory.mktemp("photographs"))
+    return sheets.photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ def source(tmp_path_factory):
     ],
 )
 def test_a_sheet_has_every_kind_of_view_by_every_maker(source, name, makers, views):
-    photos, *columns = preset_columns(source, name)
+    photos, *columns = sheets.preset_columns(source, name)
     assert photos.group == "photograph" and len(photos.images) == len(source) == 4
     assert [c.label for c in columns] == views * makers
     assert len({c.group for c in columns}) == views
@@ -44,8 +48,11 @@ def test_a_sheet_has_every_kind_of_view_by_every_maker(source, name, makers, vie
 
 def test_a_picture_is_small_and_holds_every_cell(tmp_path):
     red, grey = torch.tensor([1.0, 0, 0]).view(3, 1, 1), torch.full((1, 30, 60), 0.5)
-    columns = [Column("a", [red.expand(3, 20, 20), grey], "one"), Column("b", 2 * [grey], "two")]
-    draw(columns, "title", tmp_path / "x.png", row_labels=["first", "second"], cell=40)
+    columns = [
+        sheets.Column("a", [red.expand(3, 20, 20), grey], "one"),
+        sheets.Column("b", 2 * [grey], "two"),
+    ]
+    sheets.draw(columns, "title", tmp_path / "x.png", row_labels=["first", "second"], cell=40)
     with Image.open(tmp_path / "x.png") as image:
         assert image.mode == "P" and image.height == sheets.HEAD + 2 * 44 - 4 + sheets.SIDE
         pixels = image.convert("RGB")
@@ -57,7 +64,7 @@ def test_a_picture_is_small_and_holds_every_cell(tmp_path):
 
 
 def test_operations_and_strips_are_drawn(tmp_path):
-    paths = write(tmp_path, ["batch-ops", "clips", "volumes"])
+    paths = sheets.write(tmp_path, ["batch-ops", "clips", "volumes"])
     assert [p.name for p in paths] == ["batch-ops.png", "clips.png", "volumes.png"]
     assert all(10_000 < p.stat().st_size < 200_000 for p in paths)
 
@@ -72,7 +79,7 @@ def test_every_operation_on_batches_is_on_its_sheet(source):
 
 
 def test_the_folder_and_its_page_hold_them_all():
-    assert {p.stem for p in DOCS.glob("*.png")} == EVERY
-    assert all(p.stat().st_size < 200_000 for p in DOCS.glob("*.png"))
-    assert (DOCS / "README.md").read_text() == page()
-    assert all(f"![{name}]({name}.png)" in page() for name in EVERY)
+    assert {p.stem for p in (DOCS / "views").glob("*.png")} == EVERY
+    assert all(p.stat().st_size < 200_000 for p in (DOCS / "views").glob("*.png"))
+    assert (DOCS / "views/README.md").read_text() == sheets.page()
+    assert all(f"![{name}]({name}.png)" in sheets.page() for name in EVERY)
