@@ -14,6 +14,6 @@ setup(
     package_data={
         "fastssl": ["py.typed"],
         "fastssl.recipes": ["*.yaml"],
-        "fastssl.kernels": ["tuned.json"],
+        "fastssl.kernels.common": ["tuned.json"],
     },
 )

@@ -1,24 +1,24 @@
 """The primitives, each written once: what it computes, its reference, its implementations."""
 
-from ._dispatch import implementations
-from .bias import gather_bias
-from .chamfer import chamfer
-from .correlation import Correlation, correlation_plan, cross_correlation, frobenius_sq
-from .correlation_mixed import Mixed, mixed_correlation
-from .latents import scaled_cosine_error
-from .masks import (
+from .common.dispatch import implementations
+from .correlation.correlation import Correlation, correlation_plan, cross_correlation, frobenius_sq
+from .correlation.mixed import Mixed, mixed_correlation
+from .correlation.moments import Moments, column_moments, cross_diagonal, standardise
+from .pairwise.lse import pairwise_lse
+from .pairwise.masks import (
     PairMask,
     different_group,
     exclude_self,
     exclude_self_and_pair,
     same_group,
 )
-from .moments import Moments, column_moments, cross_diagonal, standardise
-from .pairwise import pairwise_lse
-from .pairwise_sigmoid import pairwise_sigmoid
-from .patches import Normalised, gather_patches, patch_mse
-from .tokens import gather_packed, gather_tokens, restore_tokens, scatter_tokens
-from .topk import pairwise_topk
+from .pairwise.sigmoid import pairwise_sigmoid
+from .pairwise.topk import pairwise_topk
+from .patches.patches import Normalised, gather_patches, patch_mse
+from .regression.chamfer import chamfer
+from .regression.cosine import scaled_cosine_error
+from .tokens.bias import gather_bias
+from .tokens.tokens import gather_packed, gather_tokens, restore_tokens, scatter_tokens
 
 __all__ = [
     "Correlation",

@@ -22,11 +22,11 @@ from fastssl.kernels import (
     exclude_self,
     frobenius_sq,
     pairwise_lse,
-    pairwise_ops,
     pairwise_topk,
     standardise,
 )
-from fastssl.kernels.pairwise_torch import Pairs
+from fastssl.kernels.pairwise import lse_ops as pairwise_ops
+from fastssl.kernels.pairwise.lse_torch import Pairs
 
 _SCALE = 1 / 0.1
 

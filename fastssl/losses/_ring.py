@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, rank, shift, world_size
-from fastssl.kernels._dispatch import accumulator, first_order
-from fastssl.kernels.masks import Masks
-from fastssl.kernels.pairwise import blockwise
-from fastssl.kernels.pairwise_torch import Pairs
+from fastssl.kernels.common.dispatch import accumulator, first_order
+from fastssl.kernels.pairwise.lse import blockwise
+from fastssl.kernels.pairwise.lse_torch import Pairs
+from fastssl.kernels.pairwise.masks import Masks
 
 
 class _Journey:

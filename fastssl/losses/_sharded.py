@@ -25,8 +25,8 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels import PairMask, pairwise_lse
-from fastssl.kernels.masks import Masks
-from fastssl.kernels.pairwise import as_number, check_pairs
+from fastssl.kernels.pairwise.lse import as_number, check_pairs
+from fastssl.kernels.pairwise.masks import Masks
 
 from ._ring import ring_lse
 

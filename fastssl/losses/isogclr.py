@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
-from fastssl.kernels._dispatch import may_look
+from fastssl.kernels.common.dispatch import may_look
 from fastssl.losses._views import ContrastiveLoss, twice
 
 

@@ -6,21 +6,17 @@ import torch
 
 from fastssl.bench import tune
 from fastssl.bench.tune import FAILED, LEFT, OK, SCARCE, WRONG
-from fastssl.kernels import (
-    _tuning,
-    bias_ops,
-    chamfer_ops,
-    correlation_configs,
-    latents_ops,
-    moments_configs,
-    pairwise_configs,
-    pairwise_products,
-    patches_configs,
-    sigmoid_configs,
-    tokens_configs,
-    topk_configs,
-)
-from fastssl.kernels._tuning import Config, Kernel, Variant
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Config, Kernel, Variant
+from fastssl.kernels.correlation import configs as correlation_configs
+from fastssl.kernels.correlation import moments_configs
+from fastssl.kernels.pairwise import lse_configs as pairwise_configs
+from fastssl.kernels.pairwise import lse_gemm as pairwise_products
+from fastssl.kernels.pairwise import sigmoid_configs, topk_configs
+from fastssl.kernels.patches import patches_configs
+from fastssl.kernels.regression import chamfer_ops
+from fastssl.kernels.regression import cosine_ops as latents_ops
+from fastssl.kernels.tokens import bias_ops, tokens_configs
 
 CPU = torch.device("cpu")
 SAFE, FAST, OFF, BROKEN, LARGE = (Config({"BLOCK_M": 2**i}) for i in range(5))

@@ -10,7 +10,7 @@ import torch
 
 from fastssl import kernels
 from fastssl.kernels import exclude_self, pairwise_lse
-from fastssl.kernels.pairwise import pairwise_lse_reference
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
 from fastssl.losses import BarlowTwinsLoss, CLIPLoss, NTXentLoss, SigLIPLoss
 from tests.gpu.room import DEVICE, REHEARSAL, peak_bytes, pick
 from tests.gpu.subjects import impl, rows

@@ -6,14 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from fastssl.kernels import (
-    _chunks,
-    _tuning,
-    pairwise_fused,
-    pairwise_lse,
-    pairwise_products,
-    pairwise_tiles,
-)
+from fastssl.kernels import pairwise_lse
+from fastssl.kernels.common import chunks as _chunks
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.pairwise import lse_fused as pairwise_fused
+from fastssl.kernels.pairwise import lse_gemm as pairwise_products
+from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
 FORCED = {

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from fastssl.kernels import bias_ops as ops
 from fastssl.kernels import gather_bias
+from fastssl.kernels.tokens import bias_ops as ops
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.kernels import chamfer
-from fastssl.kernels import chamfer_ops as ops
+from fastssl.kernels.regression import chamfer_ops as ops
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ from fastssl.kernels import (
     mixed_correlation,
     standardise,
 )
-from fastssl.kernels.correlation_plans import PLANS
+from fastssl.kernels.correlation.plans import PLANS
 from tests.oracle import as_accurate_as_eager
 from tests.ranks import run_ranks
 

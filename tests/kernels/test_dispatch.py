@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastssl.kernels import implementations
-from fastssl.kernels._dispatch import Primitive
+from fastssl.kernels.common.dispatch import Primitive
 
 PRIMITIVES = {
     "chamfer",

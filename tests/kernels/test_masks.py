@@ -15,8 +15,8 @@ from fastssl.kernels import (
     pairwise_lse,
     same_group,
 )
-from fastssl.kernels.masks import as_masks, decode
-from fastssl.kernels.pairwise import pairwise_lse_reference
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
+from fastssl.kernels.pairwise.masks import as_masks, decode
 
 HERE = torch.device("cpu")
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fastssl.kernels import column_moments, cross_diagonal, moments, standardise
+from fastssl.kernels import column_moments, cross_diagonal, standardise
+from fastssl.kernels.correlation import moments
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

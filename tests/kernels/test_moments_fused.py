@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.kernels import _tuning, moments_configs
-from fastssl.kernels import moments_ops as ops
-from fastssl.kernels._tuning import Config
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Config
+from fastssl.kernels.correlation import moments_configs
+from fastssl.kernels.correlation import moments_ops as ops
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

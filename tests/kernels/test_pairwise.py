@@ -15,7 +15,7 @@ from fastssl.kernels import (
     pairwise_lse,
     same_group,
 )
-from fastssl.kernels.pairwise import pairwise_lse_reference
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,21 +6,17 @@ import sys
 import pytest
 import torch
 
-from fastssl.kernels import (
-    PairMask,
-    _tuning,
-    exclude_self,
-    pairwise,
-    pairwise_fused,
-    pairwise_lse,
-    pairwise_ops,
-    pairwise_products,
-    pairwise_tiles,
-)
-from fastssl.kernels.masks import as_masks
-from fastssl.kernels.pairwise import pairwise_lse_reference
-from fastssl.kernels.pairwise_configs import shape_class
-from fastssl.kernels.pairwise_torch import Pairs
+from fastssl.kernels import PairMask, exclude_self, pairwise_lse
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.pairwise import lse as pairwise
+from fastssl.kernels.pairwise import lse_fused as pairwise_fused
+from fastssl.kernels.pairwise import lse_gemm as pairwise_products
+from fastssl.kernels.pairwise import lse_ops as pairwise_ops
+from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
+from fastssl.kernels.pairwise.lse_configs import shape_class
+from fastssl.kernels.pairwise.lse_torch import Pairs
+from fastssl.kernels.pairwise.masks import as_masks
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 from .conftest import SCHEDULES

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.kernels import Normalised, _tuning, gather_patches, patch_mse, patches_ops
-from fastssl.kernels import patches_configs as configs
-from fastssl.kernels.patches_configs import shape_class
+from fastssl.kernels import Normalised, gather_patches, patch_mse
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.patches import patches_configs as configs
+from fastssl.kernels.patches import patches_ops
+from fastssl.kernels.patches.patches_configs import shape_class
 from tests.kernels.test_patches import (
     CASES,
     CLIP,

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastssl.kernels import _tuning
-from fastssl.kernels._tuning import Config, Kernel, Variant, config_for
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Config, Kernel, Variant, config_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL, LARGE, HUGE = (Config({"BLOCK_M": size}, num_warps=8) for size in (16, 64, 256))

@@ -1,0 +1,1 @@
+"""Statistics of columns over the joined batch, and the size of cross-correlations."""

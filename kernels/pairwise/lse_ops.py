@@ -1,0 +1,112 @@
+"""Pairwise log-sum-exps as operators of torch: with a fake and a gradient.
+
+torch.compile keeps an operator whole in its graph, and an operator takes tensors, numbers and
+strings: so a mask goes by its key, and the implementation by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.dispatch import accumulator, first_order
+from . import lse_torch
+from .lse_torch import Grads, Pairs
+from .masks import twins
+
+fused: Any = None
+_engines: dict[str, Any] = {"torch": lse_torch}
+if twins is not None:
+    from . import lse_fused as fused
+
+    _engines |= {"triton": fused, **fused.SCHEDULES}
+
+
+def engine(impl: str) -> Any:
+    """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` for impl.
+
+    impl: "torch", "triton", or one of Triton's schedules by name, to be compared.
+    """
+    return _engines[impl]
+
+
+@torch.library.custom_op("fastssl::pairwise_stats", mutates_args=())
+def stats(
+    tensors: list[Tensor | None], mask: str, same: bool, both: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """`statistics` of rows and columns.  tensors: q, k, scale, bias, row_ids, col_ids."""
+    return engine(impl).statistics(_pairs(tensors, mask, same), both)
+
+
+def _pairs(tensors: Sequence[Any], mask: str, same: bool) -> Pairs:
+    q, k, scale, bias, row_ids, col_ids = tensors
+    return Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
+
+
+@stats.register_fake
+def _(tensors, mask, same, both, impl):
+    q, k = tensors[:2]
+    like = q.new_empty(0, dtype=accumulator(q.dtype))
+    return like.new_empty(2, q.shape[0]), like.new_empty(2, k.shape[0] if both else 0)
+
+
+@torch.library.custom_op("fastssl::pairwise_grads", mutates_args=())
+def grads(
+    tensors: list[Tensor | None],
+    rows: Tensor | None,
+    cols: Tensor | None,
+    mask: str,
+    same: bool,
+    need: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gradients` to q, k, scale and bias."""
+    pairs = _pairs(tensors, mask, same)
+    return tuple(engine(impl).gradients(pairs, rows, cols, tuple(need)))
+
+
+@grads.register_fake
+def _(tensors, rows, cols, mask, same, need, impl):
+    q, k, scale = tensors[:3]
+    like = q.new_empty(0, dtype=accumulator(q.dtype))
+    sizes = q.shape, k.shape, scale.shape, k.shape[:1]
+    asked = need[0] or same, need[1] and not same, need[2], need[3]
+    return tuple(like.new_empty(s if a else 0) for s, a in zip(sizes, asked, strict=True))
+
+
+class _LSE(torch.autograd.Function):
+    """Row and column log-sum-exps; k is None for symmetric scores of q with itself."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, scale, bias, row_ids, col_ids, *options):
+        mask, both, impl = ctx.options = options
+        same, rest = k is None, (scale, bias, row_ids, col_ids)
+        rows, cols = stats([q, q if same else k, *rest], mask, same, both, impl)
+        ctx.save_for_backward(q, k, *rest, rows, cols)
+        log_sum = engine(impl).log_sum
+        return log_sum(rows), log_sum(cols)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_rows, grad_cols):
+        q, k, scale, bias, row_ids, col_ids, rows, cols = ctx.saved_tensors
+        mask, both, impl = ctx.options
+        weights, need, same = engine(impl).weights, ctx.needs_input_grad[:4], k is None
+        if same and both:  # the two are one
+            grad_rows, both = grad_rows + grad_cols, False
+        given = [q, q if same else k, scale, bias, row_ids, col_ids]
+        sides = weights(rows, grad_rows), weights(cols, grad_cols) if both else None
+        found = Grads(*grads(given, *sides, mask, same, list(need), impl))
+        leaves = q, k, scale, bias
+        out = [g.to(x.dtype) if n else None for g, x, n in zip(found, leaves, need, strict=True)]
+        return *out, *(None,) * 5
+
+
+def lse(pairs: Pairs, both: bool, impl: str) -> tuple[Tensor, Tensor]:
+    """Row log-sum-exps (M,), and column ones (N,); (0,) of them unless `both`."""
+    q, k, *rest, same = pairs
+    k = None if same else k.view_as(k) if k is q else k  # the compiler wants no tensor twice
+    return _LSE.apply(q, k, *rest, both, impl)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,1 @@
+"""Patches straight from pixels."""

@@ -1,0 +1,303 @@
+"""Patches straight from pixels: chosen ones, and the error of predicting them.
+
+    grid: an image's sides S, each over the patch's; patch i is the i-th of it in row-major order
+    gather_patches(images, ids)_bk = the P = prod(patch) * C values of patch ids_bk, channels last:
+        'w c' of a signal, 'h w c' of an image, 't h w c' of a clip
+    y = x (raw) or (x - mean(x)) / sqrt(var(x) + eps) over a patch's P values, variance unbiased
+    patch_mse_bk = mean_p f(pred_bkp - y_bkp)        dpred_bkp = g_bk f'(pred_bkp - y_bkp) / P
+    f(e) = e^2 (l2), |e| (l1), or e^2 / 2 where |e| < 1 and |e| - 1/2 elsewhere (smooth_l1)
+
+B images, C channels of S pixels (1, 2 or 3 sides), L patches, K of them chosen.
+Why: eager makes a second copy of the images as patches, all L of them, then keeps K; its error
+makes the target, its normalised twin and the difference, and keeps them for backward.  Here patches
+are read straight from the images, normalised by channel on the way (`Normalised`), and there is no
+target: the Triton kernels (patches_triton.py) keep two numbers a patch for backward, and torch
+(patches_torch.py) keeps the error, in pred's place.
+Traffic: K / L of the pixels once (patch_mse: once more in backward) and the patches out.
+Memory-bound.  Memory: the result, and for torch one chunk.  In place: nothing.
+Source: He et al. 2021, MAE, arXiv:2111.06377, section 3; Feichtenhofer et al. 2022, MAE for video,
+arXiv:2205.09113; smooth_l1: Girshick 2015, arXiv:1504.08083, eq. 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_ids
+from ..common.dispatch import accumulator, check_fused_input, declare, first_order, require_float
+from ..pairwise.masks import twins
+from . import patches_torch
+from .patches_torch import KINDS, Patch, Spec, grid_view
+
+engines: dict[str, Any] = {"torch": patches_torch}
+if twins is not None:
+    from ..pairwise.scores_triton import INTERPRETED
+    from . import patches_ops
+
+    engines["triton"] = patches_ops
+
+FUSED = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # images that kernels read
+
+
+class Normalised(NamedTuple):
+    """Images to be read as (x - mean_c) / std_c, uint8 ones as (x / 255 - mean_c) / std_c.
+
+    images (B, C, *S): float or uint8.  mean, std (C,): float, on the images' device, no gradient.
+    The primitives that take one never make such a copy of the images.
+
+    >>> white = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)
+    >>> images = Normalised(white, torch.tensor([0.5]), torch.tensor([0.25]))
+    >>> gather_patches(images, torch.tensor([[0]]), 2).tolist()
+    [[[2.0, 2.0, 2.0, 2.0]]]
+    """
+
+    images: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+Source = Tensor | Normalised
+
+
+def gather_patches_reference(source: Source, ids: Tensor, patch: Patch, dtype: torch.dtype):
+    """Every patch of every image, normalised, then the chosen ones: the tests' oracle."""
+    images = source
+    if isinstance(source, Normalised):
+        unit = 1 if source.images.is_floating_point() else 255
+        mean, std = (v.to(dtype)[:, None, None, None] for v in source[1:])
+        images = (source.images.to(dtype) / unit - mean) / std
+    assert isinstance(images, Tensor)
+    every_BLP = grid_view(images, patch).flatten(4).flatten(1, 3)
+    return every_BLP.gather(1, ids[..., None].expand(-1, -1, every_BLP.shape[-1])).to(dtype)
+
+
+def patch_mse_reference(pred: Tensor, source: Source, ids: Tensor, spec: Spec):
+    """The formula, eager, in the dtype of pred."""
+    y = gather_patches_reference(source, ids, spec.patch, pred.dtype)
+    if spec.eps is not None:
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True) + spec.eps).sqrt()
+    e = pred - y
+    if spec.kind == "l2":
+        return e.square().mean(-1)
+    if spec.kind == "l1":
+        return e.abs().mean(-1)
+    return torch.where(e.abs() < 1, e.square() / 2, e.abs() - 0.5).mean(-1)
+
+
+class _GatherPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images, norm, ids, patch, dtype, impl):
+        ctx.save_for_backward(ids, norm)
+        ctx.like = images.shape, images.dtype
+        ctx.patch, ctx.impl = patch, impl
+        return engines[impl].gather(images, norm, ids, patch, dtype)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad):
+        ids, norm = ctx.saved_tensors
+        d_images = engines[ctx.impl].spread(grad, norm, ids, ctx.patch, *ctx.like)
+        return d_images, None, None, None, None, None
+
+
+class _PatchMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pred, images, norm, ids, spec, impl):
+        loss, saved = engines[impl].error(pred, images, norm, ids, spec, True)
+        ctx.save_for_backward(*saved)
+        ctx.spec, ctx.impl = spec, impl
+        return loss
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad):
+        d_pred = engines[ctx.impl].gradient(grad, ctx.saved_tensors, ctx.spec)
+        return d_pred, None, None, None, None, None
+
+
+def _table(source: Source, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The images, and what (2, C) makes them normalised: (x - table_0c) * table_1c."""
+    if isinstance(source, Tensor):
+        return source, None
+    images, mean, std = source
+    unit = 1 if images.is_floating_point() else 255
+    return images, torch.stack([mean.to(acc) * unit, 1 / (std.to(acc) * unit)])
+
+
+def _gather(source, ids, patch, dtype, impl):
+    images, norm = _table(source, accumulator(dtype))
+    return _GatherPatches.apply(images, norm, ids, patch, dtype, impl)
+
+
+def _mse(pred, source, ids, spec, impl):
+    images, norm = _table(source, accumulator(pred.dtype))
+    if pred.requires_grad and torch.is_grad_enabled():
+        return _PatchMSE.apply(pred, images, norm, ids, spec, impl)
+    return engines[impl].error(pred, images, norm, ids, spec, False)[0]
+
+
+def _by_engine(function: Any, reference: Any) -> dict[str, Any]:
+    found = {name: _with(function, name) for name in engines}
+    return found | {"reference": reference}
+
+
+def _with(function: Any, impl: str) -> Any:
+    return lambda *args: function(*args, impl)
+
+
+_GATHER = declare("gather_patches", **_by_engine(_gather, gather_patches_reference))
+_MSE = declare("patch_mse", **_by_engine(_mse, patch_mse_reference))
+
+
+def _implementation(impl: str, source: Source, name: str, x: torch.dtype) -> str:
+    """What `impl` says, but that auto is torch for dtypes that no kernel is made for."""
+    images = _pixels(source)
+    if impl == "auto":
+        return impl if images.dtype in FUSED and x in FUSED else "torch"
+    if impl == "triton" and impl in engines:
+        for what, dtype in (("images", images.dtype), (name, x)):
+            if dtype != torch.uint8:
+                check_fused_input(what, images.new_empty(0, dtype=dtype), INTERPRETED)
+    return impl
+
+
+def _check(source: Source, ids: Tensor, patch: int | tuple[int, ...]) -> tuple[Source, Patch]:
+    """Source and patch with three sides, after refusing images, ids and patches that do not fit."""
+    images = _pixels(source)
+    if not 3 <= images.ndim <= 5:
+        got = tuple(images.shape)
+        raise ValueError(f"images must be (B, C, *S) with 1, 2 or 3 sides S, got {got}")
+    size = images.shape[2:]
+    sides = (patch,) * len(size) if isinstance(patch, int) else tuple(patch)
+    fits = len(sides) == len(size) and all(
+        p > 0 and s % p == 0 for s, p in zip(size, sides, strict=True)
+    )
+    if not fits:
+        want, got = (" x ".join(map(str, x)) for x in (size, sides))
+        raise ValueError(f"patch must divide the image's {want} pixels, got {got}")
+    if ids.ndim != 2 or len(ids) != len(images) or ids.dtype != torch.int64:
+        got = f"{tuple(ids.shape)} {ids.dtype}"
+        raise ValueError(f"ids must be ({len(images)}, K) int64, got {got}")
+    if ids.device != images.device:
+        raise ValueError(f"ids must be on {images.device} with the images, got {ids.device}")
+    for _ in range(3 - len(size)):
+        images, sides = images[:, :, None], (1, *sides)
+    if isinstance(source, Tensor):
+        return images, (sides[0], sides[1], sides[2])
+    _check_normalised(source)
+    return source._replace(images=images), (sides[0], sides[1], sides[2])
+
+
+def _check_normalised(source: Normalised) -> None:
+    """Refuse statistics that are not the images' channels', and images that are no pixels."""
+    images, channels = source.images, source.images.shape[1]
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"normalised images must be float or uint8, got {images.dtype}")
+    for name, x in (("mean", source.mean), ("std", source.std)):
+        if x.shape != (channels,) or not x.is_floating_point() or x.device != images.device:
+            got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            raise ValueError(f"{name} must be ({channels},) float on {images.device}, got {got}")
+
+
+def _count(source: Source, patch: Patch) -> int:
+    """How many patches an image has."""
+    size = _pixels(source).shape[2:]
+    return math.prod([side // p for side, p in zip(size, patch, strict=True)])
+
+
+def _pixels(source: Source) -> Tensor:
+    return source if isinstance(source, Tensor) else source.images
+
+
+def gather_patches(
+    images: Source,
+    ids: Tensor,
+    patch: int | tuple[int, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    repeats: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """The chosen patches' pixels: (B, K, prod(patch) * C), channels last within a patch.
+
+    images (B, C, *S), S of 1, 2 or 3 sides: any dtype and strides, or `Normalised`.  ids (B, K)
+    int64 in 0..L-1, row-major over the patch grid.  patch: one side, or one for each of S, in
+    pixels.  dtype: that of the result; by default the images' own, float32 for normalised uint8.
+    repeats: whether an image's ids may name a patch twice.
+    The gradient to float images adds up over repeats, in float32; first order only.
+    impl: "auto", "triton", "torch" or "reference" (makes all L patches first).  auto is triton on
+    CUDA, for images and results in float32, bfloat16, float16 or uint8, and torch elsewhere.
+    Raises ValueError for shapes and a patch that do not fit, mean and std that are not one number
+    a channel, an unknown impl, and ids out of range or, without repeats, named twice.  Ids are
+    looked at on a CPU; elsewhere wrong ones are undefined, but with FASTSSL_CHECK=1 in the
+    environment they are looked at anywhere, which waits for the device.
+
+    >>> gather_patches(torch.arange(16).view(1, 1, 4, 4), torch.tensor([[3]]), 2).tolist()
+    [[[10, 11, 14, 15]]]
+    >>> stereo = torch.tensor([[[0, 1, 2, 3], [10, 11, 12, 13]]])
+    >>> gather_patches(stereo, torch.tensor([[1]]), 2).tolist()
+    [[[2, 12, 3, 13]]]
+    """
+    source, sides = _check(images, ids, patch)
+    check_ids(ids, _count(source, sides), repeats=repeats)
+    normalised, own = isinstance(source, Normalised), _pixels(source).dtype
+    if dtype is None:
+        dtype = torch.float32 if normalised and not own.is_floating_point else own
+    if normalised and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one for normalised images, got {dtype}")
+    impl = _implementation(impl, source, "dtype", dtype)
+    return _GATHER(impl, ids.device, source, ids, sides, dtype)
+
+
+def patch_mse(
+    pred: Tensor,
+    images: Source,
+    ids: Tensor,
+    patch: int | tuple[int, ...],
+    *,
+    norm_pix: bool = True,
+    eps: float = 1e-6,
+    kind: str = "l2",
+    impl: str = "auto",
+) -> Tensor:
+    """Mean error of each predicted patch against its pixels: (B, K) float32.
+
+    pred (B, K, prod(patch) * C): any float dtype, channels last within a patch.  images, ids,
+    patch: as in `gather_patches`, without repeats; uint8 images are read as 0..255 unless
+    `Normalised`.  norm_pix: each patch's values are brought to mean 0 and deviation 1 first
+    (unbiased variance plus eps, in the units that they are read in, squared).
+    kind: "l2" (squared), "l1" (absolute) or "smooth_l1" (squared up to 1, as torch's).
+    Gradient to pred only: the target is data.  First order only.
+    impl: "auto", "triton", "torch" or "reference" (in pred's dtype).  torch keeps the error for
+    backward, in pred's dtype; triton computes it again.
+    Raises ValueError for a pred of another shape or device, complex images, norm_pix with one
+    value a patch, eps < 0, an unknown kind, and what `gather_patches` refuses.
+
+    >>> images = torch.arange(4.0).view(1, 1, 2, 2)
+    >>> patch_mse(torch.zeros(1, 1, 4), images, torch.tensor([[0]]), 2, norm_pix=False)
+    tensor([[3.5000]])
+    """
+    source, sides = _check(images, ids, patch)
+    pixels = _pixels(source).detach()
+    values = math.prod(sides) * pixels.shape[1]
+    require_float(pred=pred)
+    if pixels.is_complex():
+        raise ValueError(f"images must be real, got {pixels.dtype}")
+    if pred.shape != (*ids.shape, values) or pred.device != pixels.device:
+        got = f"{tuple(pred.shape)} on {pred.device}"
+        raise ValueError(f"pred must be {(*ids.shape, values)} on {pixels.device}, got {got}")
+    if norm_pix and values < 2:
+        raise ValueError(f"norm_pix needs at least 2 values a patch, got {values}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_ids(ids, _count(source, sides))
+    source = pixels if isinstance(source, Tensor) else source._replace(images=pixels)
+    spec = Spec(sides, eps if norm_pix else None, kind)
+    impl = _implementation(impl, source, "pred", pred.dtype)
+    return _MSE(impl, pred.device, pred, source, ids, spec).to(accumulator(pred.dtype))

@@ -1,0 +1,1 @@
+"""Tokens in and out of masked sequences, and their attention bias."""
