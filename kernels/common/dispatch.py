@@ -1,32 +1,42 @@
 """The only place that picks an implementation.
 
-A primitive declares what it has; adding a fused kernel is one more keyword there:
+A primitive states its formula and the function that runs by a backend's name:
 
-    _LSE = declare("pairwise_lse", torch=_lse_torch, reference=pairwise_lse_reference)
+    _BIAS = declare("gather_bias", _run, gather_bias_reference)     _run(bias, ids, impl)
+    _BIAS(impl, bias, ids, inputs={"bias": bias})
 
-`auto` picks by the device: "triton" on CUDA where it is declared, "torch" elsewhere; what the
-kernel is not made for (a dtype, a mask) a primitive sends to torch by a rule that it states.  A
-named implementation never falls back.  Every implementation runs outside autocast, which would
-otherwise round the products inside a primitive to 16 bits; `first_order` does it for backward.
+"auto" is "triton" for CUDA tensors of a dtype that the kernels take, and "torch" otherwise.  A
+named implementation never falls back: what it cannot take is a ValueError.  Every implementation
+runs outside autocast, which would otherwise round the products inside a primitive to 16 bits;
+`first_order` does it for backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .autograd import full_precision
+from .triton import HAS_TRITON, INTERPRETED
+
+FUSED = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes kernels are made for
 
 _primitives: dict[str, Primitive] = {}
 
 
 class Primitive:
-    """The implementations of one primitive, callable as primitive(impl, device, *args)."""
+    """The implementations of one primitive by name.  fused: the dtypes that its kernels take."""
 
-    def __init__(self, name: str, implementations: dict[str, Callable[..., Any]]) -> None:
-        self.name, self.implementations = name, implementations
+    def __init__(
+        self,
+        name: str,
+        implementations: dict[str, Callable[..., Any]],
+        fused: tuple[torch.dtype, ...] = FUSED,
+    ) -> None:
+        self.name, self.implementations, self.fused = name, implementations, fused
 
     def choose(self, impl: str, device: torch.device) -> str:
         """The name of the implementation that impl means on this device.
@@ -41,28 +51,47 @@ class Primitive:
             raise ValueError(f"impl must be one of {known} for {self.name}, got {impl!r}")
         return impl
 
-    def __call__(self, impl: str, device: torch.device, *args: Any) -> Any:
-        run = self.implementations[self.choose(impl, device)]
-        with full_precision(device):
+    def choose_for(self, impl: str, inputs: Mapping[str, Tensor], problem: str = "") -> str:
+        """`choose` for these inputs, which lie on one device.
+
+        problem: why the kernels cannot do it, as a sentence, or "".  For "auto" it means torch, as
+        does a dtype that they do not take; for "triton" both are a ValueError.
+        """
+        unfit = [x for x in inputs.values() if x.dtype not in self.fused]
+        if impl == "auto" and (problem or unfit):
+            impl = "torch"
+        chosen = self.choose(impl, next(iter(inputs.values())).device)
+        if chosen == "triton":
+            if problem:
+                raise ValueError(problem)
+            for name, x in inputs.items():
+                _check_fused_input(name, x, self.fused)
+        return chosen
+
+    def __call__(
+        self, impl: str, *args: Any, inputs: Mapping[str, Tensor], problem: str = ""
+    ) -> Any:
+        """The result of args.  inputs: those of them, by name, that decide the implementation."""
+        run = self.implementations[self.choose_for(impl, inputs, problem)]
+        with full_precision(next(iter(inputs.values())).device):
             return run(*args)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look inside
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Outside autocast, where one is on; devices such as meta have none to leave."""
-    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def declare(name: str, **implementations: Callable[..., Any]) -> Primitive:
-    """Register a primitive's implementations: `torch` and `reference` at least."""
-    _primitives[name] = Primitive(name, implementations)
+def declare(
+    name: str,
+    run: Callable[..., Any],
+    reference: Callable[..., Any],
+    fused: tuple[torch.dtype, ...] = FUSED,
+) -> Primitive:
+    """Register a primitive.  run: takes a backend's name, "torch" or "triton", as last argument."""
+    backends = ("torch", "triton") if HAS_TRITON else ("torch",)
+    runs = {backend: _by_backend(run, backend) for backend in backends}
+    _primitives[name] = Primitive(name, {**runs, "reference": reference}, fused)
     return _primitives[name]
+
+
+def _by_backend(run: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    return lambda *args: run(*args, backend)
 
 
 def implementations(device: torch.device | str) -> dict[str, str]:
@@ -75,80 +104,12 @@ def implementations(device: torch.device | str) -> dict[str, str]:
     return {name: p.choose("auto", device) for name, p in sorted(_primitives.items())}
 
 
-class _NoSecond(torch.autograd.Function):
-    """A gradient whose own gradient is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError("this primitive has no second derivative; use impl='reference'")
-
-
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a primitive's backward: outside autocast, and not differentiable a second time.
-
-    torch's once_differentiable lets a second derivative through, as zero, when the incoming
-    gradient is a constant; here every one raises RuntimeError.
-    """
-
-    @wraps(backward)
-    def guarded(ctx: Any, *grads: torch.Tensor) -> Any:
-        device = grads[0].device
-        with torch.no_grad(), full_precision(device):
-            out = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # create_graph=False, the usual case
-            return out
-        anchor = torch.zeros((), device=device, requires_grad=True)
-        several = out if isinstance(out, tuple) else (out,)
-        return tuple(None if g is None else _NoSecond.apply(g, anchor) for g in several)
-
-    return guarded
-
-
-def finished(x: torch.Tensor) -> torch.Tensor:
-    """x, to be returned from a forward that wrote it in place.
-
-    Compiled by torch 2.11, such an output has gradient zero, silently; a copy has the right one,
-    and the compiler takes the copy out again.
-    """
-    return x.clone() if torch.compiler.is_compiling() else x
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums and results have: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def require_float(**tensors: torch.Tensor) -> None:
-    """Raise ValueError, naming the argument, for a tensor that is not of a floating dtype."""
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
-
-
-def for_dtype(impl: str, x: torch.Tensor) -> str:
-    """What `impl` says, but that auto is torch for float64, which no kernel is made for."""
-    return "torch" if impl == "auto" and x.dtype == torch.float64 else impl
-
-
-def check_fused_input(name: str, x: torch.Tensor, interpreted: bool) -> None:
-    """Raise ValueError for a tensor that impl="triton" does not take.
-
-    interpreted: kernels run anywhere.
-    """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def _check_fused_input(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in dtypes:
         got = f"{name} in {x.dtype}"
         raise ValueError(f"impl='triton' is for float32, bfloat16 and float16, got {got}")
-    if x.device.type != "cuda" and not interpreted:
+    if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"impl='triton' needs CUDA tensors, got {name} on {x.device}; "
             "TRITON_INTERPRET=1 set before the import runs it there, slowly"
         )
-
-
-def may_look(x: torch.Tensor) -> bool:
-    """Whether a check may read values of x: on a device it would wait, and a traced x has none."""
-    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dispatch import accumulator
+from .autograd import accumulator
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ class Config:
         warps, stages = self.num_warps, self.num_stages
         return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that a launch takes of a configuration: blocks and options."""
+        return {**self.blocks, **self.options}
+
     @staticmethod
     def read(fields: Mapping[str, Any]) -> Config:
         """The configuration in an entry of a table, whose other fields say how it came about.

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_rows, world_size
 
-from ..common.dispatch import accumulator, declare
-from .moments import check_pair, check_rows, implementation
-from .plans import PLANS, choose, engines
+from ..common.autograd import accumulator
+from ..common.checks import check_pair, check_rows
+from ..common.dispatch import declare
+from .plans import PLANS, choose
 
 # Up to these many numbers of a covariance, that one, in torch's own graph, costs least: where it is
 # the plan, and where Grams would be.
@@ -59,27 +60,15 @@ def plain(a, b, split):
     return diagonal, total - torch.dot(diagonal, diagonal)
 
 
-def _by_engine(name: str):
-    def run(a, b, split, plan, group):
-        return PLANS[plan].apply(a, b, split, group, name)
-
-    return run
-
-
-def _torch(a, b, split, plan, group):
+def _run(a, b, split, plan, group, impl):
     size = a.shape[1] * (a if b is None else b).shape[1]
     small = size <= PLAIN and plan == "covariance" or size <= TINY and plan != "sharded"
-    if small and world_size(group) == 1:
+    if impl == "torch" and small and world_size(group) == 1:
         return plain(a, b, split)
-    return PLANS[plan].apply(a, b, split, group, "torch")
+    return PLANS[plan].apply(a, b, split, group, impl)
 
 
-_CORRELATION = declare(
-    "frobenius_sq",
-    **{name: _by_engine(name) for name in engines if name != "torch"},
-    torch=_torch,
-    reference=correlation_reference,
-)
+_CORRELATION = declare("frobenius_sq", _run, correlation_reference)
 
 
 def correlation_plan(
@@ -117,8 +106,8 @@ def _correlation(
         got = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise ValueError(f"a and b must have the same {'shape' if split else 'rows'}, got {got}")
     plan = plan_for(plan, a, b, group, (1 if a is b else 2, 1))
-    impl = implementation(impl, "a", a)
-    return _CORRELATION(impl, a.device, a, None if a is b else b, split, plan, group)
+    other = None if a is b else b
+    return _CORRELATION(impl, a, other, split, plan, group, inputs={"a": a})
 
 
 def cross_correlation(

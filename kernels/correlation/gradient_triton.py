@@ -1,4 +1,4 @@
-"""Gram matrices, covariances and their gradients in Triton: as gram_torch has them.
+"""The last pass of a gradient by a Gram matrix or a covariance in Triton.
 
     gradient      dz_nd = factor (sum_m W_nm z_md + diagonal_n z_nd) + y_nd coef_d        by a Gram
     across        dz = factor y W^T + y coef_d                                    by a covariance
@@ -7,7 +7,6 @@ The matrices are those of gram_triton.py: W, in the inputs' dtype, and apart fro
 diagonal in float32.  W's products are cuBLAS's with float32 sums, a strip at a time that stays in
 L2; one pass adds the rest to it and rounds once.
 Traffic of that pass: z and y read once, the gradient written once.  In place: nothing.
-torch.compile keeps an operator whole in its graph; what one has not got is an empty tensor there.
 In the kernel capitals are pointers.
 """
 
@@ -19,19 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.matmul import product
+from ..common.triton import tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
-from ..pairwise.scores_triton import INTERPRETED, rows_contiguous
-from . import gram_triton
 from .configs import Terms, finish_variants, shape_class
 from .gram_torch import Matrix
-
-__all__ = ["FINISH", "INTERPRETED", "covariance", "gradient", "gradient_across", "grams"]
+from .gram_triton import strip_rows
 
 
 @triton.jit
@@ -76,12 +70,12 @@ def finish(
     return out
 
 
-def _finished(
+def finish_all(
     products: Callable[[slice], Tensor], matrix: Matrix, terms: Terms, out: Tensor
 ) -> Tensor:
     """The gradient a strip of rows at a time; products: the strip's W z."""
     n, D = out.shape
-    for i in spans(n, gram_triton.strip_rows(D)):
+    for i in spans(n, strip_rows(D)):
         mine, other = (x if x is None else x[i] for x in terms[:2])
         diagonal = None if mine is None else matrix.diagonal
         if mine is not None and diagonal is not None:
@@ -89,128 +83,6 @@ def _finished(
         part = Matrix(matrix.values, diagonal, matrix.unit)
         finish(products(i), part, Terms(mine, other, *terms[2:]), out[i])
     return out
-
-
-def _flat(total: Tensor, found: list[Matrix]) -> list[Tensor]:
-    """An operator's results: what a matrix has not got is an empty tensor."""
-    parts = [x for matrix in found for x in matrix]
-    return [total, *(total.new_empty(0) if x is None else x for x in parts)]
-
-
-def _matrix(values: Tensor, diagonal: Tensor, unit: Tensor) -> Matrix:
-    """What `_flat` took apart."""
-    return Matrix(values, diagonal if diagonal.numel() else None, None if unit.ndim else unit)
-
-
-def _flat_fake(x: Tensor, *shapes: tuple[Any, Any], apart: bool) -> list[Tensor]:
-    """Tensors as `_flat` makes of x's matrices."""
-    like = x.new_empty((), dtype=torch.float32)
-    found = [torch.empty_like(like)]
-    for shape in shapes:
-        unit = () if x.dtype == torch.float16 else 0
-        found += [
-            x.new_empty(shape),
-            like.new_empty(shape[0] if apart else 0),
-            like.new_empty(unit),
-        ]
-    return found
-
-
-@torch.library.custom_op("fastssl::correlation_grams", mutates_args=())
-def _grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Tensor]:
-    """Total; values, diagonal and unit of each side's Gram.  others: none where all are here."""
-    return _flat(*gram_triton.gram_matrices(sides, others or None, start))
-
-
-@_grams.register_fake
-def _(sides, others, start):
-    n, N = len(sides[0]), len((others or sides)[0])
-    return _flat_fake(sides[0], *((n, N) for _ in sides), apart=True)
-
-
-@torch.library.custom_op("fastssl::correlation_covariance", mutates_args=())
-def _covariance(a: Tensor, b: Tensor | None) -> list[Tensor]:
-    """Total without the diagonal, if D is E; values, diagonal and unit."""
-    total, matrix = gram_triton.covariance_matrix(a, b)
-    return _flat(total, [matrix])
-
-
-@_covariance.register_fake
-def _(a, b):
-    D, E = a.shape[1], (a if b is None else b).shape[1]
-    return _flat_fake(a, (D, E), apart=D == E)
-
-
-@torch.library.custom_op("fastssl::correlation_gradient", mutates_args=())
-def _gradient(
-    matrix: list[Tensor], rows: Tensor | None, terms: list[Tensor | None], transposed: bool
-) -> Tensor:
-    """By a Gram, of rows; rows None: by a covariance, of terms' `other`.
-
-    matrix: values, diagonal, unit.  terms: mine, other, coef, factor.
-    """
-    whole = _matrix(*matrix)
-    sides = [x if x is None else rows_contiguous(x) for x in terms[:2]]
-    coef, factor = (x if x is None else x.float().contiguous() for x in terms[2:])
-    given = Terms(*sides, coef, factor)  # pyright: ignore[reportArgumentType]
-    if rows is not None:
-        out = rows.new_empty(len(whole.values), rows.shape[1])
-        return _finished(lambda i: product(whole.values[i], rows), whole, given, out)
-    other, values = given.other, whole.values.T if transposed else whole.values
-    assert other is not None
-    given = given if coef is not None else given._replace(other=None)
-    out = other.new_empty(len(other), values.shape[1])
-    return _finished(lambda i: product(other[i], values), whole, given, out)
-
-
-@_gradient.register_fake
-def _(matrix, rows, terms, transposed):
-    values = matrix[0]
-    if rows is not None:
-        return rows.new_empty(values.shape[0], rows.shape[1])
-    return terms[1].new_empty(terms[1].shape[0], values.shape[0 if transposed else 1])
-
-
-def grams(
-    a: Tensor, b: Tensor | None, all_a: Tensor, all_b: Tensor | None, start: int
-) -> tuple[Tensor, Matrix, Matrix | None]:
-    """As gram_torch.grams."""
-    sides = [x for x in (a, b) if x is not None]
-    others = [x for x in (all_a, all_b) if x is not None]
-    total, *parts = _grams(sides, [] if len(a) == len(all_a) else others, start)
-    return total, _matrix(*parts[:3]), None if b is None else _matrix(*parts[3:])
-
-
-def covariance(a: Tensor, b: Tensor | None, split: bool) -> tuple[Tensor, Tensor, Matrix]:
-    """As gram_torch.covariance; without `split` a square matrix's diagonal goes apart."""
-    total, values, diagonal, unit = _covariance(a, b)
-    if split:
-        return diagonal, total, _matrix(values, diagonal.new_empty(0), unit)
-    matrix = _matrix(values, diagonal, unit)
-    return diagonal.new_empty(0), total + diagonal.square().sum(), matrix
-
-
-def gradient(
-    matrix: Matrix,
-    rows: Tensor,
-    mine: Tensor,
-    other: Tensor | None,
-    coef: Tensor | None,
-    factor: Tensor,
-) -> Tensor:
-    """As gram_torch.gradient."""
-    terms = [mine, None if coef is None else other, coef, factor]
-    return _gradient(_flat(factor, [matrix])[1:], rows, terms, False)
-
-
-def gradient_across(
-    matrix: Matrix, other: Tensor, coef: Tensor | None, factor: Tensor, transposed: bool
-) -> Tensor:
-    """As gram_torch.gradient_across."""
-    if coef is None and matrix.diagonal is not None:
-        coef = factor * matrix.diagonal
-    whole = _flat(factor, [Matrix(matrix.values, None, matrix.unit)])[1:]
-    return _gradient(whole, None, [None, other, coef, factor], transposed)
 
 
 def _trial(p: Tensor, matrix: Matrix, terms: Terms, choice: tuple[str, Config]) -> list[Tensor]:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.autograd import accumulator
 from ..common.chunks import row_spans, spans
-from ..common.dispatch import accumulator
 from ..common.matmul import product, weighted
 
 STRIPS = 4  # of a symmetric product: 5/8 of the work, in products still large

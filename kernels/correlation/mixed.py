@@ -18,11 +18,13 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, rank, world_size
 
-from ..common.dispatch import declare, first_order
-from . import moments
+from ..common.autograd import first_order
+from ..common.checks import check_pair, check_rows
+from ..common.dispatch import declare
+from . import moments_ops
 from .correlation import correlation_reference, cross_correlation, frobenius_sq, plan_for
 from .gram_torch import Matrix, blend, overlap
-from .plans import added, engines
+from .plans import added, backends
 
 
 class Mixed(NamedTuple):
@@ -38,14 +40,14 @@ class _ByGrams(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a, b, r, group, impl):
-        engine, alone = engines[impl], world_size(group) == 1
+        backend, alone = backends[impl], world_size(group) == 1
         gathered = [x if alone else all_gather_nograd(x, group, check=False) for x in (a, b, r)]
         start = rank(group) * len(a)
-        pair, gram_a, gram_b = engine.grams(a, b, gathered[0], gathered[1], start)
-        _, gram_r, _ = engine.grams(r, None, gathered[2], None, start)
+        pair, gram_a, gram_b = backend.grams(a, b, gathered[0], gathered[1], start)
+        _, gram_r, _ = backend.grams(r, None, gathered[2], None, start)
         one = torch.ones_like(pair)
         residual = overlap(gram_r, blend(gram_a, gram_b, one, one))
-        diagonal = moments.engines[impl].column_dot(a, b)
+        diagonal = moments_ops.backends[impl].column_dot(a, b)
         diagonal, pair, residual = added(group, diagonal, pair, residual)
         own = (None,) * 3 if alone else (a, b, r)
         ctx.save_for_backward(*gathered, *own, diagonal, *gram_a, *gram_b, *gram_r)
@@ -55,7 +57,7 @@ class _ByGrams(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g_diagonal, g_pair, g_residual):
-        engine = engines[ctx.impl]
+        backend = backends[ctx.impl]
         all_a, all_b, all_r, *rest = ctx.saved_tensors
         own, diagonal, parts = rest[:3], rest[3], rest[4:]
         a, b, r = (all_a, all_b, all_r) if own[0] is None else own
@@ -65,11 +67,11 @@ class _ByGrams(torch.autograd.Function):
         need = ctx.needs_input_grad
         da = db = dr = None
         if need[0]:
-            da = engine.gradient(blend(gram_b, gram_r, g, g_r), all_a, a, b, coef, two)
+            da = backend.gradient(blend(gram_b, gram_r, g, g_r), all_a, a, b, coef, two)
         if need[1]:
-            db = engine.gradient(blend(gram_a, gram_r, g, g_r), all_b, b, a, coef, two)
+            db = backend.gradient(blend(gram_a, gram_r, g, g_r), all_b, b, a, coef, two)
         if need[2]:
-            dr = engine.gradient(blend(gram_a, gram_b, g_r, g_r), all_r, r, None, None, two)
+            dr = backend.gradient(blend(gram_a, gram_b, g_r, g_r), all_r, r, None, None, two)
         return da, db, dr, None, None
 
 
@@ -80,22 +82,15 @@ def mixed_reference(a, b, r, plan, group):
     return *pair, residual[0] + residual[1]
 
 
-def _by_engine(name: str):
-    def run(a, b, r, plan, group):
-        if plan == "gram":
-            return _ByGrams.apply(a, b, r, group, name)
-        pair = cross_correlation(a, b, plan=plan, process_group=group, impl=name)
-        sides = (frobenius_sq(r, x, plan=plan, process_group=group, impl=name) for x in (a, b))
-        return *pair, sum(sides)
-
-    return run
+def _run(a, b, r, plan, group, impl):
+    if plan == "gram":
+        return _ByGrams.apply(a, b, r, group, impl)
+    pair = cross_correlation(a, b, plan=plan, process_group=group, impl=impl)
+    sides = (frobenius_sq(r, x, plan=plan, process_group=group, impl=impl) for x in (a, b))
+    return *pair, sum(sides)
 
 
-_MIXED = declare(
-    "mixed_correlation",
-    **{name: _by_engine(name) for name in engines},
-    reference=mixed_reference,
-)
+_MIXED = declare("mixed_correlation", _run, mixed_reference)
 
 
 def mixed_correlation(
@@ -116,13 +111,11 @@ def mixed_correlation(
     >>> mixed_correlation(one, 2 * one, one).residual_sq
     tensor(20.)
     """
-    moments.check_rows(1, process_group, a=a, b=b, r=r)
-    moments.check_pair(a, b)
-    moments.check_pair(a, r)
+    check_rows(1, process_group, a=a, b=b, r=r)
+    check_pair(a, b)
+    check_pair(a, r)
     if not a.shape == b.shape == r.shape:
         got = ", ".join(str(tuple(x.shape)) for x in (a, b, r))
         raise ValueError(f"a, b and r must have the same shape, got {got}")
     plan = plan_for(plan, a, b, process_group, (3, 3))
-    impl = moments.implementation(impl, "a", a)
-    found = _MIXED(impl, a.device, a, b, r, plan, process_group)
-    return Mixed(*found)
+    return Mixed(*_MIXED(impl, a, b, r, plan, process_group, inputs={"a": a}))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.autograd import accumulator
+from ..common.checks import can_read_values
 from ..common.chunks import row_spans
-from ..common.dispatch import accumulator, may_look
 
 FAR = 4.0  # means, in standard deviations
 
@@ -65,7 +66,7 @@ def standardised(z: Tensor, eps: float, unbiased: bool) -> Tensor:
     x = z.to(accumulator(z.dtype))
     share = (n - 1) / n if unbiased else 1.0  # of the unbiased variance is the biased one
     near = False
-    if may_look(x):
+    if can_read_values(x):
         out, mean, inv_std = _batch_norm(x, eps * share)
         far = torch.linalg.vector_norm(mean.detach() * inv_std.detach(), torch.inf)
         near = far.item() <= FAR

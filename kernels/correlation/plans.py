@@ -25,16 +25,12 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
 
+from ..common.autograd import accumulator, first_order
 from ..common.chunks import spans
-from ..common.dispatch import accumulator, first_order
 from ..common.matmul import weighted
-from . import gram_torch, moments
+from . import correlation_ops, gram_torch, moments_ops
 
-engines: dict[str, Any] = {"torch": gram_torch}
-if "triton" in moments.engines:
-    from . import gradient_triton
-
-    engines["triton"] = gradient_triton
+backends: dict[str, Any] = {"torch": gram_torch, "triton": correlation_ops}
 
 # floating-point operations in the time a byte takes between ranks: an H200 at half its bf16 rate
 # (400 Tflop/s) on NVLink at 400 GB/s; slower links only move the border towards fewer bytes.
@@ -91,14 +87,14 @@ class ByGram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a, b, split, group, impl):
-        engine, W = engines[impl], world_size(group)
+        backend, W = backends[impl], world_size(group)
         all_a, all_b = (
             x if x is None or W == 1 else all_gather_nograd(x, group, check=False) for x in (a, b)
         )
-        total, gram_a, gram_b = engine.grams(a, b, all_a, all_b, rank(group) * len(a))
+        total, gram_a, gram_b = backend.grams(a, b, all_a, all_b, rank(group) * len(a))
         diagonal = total.new_empty(0)
         if split:
-            diagonal = moments.engines[impl].column_dot(a, a if b is None else b)
+            diagonal = moments_ops.backends[impl].column_dot(a, a if b is None else b)
         diagonal, total = added(group, diagonal, total)
         alone = None if W == 1 else a, None if W == 1 else b
         ctx.save_for_backward(all_a, all_b, *alone, diagonal, *gram_a, *(gram_b or ()))
@@ -108,7 +104,7 @@ class ByGram(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g_diagonal, g_total):
-        engine, Matrix = engines[ctx.impl], gram_torch.Matrix
+        backend, Matrix = backends[ctx.impl], gram_torch.Matrix
         all_a, all_b, a, b, diagonal, *parts = ctx.saved_tensors
         a, b = all_a if a is None else a, all_b if b is None else b
         gram_a = Matrix(*parts[:3])
@@ -117,9 +113,9 @@ class ByGram(torch.autograd.Function):
         coef = g_diagonal - 2 * g * diagonal if ctx.split else None
         da = db = None
         if ctx.needs_input_grad[0]:
-            da = engine.gradient(gram_b, all_a, a, a if b is None else b, coef, 2 * g)
+            da = backend.gradient(gram_b, all_a, a, a if b is None else b, coef, 2 * g)
         if b is not None and ctx.needs_input_grad[1]:
-            db = engine.gradient(gram_a, all_b, b, a, coef, 2 * g)
+            db = backend.gradient(gram_a, all_b, b, a, coef, 2 * g)
         return da, db, None, None, None
 
 
@@ -128,9 +124,9 @@ class ByCovariance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a, b, split, group, impl):
-        engine = engines[impl]
+        backend = backends[impl]
         if world_size(group) == 1:
-            diagonal, total, matrix = engine.covariance(a, b, split)
+            diagonal, total, matrix = backend.covariance(a, b, split)
         else:
             c = all_reduce_sum(gram_torch.cross(a, b), group)
             diagonal, total = gram_torch.squared(c, split)
@@ -144,15 +140,15 @@ class ByCovariance(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, g_diagonal, g_total):
         a, b, *parts = ctx.saved_tensors
-        engine, matrix = engines[ctx.impl], gram_torch.Matrix(*parts)
+        backend, matrix = backends[ctx.impl], gram_torch.Matrix(*parts)
         g_diagonal, g = _upstream(g_diagonal, g_total, b is None, ctx.group)
         coef = g_diagonal if ctx.split else None
         da = db = None
         if ctx.needs_input_grad[0]:
             other = a if b is None else b
-            da = engine.gradient_across(matrix, other, coef, 2 * g, True)
+            da = backend.gradient_across(matrix, other, coef, 2 * g, True)
         if b is not None and ctx.needs_input_grad[1]:
-            db = engine.gradient_across(matrix, a, coef, 2 * g, False)
+            db = backend.gradient_across(matrix, a, coef, 2 * g, False)
         return da, db, None, None, None
 
 

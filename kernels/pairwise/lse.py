@@ -7,27 +7,29 @@
 Why: eager keeps the (M, N) scores for backward, several times over.  This holds one tile of them
 at a time, keeps two floats a row (the maximum and the sum apart: at scale 100 their log-sum-exp
 has lost what one float32 rounding of 100 costs), and computes each tile again for backward.
-Rows and columns come of one pass: 4 units of 2 M N D operations forward and backward, where eager
-has 3 and its memory.  When q is k the scores are symmetric: each unordered pair of tiles is
-visited once and feeds both rows' sums, 2 units.
+In units of 2 M N D operations, forward and backward of rows and columns: eager 3, and its memory;
+torch and the products' schedule 4, each tile once for both sides; the Triton tiles 6, each side by
+itself.  When q is k the scores are symmetric: torch and the products visit each unordered pair of
+tiles once, 2 units, and the Triton tiles take one side for both, 3.
 Traffic: the tiles stay in cache; q and k are read once per row of tiles.  Compute-bound.
 Memory: O((M + N) D).  In place: nothing.  A row with no pair left is -inf, with gradient zero.
 Here are the reference and the public function; lse_torch.py streams in torch, and
-lse_fused.py has the Triton kernels.
+lse_ops.py picks the Triton kernels.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..common.dispatch import accumulator, check_fused_input, declare, for_dtype, require_float
+from ..common.autograd import accumulator
+from ..common.checks import check_pair, require_tensors
+from ..common.dispatch import declare
 from . import lse_ops
 from .lse_torch import Pairs
 from .masks import Masks, PairMask, as_masks
@@ -52,45 +54,21 @@ def _reference(q, k, scale, bias, mask: Masks, both: bool) -> Sums:
     return rows, cols
 
 
-def _streamed(q, k, scale, bias, mask: Masks, both: bool, impl: str) -> Sums:
+def _run(q, k, scale, bias, mask: Masks, both: bool, impl: str) -> Sums:
     same = q is k and scale.ndim == 0 and bias is None and mask.symmetric
     return lse_ops.lse(Pairs(q, k, scale, bias, *mask.ids(), mask.key, same), both, impl)
 
 
-def _fused(q, k, scale, bias, mask: Masks, both: bool) -> Sums:
-    check_fused(q, mask)
-    return _streamed(q, k, scale, bias, mask, both, "triton")
-
-
-_twin = {"triton": _fused} if lse_ops.fused else {}
-_LSE = declare(
-    "pairwise_lse", torch=partial(_streamed, impl="torch"), reference=_reference, **_twin
-)
-
-
-def check_fused(q: Tensor, mask: Masks) -> None:
-    """Raise ValueError for what no Triton kernel of pairs takes: see `pairwise_lse`."""
-    for rule, *_ in mask.parts:
-        if rule.triton is None:
-            raise ValueError(
-                f"mask {rule.name!r} has no Triton twin: give PairMask a @triton.jit function as "
-                "`triton`, or leave impl='triton' for 'torch'"
-            )
-    check_fused_input("q", q, lse_ops.fused.INTERPRETED)
+_LSE = declare("pairwise_lse", _run, _reference)
 
 
 def check_pairs(q: Tensor, k: Tensor, mask: Mask) -> Masks:
     """The mask, after refusing what is not M rows and N columns of D features, and their ids."""
-    for name, x in (("q", q), ("k", k)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    require_tensors(q=q, k=k)
     if q.ndim != 2 or k.ndim != 2 or q.shape[1] != k.shape[1] or 0 in (*q.shape, *k.shape):
         got = f"{tuple(q.shape)} and {tuple(k.shape)}"
         raise ValueError(f"q and k must be (M, D) and (N, D), none of them empty, got {got}")
-    require_float(q=q, k=k)
-    if q.dtype != k.dtype or q.device != k.device:
-        got = f"{q.dtype} on {q.device} and {k.dtype} on {k.device}"
-        raise ValueError(f"q and k must share dtype and device, got {got}")
+    check_pair(q, k, ("q", "k"))
     masks = as_masks(mask)
     masks.check(len(q), len(k), q.device)
     return masks
@@ -111,15 +89,12 @@ def as_number(name: str, value: float | Tensor, q: Tensor, *, rows: bool = False
     return value
 
 
-def implementation(impl: str, q: Tensor, mask: Masks) -> str:
-    """What `impl` says, but that auto is torch for float64 and for a rule without Triton twin."""
-    return "torch" if impl == "auto" and not mask.fused else for_dtype(impl, q)
-
-
 def blockwise(q: Tensor, masks: Masks) -> ModuleType:
-    """What `auto` streams with, for who joins blocks of a larger whole: `statistics`, `log_sum`,
-    `join`, `weights` and `gradients`, as lse_torch has them; no autograd."""
-    return lse_ops.engine(_LSE.choose(implementation("auto", q, masks), q.device))
+    """The backend module that `auto` picks, for callers that merge blocks of keys themselves.
+
+    It has `statistics`, `log_sum`, `join`, `weights` and `gradients`, as in lse_torch; no autograd.
+    """
+    return lse_ops.backend(_LSE.choose_for("auto", {"q": q}, masks.problem), q)
 
 
 @overload
@@ -148,7 +123,7 @@ def pairwise_lse(
 
     q (M, D), k (N, D): any float dtype, the same for both; products and sums in float32.
     scale: a number, or a 0-d or (M,) float tensor on q's device, which then gets its gradient.
-    mask: None, or a rule of `fastssl.kernels.masks`: on positions, or on ids as in
+    mask: None, or a rule of `fastssl.kernels`: on positions, or on ids as in
     same_group(labels); several by `&`.  Across ranks give ids that tell the joined batch's rows
     apart: exclude_self(mine, everyones).
     bias: None or a (N,) float tensor on q's device, with its gradient.
@@ -172,6 +147,6 @@ def pairwise_lse(
         if bias.shape != k.shape[:1] or not bias.is_floating_point() or bias.device != q.device:
             got = f"{tuple(bias.shape)} {bias.dtype} on {bias.device}"
             raise ValueError(f"bias must be a ({len(k)},) float tensor by k, got {got}")
-    impl, acc = implementation(impl, q, masks), accumulator(q.dtype)
-    rows, cols = _LSE(impl, q.device, q, k, scale, bias, masks, both)
+    acc, problem = accumulator(q.dtype), masks.problem
+    rows, cols = _LSE(impl, q, k, scale, bias, masks, both, inputs={"q": q}, problem=problem)
     return (rows.to(acc), cols.to(acc)) if both else rows.to(acc)

@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
 from ..common.matmul import product
+from ..common.triton import tl, triton
 from ..common.tuning import Config, Kernel, Variant, config_for, forced, register
 from .lse_torch import Grads, Pairs
 from .masks import Masks, decode, exclude_self

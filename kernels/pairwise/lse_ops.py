@@ -1,5 +1,9 @@
-"""Pairwise log-sum-exps as operators of torch: with a fake and a gradient.
+"""Pairwise log-sum-exps as operators of torch, with a gradient, and which module computes them.
 
+"torch" is lse_torch.  "triton" is one of two schedules.  Others found on Hopper that up to 256
+features fused tiles (lse_triton) win; above, where a program can no longer keep a row of gradient
+in registers, products by cuBLAS with one pass over the scores (lse_gemm) do.  float32 stays with
+the tiles, which multiply as torch.set_float32_matmul_precision says.
 torch.compile keeps an operator whole in its graph, and an operator takes tensors, numbers and
 strings: so a mask goes by its key, and the implementation by its name.
 """
@@ -7,30 +11,34 @@ strings: so a mask goes by its key, and the implementation by its name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.dispatch import accumulator, first_order
-from . import lse_torch
+from ..common.autograd import accumulator, first_order
+from . import lse_gemm, lse_torch, lse_triton
 from .lse_torch import Grads, Pairs
-from .masks import twins
 
-fused: Any = None
-_engines: dict[str, Any] = {"torch": lse_torch}
-if twins is not None:
-    from . import lse_fused as fused
-
-    _engines |= {"triton": fused, **fused.SCHEDULES}
+FUSED_UP_TO = 256  # features; from others' measurements, to be confirmed by `make gpu-bench`
+SCHEDULES = {"tiles": lse_triton, "products": lse_gemm}
 
 
-def engine(impl: str) -> Any:
-    """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` for impl.
+def schedule(x: Tensor) -> ModuleType:
+    """The Triton module for rows like x."""
+    large = x.dtype != torch.float32 and x.shape[1] > FUSED_UP_TO
+    return SCHEDULES["products" if large else "tiles"]
+
+
+def backend(impl: str, x: Tensor) -> Any:
+    """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` of rows x.
 
     impl: "torch", "triton", or one of Triton's schedules by name, to be compared.
     """
-    return _engines[impl]
+    if impl == "torch":
+        return lse_torch
+    return SCHEDULES[impl] if impl in SCHEDULES else schedule(x)
 
 
 @torch.library.custom_op("fastssl::pairwise_stats", mutates_args=())
@@ -38,7 +46,8 @@ def stats(
     tensors: list[Tensor | None], mask: str, same: bool, both: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """`statistics` of rows and columns.  tensors: q, k, scale, bias, row_ids, col_ids."""
-    return engine(impl).statistics(_pairs(tensors, mask, same), both)
+    pairs = _pairs(tensors, mask, same)
+    return backend(impl, pairs.q).statistics(pairs, both)
 
 
 def _pairs(tensors: Sequence[Any], mask: str, same: bool) -> Pairs:
@@ -65,7 +74,7 @@ def grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gradients` to q, k, scale and bias."""
     pairs = _pairs(tensors, mask, same)
-    return tuple(engine(impl).gradients(pairs, rows, cols, tuple(need)))
+    return tuple(backend(impl, pairs.q).gradients(pairs, rows, cols, tuple(need)))
 
 
 @grads.register_fake
@@ -86,7 +95,7 @@ class _LSE(torch.autograd.Function):
         same, rest = k is None, (scale, bias, row_ids, col_ids)
         rows, cols = stats([q, q if same else k, *rest], mask, same, both, impl)
         ctx.save_for_backward(q, k, *rest, rows, cols)
-        log_sum = engine(impl).log_sum
+        log_sum = backend(impl, q).log_sum
         return log_sum(rows), log_sum(cols)
 
     @staticmethod
@@ -94,7 +103,7 @@ class _LSE(torch.autograd.Function):
     def backward(ctx: Any, grad_rows, grad_cols):
         q, k, scale, bias, row_ids, col_ids, rows, cols = ctx.saved_tensors
         mask, both, impl = ctx.options
-        weights, need, same = engine(impl).weights, ctx.needs_input_grad[:4], k is None
+        weights, need, same = backend(impl, q).weights, ctx.needs_input_grad[:4], k is None
         if same and both:  # the two are one
             grad_rows, both = grad_rows + grad_cols, False
         given = [q, q if same else k, scale, bias, row_ids, col_ids]

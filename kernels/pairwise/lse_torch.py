@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.autograd import accumulator
 from ..common.chunks import spans, tile_shape
-from ..common.dispatch import accumulator
 from .masks import Tile
 
 SAFE = 40.0  # exp(+-40) times any number of pairs is far from float32's ends

@@ -18,27 +18,14 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..common.triton import dot, precision, rows_contiguous, tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
 from .lse_configs import backward_variants, forward_variants, shape_class
 from .lse_torch import Grads, Pairs
 from .masks import decode
-from .scores_triton import (
-    LEAST,
-    dot,
-    join,
-    log_sum,
-    precision,
-    product,
-    rows_contiguous,
-    scored,
-    unit,
-    weighed,
-    weights,
-)
+from .scores_triton import LEAST, join, log_sum, product, scored, unit, weighed, weights
 
 __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
 

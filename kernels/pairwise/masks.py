@@ -25,15 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-twins: Any = None
-if find_spec("triton"):
-    from . import masks_triton as twins
+from ..common.triton import HAS_TRITON
+from . import masks_triton
 
 _rules: dict[str, PairMask] = {}
 
@@ -58,7 +56,7 @@ class PairMask:
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.triton is not None and twins is not None and not twins.is_twin(self.triton):
+        if self.triton is not None and HAS_TRITON and not masks_triton.is_twin(self.triton):
             raise ValueError(
                 f"triton must be a @triton.jit function of (row_ids, col_ids) in mask "
                 f"{self.name!r}, got {self.triton!r}"
@@ -101,9 +99,15 @@ class Masks:
         return Masks(self.parts + as_masks(other).parts)
 
     @property
-    def fused(self) -> bool:
-        """Whether every rule has a Triton twin."""
-        return all(part.rule.triton is not None for part in self.parts)
+    def problem(self) -> str:
+        """Why no Triton kernel takes this mask, as a sentence; "" where all rules have a twin."""
+        for rule, *_ in self.parts:
+            if rule.triton is None:
+                return (
+                    f"mask {rule.name!r} has no Triton twin: give PairMask a @triton.jit function "
+                    "as `triton`, or leave impl='triton' for 'torch'"
+                )
+        return ""
 
     @property
     def symmetric(self) -> bool:
@@ -195,7 +199,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _rule(name: str, keep: Callable[[Tensor, Tensor], Tensor]) -> PairMask:
-    return PairMask(name, keep, symmetric=True, triton=twins and getattr(twins, name))
+    return PairMask(
+        name, keep, symmetric=True, triton=getattr(masks_triton, name) if HAS_TRITON else None
+    )
 
 
 exclude_self = _rule("exclude_self", lambda i, j: i != j)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import triton
-import triton.language as tl
+from ..common.triton import tl, triton
 
 
 @triton.jit

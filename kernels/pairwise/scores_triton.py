@@ -9,25 +9,14 @@ A kernel sees x, y: rows and columns, or with FLIP columns and rows.  Capitals a
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..common.triton import dot, tl, triton
 from .masks_triton import kept
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
 LEAST = tl.constexpr(-3.4028234663852886e38)  # a maximum of -inf would make -inf - -inf
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32; "widened" is the interpreter's, see `precision`."""
-    if PRECISION == "widened":
-        acc += tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -80,17 +69,6 @@ def weighed(s, x, y, X_SIDE, Y_SIDE, M, N):
     return w
 
 
-INTERPRETED = not isinstance(scored, triton.JITFunction)
-
-
-def precision(exact: str) -> str:
-    """What `dot` is told; the interpreter multiplies in float64.
-
-    NumPy has no bfloat16, and rounds x y^T and y x^T differently, which a GPU does not.
-    """
-    return "widened" if INTERPRETED else exact
-
-
 def log_sum(stats: Tensor) -> Tensor:
     """The log-sum-exp of statistics; -inf where no pair was left."""
     return stats[0] * LN_2 + stats[1].log()
@@ -106,11 +84,6 @@ def weights(stats: Tensor, grad: Tensor) -> Tensor:
     """(2, M): m and g / l, so that a pair's W is 2^(s - m) times it; 0 where no pair was left."""
     m, total = stats
     return torch.stack([m, torch.where(total == 0, 0, grad.float() / total)])
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """x, whose rows' elements lie side by side; a copy where they did not."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def unit(sides: list[Tensor | None], factor: Tensor) -> Tensor:

@@ -21,15 +21,14 @@ Source: Zhai et al. 2023, SigLIP, arXiv:2303.15343, section 3.2, without its 1 /
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.dispatch import accumulator, declare
+from ..common.autograd import accumulator
+from ..common.dispatch import declare
 from . import sigmoid_ops
-from .lse import as_number, check_fused, check_pairs, implementation
+from .lse import as_number, check_pairs
 from .masks import Masks, PairMask, as_masks
 from .sigmoid_ops import Logits, Need, Results
 
@@ -45,29 +44,22 @@ def _reference(q, k, scale, bias, positive: Masks) -> Tensor:
     return pairwise_sigmoid_reference(q, k, scale, bias, positive)
 
 
-def _streamed(q, k, scale, bias, positive: Masks, impl: str) -> Tensor:
+def _run(q, k, scale, bias, positive: Masks, impl: str) -> Tensor:
     return sigmoid_ops.total(_logits(q, k, scale, bias, positive), impl)
-
-
-def _fused(q, k, scale, bias, positive: Masks) -> Tensor:
-    check_fused(q, positive)
-    return _streamed(q, k, scale, bias, positive, "triton")
 
 
 def _logits(q, k, scale, bias, positive: Masks) -> Logits:
     return Logits(q, k, scale, bias, *positive.ids(), positive.key)
 
 
-_twin = {"triton": _fused} if sigmoid_ops.fused else {}
-_SIGMOID = declare(
-    "pairwise_sigmoid", torch=partial(_streamed, impl="torch"), reference=_reference, **_twin
-)
+_SIGMOID = declare("pairwise_sigmoid", _run, _reference)
 
 
 def _check(q, k, scale, bias, positive) -> tuple[Tensor, Tensor, Masks]:
     """The scale and bias as tensors, and the mask, after refusing what does not fit."""
     if not isinstance(positive, PairMask | Masks):
-        raise ValueError(f"positive must be a PairMask, or one given ids, got {positive!r}")
+        got = type(positive).__name__
+        raise ValueError(f"positive must be a PairMask, or one given ids, got {got}")
     masks = check_pairs(q, k, positive)
     return as_number("scale", scale, q), as_number("bias", bias, q), masks
 
@@ -85,7 +77,7 @@ def pairwise_sigmoid(
 
     q (M, D), k (N, D): any float dtype, the same for both; products and sums in float32.
     scale, bias: a number, or a 0-d float tensor on q's device, which then gets its gradient.
-    positive: the pairs with y_ij = 1, all others having -1: a rule of `fastssl.kernels.masks`, on
+    positive: the pairs with y_ij = 1, all others having -1: a rule of `fastssl.kernels`, on
     positions (same_group: i == j) or on ids (same_group(mine, everyones)).
     impl: "auto", "triton", "torch" or "reference" (the formula as written, with (M, N) scores).
     auto is triton on CUDA, and torch elsewhere, for float64 and for a rule without Triton twin.
@@ -101,8 +93,8 @@ def pairwise_sigmoid(
     6.2383
     """
     scale, bias, masks = _check(q, k, scale, bias, positive)
-    impl = implementation(impl, q, masks)
-    total = _SIGMOID(impl, q.device, q, k, scale, bias, masks)
+    options = {"inputs": {"q": q}, "problem": masks.problem}
+    total = _SIGMOID(impl, q, k, scale, bias, masks, **options)
     return total.to(accumulator(q.dtype))
 
 
@@ -122,5 +114,5 @@ def pairwise_sigmoid_grads(
     Raises what `pairwise_sigmoid` raises.
     """
     scale, bias, masks = _check(q, k, scale, bias, positive)
-    impl = _SIGMOID.choose(implementation("auto", q, masks), q.device)
+    impl = _SIGMOID.choose_for("auto", {"q": q}, masks.problem)
     return sigmoid_ops.results(_logits(q, k, scale, bias, masks), need, impl)

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import accumulator, first_order, full_precision
-from . import sigmoid_torch
-from .masks import twins
+from ..common.autograd import accumulator, first_order, full_precision
+from . import sigmoid_torch, sigmoid_triton
 from .sigmoid_torch import Logits, Need, Results
 
-fused: Any = None
-if twins is not None:
-    from . import sigmoid_triton as fused
+backends: dict[str, Any] = {"torch": sigmoid_torch, "triton": sigmoid_triton}
 
 
 @torch.library.custom_op("fastssl::pairwise_sigmoid", mutates_args=())
@@ -28,9 +25,7 @@ def sigmoid(
     tensors: list[Tensor | None], mask: str, need: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`results`.  tensors: those of `Logits`."""
-    engine: Any = fused if impl == "triton" else sigmoid_torch
-    found = engine.results(Logits(*tensors, mask), tuple(need))  # pyright: ignore
-    return found.total, found.q, found.k, found.scale, found.bias
+    return tuple(backends[impl].results(Logits(*tensors, mask), tuple(need)))  # pyright: ignore
 
 
 @sigmoid.register_fake

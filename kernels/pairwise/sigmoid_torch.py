@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.autograd import accumulator
 from ..common.chunks import spans, tile_shape
-from ..common.dispatch import accumulator
 from .masks import Tile
 
 Need = tuple[bool, bool, bool, bool]  # which gradients: of q, k, scale and bias

@@ -19,23 +19,20 @@ import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
+from ..common.matmul import product as matmul
+from ..common.triton import dot, precision, rows_contiguous, tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
 from .lse_gemm import BLOCK_BYTES
-from .lse_gemm import product as matmul
 from .masks import decode
 from .masks_triton import kept
-from .scores_triton import INTERPRETED, LOG2_E, dot, precision, product, rows_contiguous
+from .scores_triton import LOG2_E, product
 from .sigmoid_configs import PASSES, UNITS, shape_class, tile_variants, weigh_variants
 from .sigmoid_torch import Logits, Need, Results
 
 FUSED_UP_TO = 256  # features; from others' measurements on Hopper, to be confirmed by gpu-tune
-
-__all__ = ["FUSED_UP_TO", "INTERPRETED", "results"]
 
 
 @triton.jit

@@ -15,21 +15,17 @@ Source: blockwise selection as in Johnson et al. 2017, FAISS, arXiv:1702.08734, 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.autograd import accumulator
 from ..common.chunks import spans, tile_shape
-from ..common.dispatch import accumulator, declare
-from .lse import Mask, check_fused, check_pairs, implementation
-from .masks import Masks, Tile, twins
+from ..common.dispatch import declare
+from . import topk_triton
+from .lse import Mask, check_pairs
+from .masks import Masks, Tile
 from .topk_configs import MOST
-
-fused: Any = None
-if twins is not None:
-    from . import topk_triton as fused
 
 
 def pairwise_topk_reference(q, k, n, mask: Masks):
@@ -64,6 +60,9 @@ def topk_torch(
     return values, indices
 
 
+backends = {"torch": topk_torch, "triton": topk_triton.topk}
+
+
 @torch.library.custom_op("fastssl::pairwise_topk", mutates_args=())
 def _search(
     q: Tensor,
@@ -74,8 +73,7 @@ def _search(
     mask: str,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    run = fused.topk if impl == "triton" else topk_torch
-    return run(q, k, n, row_ids, col_ids, mask)
+    return backends[impl](q, k, n, row_ids, col_ids, mask)
 
 
 @_search.register_fake
@@ -84,24 +82,11 @@ def _(q, k, n, row_ids, col_ids, mask, impl):
     return q.new_empty(shape, dtype=accumulator(q.dtype)), q.new_empty(shape, dtype=torch.int64)
 
 
-def _streamed(q, k, n, mask: Masks, impl: str):
+def _run(q, k, n, mask: Masks, impl: str):
     return _search(q, k, n, *mask.ids(), mask.key, impl)
 
 
-def _fused(q, k, n, mask: Masks):
-    check_fused(q, mask)
-    if n > MOST:
-        raise ValueError(f"impl='triton' is for n up to {MOST}, got {n}; impl='torch' takes any")
-    return _streamed(q, k, n, mask, "triton")
-
-
-_twin = {"triton": _fused} if fused else {}
-_TOPK = declare(
-    "pairwise_topk",
-    torch=partial(_streamed, impl="torch"),
-    reference=pairwise_topk_reference,
-    **_twin,
-)
+_TOPK = declare("pairwise_topk", _run, pairwise_topk_reference)
 
 
 @torch.no_grad()
@@ -132,6 +117,8 @@ def pairwise_topk(
     masks = check_pairs(q, k, mask)
     if not 1 <= n <= len(k):
         raise ValueError(f"n must lie between 1 and N = {len(k)}, got {n}")
-    impl = "torch" if impl == "auto" and n > MOST else implementation(impl, q, masks)
-    values, indices = _TOPK(impl, q.device, q, k, n, masks)
+    problem = masks.problem
+    if n > MOST:
+        problem = f"impl='triton' is for n up to {MOST}, got {n}; impl='torch' takes any"
+    values, indices = _TOPK(impl, q, k, n, masks, inputs={"q": q}, problem=problem)
     return values.to(accumulator(q.dtype)), indices.masked_fill(values == -math.inf, -1)

@@ -21,14 +21,13 @@ In the kernels capitals are pointers, and ids that are not given are positions.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..common.triton import precision, rows_contiguous, sm_count, tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
 from .masks import decode
 from .masks_triton import exclude_self, kept
-from .scores_triton import precision, product, rows_contiguous
+from .scores_triton import product
 from .topk_configs import shape_class, variants
 
 LEAST_SHARE = 512  # columns
@@ -91,9 +90,7 @@ def _topk(
 
 def programs(device: torch.device) -> int:
     """How many programs fill the device."""
-    if device.type != "cuda":
-        return 1
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 * sm_count(device) if device.type == "cuda" else 1
 
 
 def _share(M: int, N: int, n: int, config: Config, device: torch.device) -> int:

@@ -22,25 +22,16 @@ arXiv:2205.09113; smooth_l1: Girshick 2015, arXiv:1504.08083, eq. 3.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.checks import check_ids
-from ..common.dispatch import accumulator, check_fused_input, declare, first_order, require_float
-from ..pairwise.masks import twins
-from . import patches_torch
+from ..common.autograd import accumulator
+from ..common.checks import check_ids, check_index, require_float
+from ..common.dispatch import FUSED, declare
+from .patches_ops import GatherPatches, PatchMSE, backends
 from .patches_torch import KINDS, Patch, Spec, grid_view
-
-engines: dict[str, Any] = {"torch": patches_torch}
-if twins is not None:
-    from ..pairwise.scores_triton import INTERPRETED
-    from . import patches_ops
-
-    engines["triton"] = patches_ops
-
-FUSED = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # images that kernels read
 
 
 class Normalised(NamedTuple):
@@ -88,37 +79,6 @@ def patch_mse_reference(pred: Tensor, source: Source, ids: Tensor, spec: Spec):
     return torch.where(e.abs() < 1, e.square() / 2, e.abs() - 0.5).mean(-1)
 
 
-class _GatherPatches(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images, norm, ids, patch, dtype, impl):
-        ctx.save_for_backward(ids, norm)
-        ctx.like = images.shape, images.dtype
-        ctx.patch, ctx.impl = patch, impl
-        return engines[impl].gather(images, norm, ids, patch, dtype)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad):
-        ids, norm = ctx.saved_tensors
-        d_images = engines[ctx.impl].spread(grad, norm, ids, ctx.patch, *ctx.like)
-        return d_images, None, None, None, None, None
-
-
-class _PatchMSE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pred, images, norm, ids, spec, impl):
-        loss, saved = engines[impl].error(pred, images, norm, ids, spec, True)
-        ctx.save_for_backward(*saved)
-        ctx.spec, ctx.impl = spec, impl
-        return loss
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad):
-        d_pred = engines[ctx.impl].gradient(grad, ctx.saved_tensors, ctx.spec)
-        return d_pred, None, None, None, None, None
-
-
 def _table(source: Source, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The images, and what (2, C) makes them normalised: (x - table_0c) * table_1c."""
     if isinstance(source, Tensor):
@@ -130,39 +90,19 @@ def _table(source: Source, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def _gather(source, ids, patch, dtype, impl):
     images, norm = _table(source, accumulator(dtype))
-    return _GatherPatches.apply(images, norm, ids, patch, dtype, impl)
+    return GatherPatches.apply(images, norm, ids, patch, dtype, impl)
 
 
 def _mse(pred, source, ids, spec, impl):
     images, norm = _table(source, accumulator(pred.dtype))
     if pred.requires_grad and torch.is_grad_enabled():
-        return _PatchMSE.apply(pred, images, norm, ids, spec, impl)
-    return engines[impl].error(pred, images, norm, ids, spec, False)[0]
+        return PatchMSE.apply(pred, images, norm, ids, spec, impl)
+    return backends[impl].error(pred, images, norm, ids, spec, False)[0]
 
 
-def _by_engine(function: Any, reference: Any) -> dict[str, Any]:
-    found = {name: _with(function, name) for name in engines}
-    return found | {"reference": reference}
-
-
-def _with(function: Any, impl: str) -> Any:
-    return lambda *args: function(*args, impl)
-
-
-_GATHER = declare("gather_patches", **_by_engine(_gather, gather_patches_reference))
-_MSE = declare("patch_mse", **_by_engine(_mse, patch_mse_reference))
-
-
-def _implementation(impl: str, source: Source, name: str, x: torch.dtype) -> str:
-    """What `impl` says, but that auto is torch for dtypes that no kernel is made for."""
-    images = _pixels(source)
-    if impl == "auto":
-        return impl if images.dtype in FUSED and x in FUSED else "torch"
-    if impl == "triton" and impl in engines:
-        for what, dtype in (("images", images.dtype), (name, x)):
-            if dtype != torch.uint8:
-                check_fused_input(what, images.new_empty(0, dtype=dtype), INTERPRETED)
-    return impl
+_FUSED = (*FUSED, torch.uint8)  # images that kernels read
+_GATHER = declare("gather_patches", _gather, gather_patches_reference, _FUSED)
+_MSE = declare("patch_mse", _mse, patch_mse_reference, _FUSED)
 
 
 def _check(source: Source, ids: Tensor, patch: int | tuple[int, ...]) -> tuple[Source, Patch]:
@@ -179,11 +119,9 @@ def _check(source: Source, ids: Tensor, patch: int | tuple[int, ...]) -> tuple[S
     if not fits:
         want, got = (" x ".join(map(str, x)) for x in (size, sides))
         raise ValueError(f"patch must divide the image's {want} pixels, got {got}")
-    if ids.ndim != 2 or len(ids) != len(images) or ids.dtype != torch.int64:
-        got = f"{tuple(ids.shape)} {ids.dtype}"
-        raise ValueError(f"ids must be ({len(images)}, K) int64, got {got}")
-    if ids.device != images.device:
-        raise ValueError(f"ids must be on {images.device} with the images, got {ids.device}")
+    check_index("ids", ids, f"({len(images)}, K)", images=images)
+    if len(ids) != len(images):
+        raise ValueError(f"ids must be ({len(images)}, K) int64, got {tuple(ids.shape)}")
     for _ in range(3 - len(size)):
         images, sides = images[:, :, None], (1, *sides)
     if isinstance(source, Tensor):
@@ -249,8 +187,9 @@ def gather_patches(
         dtype = torch.float32 if normalised and not own.is_floating_point else own
     if normalised and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one for normalised images, got {dtype}")
-    impl = _implementation(impl, source, "dtype", dtype)
-    return _GATHER(impl, ids.device, source, ids, sides, dtype)
+    pixels = _pixels(source)
+    inputs = {"images": pixels, "dtype": pixels.new_empty(0, dtype=dtype)}
+    return _GATHER(impl, source, ids, sides, dtype, inputs=inputs)
 
 
 def patch_mse(
@@ -299,5 +238,5 @@ def patch_mse(
     check_ids(ids, _count(source, sides))
     source = pixels if isinstance(source, Tensor) else source._replace(images=pixels)
     spec = Spec(sides, eps if norm_pix else None, kind)
-    impl = _implementation(impl, source, "pred", pred.dtype)
-    return _MSE(impl, pred.device, pred, source, ids, spec).to(accumulator(pred.dtype))
+    inputs = {"images": pixels, "pred": pred}
+    return _MSE(impl, pred, source, ids, spec, inputs=inputs).to(accumulator(pred.dtype))

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.autograd import accumulator
 from ..common.chunks import row_spans
-from ..common.dispatch import accumulator
 
 KINDS = ("l2", "l1", "smooth_l1")  # kernels know each by its place
 Patch = tuple[int, int, int]  # pt, ph, pw

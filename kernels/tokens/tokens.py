@@ -19,23 +19,13 @@ Source: He et al. 2021, MAE, arXiv:2111.06377, section 3 "Simple implementation"
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..common.checks import check_ids, looks_at
-from ..common.dispatch import declare, finished, first_order, require_float
-from ..correlation.moments import by_engine, implementation
-from ..pairwise.masks import twins
-from . import tokens_torch
+from ..common.checks import can_read_values, check_ids, check_index, require_float, require_tensors
+from ..common.dispatch import declare
+from .tokens_ops import Gather, GatherPacked, Restore, Scatter
 from .tokens_torch import wide
-
-engines: dict[str, Any] = {"torch": tokens_torch}
-if twins is not None:
-    from . import tokens_ops
-
-    engines["triton"] = tokens_ops
 
 
 def restore_tokens_reference(visible, ids_restore, mask_token, pos):
@@ -64,86 +54,14 @@ def gather_packed_reference(tokens, ids, owners):
     return tokens[owners.long(), ids]
 
 
-class _Restore(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, visible, ids, token, pos, impl):
-        ctx.save_for_backward(ids)
-        ctx.visible, ctx.impl = visible.shape[1], impl
-        ctx.dtypes = token.dtype, None if pos is None else pos.dtype
-        return finished(engines[impl].restored(visible, ids, token, pos))
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad):
-        need_visible, _, *needs = ctx.needs_input_grad[:4]
-        unrestored = engines[ctx.impl].unrestored
-        visible, *sums = unrestored(grad, *ctx.saved_tensors, ctx.visible, need_visible, *needs)
-        sums = (s.to(t) if n else None for s, t, n in zip(sums, ctx.dtypes, needs, strict=True))
-        return visible if need_visible else None, None, *sums, None
-
-
-class _Gather(torch.autograd.Function):
-    """Of tokens (B, L, D), or (1, L, D) for all."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens, ids, impl):
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype, ctx.impl = tokens.shape, tokens.dtype, impl
-        return engines[impl].gathered(tokens, ids)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad):
-        (ids,), engine = ctx.saved_tensors, engines[ctx.impl]
-        if ctx.shape[0] == 1 and len(ids) != 1:
-            return engine.tabled(grad, ids, ctx.shape[1]).to(ctx.dtype)[None], None, None
-        return engine.scattered(grad, ids, ctx.shape[1]), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens, ids, length, impl):
-        ctx.save_for_backward(ids)
-        ctx.impl = impl
-        return finished(engines[impl].scattered(tokens, ids, length))
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad):
-        return engines[ctx.impl].gathered(grad, *ctx.saved_tensors), None, None, None
-
-
-class _GatherPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens, ids, owners, impl):
-        ctx.save_for_backward(ids, owners)
-        ctx.shape, ctx.impl = tokens.shape[:2], impl
-        return engines[impl].packed(tokens, ids, owners)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad):
-        return engines[ctx.impl].unpacked(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
-
-
 def _gather(tokens, ids, impl):
-    whole = tokens[None] if tokens.ndim == 2 else tokens
-    return _Gather.apply(whole, ids, impl)
+    return Gather.apply(tokens[None] if tokens.ndim == 2 else tokens, ids, impl)
 
 
-_RESTORE = declare("restore_tokens", **by_engine(_Restore.apply, restore_tokens_reference))
-_GATHER = declare("gather_tokens", **by_engine(_gather, gather_tokens_reference))
-_SCATTER = declare("scatter_tokens", **by_engine(_Scatter.apply, scatter_tokens_reference))
-_PACKED = declare("gather_packed", **by_engine(_GatherPacked.apply, gather_packed_reference))
-
-
-def _check_list(ids: Tensor, like: Tensor, packed: bool = False) -> None:
-    """Refuse ids that are not int64, of their shape, on the device of the tokens."""
-    shape = "(T,)" if packed else "(B, K)"
-    if ids.ndim != 2 - packed or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be {shape} int64, got {tuple(ids.shape)} {ids.dtype}")
-    if ids.device != like.device:
-        raise ValueError(f"ids must be on {like.device} with the tokens, got {ids.device}")
+_RESTORE = declare("restore_tokens", Restore.apply, restore_tokens_reference)
+_GATHER = declare("gather_tokens", _gather, gather_tokens_reference)
+_SCATTER = declare("scatter_tokens", Scatter.apply, scatter_tokens_reference)
+_PACKED = declare("gather_packed", GatherPacked.apply, gather_packed_reference)
 
 
 def restore_tokens(
@@ -172,19 +90,18 @@ def restore_tokens(
         got = f"{tuple(visible.shape)} and {tuple(mask_token.shape)}"
         raise ValueError(f"visible and mask_token must be (B, K, D) and (D,), got {got}")
     B, K, D = visible.shape
-    if ids_restore.ndim != 2 or len(ids_restore) != B or ids_restore.shape[1] < K:
+    check_index("ids_restore", ids_restore, f"({B}, L)", visible=visible)
+    if len(ids_restore) != B or ids_restore.shape[1] < K:
         got = tuple(ids_restore.shape)
         raise ValueError(f"ids_restore must be ({B}, L) with L >= {K}, got {got}")
-    if ids_restore.dtype != torch.int64:
-        raise ValueError(f"ids_restore must be int64, got {ids_restore.dtype}")
     if pos is not None:
         require_float(pos=pos)
         if pos.shape != (ids_restore.shape[1], D):
             want = (ids_restore.shape[1], D)
             raise ValueError(f"pos must be {want}, got {tuple(pos.shape)}")
     check_ids(ids_restore, ids_restore.shape[1], "ids_restore")
-    impl = implementation(impl, "visible", visible)
-    return _RESTORE(impl, visible.device, visible, ids_restore, mask_token, pos)
+    given = {"visible": visible}
+    return _RESTORE(impl, visible, ids_restore, mask_token, pos, inputs=given)
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
@@ -200,15 +117,13 @@ def gather_tokens(tokens: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
     >>> gather_tokens(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2, 0]])).tolist()
     [[[3.0], [1.0]]]
     """
-    _check_list(ids, tokens)
+    require_tensors(tokens=tokens)
+    check_index("ids", ids, "(B, K)", tokens=tokens)
     if tokens.ndim != 2 and (tokens.ndim != 3 or len(tokens) != len(ids)):
         got = tuple(tokens.shape)
         raise ValueError(f"tokens must be ({len(ids)}, L, D) or (L, D), got {got}")
     check_ids(ids, tokens.shape[-2], repeats=True)
-    impl = implementation(impl, "tokens", tokens)
-    if impl == "auto" and not tokens.is_floating_point():
-        impl = "torch"
-    return _GATHER(impl, tokens.device, tokens, ids)
+    return _GATHER(impl, tokens, ids, inputs={"tokens": tokens})
 
 
 def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, *, impl: str = "auto") -> Tensor:
@@ -224,12 +139,12 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, *, impl: str = "aut
     [7.0, 0.0, 5.0]
     """
     require_float(tokens=tokens)
-    _check_list(ids, tokens)
+    check_index("ids", ids, "(B, K)", tokens=tokens)
     if tokens.ndim != 3 or tokens.shape[:2] != ids.shape:
         want, got = f"({len(ids)}, {ids.shape[1]}, D)", tuple(tokens.shape)
         raise ValueError(f"tokens must be {want} as ids, got {got}")
     check_ids(ids, length, repeats=True)
-    return _SCATTER(implementation(impl, "tokens", tokens), tokens.device, tokens, ids, length)
+    return _SCATTER(impl, tokens, ids, length, inputs={"tokens": tokens})
 
 
 def gather_packed(tokens: Tensor, ids: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Tensor:
@@ -249,13 +164,13 @@ def gather_packed(tokens: Tensor, ids: Tensor, cu_seqlens: Tensor, *, impl: str 
     [2.0, 2.0, 3.0]
     """
     require_float(tokens=tokens)
-    _check_list(ids, tokens, packed=True)
+    check_index("ids", ids, "(T,)", tokens=tokens)
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be (B, L, D), got {tuple(tokens.shape)}")
     if cu_seqlens.shape != (len(tokens) + 1,) or cu_seqlens.dtype != torch.int32:
         got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens must be ({len(tokens) + 1},) int32, got {got}")
-    if looks_at(cu_seqlens):
+    if can_read_values(cu_seqlens):
         ends = cu_seqlens.tolist()
         if [0, *sorted(ends), len(ids)] != [ends[0], *ends, ends[-1]]:
             raise ValueError(f"cu_seqlens must ascend from 0 to {len(ids)}, got {ends}")
@@ -263,5 +178,4 @@ def gather_packed(tokens: Tensor, ids: Tensor, cu_seqlens: Tensor, *, impl: str 
     rows = torch.arange(len(ids), device=ids.device, dtype=torch.int32)
     owners = torch.searchsorted(cu_seqlens[1:], rows, right=True, out_int32=True)
     owners = owners.clamp_(max=len(tokens) - 1)  # rows past the last end: no foreign memory
-    impl = implementation(impl, "tokens", tokens)
-    return _PACKED(impl, tokens.device, tokens, ids, owners)
+    return _PACKED(impl, tokens, ids, owners, inputs={"tokens": tokens})

@@ -9,28 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.autograd import accumulator
 from ..common.chunks import row_spans
-from ..common.dispatch import accumulator
+from ..common.rows import gathered, rows_of
+
+__all__ = ["gathered", "packed", "restored", "scattered", "tabled", "unpacked", "unrestored"]
 
 
 def wide(ids: Tensor, features: int) -> Tensor:
     """ids (..., K) as (..., K, D), without a copy."""
     return ids[..., None].expand(*ids.shape, features)
-
-
-def gathered(source: Tensor, ids: Tensor) -> Tensor:
-    """source_(b, ids_bk): (B, K, D), of source (B, L, D) or (1, L, D) for all."""
-    if len(source) == 1:
-        return source[0].index_select(0, ids.flatten()).view(*ids.shape, source.shape[2])
-    if not source.is_contiguous():
-        return source[torch.arange(len(ids), device=ids.device)[:, None], ids]
-    rows = source.view(-1, source.shape[2]).index_select(0, rows_of(ids, source.shape[1]))
-    return rows.view(*ids.shape, -1)
-
-
-def rows_of(ids: Tensor, length: int) -> Tensor:
-    """The rows of places ids (B, K) where all sequences, of `length` places, are one: (B * K,)."""
-    return (ids + torch.arange(len(ids), device=ids.device)[:, None] * length).flatten()
 
 
 def restored(visible: Tensor, ids: Tensor, token: Tensor, pos: Tensor | None) -> Tensor:

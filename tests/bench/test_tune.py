@@ -1,5 +1,6 @@
 import json
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,9 +15,8 @@ from fastssl.kernels.pairwise import lse_configs as pairwise_configs
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import sigmoid_configs, topk_configs
 from fastssl.kernels.patches import patches_configs
-from fastssl.kernels.regression import chamfer_ops
-from fastssl.kernels.regression import cosine_ops as latents_ops
-from fastssl.kernels.tokens import bias_ops, tokens_configs
+from fastssl.kernels.regression import cosine
+from fastssl.kernels.tokens import bias, tokens_configs
 
 CPU = torch.device("cpu")
 SAFE, FAST, OFF, BROKEN, LARGE = (Config({"BLOCK_M": 2**i}) for i in range(5))
@@ -204,9 +204,9 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
     monkeypatch.setattr(correlation_configs, "TRIAL_STRIP", (10, 40))
     monkeypatch.setattr(patches_configs, "TRIAL", (2, 8))
     monkeypatch.setattr(tokens_configs, "TRIAL", (3, 9, 10))
-    monkeypatch.setattr(bias_ops, "TRIAL", (3, 2, 9))
-    monkeypatch.setattr(latents_ops, "TRIAL", (2, 3, 10))
-    monkeypatch.setattr(chamfer_ops, "TRIAL", (2, 7, 3))
+    monkeypatch.setattr(bias, "TRIAL", (3, 2, 9))
+    monkeypatch.setattr(cosine, "TRIAL", (2, 3, 10))
+    monkeypatch.setattr(import_module("fastssl.kernels.regression.chamfer"), "TRIAL", (2, 7, 3))
     known = _tuning.kernels()[name]
     some = {variant: known.variants[variant]}
     monkeypatch.setitem(_tuning._kernels, name, Kernel(name, known.fn, some))

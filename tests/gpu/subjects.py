@@ -18,7 +18,7 @@ from torch import Tensor
 from fastssl import kernels
 from fastssl.kernels import exclude_self, same_group
 from fastssl.kernels.common import dispatch as _dispatch
-from fastssl.kernels.pairwise.sigmoid import pairwise_sigmoid
+from fastssl.kernels.pairwise import pairwise_sigmoid
 from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
 from fastssl.masking import random_masking
 from tests.gpu.room import DEVICE, pick

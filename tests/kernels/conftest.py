@@ -9,8 +9,8 @@ import torch
 from fastssl.kernels import pairwise_lse
 from fastssl.kernels.common import chunks as _chunks
 from fastssl.kernels.common import tuning as _tuning
-from fastssl.kernels.pairwise import lse_fused as pairwise_fused
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
+from fastssl.kernels.pairwise import lse_ops as pairwise_ops
 from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
@@ -68,5 +68,5 @@ def lse(request, monkeypatch, small_blocks):
     """pairwise_lse by one implementation: chunked torch, or one of Triton's two schedules."""
     if request.param == "torch":
         return partial(pairwise_lse, impl="torch")
-    monkeypatch.setattr(pairwise_fused, "schedule", lambda x: SCHEDULES[request.param])
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: SCHEDULES[request.param])
     return partial(pairwise_lse, impl="triton")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastssl.kernels.common import tuning as _tuning
-from fastssl.kernels.correlation import gradient_triton as correlation_fused
+from fastssl.kernels.correlation import correlation_ops as correlation_fused
 from fastssl.kernels.correlation import gram_triton as correlation_tiles
 from fastssl.kernels.correlation.configs import shape_class
 from fastssl.kernels.correlation.gram_torch import Matrix

@@ -20,11 +20,11 @@ def route(request, monkeypatch, small_blocks):
     if request.param == "graph":
         return
     impl = "triton" if request.param == "triton" else "torch"
-    one_process = moments._standardise if impl == "triton" else moments._Standardise.apply
+    one_process = moments._standardise if impl == "triton" else moments.Standardise.apply
     by = {
         moments._STANDARDISE: lambda *args: one_process(*args, impl),
-        moments._MOMENTS: lambda *args: moments._ColumnMoments.apply(*args, impl),
-        moments._DIAGONAL: lambda *args: moments._CrossDiagonal.apply(*args, impl),
+        moments._MOMENTS: lambda *args: moments.ColumnMoments.apply(*args, impl),
+        moments._DIAGONAL: lambda *args: moments.CrossDiagonal.apply(*args, impl),
     }
     for primitive, run in by.items():
         monkeypatch.setitem(primitive.implementations, "torch", run)

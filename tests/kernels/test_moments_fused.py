@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.common.tuning import Config
 from fastssl.kernels.correlation import moments_configs
-from fastssl.kernels.correlation import moments_ops as ops
+from fastssl.kernels.correlation import moments_triton as ops
+from fastssl.kernels.correlation.moments_ops import Fused
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +28,7 @@ ROUTES = {  # rows of a block, multiprocessors: few columns do not fill 60
 def route(request, monkeypatch, nan_filled):
     """One of the three ways through the kernels, and what the launches of it must be."""
     step, places = ROUTES[request.param]
-    monkeypatch.setattr(ops, "processors", lambda device: places)
+    monkeypatch.setattr(ops, "sm_count", lambda device: places)
     monkeypatch.setattr(ops, "FEW_ROWS", 0)
     blocks = {"BLOCK_N": step, "BLOCK_D": 8, "STAGES": 2}
     with (
@@ -296,8 +297,8 @@ def test_compiles_whole():
     (z,) = rows(torch.float32, (20, 5))
 
     def both(z):
-        out, inv_std = ops.standardised(2 * z, 0.1, False)
-        return out, ops.gradient_whole(out.cos(), out, inv_std, 20), ops.column_dot(out, z)
+        out, inv_std = Fused.standardised(2 * z, 0.1, False)
+        return out, Fused.gradient_whole(out.cos(), out, inv_std, 20), Fused.column_dot(out, z)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, compiled(z), both(z)))

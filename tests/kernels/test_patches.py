@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels import Normalised, gather_patches, patch_mse
-from fastssl.kernels.patches.patches import engines
+from fastssl.kernels.patches.patches_ops import backends
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IMPLS = list(engines)
+IMPLS = list(backends)
 KINDS = ["l2", "l1", "smooth_l1"]
 
 
