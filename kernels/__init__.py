@@ -1,5 +1,8 @@
 """The primitives, each written once: what it computes, its reference, its implementations."""
 
+import warnings
+from typing import Any
+
 from .common import implementations
 from .correlation import (
     Correlation,
@@ -11,7 +14,7 @@ from .correlation import (
     cross_diagonal,
     frobenius_sq,
     mixed_correlation,
-    standardise,
+    standardize,
 )
 from .pairwise import (
     PairMask,
@@ -23,7 +26,7 @@ from .pairwise import (
     pairwise_topk,
     same_group,
 )
-from .patches import Normalised, gather_patches, patch_mse
+from .patches import Normalized, gather_patches, patch_mse
 from .regression import chamfer, scaled_cosine_error
 from .tokens import gather_bias, gather_packed, gather_tokens, restore_tokens, scatter_tokens
 
@@ -31,7 +34,7 @@ __all__ = [
     "Correlation",
     "Mixed",
     "Moments",
-    "Normalised",
+    "Normalized",
     "PairMask",
     "chamfer",
     "column_moments",
@@ -56,5 +59,16 @@ __all__ = [
     "same_group",
     "scaled_cosine_error",
     "scatter_tokens",
-    "standardise",
+    "standardize",
 ]
+
+_RENAMED = {"standardise": "standardize", "Normalised": "Normalized"}  # old: new
+
+
+def __getattr__(name: str) -> Any:
+    """The names of before, with a warning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"fastssl.kernels.{name} is now called {new}", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -58,9 +58,9 @@ TESTS = {
     "patches/patches_triton": (PATCHES, "not compiled and not trial"),
     "patches/patches_torch": ("tests/kernels/test_patches.py", "torch and not compiled"),
     "tokens/tokens_triton": ("tests/kernels/test_tokens.py", "triton and not compiles"),
-    "tokens/bias_triton": ("tests/kernels/test_bias.py", "triton and not compiles"),
-    "regression/cosine_triton": ("tests/kernels/test_scaled_cosine.py", "triton and not compiles"),
-    "regression/chamfer_triton": ("tests/kernels/test_chamfer.py", "triton and not compiles"),
+    "tokens/bias": ("tests/kernels/test_bias.py", "triton and not compiles"),
+    "regression/cosine": ("tests/kernels/test_scaled_cosine.py", "triton and not compiles"),
+    "regression/chamfer": ("tests/kernels/test_chamfer.py", "triton and not compiles"),
     "correlation/plans": (CORRELATION + " tests/kernels/test_correlation_ranks.py", ""),
 }
 
@@ -73,13 +73,13 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("STATS + row, m, row < M", "STATS + row, m, row < M - 1"),
     ],
     "pairwise/lse_triton._bwd": [
-        ("if FLIP and VECTOR:", "if VECTOR:"),
+        ("if TRANSPOSED and VECTOR:", "if VECTOR:"),
         ("X_SIDE, Y_SIDE, M, N)", "Y_SIDE, X_SIDE, M, N)"),
         ("sums += tl.sum(w, 1)", "sums = tl.sum(w, 1)"),
-        ("w *= 1 / tl.load(UNIT)", "w *= tl.load(UNIT)"),
+        ("w *= 1 / tl.load(FP16_SCALE)", "w *= tl.load(FP16_SCALE)"),
         ("y, u, PRECISION)", "y, 0 * u, PRECISION)"),
     ],
-    "pairwise/lse_gemm._summarise": [
+    "pairwise/lse_gemm._summarize": [
         ("tl.max(s, 1), LEAST)", "tl.max(s, 1), 0.0)"),
         ("tl.exp2(s - m_y[None, :])", "tl.exp2(s - m[:, None])"),
         ("ROWS += tl.program_id(1)", "ROWS += tl.program_id(0)"),
@@ -89,7 +89,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "pairwise/lse_gemm._weigh": [
         ("ROW_SIDE, COL_SIDE, M, N)", "COL_SIDE, ROW_SIDE, M, N)"),
         ("tl.sum(w, 0), j < C)", "tl.max(w, 0), j < C)"),
-        ("w *= 1 / tl.load(UNIT)", "w *= tl.load(UNIT)"),
+        ("w *= 1 / tl.load(FP16_SCALE)", "w *= tl.load(FP16_SCALE)"),
         ("i.to(tl.int64)[:, None] * C", "i.to(tl.int64)[:, None] * R"),
         ("SUMS + tl.program_id(0)", "SUMS + 0 * tl.program_id(0)"),
     ],
@@ -124,7 +124,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "pairwise/sigmoid_triton._tiles": [
         ("total += tl.sum(loss, 1)", "total = tl.sum(loss, 1)"),
         ("sum_wp += tl.sum(w * p, 1)", "sum_wp += tl.sum(w, 1)"),
-        ("u *= scale / UNIT", "u *= 1 / UNIT"),
+        ("u *= scale / FP16_SCALE", "u *= 1 / FP16_SCALE"),
         ("row < M, total, 0.0", "row < M - 1, total, 0.0"),
         ("sum_w += tl.sum(w, 1)", "sum_w -= tl.sum(w, 1)"),
     ],
@@ -133,7 +133,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("x, y, ROW_IDS, COL_IDS", "y, x, ROW_IDS, COL_IDS"),
         ("tl.num_programs(1) + tl", "tl.num_programs(1) - tl"),
         ("tl.sum(tl.sum(w * p, 1), 0)", "tl.sum(tl.sum(w, 1), 0)"),
-        ("(w * UNIT)", "(p * UNIT)"),
+        ("(w * FP16_SCALE)", "(p * FP16_SCALE)"),
     ],
     "pairwise/topk_triton._topk": [
         ("first = tl.program_id(1) * share", "first = tl.program_id(1) * 0"),
@@ -162,18 +162,18 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("far * far * seen", "far * far"),
         ("mean += delta * (1.0 / k)", "mean += delta / n"),
     ],
-    "correlation/moments_triton.forward": [
+    "correlation/moments_triton._forward": [
         ("first = tl.program_id(1) * share", "first = 0 * tl.program_id(1)"),
         ("PARTS + D + at, rest", "PARTS + D + at, shift"),
         ("(x - shift - rest) * scale", "(x - shift) * scale"),
         ("last - back, lane", "last + back, lane"),
     ],
-    "correlation/moments_triton.backward": [
+    "correlation/moments_triton._backward": [
         ("total += more", "total = more"),
         ("tl.sum(dot, 0)", "tl.sum(total, 0)"),
         ("(stop - first).to", "(stop - first + 1).to"),
     ],
-    "correlation/moments_triton.join": [
+    "correlation/moments_triton._join_kernel": [
         ("tl.minimum(share, N - i * share)", "share"),
         ("part + 2 * D", "part + D"),
         ("shift = base + mean / n", "shift = base"),
@@ -184,7 +184,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("rest /= len(z)", "rest /= len(z) - 1"),
         ("m2 += rows", "m2 = rows"),
     ],
-    "correlation/moments_torch.standardised": [
+    "correlation/moments_torch.standardize": [
         ("if unbiased else 1.0", "if not unbiased else 1.0"),
         ("x - x[0].detach()", "x - x[0]"),
         ("<= FAR", ">= FAR"),
@@ -199,7 +199,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     ],
     "correlation/gram_triton._put": [
         ("apart = i0 + shift - j0", "apart = i0 - j0"),
-        ("w *= 1 / tl.load(UNIT)", "w *= 1.0"),
+        ("w *= 1 / tl.load(FP16_SCALE)", "w *= 1.0"),
         ('if PART == "upper":', 'if PART == "above":'),
     ],
     "correlation/gram_triton._total": [
@@ -212,7 +212,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     ],
     "correlation/gram_triton._settle": [("t = tl.load(T + at", "t = tl.load(S + at")],
     "correlation/gradient_triton._finish": [
-        ("out *= tl.load(UNIT)", "out *= 1.0"),
+        ("out *= tl.load(FP16_SCALE)", "out *= 1.0"),
         ("MINE + row * mine_row", "MINE + row * D"),
         ("out *= tl.load(FACTOR)", "out *= 1.0"),
     ],
@@ -233,28 +233,28 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("weights = c * (2 * g)", "weights = c * g"),
         ("db += weighted", "db = weighted"),
     ],
-    "patches/patches_triton.gather": [
+    "patches/patches_triton._gather": [
         ("tl.program_id(1) * BLOCK_P", "tl.program_id(1) + BLOCK_P"),
         ("n[:, None] * P + p", "n[:, None] * BLOCK_P + p"),
         ("element_ty != OUT", "element_ty == OUT"),
         ("(n < N)[:, None] &", "(n < N - 1)[:, None] &"),
         ("(p < P)[None, :]", "(p < P - 1)[None, :]"),
     ],
-    "patches/patches_triton.spread": [
+    "patches/patches_triton._spread": [
         ("total += tl.load(G", "total = tl.load(G"),
         ("named > found[:, None]", "named >= K"),
         ("place = n - image * L", "place = n"),
         ("((t * PH + y) * PW + x) * C + c", "((t * PW + y) * PH + x) * C + c"),
         ("total *= tl.load(NORM + C", "total *= tl.load(NORM"),
     ],
-    "patches/patches_triton.mse": [
+    "patches/patches_triton._mse": [
         ("WIDE) - shift", "WIDE)"),
         ("/ (P - 1)", "/ P"),
         ("        x *= inv", "        x *= 1.0"),
         ("sums += tl.where(ok, x - shift", "sums = tl.where(ok, x - shift"),
         ("sums += tl.where(ok, x * x", "sums = tl.where(ok, x * x"),
     ],
-    "patches/patches_triton.mse_grad": [
+    "patches/patches_triton._mse_grad": [
         ("k * g_k, n < N", "k, n < N"),
         ("(x - shift - mean)", "(x - mean)"),
         ("2 * n + 1, n < N", "2 * n, n < N"),
@@ -274,7 +274,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("e.clamp(-1, 1)", "e.clamp(-1, 2)"),
         ("alpha=0.5", "alpha=1.0"),
     ],
-    "tokens/tokens_triton.gather": [
+    "tokens/tokens_triton._gather_rows": [
         ("(ids < limit)", "(ids <= limit)"),
         ("b = r // n", "b = r % n"),
         (
@@ -288,7 +288,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("x -= lost", "x += lost"),
         ("(after - total) - x", "0.0 * x"),
     ],
-    "tokens/tokens_triton.restore": [
+    "tokens/tokens_triton._restore_rows": [
         ("(ids >= 0) & (ids < K)", "(ids >= 0) & (ids <= K)"),
         ("tl.where((ids >= K)", "tl.where((ids > K)"),
         (
@@ -298,62 +298,62 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("(part * L + l)", "(0 * part + l)"),
         ("b * g_b + place", "b * g_r + place"),
     ],
-    "tokens/tokens_triton.scatter": [
+    "tokens/tokens_triton._scatter_rows": [
         ("tl.max(stop - start, 0)", "tl.min(stop - start, 0)"),
         ("more = start + j < stop", "more = start + j <= stop"),
         ("ORDER + b * n + start", "ORDER + start"),
         ("k * x_r", "k * x_b"),
         ("start_b + l + 1", "start_b + l + 2"),
     ],
-    "tokens/bias_triton.pick": [
+    "tokens/bias._pick": [
         ("(head % H) * b_h", "(head // H) * b_h"),
         ("b_i + q[None, :]", "b_i + p[None, :]"),
         ("head // H, i, K", "head % H, i, K"),
         ("(head * K + i)", "(head + i)"),
         ("p[:, None] * b_i", "p[:, None] * b_h"),
     ],
-    "tokens/bias_triton.unpick": [
+    "tokens/bias._unpick": [
         ("h * g_h", "h * g_i"),
         ("i[:, None] * g_i + j[None, :] * g_j", "i[:, None] * g_j + j[None, :] * g_i"),
         ("total = after", "total = g"),
         ("(tl.program_id(0).to(tl.int64) * H + h) * L", "h * L"),
         ("% blocks * BLOCK_I", "// blocks * BLOCK_I"),
     ],
-    "regression/cosine_triton._power": [
+    "regression/cosine._power": [
         ("gamma == 1.0, 1.0, 0.0", "gamma == 1.0, 0.0, 0.0"),
         ("gamma * slope", "slope"),
         ("2.0 * e", "e"),
     ],
-    "regression/cosine_triton.forward": [
+    "regression/cosine._forward": [
         ("cos > 1.0, 0.0, 1.0 - cos", "cos > 1.0, 1.0, 1.0 - cos"),
         ("tt += t * t", "tt = t * t"),
         ("place * p_r", "place * p_k"),
         ("tl.maximum(p_norm, EPS)", "p_norm"),
         ("STATS + 2 * R + r, t_norm", "STATS + 2 * R + r, p_norm"),
     ],
-    "regression/cosine_triton.backward": [
+    "regression/cosine._backward": [
         ("w = -slope", "w = slope"),
         ("p_norm > EPS, cos", "p_norm > EPS, 1.0"),
         ("dt = (p - along * t)", "dt = (t - along * p)"),
         ("(k * L + place)", "(k * n + place)"),
         ("(r % n) * g_r", "r * g_r"),
     ],
-    "regression/chamfer_triton._squares": [
+    "regression/chamfer._squares": [
         ("total += delta * delta", "total = delta * delta"),
         ("x[:, None] - y[None, :]", "x[:, None] + y[None, :]"),
     ],
-    "regression/chamfer_triton.nearest": [
+    "regression/chamfer._nearest": [
         ("(total < best)", "(total <= best)"),
         ("g * x_g + n", "g * y_g + n"),
         ("& (m < M)[None, :]", "& (m <= M)[None, :]"),
         ("tl.where(best == least[:, None], places", "tl.where(best >= least[:, None], places"),
         ("tl.where(closer, m[None, :], places)", "tl.where(closer, start, places)"),
     ],
-    "regression/chamfer_triton._factor": [
+    "regression/chamfer._factor": [
         ("tl.where(total > 0, tl.div_rn", "tl.where(total < 0, tl.div_rn"),
         ("total.shape, 2.0", "total.shape, 1.0"),
     ],
-    "regression/chamfer_triton.pull": [
+    "regression/chamfer._pull": [
         ("back[None, :] == n[:, None]", "back[None, :] >= n[:, None]"),
         ("b * part", "a * part"),
         ("a * factor * delta", "b * factor * delta"),

@@ -22,5 +22,5 @@ def weighted(x: Tensor, weights: Tensor) -> Tensor:
     """
     if x.dtype == weights.dtype or x.device.type != "cuda":
         return x.to(weights.dtype) @ weights
-    unit = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
-    return product(x, (weights / unit).to(x.dtype)) * unit
+    largest = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+    return product(x, (weights / largest).to(x.dtype)) * largest

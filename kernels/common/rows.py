@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def gathered(source: Tensor, ids: Tensor) -> Tensor:
+def gather(source: Tensor, ids: Tensor) -> Tensor:
     """source_(b, ids_bk): (B, K, D), of source (B, L, D) or (1, L, D) for all."""
     if len(source) == 1:
         return source[0].index_select(0, ids.flatten()).view(*ids.shape, source.shape[2])

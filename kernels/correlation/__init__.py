@@ -2,7 +2,7 @@
 
 from .correlation import Correlation, correlation_plan, cross_correlation, frobenius_sq
 from .mixed import Mixed, mixed_correlation
-from .moments import Moments, column_moments, cross_diagonal, standardise
+from .moments import Moments, column_moments, cross_diagonal, standardize
 
 __all__ = [
     "Correlation",
@@ -14,5 +14,5 @@ __all__ = [
     "cross_diagonal",
     "frobenius_sq",
     "mixed_correlation",
-    "standardise",
+    "standardize",
 ]

@@ -39,10 +39,10 @@ SIZES = ("M", "N", "K", "L", "R", "C", "D", "i0", "j0", "shift")
 SIZES += ("a_row", "b_row", "mine_row", "other_row")
 TYPES: dict[str, str] = dict.fromkeys(SIZES, "i32:16")
 TYPES |= dict.fromkeys(("A", "B", "A_OUT", "B_OUT", "MINE", "OTHER", "OUT"), "x")
-FLOATS = ("A_DIAGONAL", "A_UNIT", "B_DIAGONAL", "B_UNIT", "PARTS", "S", "T")
-FLOATS += ("P", "UNIT", "DIAGONAL", "COEF", "FACTOR")
+FLOATS = ("A_DIAGONAL", "A_SCALE", "B_DIAGONAL", "B_SCALE", "PARTS", "S", "T")
+FLOATS += ("P", "FP16_SCALE", "DIAGONAL", "COEF", "FACTOR")
 TYPES |= dict.fromkeys(FLOATS, "*fp32:16")
-B_SIDE = ("B", "T", "B_OUT", "B_DIAGONAL", "B_UNIT")
+B_SIDE = ("B", "T", "B_OUT", "B_DIAGONAL", "B_SCALE")
 
 Launch = Callable[..., Any]
 
@@ -117,8 +117,8 @@ def _variant(
     product: bool,
 ) -> Variant:
     dtype, names = name.split("-")[0], fn.arg_names
-    units = () if dtype == "float16" else ("UNIT", "A_UNIT", "B_UNIT")
-    constants = constants | {key: None for key in (*absent, *units) if key in names}
+    scales = () if dtype == "float16" else ("FP16_SCALE", "A_SCALE", "B_SCALE")
+    constants = constants | {key: None for key in (*absent, *scales) if key in names}
     signature = {
         key: TYPES[key].replace("x", f"*{TRITON[dtype]}:16") if TYPES[key] == "x" else TYPES[key]
         for key in names
@@ -154,7 +154,7 @@ def _try_finish(launch: Launch, name: str, config: Config, device: torch.device)
     (p,) = _rows("float32", device, (R, D))
     diagonal, coef = (torch.linspace(0.5, 1.5, n, device=device) for n in (R, D))
     one, rows = torch.ones((), device=device), name.endswith("rows")
-    unit = one if name.startswith("float16") else None
-    matrix = Matrix(mine, diagonal if rows else None, unit)
+    scale = one if name.startswith("float16") else None
+    matrix = Matrix(mine, diagonal if rows else None, scale)
     terms = Terms(mine if rows else None, other, coef, one)
     return lambda: launch(p, matrix, terms, (name, config))

@@ -18,34 +18,36 @@ from .gradient_triton import finish_all
 from .gram_torch import Matrix
 
 
-def _flat(total: Tensor, found: list[Matrix]) -> list[Tensor]:
-    """An operator's results: what a matrix has not got is an empty tensor."""
-    parts = [x for matrix in found for x in matrix]
+def _flat(total: Tensor, matrices: list[Matrix]) -> list[Tensor]:
+    """The results of an operator, which cannot return None: an absent part is an empty tensor."""
+    parts = [x for matrix in matrices for x in matrix]
     return [total, *(total.new_empty(0) if x is None else x for x in parts)]
 
 
-def _matrix(values: Tensor, diagonal: Tensor, unit: Tensor) -> Matrix:
+def _matrix(values: Tensor, diagonal: Tensor, fp16_scale: Tensor) -> Matrix:
     """What `_flat` took apart."""
-    return Matrix(values, diagonal if diagonal.numel() else None, None if unit.ndim else unit)
+    return Matrix(
+        values, diagonal if diagonal.numel() else None, None if fp16_scale.ndim else fp16_scale
+    )
 
 
 def _flat_fake(x: Tensor, *shapes: tuple[Any, Any], apart: bool) -> list[Tensor]:
     """Tensors as `_flat` makes of x's matrices."""
     like = x.new_empty((), dtype=torch.float32)
-    found = [torch.empty_like(like)]
+    tensors = [torch.empty_like(like)]
     for shape in shapes:
-        unit = () if x.dtype == torch.float16 else 0
-        found += [
+        scale = () if x.dtype == torch.float16 else 0
+        tensors += [
             x.new_empty(shape),
             like.new_empty(shape[0] if apart else 0),
-            like.new_empty(unit),
+            like.new_empty(scale),
         ]
-    return found
+    return tensors
 
 
 @torch.library.custom_op("fastssl::correlation_grams", mutates_args=())
 def _grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Tensor]:
-    """Total; values, diagonal and unit of each side's Gram.  others: none where all are here."""
+    """Total; values, diagonal and scale of each side's Gram.  others: none where all are here."""
     return _flat(*gram_triton.gram_matrices(sides, others or None, start))
 
 
@@ -57,7 +59,7 @@ def _(sides, others, start):
 
 @torch.library.custom_op("fastssl::correlation_covariance", mutates_args=())
 def _covariance(a: Tensor, b: Tensor | None) -> list[Tensor]:
-    """Total without the diagonal, if D is E; values, diagonal and unit."""
+    """Total without the diagonal, if D is E; values, diagonal and scale."""
     total, matrix = gram_triton.covariance_matrix(a, b)
     return _flat(total, [matrix])
 
@@ -74,7 +76,7 @@ def _gradient(
 ) -> Tensor:
     """By a Gram, of rows; rows None: by a covariance, of terms' `other`.
 
-    matrix: values, diagonal, unit.  terms: mine, other, coef, factor.
+    matrix: values, diagonal, scale.  terms: mine, other, coef, factor.
     """
     whole = _matrix(*matrix)
     sides = [x if x is None else rows_contiguous(x) for x in terms[:2]]
@@ -110,10 +112,10 @@ def grams(
 
 def covariance(a: Tensor, b: Tensor | None, split: bool) -> tuple[Tensor, Tensor, Matrix]:
     """As gram_torch.covariance; without `split` a square matrix's diagonal goes apart."""
-    total, values, diagonal, unit = _covariance(a, b)
+    total, values, diagonal, scale = _covariance(a, b)
     if split:
-        return diagonal, total, _matrix(values, diagonal.new_empty(0), unit)
-    matrix = _matrix(values, diagonal, unit)
+        return diagonal, total, _matrix(values, diagonal.new_empty(0), scale)
+    matrix = _matrix(values, diagonal, scale)
     return diagonal.new_empty(0), total + diagonal.square().sum(), matrix
 
 
@@ -136,5 +138,5 @@ def gradient_across(
     """As gram_torch.gradient_across."""
     if coef is None and matrix.diagonal is not None:
         coef = factor * matrix.diagonal
-    whole = _flat(factor, [Matrix(matrix.values, None, matrix.unit)])[1:]
+    whole = _flat(factor, [Matrix(matrix.values, None, matrix.fp16_scale)])[1:]
     return _gradient(whole, None, [None, other, coef, factor], transposed)

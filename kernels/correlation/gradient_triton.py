@@ -15,7 +15,6 @@ In the kernel capitals are pointers.
 # Triton states the types of its functions for its own compiler.
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from .gram_triton import strip_rows
 
 @triton.jit
 def _finish(
-    P, UNIT, DIAGONAL, MINE, OTHER, COEF, FACTOR, OUT, R, D, mine_row, other_row,
+    P, FP16_SCALE, DIAGONAL, MINE, OTHER, COEF, FACTOR, OUT, R, D, mine_row, other_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A gradient's rows from those of the product W z."""
@@ -39,8 +38,8 @@ def _finish(
     row = i.to(tl.int64)[:, None]
     ok = (i < R)[:, None] & (d < D)[None, :]
     out = tl.load(P + row * D + d[None, :], ok, 0.0)
-    if UNIT is not None:
-        out *= tl.load(UNIT)
+    if FP16_SCALE is not None:
+        out *= tl.load(FP16_SCALE)
     if DIAGONAL is not None:
         mine = tl.load(MINE + row * mine_row + d[None, :], ok, 0.0).to(tl.float32)
         out += tl.load(DIAGONAL + i, i < R, 0.0)[:, None] * mine
@@ -60,13 +59,12 @@ def finish(
     config = choice[1] if choice else config_for(FINISH, name, out.device)
     blocks, (mine, other, coef, factor) = config.blocks, terms
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_N"])
-    given = {"P": p, "UNIT": matrix.unit, "DIAGONAL": matrix.diagonal, "OUT": out}
-    given |= {"MINE": mine, "OTHER": other, "COEF": coef, "FACTOR": factor, "R": R, "D": D}
-    rows = {"mine_row": mine, "other_row": other}
-    given |= {key: 0 if x is None else x.stride(0) for key, x in rows.items()}
+    mine_row, other_row = (0 if x is None else x.stride(0) for x in (mine, other))
     with torch.cuda.device_of(p):
-        launch: Any = _finish[grid]
-        launch(**given, **blocks, **config.options)
+        _finish[grid](
+            p, matrix.fp16_scale, matrix.diagonal, mine, other, coef, factor, out, R, D, mine_row,
+            other_row, **config.arguments,
+        )  # fmt: skip
     return out
 
 
@@ -80,7 +78,7 @@ def finish_all(
         diagonal = None if mine is None else matrix.diagonal
         if mine is not None and diagonal is not None:
             diagonal = diagonal[i]
-        part = Matrix(matrix.values, diagonal, matrix.unit)
+        part = Matrix(matrix.values, diagonal, matrix.fp16_scale)
         finish(products(i), part, Terms(mine, other, *terms[2:]), out[i])
     return out
 

@@ -23,12 +23,12 @@ class Matrix(NamedTuple):
     """What a gradient needs of a Gram matrix or of a covariance.
 
     values: the matrix, where an implementation may hold its diagonal apart, in float32, and what
-    is left in 16 bits, as multiples of `unit`.
+    is left in 16 bits, as multiples of `fp16_scale`.
     """
 
     values: Tensor
     diagonal: Tensor | None = None
-    unit: Tensor | None = None
+    fp16_scale: Tensor | None = None
 
 
 def _symmetric(x: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def covariance(a: Tensor, b: Tensor | None, split: bool) -> tuple[Tensor, Tensor
 def overlap(p: Matrix, q: Matrix) -> Tensor:
     """sum_ij P_ij Q_ij of two matrices of one implementation."""
     whole = dot(p.values, q.values)
-    if p.unit is not None and q.unit is not None:
-        whole = whole * p.unit * q.unit
+    if p.fp16_scale is not None and q.fp16_scale is not None:
+        whole = whole * p.fp16_scale * q.fp16_scale
     if p.diagonal is not None and q.diagonal is not None:
         whole = whole + torch.dot(p.diagonal, q.diagonal)
     return whole
@@ -101,16 +101,16 @@ def overlap(p: Matrix, q: Matrix) -> Tensor:
 
 def blend(p: Matrix, q: Matrix, x: Tensor, y: Tensor) -> Matrix:
     """x P + y Q of two matrices of one implementation; x, y: 0-d."""
-    unit, diagonal, in_p, in_q = None, None, x, y
-    if p.unit is not None and q.unit is not None:
-        in_p, in_q = x * p.unit, y * q.unit
-        unit = in_p.abs() + in_q.abs()
-        least = torch.finfo(unit.dtype).tiny
-        in_p, in_q = in_p / unit.clamp_min(least), in_q / unit.clamp_min(least)
+    scale, diagonal, in_p, in_q = None, None, x, y
+    if p.fp16_scale is not None and q.fp16_scale is not None:
+        in_p, in_q = x * p.fp16_scale, y * q.fp16_scale
+        scale = in_p.abs() + in_q.abs()
+        least = torch.finfo(scale.dtype).tiny
+        in_p, in_q = in_p / scale.clamp_min(least), in_q / scale.clamp_min(least)
     if p.diagonal is not None and q.diagonal is not None:
         diagonal = x * p.diagonal + y * q.diagonal
     values = (p.values * in_p).addcmul_(q.values, in_q.expand_as(q.values))
-    return Matrix(values.to(p.values.dtype), diagonal, unit)
+    return Matrix(values.to(p.values.dtype), diagonal, scale)
 
 
 def gradient(

@@ -6,7 +6,7 @@
 
 Why: eager reads a matrix again for its squares, and keeps it in the inputs' 16 bits.  Here s and t
 leave the registers once, and W, what is kept of each, is in the inputs' dtype without its diagonal,
-which goes apart in float32: of standardised rows a Gram's is D, its other entries sqrt(D), and near
+which goes apart in float32: of standardized rows a Gram's is D, its other entries sqrt(D), and near
 convergence a covariance's is N, its others sqrt(N); the rounding of the diagonal would pass the
 gradient of all the rest.  float16 ends at 65504: there W is divided by a unit, which by Cauchy and
 Schwarz no entry passes.  Two schedules:
@@ -81,7 +81,7 @@ def _dots(
 
 
 @triton.jit
-def _put(w, i, j, i0, j0, R, C, OUT, DIAGONAL, UNIT, N, shift, PART: tl.constexpr):
+def _put(w, i, j, i0, j0, R, C, OUT, DIAGONAL, FP16_SCALE, N, shift, PART: tl.constexpr):
     """Store w: rows i < R from i0 on and columns j < C from j0 on of a matrix with N columns.
 
     What it has of the diagonal, at row + shift, goes apart.  PART of the matrix that w is in: any;
@@ -97,8 +97,8 @@ def _put(w, i, j, i0, j0, R, C, OUT, DIAGONAL, UNIT, N, shift, PART: tl.constexp
             there = (i < R) & (i + apart >= 0) & (i + apart < tl.minimum(C, j.shape[0]))
             tl.store(DIAGONAL + i0 + i, tl.sum(tl.where(on, w, 0.0), 1), there)
             w = tl.where(on, 0.0, w)
-    if UNIT is not None:
-        w *= 1 / tl.load(UNIT)
+    if FP16_SCALE is not None:
+        w *= 1 / tl.load(FP16_SCALE)
     w = w.to(OUT.dtype.element_ty)
     corner = tl.cast(i0, tl.int64) * N + j0  # in a tile 32 bits will do
     tl.store(OUT + corner + i[:, None] * N + j[None, :], w, keep)
@@ -125,7 +125,7 @@ def _total(s, t, i, j, apart, APART: tl.constexpr, PART: tl.constexpr):
 
 @triton.jit
 def _tile(
-    i0, j0, A, B, A_OUT, A_DIAGONAL, A_UNIT, B_OUT, B_DIAGONAL, B_UNIT, M, K, L, a_row, b_row,
+    i0, j0, A, B, A_OUT, A_DIAGONAL, A_SCALE, B_OUT, B_DIAGONAL, B_SCALE, M, K, L, a_row, b_row,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
@@ -136,15 +136,15 @@ def _tile(
     if B is not None:
         t = _dots(B, i0 + i, j0 + i, M, L, b_row, COLUMNS, PRECISION, BLOCK_K)
     total = _total(s, t, i, i, i0 - j0, True, PART)
-    _put(s, i, i, i0, j0, M - i0, M - j0, A_OUT, A_DIAGONAL, A_UNIT, M, 0, PART)
+    _put(s, i, i, i0, j0, M - i0, M - j0, A_OUT, A_DIAGONAL, A_SCALE, M, 0, PART)
     if B is not None:
-        _put(t, i, i, i0, j0, M - i0, M - j0, B_OUT, B_DIAGONAL, B_UNIT, M, 0, PART)
+        _put(t, i, i, i0, j0, M - i0, M - j0, B_OUT, B_DIAGONAL, B_SCALE, M, 0, PART)
     return total
 
 
 @triton.jit
 def _tiles(
-    A, B, A_OUT, A_DIAGONAL, A_UNIT, B_OUT, B_DIAGONAL, B_UNIT, PARTS, M, K, L, a_row, b_row,
+    A, B, A_OUT, A_DIAGONAL, A_SCALE, B_OUT, B_DIAGONAL, B_SCALE, PARTS, M, K, L, a_row, b_row,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CORNER: tl.constexpr,
 ):  # fmt: skip
@@ -155,8 +155,8 @@ def _tiles(
     if p < above:  # tile i meets the next ones in turn: each pair is met once
         i, j = p % side, (p + p // side + 1) % side
         total = _tile(
-            tl.minimum(i, j) * BLOCK, tl.maximum(i, j) * BLOCK, A, B, A_OUT, A_DIAGONAL, A_UNIT,
-            B_OUT, B_DIAGONAL, B_UNIT, M, K, L, a_row, b_row, COLUMNS, PRECISION, BLOCK_K, BLOCK,
+            tl.minimum(i, j) * BLOCK, tl.maximum(i, j) * BLOCK, A, B, A_OUT, A_DIAGONAL, A_SCALE,
+            B_OUT, B_DIAGONAL, B_SCALE, M, K, L, a_row, b_row, COLUMNS, PRECISION, BLOCK_K, BLOCK,
             "above",
         )  # fmt: skip
     else:
@@ -164,7 +164,7 @@ def _tiles(
         start, part = (p - above) // EACH * BLOCK, (p - above) % EACH
         total = _tile(
             start + part // 2 * CORNER, start + (part + 1) // 2 * CORNER, A, B, A_OUT, A_DIAGONAL,
-            A_UNIT, B_OUT, B_DIAGONAL, B_UNIT, M, K, L, a_row, b_row, COLUMNS, PRECISION, BLOCK_K,
+            A_SCALE, B_OUT, B_DIAGONAL, B_SCALE, M, K, L, a_row, b_row, COLUMNS, PRECISION, BLOCK_K,
             CORNER, "upper",
         )  # fmt: skip
     tl.store(PARTS + p, total)
@@ -172,7 +172,7 @@ def _tiles(
 
 @triton.jit
 def _settle(
-    S, T, A_OUT, A_DIAGONAL, A_UNIT, B_OUT, B_DIAGONAL, B_UNIT, PARTS, i0, j0, R, C, N, shift,
+    S, T, A_OUT, A_DIAGONAL, A_SCALE, B_OUT, B_DIAGONAL, B_SCALE, PARTS, i0, j0, R, C, N, shift,
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A strip (R, C) of products, whose first row and column are i0 and j0."""
@@ -188,11 +188,11 @@ def _settle(
     total = _total(s, t, i, j, i0 + p + shift - j0 - q, APART, PART)
     tl.store(PARTS + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), total)
     _put(
-        s, i, j, i0 + p, j0 + q, R - p, C - q, A_OUT, A_DIAGONAL, A_UNIT, N, shift, PART
+        s, i, j, i0 + p, j0 + q, R - p, C - q, A_OUT, A_DIAGONAL, A_SCALE, N, shift, PART
     )  # fmt: skip
     if T is not None:
         _put(
-            t, i, j, i0 + p, j0 + q, R - p, C - q, B_OUT, B_DIAGONAL, B_UNIT, N, shift, PART
+            t, i, j, i0 + p, j0 + q, R - p, C - q, B_OUT, B_DIAGONAL, B_SCALE, N, shift, PART
         )  # fmt: skip
 
 
@@ -206,16 +206,16 @@ def _choose(kernel: Kernel, x: Tensor, part: str) -> Choice:
     return name, config_for(kernel, name, x.device)
 
 
-def _outputs(a: Matrix, b: Matrix | None) -> dict[str, Tensor | None]:
-    """The matrices as the kernels' arguments."""
-    names = [name for side in "AB" for name in (f"{side}_OUT", f"{side}_DIAGONAL", f"{side}_UNIT")]
-    return dict(zip(names, (*a, *(b or (None,) * 3)), strict=True))
+def _parts_of(matrices: list[Matrix]) -> tuple[Tensor | None, ...]:
+    """Values, diagonal and scale of one or two matrices: the kernels' OUT, DIAGONAL and SCALE."""
+    first, *second = matrices
+    return *first, *(second[0] if second else (None,) * 3)
 
 
 def by_tiles(
-    sides: list[Tensor], found: list[Matrix], columns: bool, choice: Choice | None = None
+    sides: list[Tensor], matrices: list[Matrix], columns: bool, choice: Choice | None = None
 ) -> Tensor:
-    """sum_ij s_ij t_ij of symmetric matrices without their diagonals; they go into `found`.
+    """sum_ij s_ij t_ij of symmetric matrices without their diagonals; they go into `matrices`.
 
     sides: a, or a and b; columns: their columns meet, not their rows.
     """
@@ -226,20 +226,19 @@ def by_tiles(
     blocks, side = config.blocks, triton.cdiv(M, config.blocks["BLOCK"])
     grid = side * (side - 1) // 2 + side * (1 if blocks["CORNER"] == blocks["BLOCK"] else 3)
     parts = torch.empty(grid, dtype=torch.float32, device=a.device)
-    constants = {**TILES.variants[name].constexprs, **blocks, **config.options}
-    constants["PRECISION"] = precision(constants["PRECISION"])
-    sizes = {"M": M, "K": K, "L": K if b is None else b.shape[1], "a_row": a.stride(0)}
-    sizes["b_row"] = 0 if b is None else b.stride(0)
-    outputs = _outputs(found[0], None if b is None else found[1])
+    constants, L = TILES.variants[name].constexprs, K if b is None else b.shape[1]
+    b_row = 0 if b is None else b.stride(0)
     with torch.cuda.device_of(a):
-        launch: Any = _tiles[(grid,)]
-        launch(**{"A": a, "B": b, "PARTS": parts, **sizes, **outputs, **constants})
+        _tiles[(grid,)](
+            a, b, *_parts_of(matrices), parts, M, K, L, a.stride(0), b_row, COLUMNS=columns,
+            PRECISION=precision(constants["PRECISION"]), **config.arguments,
+        )  # fmt: skip
     return parts.sum()
 
 
 def settle(
     strips: list[Tensor],
-    found: list[Matrix],
+    matrices: list[Matrix],
     corner: tuple[int, int],
     start: int,
     mirror: bool,
@@ -251,18 +250,15 @@ def settle(
     """
     s, t = strips[0], strips[1] if len(strips) > 1 else None
     part = ("one" if t is None else "pair") + ("-mirror" if mirror else "")
-    _, config = choice or _choose(SETTLE, found[0].values, part)
-    (R, C), N, blocks = s.shape, found[0].values.shape[1], config.blocks
+    _, config = choice or _choose(SETTLE, matrices[0].values, part)
+    (R, C), N, blocks = s.shape, matrices[0].values.shape[1], config.blocks
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_N"])
     parts = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=s.device)
-    outputs = _outputs(found[0], None if t is None else found[1])
-    sizes = {"i0": corner[0], "j0": corner[1], "R": R, "C": C, "N": N, "shift": start}
     with torch.cuda.device_of(s):
-        launch: Any = _settle[grid]
-        launch(
-            **{"S": s, "T": t, "PARTS": parts, "PART": "upper" if mirror else "any"},
-            **{**outputs, **sizes, **blocks, **config.options},
-        )
+        _settle[grid](
+            s, t, *_parts_of(matrices), parts, *corner, R, C, N, start,
+            PART="upper" if mirror else "any", **config.arguments,
+        )  # fmt: skip
     return parts
 
 
@@ -273,14 +269,14 @@ def strip_rows(width: int) -> int:
 
 
 def by_products(
-    sides: list[tuple[Tensor, Tensor]], found: list[Matrix], mirror: bool, start: int = 0
+    sides: list[tuple[Tensor, Tensor]], matrices: list[Matrix], mirror: bool, start: int = 0
 ) -> Tensor:
-    """sum_ij s_ij t_ij without a diagonal that goes apart; the matrices go into `found`.
+    """sum_ij s_ij t_ij without a diagonal that goes apart; the matrices go into `matrices`.
 
     sides: x (M, K) and y (N, K) for s, and for t.  mirror: x is y.
     start: the column where row 0 has the diagonal.
     """
-    M, N = found[0].values.shape
+    M, N = matrices[0].values.shape
     step = strip_rows(N)
     if mirror and sides[0][0].dtype == torch.float32:  # more strips: less below the diagonal
         step = min(step, max(TILE, triton.cdiv(M, STRIPS)))
@@ -288,12 +284,12 @@ def by_products(
     for i in spans(M, step):
         first = i.start if mirror else 0
         strips = [product(x[i], y[first:].T) for x, y in sides]
-        parts.append(settle(strips, found, (i.start, first), start, mirror))
+        parts.append(settle(strips, matrices, (i.start, first), start, mirror))
     return torch.cat(parts).sum()
 
 
 def _matrix(like: Tensor, shape: tuple[int, int], apart: bool, largest: Any) -> Matrix:
-    """Room for a matrix; apart: for its diagonal, too.  largest: its float16 unit, if asked."""
+    """Room for a matrix; apart: for its diagonal, too.  largest: makes the float16 scale."""
     diagonal = like.new_empty(shape[0], dtype=torch.float32) if apart else None
     factor = largest().clamp_min(1e-30) if like.dtype == torch.float16 else None
     return Matrix(like.new_empty(shape), diagonal, factor)

@@ -1,10 +1,10 @@
 """Statistics of columns over the joined batch of all ranks.
 
     mu, var = mean and variance of each column over N rows         z (N, D)
-    standardise(z) = (z - mu) / sqrt(var + eps)
+    standardize(z) = (z - mu) / sqrt(var + eps)
     cross_diagonal(a, b)_d = sum_n a_nd b_nd
 
-    d standardise: dz = (g - sum g / N - out * sum(g out) / M) / sqrt(var + eps),  var = sum / M
+    d standardize: dz = (g - sum g / N - out * sum(g out) / M) / sqrt(var + eps),  var = sum / M
 
 Why: batch norm without affine, over all ranks on any back end, and each column's numbers alone.
 Ranks are joined by their differences from rank 0's mean, so a column at 1e6 loses nothing to
@@ -26,7 +26,7 @@ from ..common.autograd import accumulator
 from ..common.checks import check_pair, check_rows
 from ..common.dispatch import declare
 from . import moments_torch
-from .moments_ops import ColumnMoments, CrossDiagonal, Standardise, StandardiseAtOnce
+from .moments_ops import ColumnMoments, CrossDiagonal, Standardize, StandardizeAtOnce
 
 
 class Moments(NamedTuple):
@@ -42,7 +42,7 @@ def column_moments_reference(z: Tensor, unbiased: bool = False, process_group: G
     return Moments(rows.mean(0), rows.var(0, correction=int(unbiased)))
 
 
-def standardise_reference(z, eps, unbiased, process_group):
+def standardize_reference(z, eps, unbiased, process_group):
     """The formula on the gathered batch, in the dtype it is given; this rank's rows of it."""
     mean, var = column_moments_reference(z, unbiased, process_group)
     return (z - mean) / (var + eps).sqrt()
@@ -53,16 +53,16 @@ def cross_diagonal_reference(a, b):
     return (a * (a if b is None else b)).sum(0)
 
 
-def _standardise(z, eps, unbiased, group, impl):
+def _standardize(z, eps, unbiased, group, impl):
     if world_size(group) > 1:
-        return Standardise.apply(z, eps, unbiased, group, impl)
+        return Standardize.apply(z, eps, unbiased, group, impl)
     if impl == "torch":
-        return moments_torch.standardised(z, eps, unbiased)
-    return StandardiseAtOnce.apply(z, eps, unbiased, impl)
+        return moments_torch.standardize(z, eps, unbiased)
+    return StandardizeAtOnce.apply(z, eps, unbiased, impl)
 
 
 _MOMENTS = declare("column_moments", ColumnMoments.apply, column_moments_reference)
-_STANDARDISE = declare("standardise", _standardise, standardise_reference)
+_STANDARDISE = declare("standardize", _standardize, standardize_reference)
 _DIAGONAL = declare("cross_diagonal", CrossDiagonal.apply, cross_diagonal_reference)
 
 
@@ -86,7 +86,7 @@ def column_moments(
     return Moments(mean.to(acc), var.to(acc))
 
 
-def standardise(
+def standardize(
     z: Tensor,
     *,
     eps: float,
@@ -97,7 +97,7 @@ def standardise(
     """This rank's rows, each column of the joined batch at mean 0 and variance 1: as z, (N, D).
 
     z (N, D): any float dtype, as many rows on every rank.  eps is added to the variance, inside the
-    root; biased variance by default, as batch normalisation has it.  A constant column becomes
+    root; biased variance by default, as batch normalization has it.  A constant column becomes
     zeros, for eps = 0 too, where its gradient is zero as well.  The gradient is exact through
     the global mean and variance (one (2, D) all-reduce); first order only.
     impl: "auto", "triton", "torch" or "reference" (gathers the batch; a constant column is nan at
@@ -105,7 +105,7 @@ def standardise(
     Raises ValueError for other shapes, eps < 0, fewer than 2 rows in all (a variance of one number
     is undefined), uneven ranks and an unknown impl.
 
-    >>> standardise(torch.tensor([[1.0], [3.0]]), eps=0.0)
+    >>> standardize(torch.tensor([[1.0], [3.0]]), eps=0.0)
     tensor([[-1.],
             [ 1.]])
     """

@@ -22,20 +22,18 @@ class Fused:
     moments = operator(
         "moments", launches.moments, lambda z: z.new_empty(3, z.shape[1], dtype=torch.float32)
     )
-    joined = operator(
-        "moments_joined", launches.joined, lambda parts, rows: parts.new_empty(parts.shape[1:])
+    join = operator(
+        "moments_joined", launches.join, lambda parts, rows: parts.new_empty(parts.shape[1:])
     )
-    standardised = operator(
-        "standardised",
-        launches.standardised,
+    standardize = operator(
+        "standardized",
+        launches.standardize,
         lambda z, eps, unbiased: (
             z.new_empty(z.shape),
             z.new_empty(z.shape[1], dtype=torch.float32),
         ),
     )
-    applied = operator(
-        "moments_applied", launches.applied, lambda z, *columns: z.new_empty(z.shape)
-    )
+    apply = operator("moments_applied", launches.apply, lambda z, *columns: z.new_empty(z.shape))
     sums = operator(
         "moments_sums",
         launches.sums,
@@ -59,7 +57,7 @@ class Fused:
 backends: dict[str, Any] = {"torch": moments_torch, "triton": Fused}
 
 
-def _joined(z: Tensor, group: Group, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _join_ranks(z: Tensor, group: Group, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """shift and rest, together the joined batch's mean, and its sum of squares about that.
 
     The same bits on every rank: each joins the same gathered parts.
@@ -67,20 +65,20 @@ def _joined(z: Tensor, group: Group, impl: str) -> tuple[Tensor, Tensor, Tensor]
     backend = backends[impl]
     parts = backend.moments(z)
     if world_size(group) > 1:
-        parts = backend.joined(all_gather_nograd(parts[None], group, check=False), len(z))
+        parts = backend.join(all_gather_nograd(parts[None], group, check=False), len(z))
     shift, rest, m2 = parts
     return shift, rest, m2
 
 
-class Standardise(torch.autograd.Function):
+class Standardize(torch.autograd.Function):
     """By statistics that ranks join."""
 
     @staticmethod
     def forward(ctx: Any, z, eps, unbiased, group, impl):
-        shift, rest, m2 = _joined(z, group, impl)
+        shift, rest, m2 = _join_ranks(z, group, impl)
         ctx.divisor = len(z) * world_size(group) - int(unbiased)
         inv_std = inverse(m2 / ctx.divisor, eps)
-        out = backends[impl].applied(z, shift, rest, inv_std)
+        out = backends[impl].apply(z, shift, rest, inv_std)
         ctx.save_for_backward(out, inv_std)
         ctx.group, ctx.impl = group, impl
         return finished(out)
@@ -96,12 +94,12 @@ class Standardise(torch.autograd.Function):
         return dz, None, None, None, None
 
 
-class StandardiseAtOnce(torch.autograd.Function):
+class StandardizeAtOnce(torch.autograd.Function):
     """One process: statistics and rows in one pass of a kernel."""
 
     @staticmethod
     def forward(ctx: Any, z, eps, unbiased, impl):
-        out, inv_std = backends[impl].standardised(z, eps, unbiased)
+        out, inv_std = backends[impl].standardize(z, eps, unbiased)
         ctx.save_for_backward(out, inv_std)
         ctx.divisor, ctx.impl = len(z) - int(unbiased), impl
         return out
@@ -117,7 +115,7 @@ class StandardiseAtOnce(torch.autograd.Function):
 class ColumnMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z, unbiased, group, impl):
-        shift, rest, m2 = _joined(z, group, impl)
+        shift, rest, m2 = _join_ranks(z, group, impl)
         ctx.divisor = len(z) * world_size(group) - int(unbiased)
         ctx.save_for_backward(z, shift, rest)
         ctx.group, ctx.impl = group, impl
@@ -129,7 +127,7 @@ class ColumnMoments(torch.autograd.Function):
         z, shift, rest = ctx.saved_tensors
         g_mean, g_var = all_reduce_sum(torch.stack([g_mean, g_var]), ctx.group)
         n, factor = len(z) * world_size(ctx.group), g_var * (2 / ctx.divisor)
-        return backends[ctx.impl].applied(z, shift, rest, factor, g_mean / n), None, None, None
+        return backends[ctx.impl].apply(z, shift, rest, factor, g_mean / n), None, None, None
 
 
 class CrossDiagonal(torch.autograd.Function):

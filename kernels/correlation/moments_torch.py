@@ -42,7 +42,7 @@ def moments(z: Tensor) -> Tensor:
     return torch.stack([shift, rest, (m2 - len(z) * rest.square()).clamp_min_(0)])
 
 
-def joined(parts: Tensor, rows: int) -> Tensor:
+def join(parts: Tensor, rows: int) -> Tensor:
     """`moments` (3, D) of all ranks together, from those of each, (W, 3, D), of `rows` rows.
 
     Means are joined by their differences from the first one's shift.
@@ -60,7 +60,7 @@ def inverse(var: Tensor, eps: float) -> Tensor:
     return total.rsqrt().masked_fill(total == 0, 0.0)
 
 
-def standardised(z: Tensor, eps: float, unbiased: bool) -> Tensor:
+def standardize(z: Tensor, eps: float, unbiased: bool) -> Tensor:
     """One process: (z - mean) / sqrt(var + eps) in z's dtype, by torch's own graph."""
     n = z.shape[0]
     x = z.to(accumulator(z.dtype))
@@ -81,7 +81,7 @@ def _batch_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
 
 
-def applied(
+def apply(
     z: Tensor, shift: Tensor, rest: Tensor, scale: Tensor, offset: Tensor | None = None
 ) -> Tensor:
     """(z - shift - rest) * scale + offset in z's dtype."""
@@ -99,7 +99,7 @@ def sums(grad: Tensor, out: Tensor) -> Tensor:
 
 
 def gradient(grad: Tensor, out: Tensor, inv_std: Tensor, g_mean: Tensor, g_out: Tensor) -> Tensor:
-    """inv_std * (grad - g_mean - out * g_out): the gradient of `standardised`, in out's dtype."""
+    """inv_std * (grad - g_mean - out * g_out): the gradient of `standardize`, in out's dtype."""
     dz = torch.empty_like(out)
     offset, factor = g_mean * inv_std, g_out * inv_std
     for i in row_spans(out, out.shape[1]):

@@ -29,14 +29,15 @@ Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 # Triton states the types of its functions for its own compiler: tl.sum "may return a tuple".
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.launch import launcher
 from ..common.triton import rows_contiguous, sm_count, tl, triton
-from ..common.tuning import Config, Kernel, config_for, forced, register
+from ..common.tuning import Config, Kernel, config_for, register
 from . import moments_configs as configs
 
 
@@ -232,26 +233,20 @@ def _splits(kernel: Kernel, x: Tensor) -> bool:
 
 
 class _Launch:
-    """A launch over x (N, D), by blocks of columns, and shares of rows unless it does it all."""
+    """How x (N, D) is launched: by blocks of columns, and shares of rows unless it does it all."""
 
     def __init__(self, kernel: Kernel, x: Tensor, part: str) -> None:
-        name = configs.shape_class(kernel.variants, x, part)
-        self.fn, self.x, (N, D) = kernel.fn, x, x.shape
-        self.constants = dict(kernel.variants[name].constexprs)
-        config = config_for(kernel, name, x.device)
-        self.options = {**config.blocks, **config.options}
-        step, both = config.blocks["BLOCK_N"], part == "whole"
-        self.constants["HELD"] = both and step >= N
-        self.columns = triton.cdiv(D, config.blocks["BLOCK_D"])
-        most = 1 if both else max(1, 4 * sm_count(x.device) // self.columns)
+        name, (N, D) = configs.shape_class(kernel.variants, x, part), x.shape
+        constants = kernel.variants[name].constexprs
+        self.config = config_for(kernel, name, x.device)
+        step, both = self.config.blocks["BLOCK_N"], part == "whole"
+        self.phases = {"MEASURE": constants["MEASURE"], "APPLY": constants["APPLY"]}
+        self.phases["HELD"] = both and step >= N
+        columns = triton.cdiv(D, self.config.blocks["BLOCK_D"])
+        most = 1 if both else max(1, 4 * sm_count(x.device) // columns)
         self.share = triton.cdiv(triton.cdiv(N, most), step) * step
         self.shares = triton.cdiv(N, self.share)
-
-    def __call__(self, **given: Any) -> None:
-        (N, D), share = self.x.shape, self.share
-        with torch.cuda.device_of(self.x):
-            launch: Any = self.fn[self.columns, self.shares]
-            launch(N=N, D=D, share=share, **{**self.constants, **given}, **self.options)
+        self.grid = columns, self.shares
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -271,76 +266,85 @@ def _join(parts: Tensor, share: int, N: int, root: tuple[float, float] | None = 
     out, config = _floats(parts, 3, D), config_for(JOIN, "join", parts.device)
     eps, divisor = root or (0.0, 1.0)
     with torch.cuda.device_of(parts):
-        launch: Any = _join_kernel[(triton.cdiv(D, config.blocks["BLOCK_D"]),)]
-        launch(
-            parts, out, P, D, share, N, eps, divisor, ROOT=root is not None,
-            **config.blocks, **config.options,
-        )  # fmt: skip
+        _join_kernel[(triton.cdiv(D, config.blocks["BLOCK_D"]),)](
+            parts, out, P, D, share, N, eps, divisor, ROOT=root is not None, **config.arguments
+        )
     return out
 
 
-def _measured(z: Tensor) -> tuple[Tensor, int]:
+def _measure_shares(z: Tensor) -> tuple[Tensor, int]:
     """Each share's shift, rest and m2 (P, 3, D), and how many rows are a share."""
     launch = _Launch(FORWARD, z, "measure")
     parts = _floats(z, launch.shares, 3, z.shape[1])
-    launch(Z=z, PARTS=parts, z_row=z.stride(0), eps=0.0, divisor=1.0)
+    with torch.cuda.device_of(z):
+        _forward[launch.grid](
+            z, None, parts, None, None, None, None, *z.shape, z.stride(0), launch.share, 0.0, 1.0,
+            **launch.phases, **launch.config.arguments,
+        )  # fmt: skip
     return parts, launch.share
 
 
 def moments(z: Tensor) -> Tensor:
     """(3, D) of this rank's rows: shift and rest, together the mean, and sum_n (z - mean)^2."""
     z = rows_contiguous(z)
-    parts, share = _measured(z)
+    parts, share = _measure_shares(z)
     return parts[0] if len(parts) == 1 else _join(parts, share, len(z))
 
 
-def joined(parts: Tensor, rows: int) -> Tensor:
+def join(parts: Tensor, rows: int) -> Tensor:
     """`moments` (3, D) of all ranks together, from those of each, (W, 3, D), of `rows` rows."""
     return _join(parts.contiguous(), rows, rows * len(parts))
 
 
-def standardised(z: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
+def standardize(z: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
     """One process: (z - mean) / sqrt(var + eps), in z's dtype, and 1 / sqrt(var + eps)."""
     z, divisor = rows_contiguous(z), float(len(z) - int(unbiased))
     if _splits(FORWARD, z):
-        shift, rest, inv_std = _join(*_measured(z), len(z), (eps, divisor))
-        return _applied(z, shift, rest, inv_std, None), inv_std.clone()
+        shift, rest, inv_std = _join(*_measure_shares(z), len(z), (eps, divisor))
+        return _apply(z, shift, rest, inv_std, None), inv_std.clone()
     out, inv_std = _like(z), _floats(z, z.shape[1])
     launch = _Launch(FORWARD, z, "whole")
-    launch(Z=z, OUT=out, SCALE=inv_std, z_row=z.stride(0), eps=eps, divisor=divisor)
+    with torch.cuda.device_of(z):
+        _forward[launch.grid](
+            z, out, None, None, None, inv_std, None, *z.shape, z.stride(0), launch.share, eps,
+            divisor, **launch.phases, **launch.config.arguments,
+        )  # fmt: skip
     return out, inv_std
 
 
-def applied(
+def apply(
     z: Tensor, shift: Tensor, rest: Tensor, scale: Tensor, offset: Tensor | None = None
 ) -> Tensor:
     """(z - shift - rest) * scale + offset in z's dtype."""
-    return _applied(rows_contiguous(z), shift, rest, scale, offset)
+    return _apply(rows_contiguous(z), shift, rest, scale, offset)
 
 
-def _applied(
-    z: Tensor, shift: Tensor, rest: Tensor, scale: Tensor, offset: Tensor | None
-) -> Tensor:
-    out, columns = _like(z), {"SHIFT": shift, "REST": rest, "SCALE": scale}
-    columns |= {} if offset is None else {"OFFSET": offset}
-    columns = {name: x.contiguous() for name, x in columns.items()}
-    launch = _Launch(FORWARD, z, "apply" if offset is None else "affine")
-    launch(Z=z, OUT=out, z_row=z.stride(0), eps=0.0, divisor=1.0, **columns)
+def _apply(z: Tensor, shift: Tensor, rest: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    out, launch = _like(z), _Launch(FORWARD, z, "apply" if offset is None else "affine")
+    shift, rest, scale = (x.contiguous() for x in (shift, rest, scale))
+    offset = None if offset is None else offset.contiguous()
+    with torch.cuda.device_of(z):
+        _forward[launch.grid](
+            z, out, None, shift, rest, scale, offset, *z.shape, z.stride(0), launch.share, 0.0, 1.0,
+            **launch.phases, **launch.config.arguments,
+        )  # fmt: skip
     return out
 
 
-def _summed(grad: Tensor, out: Tensor) -> Tensor:
+def _sum(grad: Tensor, out: Tensor) -> Tensor:
     launch = _Launch(BACKWARD, out, "sums")
     parts = _floats(out, launch.shares, 2, out.shape[1])
-    launch(
-        G=grad, OUT=out, SUMS=parts, g_row=grad.stride(0), out_row=out.stride(0), divisor=1.0
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _backward[launch.grid](
+            grad, out, None, parts, None, None, None, *out.shape, grad.stride(0), out.stride(0),
+            launch.share, 1.0, **launch.phases, **launch.config.arguments,
+        )  # fmt: skip
     return parts.sum(0)
 
 
 def sums(grad: Tensor, out: Tensor) -> Tensor:
     """(2, D): the columns' sums of grad and of grad * out."""
-    return _summed(rows_contiguous(grad), rows_contiguous(out))
+    return _sum(rows_contiguous(grad), rows_contiguous(out))
 
 
 def column_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -349,16 +353,19 @@ def column_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gradient(grad: Tensor, out: Tensor, inv_std: Tensor, g_mean: Tensor, g_out: Tensor) -> Tensor:
-    """inv_std * (grad - g_mean - out * g_out): the gradient of `standardised`, in out's dtype."""
+    """inv_std * (grad - g_mean - out * g_out): the gradient of `standardized`, in out's dtype."""
     grad, out = rows_contiguous(grad), rows_contiguous(out)
     return _gradient(grad, out, inv_std, g_mean, g_out)
 
 
 def _gradient(grad: Tensor, out: Tensor, inv_std: Tensor, g_mean: Tensor, g_out: Tensor) -> Tensor:
-    dz, columns = _like(out), {"INV_STD": inv_std, "G_MEAN": g_mean, "G_OUT": g_out}
-    columns = {name: x.contiguous() for name, x in columns.items()}
-    launch, strides = _Launch(BACKWARD, out, "apply"), (grad.stride(0), out.stride(0))
-    launch(G=grad, OUT=out, DZ=dz, g_row=strides[0], out_row=strides[1], divisor=1.0, **columns)
+    dz, launch = _like(out), _Launch(BACKWARD, out, "apply")
+    inv_std, g_mean, g_out = (x.contiguous() for x in (inv_std, g_mean, g_out))
+    with torch.cuda.device_of(out):
+        _backward[launch.grid](
+            grad, out, dz, None, inv_std, g_mean, g_out, *out.shape, grad.stride(0), out.stride(0),
+            launch.share, 1.0, **launch.phases, **launch.config.arguments,
+        )  # fmt: skip
     return dz
 
 
@@ -366,67 +373,52 @@ def gradient_whole(grad: Tensor, out: Tensor, inv_std: Tensor, divisor: int) -> 
     """`gradient` in one process; divisor: that of the variance."""
     grad, out = rows_contiguous(grad), rows_contiguous(out)
     if _splits(BACKWARD, out):
-        g_sum, g_out = _summed(grad, out)
+        g_sum, g_out = _sum(grad, out)
         return _gradient(grad, out, inv_std, g_sum / len(out), g_out / divisor)
-    dz, strides = _like(out), (grad.stride(0), out.stride(0))
-    launch = _Launch(BACKWARD, out, "whole")
-    launch(
-        G=grad, OUT=out, DZ=dz, INV_STD=inv_std.contiguous(), g_row=strides[0], out_row=strides[1],
-        divisor=float(divisor),
-    )  # fmt: skip
+    dz, launch = _like(out), _Launch(BACKWARD, out, "whole")
+    with torch.cuda.device_of(out):
+        _backward[launch.grid](
+            grad, out, dz, None, inv_std.contiguous(), None, None, *out.shape, grad.stride(0),
+            out.stride(0), launch.share, float(divisor), **launch.phases, **launch.config.arguments,
+        )  # fmt: skip
     return dz
 
 
-Launch = Callable[[], Any]
-
-
-def _try_forward(dtype: str, part: str, config: Config, device: torch.device) -> Launch:
+def _try_forward(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     (z,) = configs.trial_rows(dtype, part, device)
-    column = torch.ones(z.shape[1], device=device)
-
-    def run() -> Any:
-        with forced(FORWARD.name, config):
-            if part == "measure":
-                shift, rest, m2 = moments(z)
-                return shift + rest, m2
-            if part in configs.PHASES:
-                return applied(z, column, column, column, column if part == "affine" else None)
-            return standardised(z, 1e-5, False)
-
-    return run
+    column, run = torch.ones(z.shape[1], device=device), partial(launcher, FORWARD.name, config)
+    if part == "measure":
+        return run(lambda: [(x := moments(z))[0] + x[1], x[2]])
+    if part in configs.PHASES:
+        return run(apply, z, column, column, column, column if part == "affine" else None)
+    return run(standardize, z, 1e-5, False)
 
 
-def _try_backward(dtype: str, part: str, config: Config, device: torch.device) -> Launch:
+def _try_backward(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     grad, out = configs.trial_rows(dtype, part, device, 2)
-    column = torch.ones(out.shape[1], device=device)
-
-    def run() -> Any:
-        with forced(BACKWARD.name, config):
-            if part == "sums":
-                return sums(grad, out)
-            if part == "apply":
-                return gradient(grad, out, column, column, column)
-            return gradient_whole(grad, out, column, 10 * len(out))
-
-    return run
+    column, run = torch.ones(out.shape[1], device=device), partial(launcher, BACKWARD.name, config)
+    if part == "sums":
+        return run(sums, grad, out)
+    if part == "apply":
+        return run(gradient, grad, out, column, column, column)
+    return run(gradient_whole, grad, out, column, 10 * len(out))
 
 
-def _try_join(config: Config, device: torch.device) -> Launch:
+def _try_join(config: Config, device: torch.device) -> Any:
     generator = torch.Generator(device).manual_seed(0)
     parts = torch.rand(16, 3, configs.TRIAL[1], generator=generator, device=device)
 
-    def run() -> Any:
-        with forced(JOIN.name, config):
-            shift, rest, inv_std = _join(parts, 64, 1000, (1e-5, 1000.0))
+    def run() -> tuple[Tensor, Tensor]:
+        shift, rest, inv_std = _join(parts, 64, 1000, (1e-5, 1000.0))
         return shift + rest, inv_std
 
-    return run
+    return launcher(JOIN.name, config, run)
 
 
 def _registered(name: str, fn: Any, parts: Any, trial: Any) -> Kernel:
-    return register(Kernel(f"standardise_{name}", fn, configs.variants(fn, parts, trial)))
+    return register(Kernel(f"standardize_{name}", fn, configs.variants(fn, parts, trial)))
 
 
 FORWARD = _registered("forward", _forward, configs.FORWARD, _try_forward)
 BACKWARD = _registered("backward", _backward, configs.BACKWARD, _try_backward)
-JOIN = register(Kernel("standardise_join", _join_kernel, configs.join_variants(_try_join)))
+JOIN = register(Kernel("standardize_join", _join_kernel, configs.join_variants(_try_join)))

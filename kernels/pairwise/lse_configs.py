@@ -1,7 +1,8 @@
 """The shape classes of the pairwise log-sum-exp kernels, and what is worth trying in each.
 
-16-bit inputs come in classes of D.  Up to 256 features a tile holds them all (WHOLE), so that a
-tile of y is read once for both products of the backward; above, and in 32 bits, D goes by chunks.
+16-bit inputs come in classes of D.  Up to 256 features a tile holds them all (FITS_BLOCK), so
+that a tile of y is read once for both products of the backward; above, and in 32 bits, D goes by
+chunks.
 The forward has a class with a mask and one without, the backward one for the sides it takes.
 Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.py).
 """
@@ -38,7 +39,7 @@ BACKWARD = {
     "float32": [(64, 16, 4, 2), (32, 32, 4, 2)],
     "tf32": [(64, 32, 8, 2), (64, 64, 8, 2)],
 }
-WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the WHOLE classes: the most features, BLOCK_D
+WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the FITS_BLOCK classes: the most features, BLOCK_D
 CHUNKS = {"long": (64, 256), "float32": (16, 128), "tf32": (32, 128)}  # BLOCK_D, BLOCK_O
 TRITON = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
 CLASSES = [(dtype, width) for dtype in ("bfloat16", "float16") for width in (*FORWARD,)[:4]]
@@ -56,11 +57,11 @@ PLAIN = {"RULES": (), "PLACES": (), "X_IDS": None, "Y_IDS": None}
 
 # "x" stands for the inputs' type.  Sizes and strides are taken to be divisible by 16.
 SIZES = {key: "i32:16" for key in ("M", "N", "D", "x_row", "y_row")}
-FLOATS = ("SCALE", "BIAS", "STATS", "X_SIDE", "Y_SIDE", "UNIT", "OUT", "SUMS")
+FLOATS = ("SCALE", "BIAS", "STATS", "X_SIDE", "Y_SIDE", "FP16_SCALE", "OUT", "SUMS")
 TYPES = {"X": "x", "Y": "x", "X_IDS": "*i64:16", "Y_IDS": "*i64:16", **SIZES}
 TYPES |= {key: "*fp32:16" for key in FLOATS}
 FORWARD_NAMES = ("X", "Y", "SCALE", "BIAS", "X_IDS", "Y_IDS", "STATS", *SIZES)
-BACKWARD_NAMES = (*FORWARD_NAMES[:6], "X_SIDE", "Y_SIDE", "UNIT", "OUT", "SUMS", *SIZES)
+BACKWARD_NAMES = (*FORWARD_NAMES[:6], "X_SIDE", "Y_SIDE", "FP16_SCALE", "OUT", "SUMS", *SIZES)
 
 Launch = Callable[..., Any]
 
@@ -81,7 +82,7 @@ def shape_class(x: Tensor, part: str) -> str:
 
 
 def forward_variants(launch: Launch) -> dict[str, Variant]:
-    """The classes of the forward.  launch: (pairs, flip, (name, config))."""
+    """The classes of the forward.  launch: (pairs, transposed, (name, config))."""
     found = {}
     for dtype, width in CLASSES:
         for part in FORWARD_PARTS:
@@ -95,7 +96,7 @@ def forward_variants(launch: Launch) -> dict[str, Variant]:
 def backward_variants(launch: Launch, forward: Launch) -> dict[str, Variant]:
     """The classes of the backward.
 
-    launch: (pairs, sides, flip, sums, (name, config)).  forward: that of the forward.
+    launch: (pairs, sides, transposed, sums, (name, config)).  forward: that of the forward.
     """
     found = {}
     for dtype, width in CLASSES:
@@ -103,7 +104,7 @@ def backward_variants(launch: Launch, forward: Launch) -> dict[str, Variant]:
             name, constants = _name(dtype, width, part), _constants(dtype, width, part)
             absent = {"rows": ["Y_SIDE"], "cols": ["X_SIDE"]}.get(part, [])
             absent += [] if part == "full" else ["SUMS"]
-            absent += [] if dtype == "float16" else ["UNIT"]
+            absent += [] if dtype == "float16" else ["FP16_SCALE"]
             constants |= dict.fromkeys(absent)
             trial = partial(_try_backward, launch, forward, name)
             found[name] = _variant(name, BACKWARD_NAMES, constants, BACKWARD, trial)
@@ -115,8 +116,8 @@ def _name(dtype: str, width: str, part: str) -> str:
 
 
 def _constants(dtype: str, width: str, part: str) -> dict[str, Any]:
-    found = {"WHOLE": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-    found["VECTOR"], found["FLIP"] = part == "full", part in ("cols", "full")
+    found = {"FITS_BLOCK": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    found["VECTOR"], found["TRANSPOSED"] = part == "full", part in ("cols", "full")
     found |= MASKED if part in ("masked", "both", "full") else PLAIN
     return found if part == "full" else {**found, "BIAS": None}
 
@@ -157,8 +158,8 @@ def _pairs(name: str, device: torch.device) -> Pairs:
 
 
 def _try_forward(launch: Launch, name: str, config: Config, device: torch.device) -> Launch:
-    pairs, flip = _pairs(name, device), name.endswith("full")
-    return lambda: launch(pairs, flip, (name, config))
+    pairs, transposed = _pairs(name, device), name.endswith("full")
+    return lambda: launch(pairs, transposed, (name, config))
 
 
 def _try_backward(
@@ -170,6 +171,6 @@ def _try_backward(
     cols = {"both": rows, "rows": None}.get(part, rows)
     if part in ("cols", "full"):
         cols = weights(forward(pairs, True), grad)
-    flip = part in ("cols", "full")
-    made = lambda: launch(pairs, [rows, cols], flip, part == "full", (name, config))  # noqa: E731
+    transposed = part in ("cols", "full")
+    made = lambda: launch(pairs, [rows, cols], transposed, part == "full", (name, config))  # noqa: E731
     return lambda: [x for x in made() if x is not None]

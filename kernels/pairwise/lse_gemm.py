@@ -3,15 +3,19 @@
 A strip of rows meets the keys a block at a time:
 
     S = X_i Y_j^T            cuBLAS, float32, a block of at most BLOCK_BYTES: it stays in L2
-    forward    _summarise    reads S once: maxima and sums of its rows and of its columns
+    forward    _summarize    reads S once: maxima and sums of its rows and of its columns
     backward   _weigh        reads S once, writes W in the inputs' dtype (and sums of its columns)
                dq_i += W Y_j     dk_j += W^T X_i
 
 Units of 2 M N D operations: 1 forward, 3 backward, for rows and columns together.  When q is k only
 blocks on and above the diagonal are computed: half of that.  No atomics: the same bits each run.
-W is rounded to the inputs' dtype; in float16 it is divided by UNIT first.
+W is rounded to the inputs' dtype; in float16 it is divided by FP16_SCALE first.
 Memory: a block of S and of W, one strip's sums of columns, gradients in float32.
 """
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# Triton states the types of its functions for its own compiler.
 
 import math
 from collections.abc import Iterator
@@ -22,20 +26,21 @@ import torch
 from torch import Tensor
 
 from ..common.chunks import spans
+from ..common.launch import dtype_name
 from ..common.matmul import product
 from ..common.triton import tl, triton
 from ..common.tuning import Config, Kernel, Variant, config_for, forced, register
 from .lse_torch import Grads, Pairs
-from .masks import Masks, decode, exclude_self
-from .scores_triton import LEAST, join, log_sum, scored, unit, weighed, weights
+from .masks import Masks, exclude_self, triton_rules
+from .scores_triton import LEAST, fp16_scale, join, log_sum, scored, weighed, weights
 
-__all__ = ["SUMMARISE", "WEIGH", "gradients", "join", "log_sum", "statistics", "weights"]
+__all__ = ["SUMMARIZE", "WEIGH", "gradients", "join", "log_sum", "statistics", "weights"]
 
 BLOCK_BYTES = 1 << 25  # of S: with W, an H200's L2 holds it
 
 
 @triton.jit
-def _summarise(
+def _summarize(
     S, SCALE, BIAS, ROW_IDS, COL_IDS, ROWS, COLS, i0, j0, R, C, M, N, width,
     RULES: tl.constexpr, PLACES: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -62,7 +67,7 @@ def _summarise(
 
 @triton.jit
 def _weigh(
-    S, SCALE, BIAS, ROW_IDS, COL_IDS, ROW_SIDE, COL_SIDE, UNIT, W, SUMS, i0, j0, R, C, M, N,
+    S, SCALE, BIAS, ROW_IDS, COL_IDS, ROW_SIDE, COL_SIDE, FP16_SCALE, W, SUMS, i0, j0, R, C, M, N,
     RULES: tl.constexpr, PLACES: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +84,8 @@ def _weigh(
     w = weighed(s, x, y, ROW_SIDE, COL_SIDE, M, N)
     if SUMS is not None:
         tl.store(SUMS + tl.program_id(0).to(tl.int64) * C + j, tl.sum(w, 0), j < C)
-    if UNIT is not None:
-        w *= 1 / tl.load(UNIT)
+    if FP16_SCALE is not None:
+        w *= 1 / tl.load(FP16_SCALE)
     tl.store(W + at, w.to(W.dtype.element_ty), inside)
 
 
@@ -95,33 +100,23 @@ def _strips(pairs: Pairs) -> Iterator[tuple[slice, list[slice]]]:
         yield i, [i, *rest] if pairs.same else rest
 
 
-class _Launcher:
-    """The arguments both kernels have."""
+class _Pass:
+    """What the two kernels share: the configuration, the first and the last of their arguments."""
 
     def __init__(self, kernel: Kernel, pairs: Pairs) -> None:
         plain = pairs.bias is None and pairs.scale.ndim == 0
-        dtype = str(pairs.q.dtype).removeprefix("torch.")
-        self.config = config_for(kernel, f"{dtype}-{'plain' if plain else 'full'}", pairs.q.device)
-        self.kernel, rules = kernel, decode(pairs.mask)
-        bias = None if pairs.bias is None else pairs.bias.float().contiguous()
+        part = "plain" if plain else "full"
+        self.config = config_for(kernel, f"{dtype_name(pairs.q)}-{part}", pairs.q.device)
         self.scale = pairs.scale.float().contiguous()
-        self.arguments = {
-            **{"SCALE": self.scale, "BIAS": bias, "M": len(pairs.q), "N": len(pairs.k)},
-            **{"ROW_IDS": pairs.row_ids, "COL_IDS": pairs.col_ids, **self.config.options},
-            **{"RULES": tuple(rule.triton for rule in rules[0]), "PLACES": rules[1]},
-            **{"VECTOR": pairs.scale.ndim == 1, **self.config.blocks},
-        }
+        bias = None if pairs.bias is None else pairs.bias.float().contiguous()
+        self.scoring = self.scale, bias, pairs.row_ids, pairs.col_ids
+        rules, places = triton_rules(pairs.mask)
+        self.constants = {"RULES": rules, "PLACES": places, "VECTOR": pairs.scale.ndim == 1}
 
     def blocks(self, R: int, C: int) -> tuple[int, int]:
         """Blocks of a block's rows and columns."""
         sizes = self.config.blocks
         return triton.cdiv(R, sizes["BLOCK_M"]), triton.cdiv(C, sizes["BLOCK_N"])
-
-    def __call__(self, s: Tensor, i: slice, j: slice, **arguments: Any) -> None:
-        R, C = s.shape
-        with torch.cuda.device_of(s):
-            launch: Any = self.kernel.fn[self.blocks(R, C)]
-            launch(S=s, i0=i.start, j0=j.start, R=R, C=C, **arguments, **self.arguments)
 
 
 def _folded(parts: Tensor) -> Tensor:
@@ -132,13 +127,13 @@ def _folded(parts: Tensor) -> Tensor:
 
 def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
     """As lse_torch.statistics, in log2 units."""
-    launch, N = _Launcher(SUMMARISE, pairs), len(pairs.k)
-    rows = _none(len(pairs.q), launch.scale)
-    cols = rows if pairs.same else _none(N if both else 0, launch.scale)
+    summary, M, N = _Pass(SUMMARIZE, pairs), len(pairs.q), len(pairs.k)
+    rows = _none(M, summary.scale)
+    cols = rows if pairs.same else _none(N if both else 0, summary.scale)
     for i, keys in _strips(pairs):
         R = i.stop - i.start
         first = i.stop if pairs.same else 0  # columns whose sums this strip adds to
-        counts = [launch.blocks(R, j.stop - j.start) for j in keys]
+        counts = [summary.blocks(R, j.stop - j.start) for j in keys]
         row_parts = rows.new_empty(sum(n for _, n in counts), 2, R)
         col_parts = rows.new_empty(counts[0][0], 2, max(cols.shape[1] - first, 0))
         at = 0
@@ -146,7 +141,11 @@ def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
             mirrored = col_parts.numel() > 0 and j.start >= first
             seen = col_parts[:, :, j.start - first :] if mirrored else None
             s = product(pairs.q[i], pairs.k[j].T)
-            launch(s, i, j, ROWS=row_parts[at : at + n], COLS=seen, width=col_parts.shape[2])
+            with torch.cuda.device_of(s):
+                _summarize[summary.blocks(*s.shape)](
+                    s, *summary.scoring, row_parts[at : at + n], seen, i.start, j.start, *s.shape,
+                    M, N, col_parts.shape[2], **summary.constants, **summary.config.arguments,
+                )  # fmt: skip
             at += n
         rows[:, i] = join(rows[:, i], _folded(row_parts))
         if col_parts.numel():
@@ -167,22 +166,26 @@ def gradients(
     pairs: Pairs, rows: Tensor | None, cols: Tensor | None, need: tuple[bool, bool, bool, bool]
 ) -> Grads:
     """As lse_torch.gradients."""
-    launch, (q, k, scale, *_), same = _Launcher(WEIGH, pairs), pairs, pairs.same
+    weighing, (q, k, scale, *_), same = _Pass(WEIGH, pairs), pairs, pairs.same
     cols = rows if same else cols
     need_q, need_k, need_scale, need_bias = need
-    by_row = launch.scale[:, None] if scale.ndim else launch.scale
-    one = launch.scale.new_ones(())
-    factor = unit([rows, cols], one) if q.dtype == torch.float16 else None
-    u = launch.scale.new_zeros(q.shape if need_q or need_scale or same else 0)
-    dk = launch.scale.new_zeros(k.shape if need_k and not same else 0)
-    dbias = launch.scale.new_zeros(len(k) if need_bias else 0)
+    by_row = weighing.scale[:, None] if scale.ndim else weighing.scale
+    one = weighing.scale.new_ones(())
+    factor = fp16_scale([rows, cols], one) if q.dtype == torch.float16 else None
+    u = weighing.scale.new_zeros(q.shape if need_q or need_scale or same else 0)
+    dk = weighing.scale.new_zeros(k.shape if need_k and not same else 0)
+    dbias = weighing.scale.new_zeros(len(k) if need_bias else 0)
     for i, keys in _strips(pairs):
         x = (q[i] * scale[i, None]).to(q.dtype) if scale.ndim and dk.numel() else q[i]
         for j in keys:
             s = product(q[i], k[j].T)
             w = torch.empty_like(s, dtype=q.dtype)
-            sums = s.new_empty(launch.blocks(*s.shape)[0], s.shape[1]) if need_bias else None
-            launch(s, i, j, ROW_SIDE=rows, COL_SIDE=cols, UNIT=factor, W=w, SUMS=sums)
+            sums = s.new_empty(weighing.blocks(*s.shape)[0], s.shape[1]) if need_bias else None
+            with torch.cuda.device_of(s):
+                _weigh[weighing.blocks(*s.shape)](
+                    s, *weighing.scoring, rows, cols, factor, w, sums, i.start, j.start, *s.shape,
+                    len(q), len(k), **weighing.constants, **weighing.config.arguments,
+                )  # fmt: skip
             if u.numel():
                 u[i] += product(w, k[j])
             if same and i != j:
@@ -193,7 +196,7 @@ def gradients(
                 dbias[j] += sums.sum(0)
     if factor is not None:
         u, dk = u * factor, dk * factor
-    dscale = launch.scale.new_empty(0)
+    dscale = weighing.scale.new_empty(0)
     if need_scale:
         dscale = (q * u).sum(1)
         # Of symmetric scores each pair stands in u twice, once from either side.
@@ -207,7 +210,7 @@ CONFIGS = [(32, 128, 4), (64, 64, 8), (32, 256, 8), (64, 128, 8)]
 SIZES = {key: "i32:16" for key in ("i0", "j0", "R", "C", "M", "N", "width")}
 PLAIN = {"BIAS": None, "RULES": (), "PLACES": (), "ROW_IDS": None, "COL_IDS": None, "VECTOR": False}
 FULL = {"RULES": (exclude_self.triton,), "PLACES": (0,), "VECTOR": True}
-FLOATS = ("S", "SCALE", "BIAS", "ROWS", "COLS", "ROW_SIDE", "COL_SIDE", "UNIT", "SUMS")
+FLOATS = ("S", "SCALE", "BIAS", "ROWS", "COLS", "ROW_SIDE", "COL_SIDE", "FP16_SCALE", "SUMS")
 TYPES = {**SIZES, **{key: "*fp32:16" for key in FLOATS}, "ROW_IDS": "*i64:16", "COL_IDS": "*i64:16"}
 
 
@@ -216,7 +219,7 @@ def _variants(fn: Any, kernel: str) -> dict[str, Variant]:
     found = {}
     for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
         for part, constants in (("plain", PLAIN), ("full", FULL)):
-            absent = {} if dtype == "float16" else {"UNIT": None}
+            absent = {} if dtype == "float16" else {"FP16_SCALE": None}
             absent |= {"SUMS": None} if part == "plain" else {}
             names = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
             given = {n: TYPES.get(n, f"*{short}:16") for n in names if n not in absent}
@@ -241,7 +244,7 @@ def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.devic
 
     def launch() -> Any:
         with forced(kernel, config):
-            if kernel == SUMMARISE.name:
+            if kernel == SUMMARIZE.name:
                 return statistics(pairs, True)
             found = gradients(pairs, sides[0], sides[1], (True, True, True, part == "full"))
             return [x for x in found if x.numel()]
@@ -249,7 +252,7 @@ def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.devic
     return launch
 
 
-SUMMARISE = register(
-    Kernel("pairwise_summarise", _summarise, _variants(_summarise, "pairwise_summarise"))
+SUMMARIZE = register(
+    Kernel("pairwise_summarize", _summarize, _variants(_summarize, "pairwise_summarize"))
 )
 WEIGH = register(Kernel("pairwise_weigh", _weigh, _variants(_weigh, "pairwise_weigh")))

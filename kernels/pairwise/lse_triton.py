@@ -1,20 +1,26 @@
 """Pairwise log-sum-exps in Triton, fully fused: the schedule for small D and for float32.
 
 A program keeps BLOCK_M rows of x and streams y: with x = q, y = k it makes what belongs to rows,
-with FLIP, x = k, y = q, what belongs to columns.
+with TRANSPOSED, x = k, y = q, what belongs to columns.
 
     forward    m_i, l_i of its rows                       1 unit of 2 M N D operations a side
     backward   u_i = sum_j W_ij y_j, and sum_j W_ij       2 units a side; 2 in all when q is k
-               (FLIP: W_ij scale_j y_j with a scale for each row)
+               (TRANSPOSED: W_ij scale_j y_j with a scale for each row)
 
 Each further BLOCK_O columns of D cost one unit more in the backward, since a program keeps no more
 of u in registers and computes the scores again.  No atomics: the same bits each run.  W is rounded
-to the inputs' dtype for its product; float16 has too little range, so there it is divided by UNIT.
+to the inputs' dtype for its product; float16 has too little range, so there W is divided by
+FP16_SCALE first.
 Traffic: x once, y once for each row of tiles, mostly from L2.  In place: nothing.
 Row indices are int64, as row * stride passes 2**31.  Scores and statistics: scores_triton.py.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# Triton states the types of its functions for its own compiler.
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,8 +30,8 @@ from ..common.triton import dot, precision, rows_contiguous, tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
 from .lse_configs import backward_variants, forward_variants, shape_class
 from .lse_torch import Grads, Pairs
-from .masks import decode
-from .scores_triton import LEAST, join, log_sum, product, scored, unit, weighed, weights
+from .masks import triton_rules
+from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed, weights
 
 __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
 
@@ -33,8 +39,8 @@ __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"
 @triton.jit
 def _fwd(
     X, Y, SCALE, BIAS, X_IDS, Y_IDS, STATS, M, N, D, x_row, y_row,
-    RULES: tl.constexpr, PLACES: tl.constexpr, FLIP: tl.constexpr, VECTOR: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
+    FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -48,14 +54,14 @@ def _fwd(
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
-        if WHOLE:
+        if FITS_BLOCK:
             y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
             s = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
             s = product(X, Yt, d, ok, D, PRECISION)
         s = scored(
             s, here, there, ok[None, :], SCALE, BIAS, X_IDS, Y_IDS, M, N,
-            RULES, PLACES, FLIP, VECTOR,
+            RULES, PLACES, TRANSPOSED, VECTOR,
         )  # fmt: skip
         peak = tl.maximum(m, tl.max(s, 1))
         total = total * tl.exp2(m - peak) + tl.sum(tl.exp2(s - peak[:, None]), 1)
@@ -66,9 +72,9 @@ def _fwd(
 
 @triton.jit
 def _bwd(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, X_SIDE, Y_SIDE, UNIT, OUT, SUMS, M, N, D, x_row, y_row,
-    RULES: tl.constexpr, PLACES: tl.constexpr, FLIP: tl.constexpr, VECTOR: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, X_SIDE, Y_SIDE, FP16_SCALE, OUT, SUMS, M, N, D, x_row, y_row,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
+    FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,7 +89,7 @@ def _bwd(
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
-        if WHOLE:
+        if FITS_BLOCK:
             y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
             s = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
@@ -91,18 +97,18 @@ def _bwd(
             y = tl.load(Yt + o, ok[:, None] & (o < D), 0.0)
         s = scored(
             s, here, there, ok[None, :], SCALE, BIAS, X_IDS, Y_IDS, M, N,
-            RULES, PLACES, FLIP, VECTOR,
+            RULES, PLACES, TRANSPOSED, VECTOR,
         )  # fmt: skip
         w = weighed(s, here, there, X_SIDE, Y_SIDE, M, N)
         if SUMS is not None:
             sums += tl.sum(w, 1)
-        if UNIT is not None:
-            w *= 1 / tl.load(UNIT)
-        if FLIP and VECTOR:
+        if FP16_SCALE is not None:
+            w *= 1 / tl.load(FP16_SCALE)
+        if TRANSPOSED and VECTOR:
             w *= tl.load(SCALE + there)[None, :]
         u = dot(w.to(y.dtype), y, u, PRECISION)
-    if UNIT is not None:
-        u *= tl.load(UNIT)
+    if FP16_SCALE is not None:
+        u *= tl.load(FP16_SCALE)
     tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if SUMS is not None:
         tl.store(SUMS + row, sums, row < M)
@@ -117,30 +123,19 @@ def choose(kernel: Kernel, x: Tensor, part: str) -> Choice:
     return name, config_for(kernel, name, x.device)
 
 
-def _constants(kernel: Kernel, choice: Choice, pairs: Pairs, flip: bool) -> dict[str, Any]:
-    """Every constexpr argument of the launch, and its compiler options."""
-    config, rules = choice[1], decode(pairs.mask)
-    given = kernel.variants[choice[0]].constexprs
-    found: dict[str, Any] = {**config.blocks, **config.options}
-    found["RULES"], found["PLACES"] = tuple(rule.triton for rule in rules[0]), rules[1]
-    found["FLIP"], found["VECTOR"] = flip, pairs.scale.ndim == 1
-    found["WHOLE"] = given["WHOLE"] and pairs.q.shape[1] <= config.blocks["BLOCK_D"]
-    found["PRECISION"] = precision(given["PRECISION"])
-    return found
+def _fits_block(constants: Mapping[str, Any], config: Config, D: int) -> bool:
+    """Whether one block holds all features of a row."""
+    return constants["FITS_BLOCK"] and D <= config.blocks["BLOCK_D"]
 
 
-def _operands(pairs: Pairs, flip: bool) -> dict[str, Any]:
-    """The kernels' arguments that both have."""
+def _operands(pairs: Pairs, transposed: bool) -> tuple[Any, ...]:
+    """The kernels' first arguments: x, y, scale and bias in float32, and the ids of x and y."""
     x, y = rows_contiguous(pairs.q), rows_contiguous(pairs.k)
     ids = pairs.row_ids, pairs.col_ids
-    if flip:
+    if transposed:
         (x, y), ids = (y, x), ids[::-1]
     scale, bias = pairs.scale.float().contiguous(), pairs.bias
-    bias = None if bias is None else bias.float().contiguous()
-    return {
-        **{"X": x, "Y": y, "SCALE": scale, "BIAS": bias, "X_IDS": ids[0], "Y_IDS": ids[1]},
-        **{"M": len(x), "N": len(y), "D": x.shape[1], "x_row": x.stride(0), "y_row": y.stride(0)},
-    }
+    return x, y, scale, None if bias is None else bias.float().contiguous(), *ids
 
 
 def _part(pairs: Pairs) -> str:
@@ -149,44 +144,53 @@ def _part(pairs: Pairs) -> str:
     return "full" if not plain else "masked" if pairs.mask else "all"
 
 
-def forward(pairs: Pairs, flip: bool = False, choice: Choice | None = None) -> Tensor:
-    """Statistics (2, M) of the rows of q, or with flip of k."""
-    operands = _operands(pairs, flip)
-    M, choice = operands["M"], choice or choose(FWD, pairs.q, _part(pairs))
-    out = torch.empty(2, M, dtype=torch.float32, device=pairs.q.device)
+def forward(pairs: Pairs, transposed: bool = False, choice: Choice | None = None) -> Tensor:
+    """Statistics (2, M) of the rows of q, or with transposed of k."""
+    x, y, scale, *rest = _operands(pairs, transposed)
+    name, config = choice or choose(FWD, pairs.q, _part(pairs))
+    constants, (rules, places) = FWD.variants[name].constexprs, triton_rules(pairs.mask)
+    (M, D), N = x.shape, len(y)
+    out = torch.empty(2, M, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(out):
-        launch: Any = _fwd[(triton.cdiv(M, choice[1].blocks["BLOCK_M"]),)]
-        launch(**operands, STATS=out, **_constants(FWD, choice, pairs, flip))
+        _fwd[(triton.cdiv(M, config.blocks["BLOCK_M"]),)](
+            x, y, scale, *rest, out, M, N, D, x.stride(0), y.stride(0),
+            RULES=rules, PLACES=places, TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
+            FITS_BLOCK=_fits_block(constants, config, D),
+            PRECISION=precision(constants["PRECISION"]), **config.arguments,
+        )  # fmt: skip
     return out
 
 
 def backward(
     pairs: Pairs,
     sides: list[Tensor | None],
-    flip: bool = False,
+    transposed: bool = False,
     sums: bool = False,
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """u (M, D) of q, or with flip of k, and sum_j W_ij (M,), both float32.
+    """u (M, D) of q, or with transposed of k, and sum_j W_ij (M,), both float32.
 
     sides: the `weights` of q's rows and of k's, None for a side without upstream gradient.
     """
-    operands = _operands(pairs, flip)
-    x, M, D = operands["X"], operands["M"], operands["D"]
+    x, y, scale, *rest = _operands(pairs, transposed)
     one_sided = any(side is None for side in sides)
-    part = "both" if pairs.same else "full" if not one_sided else "cols" if flip else "rows"
-    choice = choice or choose(BWD, pairs.q, part)
-    constants = _constants(BWD, choice, pairs, flip)
-    vector = flip and pairs.scale.ndim == 1
-    factor = operands["SCALE"] if vector else x.new_ones((), dtype=torch.float32)
+    part = "both" if pairs.same else "full" if not one_sided else "cols" if transposed else "rows"
+    name, config = choice or choose(BWD, pairs.q, part)
+    constants, (rules, places) = BWD.variants[name].constexprs, triton_rules(pairs.mask)
+    (M, D), N, blocks = x.shape, len(y), config.blocks
+    by_column = transposed and scale.ndim == 1
+    factor = scale if by_column else x.new_ones((), dtype=torch.float32)
     out = torch.empty(M, D, dtype=torch.float32, device=x.device)
     total = out.new_empty(M) if sums else None
-    rows, cols = sides[::-1] if flip else sides
-    largest = unit(sides, factor) if x.dtype == torch.float16 else None
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(D, constants["BLOCK_O"]))
+    x_side, y_side = sides[::-1] if transposed else sides
+    largest = fp16_scale(sides, factor) if x.dtype == torch.float16 else None
     with torch.cuda.device_of(out):
-        launch: Any = _bwd[grid]
-        launch(**operands, X_SIDE=rows, Y_SIDE=cols, UNIT=largest, OUT=out, SUMS=total, **constants)
+        _bwd[triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])](
+            x, y, scale, *rest, x_side, y_side, largest, out, total, M, N, D, x.stride(0),
+            y.stride(0), RULES=rules, PLACES=places, TRANSPOSED=transposed,
+            VECTOR=scale.ndim == 1, FITS_BLOCK=_fits_block(constants, config, D),
+            PRECISION=precision(constants["PRECISION"]), **config.arguments,
+        )  # fmt: skip
     return out, total
 
 
@@ -195,7 +199,7 @@ def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
     rows = forward(pairs)
     if not both:
         return rows, rows.new_empty(2, 0)
-    return rows, rows.clone() if pairs.same else forward(pairs, flip=True)
+    return rows, rows.clone() if pairs.same else forward(pairs, transposed=True)
 
 
 def gradients(
@@ -215,7 +219,7 @@ def gradients(
             dscale = dscale if scale.ndim else dscale.sum() / (2 if pairs.same else 1)
         dq = u * by_row if need_q or pairs.same else None
     if (need_k and not pairs.same) or need_bias:
-        dk, dbias = backward(pairs, sides, flip=True, sums=need_bias)
+        dk, dbias = backward(pairs, sides, transposed=True, sums=need_bias)
         dk = dk if scale.ndim else dk.mul_(scale)
     wanted = dq, dk if need_k else None, dscale, dbias
     return Grads(*(scale.new_empty(0) if g is None else g for g in wanted))

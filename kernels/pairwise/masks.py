@@ -174,6 +174,12 @@ def decode(key: str) -> tuple[tuple[PairMask, ...], tuple[int, ...]]:
     return tuple(_rules[name] for name, _, _ in parts), tuple(int(at) for _, _, at in parts)
 
 
+def triton_rules(key: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """RULES and PLACES of a `Masks.key`, as the Triton kernels take them."""
+    rules, places = decode(key)
+    return tuple(rule.triton for rule in rules), places
+
+
 def as_masks(mask: PairMask | Masks | None) -> Masks:
     """A rule by itself judges positions; None keeps every pair.
 

@@ -30,10 +30,13 @@ def different_group(rows, cols):
 
 
 @triton.jit
-def kept(x, y, X_IDS, Y_IDS, M, N, RULES: tl.constexpr, PLACES: tl.constexpr, FLIP: tl.constexpr):
+def kept(
+    x, y, X_IDS, Y_IDS, M, N,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
     """Which pairs of positions x (R,) < M and y (C,) < N are kept: (R, C) bool.
 
-    X_IDS, Y_IDS point to (P, M) and (P, N) ids.  FLIP: x are the columns, and y the rows.
+    X_IDS, Y_IDS point to (P, M) and (P, N) ids.  TRANSPOSED: x are the columns, and y the rows.
     """
     keep = tl.full((x.shape[0], y.shape[0]), True, tl.int1)
     for t in tl.static_range(len(RULES)):  # pyright: ignore
@@ -41,7 +44,7 @@ def kept(x, y, X_IDS, Y_IDS, M, N, RULES: tl.constexpr, PLACES: tl.constexpr, FL
             i, j = x.to(tl.int32), y.to(tl.int32)
         else:
             i, j = tl.load(X_IDS + PLACES[t] * M + x), tl.load(Y_IDS + PLACES[t] * N + y)
-        if FLIP:
+        if TRANSPOSED:
             keep = keep & RULES[t](j[None, :], i[:, None])
         else:
             keep = keep & RULES[t](i[:, None], j[None, :])

@@ -3,7 +3,7 @@
     s_ij = log2(e) (scale_i q_i . k_j + bias_j)        log2 units, for exp2; -inf: a dropped pair
     stats (2, M): m_i and l_i = sum_j 2^(s_ij - m_i)    lse_i = ln2 m_i + ln l_i
 
-A kernel sees x, y: rows and columns, or with FLIP columns and rows.  Capitals are pointers.
+A kernel sees x, y: rows and columns, or with TRANSPOSED columns and rows.  Capitals are pointers.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def product(X, Y, d, cols_ok, D, PRECISION: tl.constexpr):
 @triton.jit
 def scored(
     s, x, y, ok, SCALE, BIAS, X_IDS, Y_IDS, M, N,
-    RULES: tl.constexpr, PLACES: tl.constexpr, FLIP: tl.constexpr, VECTOR: tl.constexpr,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The scores of products s (R, C) at positions x (R,) < M and y (C,) < N.
 
@@ -42,17 +42,17 @@ def scored(
     """
     if not VECTOR:
         s *= tl.load(SCALE) * LOG2_E
-    elif FLIP:
+    elif TRANSPOSED:
         s *= (tl.load(SCALE + y) * LOG2_E)[None, :]
     else:
         s *= (tl.load(SCALE + x) * LOG2_E)[:, None]
     if BIAS is not None:
-        if FLIP:
+        if TRANSPOSED:
             s += (tl.load(BIAS + x) * LOG2_E)[:, None]
         else:
             s += (tl.load(BIAS + y) * LOG2_E)[None, :]
     if len(RULES) > 0:  # pyright: ignore[reportArgumentType]
-        ok = ok & kept(x, y, X_IDS, Y_IDS, M, N, RULES, PLACES, FLIP)
+        ok = ok & kept(x, y, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
     return tl.where(ok, s, -float("inf"))
 
 
@@ -86,7 +86,7 @@ def weights(stats: Tensor, grad: Tensor) -> Tensor:
     return torch.stack([m, torch.where(total == 0, 0, grad.float() / total)])
 
 
-def unit(sides: list[Tensor | None], factor: Tensor) -> Tensor:
+def fp16_scale(sides: list[Tensor | None], factor: Tensor) -> Tensor:
     """0-d: the most a pair's W times `factor` can be; divided by it, W is in float16's range.
 
     A weight that is nan does not count: it would make all of them nan.

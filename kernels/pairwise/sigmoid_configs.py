@@ -1,9 +1,9 @@
 """The shape classes of the pairwise sigmoid kernels, and what is worth trying in each.
 
 The tiles' classes are a dtype, a width and a pass.  16-bit inputs come in classes of D: up to 256
-features a tile holds them all (WHOLE), so that a tile of y is read once for both products; above,
-and in 32 bits, D goes by chunks.  The pass over products has a class for each dtype, with and
-without gradients.  All are compiled with ids given: positions cost less.
+features a tile holds them all (FITS_BLOCK), so that a tile of y is read once for both products;
+above, and in 32 bits, D goes by chunks.  The pass over products has a class for each dtype, with
+and without gradients.  All are compiled with ids given: positions cost less.
 Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.py).
 """
 
@@ -39,14 +39,14 @@ GRADS = {
     "tf32": [(64, 32, 8, 2), (64, 64, 8, 2)],
 }
 WEIGH = [(32, 128, 4), (64, 64, 4), (16, 256, 4), (32, 256, 8), (64, 128, 8)]
-WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the WHOLE classes: the most features, BLOCK_D
+WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the FITS_BLOCK classes: the most features, BLOCK_D
 CHUNKS = {"long": (64, 256), "float32": (16, 128), "tf32": (32, 128)}  # BLOCK_D, BLOCK_O
 TRITON = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
-UNITS = {"float16": 2.0**15}  # what W is multiplied by before it is rounded; 1 elsewhere
+FP16_SCALES = {"float16": 2.0**15}  # what W is multiplied by before it is rounded; 1 elsewhere
 PASSES = {
-    "loss": {"FLIP": False, "TOTAL": True, "GRAD": False},
-    "rows": {"FLIP": False, "TOTAL": True, "GRAD": True},
-    "cols": {"FLIP": True, "TOTAL": False, "GRAD": True},
+    "loss": {"TRANSPOSED": False, "TOTAL": True, "GRAD": False},
+    "rows": {"TRANSPOSED": False, "TOTAL": True, "GRAD": True},
+    "cols": {"TRANSPOSED": True, "TOTAL": False, "GRAD": True},
 }
 TRIAL_ROWS, TRIAL_BLOCK = 16384, (2048, 4096)
 
@@ -79,7 +79,9 @@ def shape_class(x: Tensor, part: str) -> str:
 
 def tile_variants(launch: Launch) -> dict[str, Variant]:
     """The classes of the tiles.  launch: (logits, pass, (name, config)) -> tensors or None."""
-    widths = [(f"{dtype}-", width) for dtype in UNITS | {"bfloat16": 1} for width in (*LOSS,)[:4]]
+    widths = [
+        (f"{dtype}-", width) for dtype in FP16_SCALES | {"bfloat16": 1} for width in (*LOSS,)[:4]
+    ]
     found = {}
     for start, width in [*widths, ("", "tf32"), ("", "float32")]:
         d, o = CHUNKS.get(width) or (WIDTHS[width], WIDTHS[width])
@@ -90,8 +92,8 @@ def tile_variants(launch: Launch) -> dict[str, Variant]:
                 Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d, "BLOCK_O": o}, warps, stages)
                 for m, n, warps, stages in table[width]
             )
-            constants = {**RULES, **passes, "UNIT": UNITS.get(dtype, 1.0)}
-            constants["WHOLE"] = width in WIDTHS
+            constants = {**RULES, **passes, "FP16_SCALE": FP16_SCALES.get(dtype, 1.0)}
+            constants["FITS_BLOCK"] = width in WIDTHS
             constants["PRECISION"] = "tf32" if dtype == "tf32" else "ieee"
             constants |= {} if passes["GRAD"] else {"OUT": None}
             constants |= {} if passes["TOTAL"] else {"SUMS": None}
@@ -108,8 +110,8 @@ def weigh_variants(launch: Launch) -> dict[str, Variant]:
     for dtype in ("bfloat16", "float16", "float32"):
         for part in ("loss", "grad"):
             name = f"{dtype}-{part}"
-            unit = UNITS.get(dtype, 1.0)
-            constants = {**RULES, "GRAD": part == "grad", "UNIT": unit}
+            unit = FP16_SCALES.get(dtype, 1.0)
+            constants = {**RULES, "GRAD": part == "grad", "FP16_SCALE": unit}
             stored = dtype if part == "grad" else "float32"
             types, trial = _types(WEIGH_NAMES, stored, constants), partial(_try_weigh, launch, name)
             found[name] = Variant(name, types, constants, False, configs, configs[0], trial)

@@ -11,25 +11,29 @@ products   cuBLAS makes a block of q k^T in float32, small enough to stay in L2;
 
 Each program writes its own sums, which are added in float64.  No atomics: the same bits each run.
 W is rounded to the inputs' dtype for its products.  |W| <= 1, and in float16 it is multiplied by
-UNIT first: at SigLIP's first bias of -10 a negative pair's 4.5e-5 would already be subnormal.
+FP16_SCALE first: at SigLIP's first bias of -10 a negative pair's 4.5e-5 would already be subnormal.
 In the kernels capitals are pointers.  Row indices are int64, as row * stride passes 2**31.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# Triton states the types of its functions for its own compiler.
+
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.chunks import spans
+from ..common.launch import dtype_name
 from ..common.matmul import product as matmul
 from ..common.triton import dot, precision, rows_contiguous, tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
 from .lse_gemm import BLOCK_BYTES
-from .masks import decode
+from .masks import triton_rules
 from .masks_triton import kept
 from .scores_triton import LOG2_E, product
-from .sigmoid_configs import PASSES, UNITS, shape_class, tile_variants, weigh_variants
+from .sigmoid_configs import FP16_SCALES, PASSES, shape_class, tile_variants, weigh_variants
 from .sigmoid_torch import Logits, Need, Results
 
 FUSED_UP_TO = 256  # features; from others' measurements on Hopper, to be confirmed by gpu-tune
@@ -66,8 +70,8 @@ def _sigmoid(p, scale, bias, positive, ok):
 @triton.jit
 def _tiles(
     X, Y, SCALE, BIAS, X_IDS, Y_IDS, SUMS, OUT, M, N, D, x_row, y_row,
-    RULES: tl.constexpr, PLACES: tl.constexpr, FLIP: tl.constexpr, TOTAL: tl.constexpr,
-    GRAD: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, TOTAL: tl.constexpr,
+    GRAD: tl.constexpr, FP16_SCALE: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -85,12 +89,12 @@ def _tiles(
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
-        if WHOLE:
+        if FITS_BLOCK:
             y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
             p = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
             p = product(X, Yt, d, ok, D, PRECISION)
-        positive = kept(here, there, X_IDS, Y_IDS, M, N, RULES, PLACES, FLIP)
+        positive = kept(here, there, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
         loss, w = _sigmoid(p, scale, bias, positive, ok[None, :])
         if TOTAL:
             total += tl.sum(loss, 1)
@@ -98,11 +102,11 @@ def _tiles(
             sum_w += tl.sum(w, 1)
             sum_wp += tl.sum(w * p, 1)
         if GRAD:
-            if not WHOLE:
+            if not FITS_BLOCK:
                 y = tl.load(Yt + o, ok[:, None] & (o < D), 0.0)
-            u = dot((w * UNIT).to(y.dtype), y, u, PRECISION)
+            u = dot((w * FP16_SCALE).to(y.dtype), y, u, PRECISION)
     if GRAD:
-        u *= scale / UNIT
+        u *= scale / FP16_SCALE
         tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if TOTAL:
         if tl.program_id(1) == 0:
@@ -115,7 +119,7 @@ def _tiles(
 @triton.jit
 def _weigh(
     P, SCALE, BIAS, ROW_IDS, COL_IDS, W, SUMS, i0, j0, R, C, M, N,
-    RULES: tl.constexpr, PLACES: tl.constexpr, GRAD: tl.constexpr, UNIT: tl.constexpr,
+    RULES: tl.constexpr, PLACES: tl.constexpr, GRAD: tl.constexpr, FP16_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -131,7 +135,7 @@ def _weigh(
     if GRAD:
         tl.store(SUMS + 1, tl.sum(tl.sum(w, 1), 0))
         tl.store(SUMS + 2, tl.sum(tl.sum(w * p, 1), 0))
-        tl.store(W + at, (w * UNIT).to(W.dtype.element_ty), inside)
+        tl.store(W + at, (w * FP16_SCALE).to(W.dtype.element_ty), inside)
     else:
         tl.store(SUMS + 1, 0.0)
         tl.store(SUMS + 2, 0.0)
@@ -142,22 +146,8 @@ Choice = tuple[str, Config]  # of a shape class by name, and of the configuratio
 
 def choose(kernel: Kernel, q: Tensor, part: str) -> Choice:
     """The shape class of a launch and the configuration to make it with."""
-    name = shape_class(q, part) if kernel is TILES else f"{_dtype(q)}-{part}"
+    name = shape_class(q, part) if kernel is TILES else f"{dtype_name(q)}-{part}"
     return name, config_for(kernel, name, q.device)
-
-
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def _arguments(logits: Logits, choice: Choice) -> dict[str, Any]:
-    """What both kernels are launched with."""
-    rules, places = decode(logits.mask)
-    return {
-        **{"SCALE": logits.scale.float(), "BIAS": logits.bias.float()},
-        **{"RULES": tuple(rule.triton for rule in rules), "PLACES": places},
-        **{"UNIT": UNITS.get(_dtype(logits.q), 1.0), **choice[1].blocks, **choice[1].options},
-    }
 
 
 def one_side(
@@ -168,25 +158,22 @@ def one_side(
     part: "loss" has no gradient; "rows" has q's; "cols" has k's, and no sums.
     """
     name, config = choice or choose(TILES, logits.q, part)
-    constants = {**PASSES[part], **_arguments(logits, (name, config))}
+    constants, passes, blocks = TILES.variants[name].constexprs, PASSES[part], config.blocks
+    (rules, places), scale = triton_rules(logits.mask), logits.scale.float()
     x, y = rows_contiguous(logits.q), rows_contiguous(logits.k)
     ids = logits.row_ids, logits.col_ids
-    if constants["FLIP"]:
+    if passes["TRANSPOSED"]:
         (x, y), ids = (y, x), ids[::-1]
-    (M, D), N, blocks = x.shape, len(y), config.blocks
-    found = TILES.variants[name].constexprs
-    constants["WHOLE"] = found["WHOLE"] and blocks["BLOCK_D"] >= D
-    constants["PRECISION"] = precision(found["PRECISION"])
-    grid = [triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])]
-    grid[1] = grid[1] if constants["GRAD"] else 1
-    like = constants["SCALE"]
-    out = like.new_empty(M, D) if constants["GRAD"] else None
-    sums = like.new_empty(grid[0], 3) if constants["TOTAL"] else None
-    with torch.cuda.device_of(like):
-        launch: Any = _tiles[tuple(grid)]
-        launch(
-            X=x, Y=y, X_IDS=ids[0], Y_IDS=ids[1], SUMS=sums, OUT=out, M=M, N=N, D=D,
-            x_row=x.stride(0), y_row=y.stride(0), **constants,
+    (M, D), N = x.shape, len(y)
+    rows, columns = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])
+    out = scale.new_empty(M, D) if passes["GRAD"] else None
+    sums = scale.new_empty(rows, 3) if passes["TOTAL"] else None
+    with torch.cuda.device_of(scale):
+        _tiles[rows, columns if passes["GRAD"] else 1](
+            x, y, scale, logits.bias.float(), *ids, sums, out, M, N, D, x.stride(0), y.stride(0),
+            RULES=rules, PLACES=places, **passes, FP16_SCALE=FP16_SCALES.get(dtype_name(x), 1.0),
+            FITS_BLOCK=constants["FITS_BLOCK"] and blocks["BLOCK_D"] >= D,
+            PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip
     return None if sums is None else sums.sum(0, dtype=torch.float64), out
 
@@ -194,23 +181,23 @@ def one_side(
 def weigh(
     p: Tensor, logits: Logits, i: slice, j: slice, part: str, choice: Choice | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sums (3,) of a block of products, and its W times UNIT in the inputs' dtype.
+    """The sums (3,) of a block of products, and its W times FP16_SCALE in the inputs' dtype.
 
     part: "loss" or "grad"; of "loss" there is no W, and the sums of W are 0.
     float32 products become their W.
     """
-    choice = choice or choose(WEIGH, logits.q, part)
-    (R, C), blocks = p.shape, choice[1].blocks
+    _, config = choice or choose(WEIGH, logits.q, part)
+    (R, C), blocks, (rules, places) = p.shape, config.blocks, triton_rules(logits.mask)
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_N"])
     sums = p.new_empty(*grid, 3)
     here = part == "loss" or p.dtype == logits.q.dtype
     w = p if here else torch.empty_like(p, dtype=logits.q.dtype)
     with torch.cuda.device_of(p):
-        launch: Any = _weigh[grid]
-        launch(
-            P=p, ROW_IDS=logits.row_ids, COL_IDS=logits.col_ids, W=w, SUMS=sums, i0=i.start,
-            j0=j.start, R=R, C=C, M=len(logits.q), N=len(logits.k), GRAD=part == "grad",
-            **_arguments(logits, choice),
+        _weigh[grid](
+            p, logits.scale.float(), logits.bias.float(), logits.row_ids, logits.col_ids, w, sums,
+            i.start, j.start, R, C, len(logits.q), len(logits.k), RULES=rules, PLACES=places,
+            GRAD=part == "grad", FP16_SCALE=FP16_SCALES.get(dtype_name(logits.q), 1.0),
+            **config.arguments,
         )  # fmt: skip
     return sums.sum((0, 1), dtype=torch.float64), w
 
@@ -227,7 +214,7 @@ def _by_tiles(logits: Logits, need: Need) -> Found:
 
 def _by_products(logits: Logits, need: Need) -> Found:
     q, k, (need_q, need_k, *_) = logits.q, logits.k, need
-    factor = logits.scale.float() / UNITS.get(_dtype(q), 1.0)
+    factor = logits.scale.float() / FP16_SCALES.get(dtype_name(q), 1.0)
     dq, dk = (factor.new_zeros(x.shape if n else 0) for x, n in ((q, need_q), (k, need_k)))
     sums = factor.new_zeros(3, dtype=torch.float64)
     C = min(len(k), math.isqrt(BLOCK_BYTES // 2))

@@ -4,7 +4,7 @@
     values_i = the n largest s_ij over kept j, descending    indices_i = their j
 
 Why: eager makes all (M, N) scores to keep n of each row.  This holds one tile of them and the
-running best: a k-nearest-neighbour search over a whole data set fits beside the model.
+running best: a k-nearest-neighbor search over a whole data set fits beside the model.
 Traffic: q once, k once per row of tiles, 12 n bytes a row out.  Compute-bound for D above a few
 tens.  Memory: O(M n).  No gradient.  In place: nothing.
 pairwise_topk is an operator of torch, so that torch.compile keeps it whole; topk_triton.py has the

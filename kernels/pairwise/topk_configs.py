@@ -87,7 +87,7 @@ def _variant(name: str, rule: Any, launch: Launch) -> Variant:
 
 
 def _try(launch: Launch, name: str, config: Config, device: torch.device) -> Launch:
-    """The scores of unit rows' neighbours; of near equals two configurations may pick another."""
+    """The scores of unit rows' neighbors; of near equals two configurations may pick another."""
     dtype, width = name.split("-")
     (M, N, D), generator = TRIAL, torch.Generator(device).manual_seed(0)
     x = torch.randn(M + N, D, generator=generator, device=device)

@@ -18,14 +18,12 @@ In the kernels capitals are pointers, and ids that are not given are positions.
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 # Triton states the types of its functions for its own compiler: tl.max "may return a tuple".
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..common.triton import precision, rows_contiguous, sm_count, tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
-from .masks import decode
+from .masks import triton_rules
 from .masks_triton import exclude_self, kept
 from .scores_triton import product
 from .topk_configs import shape_class, variants
@@ -34,7 +32,7 @@ LEAST_SHARE = 512  # columns
 DROPPED = tl.constexpr(-(1 << 63))  # the key of a pair that is not there: below all others
 NAN = tl.constexpr(0x7FC00000)  # its bits, whatever its sign was
 MINUS_INFINITY = tl.constexpr(-0x7F800001)  # its rank
-PAST = tl.constexpr((1 << 63) - 1)  # a place beyond the n: above all keys, so that none takes it
+PAST = tl.constexpr((1 << 63) - 1)  # fills the slots beyond n: above all keys, never replaced
 
 
 @triton.jit
@@ -117,16 +115,13 @@ def topk(
     q, k, (M, D), N = rows_contiguous(q), rows_contiguous(k), q.shape, len(k)
     name, config = choice or _choose(q, n)
     share = _share(M, N, n, config, q.device)
-    constants = {**TOPK.variants[name].constexprs, **config.blocks, **config.options}
-    rules, places = decode(mask)
-    constants["RULES"], constants["PLACES"] = tuple(rule.triton for rule in rules), places
-    constants["PRECISION"] = precision(constants["PRECISION"])
+    constants, (rules, places) = TOPK.variants[name].constexprs, triton_rules(mask)
     keys = torch.empty(M, triton.cdiv(N, share) * n, dtype=torch.int64, device=q.device)
-    grid = (triton.cdiv(M, config.blocks["BLOCK_M"]), triton.cdiv(N, share))
     with torch.cuda.device_of(q):
-        launch: Any = _topk[grid]
-        launch(
-            q, k, row_ids, col_ids, keys, M, N, D, n, share, q.stride(0), k.stride(0), **constants
+        _topk[triton.cdiv(M, config.blocks["BLOCK_M"]), triton.cdiv(N, share)](
+            q, k, row_ids, col_ids, keys, M, N, D, n, share, q.stride(0), k.stride(0),
+            RULES=rules, PLACES=places, PRECISION=precision(constants["PRECISION"]),
+            SLOTS=constants["SLOTS"], **config.arguments,
         )  # fmt: skip
     return _decoded(keys.topk(n, dim=1).values)
 

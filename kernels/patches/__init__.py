@@ -1,9 +1,9 @@
 """Patches straight from pixels: chosen ones, and the error of predicting them."""
 
-from .patches import Normalised, gather_patches, patch_mse
+from .patches import Normalized, gather_patches, patch_mse
 
 __all__ = [
-    "Normalised",
+    "Normalized",
     "gather_patches",
     "patch_mse",
 ]

@@ -9,8 +9,8 @@
 
 B images, C channels of S pixels (1, 2 or 3 sides), L patches, K of them chosen.
 Why: eager makes a second copy of the images as patches, all L of them, then keeps K; its error
-makes the target, its normalised twin and the difference, and keeps them for backward.  Here patches
-are read straight from the images, normalised by channel on the way (`Normalised`), and there is no
+makes the target, its normalized twin and the difference, and keeps them for backward.  Here patches
+are read straight from the images, normalized by channel on the way (`Normalized`), and there is no
 target: the Triton kernels (patches_triton.py) keep two numbers a patch for backward, and torch
 (patches_torch.py) keeps the error, in pred's place.
 Traffic: K / L of the pixels once (patch_mse: once more in backward) and the patches out.
@@ -34,14 +34,14 @@ from .patches_ops import GatherPatches, PatchMSE, backends
 from .patches_torch import KINDS, Patch, Spec, grid_view
 
 
-class Normalised(NamedTuple):
+class Normalized(NamedTuple):
     """Images to be read as (x - mean_c) / std_c, uint8 ones as (x / 255 - mean_c) / std_c.
 
     images (B, C, *S): float or uint8.  mean, std (C,): float, on the images' device, no gradient.
     The primitives that take one never make such a copy of the images.
 
     >>> white = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)
-    >>> images = Normalised(white, torch.tensor([0.5]), torch.tensor([0.25]))
+    >>> images = Normalized(white, torch.tensor([0.5]), torch.tensor([0.25]))
     >>> gather_patches(images, torch.tensor([[0]]), 2).tolist()
     [[[2.0, 2.0, 2.0, 2.0]]]
     """
@@ -51,13 +51,13 @@ class Normalised(NamedTuple):
     std: Tensor
 
 
-Source = Tensor | Normalised
+Source = Tensor | Normalized
 
 
 def gather_patches_reference(source: Source, ids: Tensor, patch: Patch, dtype: torch.dtype):
-    """Every patch of every image, normalised, then the chosen ones: the tests' oracle."""
+    """Every patch of every image, normalized, then the chosen ones: the tests' oracle."""
     images = source
-    if isinstance(source, Normalised):
+    if isinstance(source, Normalized):
         unit = 1 if source.images.is_floating_point() else 255
         mean, std = (v.to(dtype)[:, None, None, None] for v in source[1:])
         images = (source.images.to(dtype) / unit - mean) / std
@@ -80,7 +80,7 @@ def patch_mse_reference(pred: Tensor, source: Source, ids: Tensor, spec: Spec):
 
 
 def _table(source: Source, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The images, and what (2, C) makes them normalised: (x - table_0c) * table_1c."""
+    """The images, and what (2, C) makes them normalized: (x - table_0c) * table_1c."""
     if isinstance(source, Tensor):
         return source, None
     images, mean, std = source
@@ -126,15 +126,15 @@ def _check(source: Source, ids: Tensor, patch: int | tuple[int, ...]) -> tuple[S
         images, sides = images[:, :, None], (1, *sides)
     if isinstance(source, Tensor):
         return images, (sides[0], sides[1], sides[2])
-    _check_normalised(source)
+    _check_normalized(source)
     return source._replace(images=images), (sides[0], sides[1], sides[2])
 
 
-def _check_normalised(source: Normalised) -> None:
+def _check_normalized(source: Normalized) -> None:
     """Refuse statistics that are not the images' channels', and images that are no pixels."""
     images, channels = source.images, source.images.shape[1]
     if not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise ValueError(f"normalised images must be float or uint8, got {images.dtype}")
+        raise ValueError(f"normalized images must be float or uint8, got {images.dtype}")
     for name, x in (("mean", source.mean), ("std", source.std)):
         if x.shape != (channels,) or not x.is_floating_point() or x.device != images.device:
             got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
@@ -162,9 +162,9 @@ def gather_patches(
 ) -> Tensor:
     """The chosen patches' pixels: (B, K, prod(patch) * C), channels last within a patch.
 
-    images (B, C, *S), S of 1, 2 or 3 sides: any dtype and strides, or `Normalised`.  ids (B, K)
+    images (B, C, *S), S of 1, 2 or 3 sides: any dtype and strides, or `Normalized`.  ids (B, K)
     int64 in 0..L-1, row-major over the patch grid.  patch: one side, or one for each of S, in
-    pixels.  dtype: that of the result; by default the images' own, float32 for normalised uint8.
+    pixels.  dtype: that of the result; by default the images' own, float32 for normalized uint8.
     repeats: whether an image's ids may name a patch twice.
     The gradient to float images adds up over repeats, in float32; first order only.
     impl: "auto", "triton", "torch" or "reference" (makes all L patches first).  auto is triton on
@@ -182,11 +182,11 @@ def gather_patches(
     """
     source, sides = _check(images, ids, patch)
     check_ids(ids, _count(source, sides), repeats=repeats)
-    normalised, own = isinstance(source, Normalised), _pixels(source).dtype
+    normalized, own = isinstance(source, Normalized), _pixels(source).dtype
     if dtype is None:
-        dtype = torch.float32 if normalised and not own.is_floating_point else own
-    if normalised and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point one for normalised images, got {dtype}")
+        dtype = torch.float32 if normalized and not own.is_floating_point else own
+    if normalized and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one for normalized images, got {dtype}")
     pixels = _pixels(source)
     inputs = {"images": pixels, "dtype": pixels.new_empty(0, dtype=dtype)}
     return _GATHER(impl, source, ids, sides, dtype, inputs=inputs)
@@ -207,7 +207,7 @@ def patch_mse(
 
     pred (B, K, prod(patch) * C): any float dtype, channels last within a patch.  images, ids,
     patch: as in `gather_patches`, without repeats; uint8 images are read as 0..255 unless
-    `Normalised`.  norm_pix: each patch's values are brought to mean 0 and deviation 1 first
+    `Normalized`.  norm_pix: each patch's values are brought to mean 0 and deviation 1 first
     (unbiased variance plus eps, in the units that they are read in, squared).
     kind: "l2" (squared), "l1" (absolute) or "smooth_l1" (squared up to 1, as torch's).
     Gradient to pred only: the target is data.  First order only.

@@ -5,11 +5,11 @@
             l2: loss e^2, slope e (and a factor 2)      l1: |e|, sign(e)
             smooth_l1: e^2 / 2 inside -1..1, |e| - 1/2 outside; e cut to -1..1
 
-A patch in memory is C * pt * ph runs of pw neighbours (in channels-last images pt * ph runs of
+A patch in memory is C * pt * ph runs of pw neighbors (in channels-last images pt * ph runs of
 pw * C), and a run is copied whole: an index for each pixel costs three times as much.  Moments
 know no order, so they are taken, by one fused call, before the channels are interleaved.  The
 unbiased variance is the biased one's P / (P - 1): with eps and the result scaled to match, the two
-normalisations are the same.  A patch's first value is taken off first, which leaves nothing to
+normalizations are the same.  A patch's first value is taken off first, which leaves nothing to
 cancel where the mean is far from zero.
 For backward the slope is kept in pred's place, as many elements, which leaves one product.
 Memory: the results and one chunk.
@@ -33,7 +33,7 @@ Patch = tuple[int, int, int]  # pt, ph, pw
 
 
 class Spec(NamedTuple):
-    """What `error` computes.  eps: that of the normalisation; None where pixels are left as is."""
+    """What `error` computes.  eps: that of the normalization; None where pixels are left as is."""
 
     patch: Patch
     eps: float | None
@@ -149,7 +149,7 @@ def error(
     for i in row_spans(loss, in_cache):
         x = pixels.read(i, ids[i], acc)
         if spec.eps is not None:
-            x = _normalised(x, spec.eps)
+            x = _normalized(x, spec.eps)
         y = _interleaved(x).flatten(2)
         e = torch.sub(pred[i], y, out=slope[i] if slope is not None and in_place else None)
         loss[i], e = _judged(e, spec.kind)
@@ -158,7 +158,7 @@ def error(
     return loss, (slope,)
 
 
-def _normalised(x: Tensor, eps: float) -> Tensor:
+def _normalized(x: Tensor, eps: float) -> Tensor:
     """Each patch of x (b, K, C, Q), which is this chunk's own, at mean 0 and deviation 1."""
     rows = x.flatten(0, 1).flatten(1)
     P = rows.shape[1]

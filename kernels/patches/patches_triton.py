@@ -8,7 +8,7 @@
 
 A program has a block of patches and of values.  Where a value stands in a patch is the same for all
 patches, so it is worked out once a block (the sides are known when a kernel is compiled), and where
-a patch stands once a patch.  Neighbouring lanes read the channels' planes in turn and each plane
+a patch stands once a patch.  Neighboring lanes read the channels' planes in turn and each plane
 in order: from HBM every byte comes once.
 Taking a patch's first value off leaves nothing to cancel where the mean is far from zero.
 held   all values of a patch fit in registers: measured and compared in one read
@@ -26,14 +26,15 @@ on are strides.
 # Triton states the types of its functions for its own compiler: tl.sum "may return a tuple".
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.launch import launcher
 from ..common.triton import tl, triton
-from ..common.tuning import Config, Kernel, config_for, forced, register
+from ..common.tuning import Config, Kernel, config_for, register
 from . import patches_configs as configs
 
 
@@ -80,7 +81,7 @@ def _chosen(
 
 @triton.jit
 def _affine(x, NORM, c, ok, C: tl.constexpr):
-    """x in float32, normalised by its channel."""
+    """x in float32, normalized by its channel."""
     x = x.to(tl.float32)
     if NORM is not None:
         x = (x - tl.load(NORM + c, ok, 0.0)) * tl.load(NORM + C + c, ok, 0.0)
@@ -263,30 +264,25 @@ def _mse_grad(
 
 
 class _Launch:
-    """A launch of a kernel's class for images, or what stands in their layout, over N patches."""
+    """How a kernel's class for images, or what stands in their layout, is launched."""
 
     def __init__(
         self, kernel: Kernel, images: Tensor, patch: Sequence[int], result: Tensor, part: str
     ) -> None:
         name = configs.shape_class(images.dtype, result.dtype, part)
-        self.fn, self.images, (pt, ph, pw) = kernel.fn, images, patch
-        config = config_for(kernel, name, images.device)
-        self.blocks, C = config.blocks, images.shape[1]
-        self.P = C * pt * ph * pw
-        s_b, s_c, s_t, s_h, s_w = images.stride()
+        self.config = config_for(kernel, name, images.device)
+        C, (pt, ph, pw) = images.shape[1], patch
+        self.P, self.grid_sides = C * pt * ph * pw, (images.shape[3] // ph, images.shape[4] // pw)
+        self.sides = {"C": C, "PT": pt, "PH": ph, "PW": pw}
+        _, s_c, s_t, s_h, s_w = images.stride()
         reach = (C - 1) * s_c + (pt - 1) * s_t + (ph - 1) * s_h + (pw - 1) * s_w
-        given = {"P": self.P, "gh": images.shape[3] // ph, "gw": images.shape[4] // pw}
-        given |= {"s_b": s_b, "s_c": s_c, "s_t": s_t, "s_h": s_h, "s_w": s_w}
-        given |= {"C": C, "PT": pt, "PH": ph, "PW": pw, "WIDE": reach >= 2**31}
-        known = {n: value for n, value in given.items() if n in self.fn.arg_names}
-        self.given = {**known, **config.blocks, **config.options}
+        self.wide = reach >= 2**31
 
-    def __call__(self, N: int, over_values: bool = True, **given: Any) -> None:
-        values = triton.cdiv(self.P, self.blocks["BLOCK_P"]) if over_values else 1
-        grid = triton.cdiv(N, self.blocks["BLOCK_N"]), values
-        if N:
-            with torch.cuda.device_of(self.images):
-                self.fn[grid](N=N, **given, **self.given)
+    def grid(self, N: int, over_values: bool = True) -> tuple[int, int]:
+        """Blocks of N patches and of their values."""
+        blocks = self.config.blocks
+        values = triton.cdiv(self.P, blocks["BLOCK_P"]) if over_values else 1
+        return triton.cdiv(N, blocks["BLOCK_N"]), values
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -297,13 +293,16 @@ def gather(
     images: Tensor, norm: Tensor | None, ids: Tensor, patch: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """(B, K, P) in `dtype`; with norm x becomes (x - norm_0c) * norm_1c."""
-    P = images.shape[1] * math.prod(patch)
+    P, N = images.shape[1] * math.prod(patch), ids.numel()
     out = torch.empty(*ids.shape, P, dtype=dtype, device=images.device)
     launch = _Launch(GATHER, images, patch, out, configs.moved(P))
-    launch(
-        ids.numel(), IMAGES=images, NORM=_contiguous(norm), IDS=ids.contiguous(), OUT=out,
-        K=ids.shape[1],
-    )  # fmt: skip
+    if out.numel():
+        with torch.cuda.device_of(images):
+            _gather[launch.grid(N)](
+                images, _contiguous(norm), ids.contiguous(), out, N, ids.shape[1], P,
+                *launch.grid_sides, *images.stride(), **launch.sides, WIDE=launch.wide,
+                **launch.config.arguments,
+            )  # fmt: skip
     return out
 
 
@@ -319,11 +318,13 @@ def spread(
     out = torch.empty(shape, dtype=dtype, device=grad.device)
     launch = _Launch(SPREAD, out, patch, out, configs.moved(grad.shape[2]))
     L = math.prod([side // p for side, p in zip(shape[2:], patch, strict=True)])
-    g_b, g_k, g_p = grad.stride()
-    launch(
-        len(out) * L, G=grad, NORM=_contiguous(norm), IDS=ids.contiguous(), OUT=out, L=L,
-        K=ids.shape[1], g_b=g_b, g_k=g_k, g_p=g_p,
-    )  # fmt: skip
+    if out.numel():
+        with torch.cuda.device_of(grad):
+            _spread[launch.grid(len(out) * L)](
+                grad, _contiguous(norm), ids.contiguous(), out, len(out) * L, L, ids.shape[1],
+                launch.P, *launch.grid_sides, *grad.stride(), *out.stride(), **launch.sides,
+                **launch.config.arguments,
+            )  # fmt: skip
     return out
 
 
@@ -339,15 +340,17 @@ def mse(
 
     spec: the patch's three sides, and the place of the kind in KINDS.
     """
-    loss = torch.empty(ids.shape, dtype=torch.float32, device=pred.device)
+    loss, N = torch.empty(ids.shape, dtype=torch.float32, device=pred.device), ids.numel()
     stats = loss.new_empty((*ids.shape, 2) if eps is not None else (0,))
     launch = _Launch(MSE, images, spec[:3], pred, configs.measured(pred.shape[2]))
-    p_b, p_k, p_p = pred.stride()
-    launch(
-        ids.numel(), False, PRED=pred, IMAGES=images, NORM=_contiguous(norm), IDS=ids.contiguous(),
-        LOSS=loss, STATS=stats, K=ids.shape[1], eps=eps or 0.0, p_b=p_b, p_k=p_k, p_p=p_p,
-        KIND=spec[3], NORM_PIX=eps is not None, HELD=launch.P <= launch.blocks["BLOCK_P"],
-    )  # fmt: skip
+    if N:
+        with torch.cuda.device_of(images):
+            _mse[launch.grid(N, over_values=False)](
+                pred, images, _contiguous(norm), ids.contiguous(), loss, stats, N, ids.shape[1],
+                launch.P, *launch.grid_sides, eps or 0.0, *pred.stride(), *images.stride(),
+                **launch.sides, WIDE=launch.wide, KIND=spec[3], NORM_PIX=eps is not None,
+                HELD=launch.P <= launch.config.blocks["BLOCK_P"], **launch.config.arguments,
+            )  # fmt: skip
     return loss, stats
 
 
@@ -361,77 +364,54 @@ def mse_grad(
     spec: Sequence[int],
 ) -> Tensor:
     """The gradient of the loss to pred, given that of each patch's, (B, K)."""
-    d_pred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    d_pred, N = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device), ids.numel()
     launch = _Launch(MSE_GRAD, images, spec[:3], pred, configs.moved(pred.shape[2]))
-    (g_b, g_k), (p_b, p_k, p_p) = grad.stride(), pred.stride()
-    launch(
-        ids.numel(), G=grad, PRED=pred, IMAGES=images, NORM=_contiguous(norm),
-        IDS=ids.contiguous(), STATS=stats, D_PRED=d_pred, K=ids.shape[1], g_b=g_b, g_k=g_k,
-        p_b=p_b, p_k=p_k, p_p=p_p, KIND=spec[3], NORM_PIX=stats.ndim == 3,
-    )  # fmt: skip
+    if d_pred.numel():
+        with torch.cuda.device_of(images):
+            _mse_grad[launch.grid(N)](
+                grad, pred, images, _contiguous(norm), ids.contiguous(), stats, d_pred, N,
+                ids.shape[1], launch.P, *launch.grid_sides, *grad.stride(), *pred.stride(),
+                *images.stride(), **launch.sides, WIDE=launch.wide, KIND=spec[3],
+                NORM_PIX=stats.ndim == 3, **launch.config.arguments,
+            )  # fmt: skip
     return d_pred
 
 
-Launch = Callable[[], Any]
+def _trial(dtypes: str, part: str, device: torch.device) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Images (B, 3, 1, S, S), ids, a patch's side, and predictions of the patches."""
+    images, ids, side = configs.trial_images(dtypes, part, device)
+    generator = torch.Generator(device).manual_seed(1)
+    pred = torch.randn(*ids.shape, 3 * side * side, generator=generator, device=device)
+    return images[:, :, None], ids, side, pred.to(_result(dtypes))
 
 
 def _result(dtypes: str) -> torch.dtype:
     return getattr(torch, dtypes.rpartition("-")[2])
 
 
-def _try_gather(dtypes: str, part: str, config: Config, device: torch.device) -> Launch:
-    images, ids, side = configs.trial_images(dtypes, part, device)
-
-    def run() -> Tensor:
-        with forced(GATHER.name, config):
-            return gather(images[:, :, None], None, ids, (1, side, side), _result(dtypes))
-
-    return run
+def _try_gather(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
+    images, ids, side, _ = _trial(dtypes, part, device)
+    given = images, None, ids, (1, side, side), _result(dtypes)
+    return launcher(GATHER.name, config, gather, *given)
 
 
-def _try_spread(dtypes: str, part: str, config: Config, device: torch.device) -> Launch:
-    images, ids, side = configs.trial_images(dtypes, part, device)
-    images, patch = images[:, :, None], (1, side, side)
-    grad = gather(images, None, ids, patch, images.dtype)
-
-    def run() -> Tensor:
-        with forced(SPREAD.name, config):
-            return spread(grad, None, ids, patch, images.shape, images.dtype)
-
-    return run
+def _try_spread(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
+    images, ids, side, _ = _trial(dtypes, part, device)
+    grad = gather(images, None, ids, (1, side, side), images.dtype)
+    given = grad, None, ids, (1, side, side), images.shape, images.dtype
+    return launcher(SPREAD.name, config, spread, *given)
 
 
-def _trial_pred(dtypes: str, ids: Tensor, P: int) -> Tensor:
-    generator = torch.Generator(ids.device).manual_seed(1)
-    pred = torch.randn(*ids.shape, P, generator=generator, device=ids.device)
-    return pred.to(_result(dtypes))
+def _try_mse(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
+    images, ids, side, pred = _trial(dtypes, part, device)
+    return launcher(MSE.name, config, mse, pred, images, None, ids, (1, side, side, 0), 1e-6)
 
 
-def _try_mse(dtypes: str, part: str, config: Config, device: torch.device) -> Launch:
-    images, ids, side = configs.trial_images(dtypes, part, device)
-    pred = _trial_pred(dtypes, ids, 3 * side * side)
-
-    def run() -> tuple[Tensor, Tensor]:
-        with forced(MSE.name, config):
-            return mse(pred, images[:, :, None], None, ids, (1, side, side, 0), 1e-6)
-
-    return run
-
-
-def _try_mse_grad(dtypes: str, part: str, config: Config, device: torch.device) -> Launch:
-    images, ids, side = configs.trial_images(dtypes, part, device)
-    pred, images, spec = (
-        _trial_pred(dtypes, ids, 3 * side * side),
-        images[:, :, None],
-        (1, side, side, 0),
-    )
-    loss, stats = mse(pred, images, None, ids, spec, 1e-6)
-
-    def run() -> Tensor:
-        with forced(MSE_GRAD.name, config):
-            return mse_grad(torch.ones_like(loss), pred, images, None, ids, stats, spec)
-
-    return run
+def _try_mse_grad(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
+    images, ids, side, pred = _trial(dtypes, part, device)
+    loss, stats = mse(pred, images, None, ids, (1, side, side, 0), 1e-6)
+    given = torch.ones_like(loss), pred, images, None, ids, stats, (1, side, side, 0)
+    return launcher(MSE_GRAD.name, config, mse_grad, *given)
 
 
 def _registered(name: str, fn: Any, parts: Any, trial: Any) -> Kernel:

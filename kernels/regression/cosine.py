@@ -3,7 +3,7 @@
     cos_r = p_r . t_r / (max(|p_r|, 1e-12) max(|t_r|, 1e-12))       loss_r = (1 - cos_r)^gamma
 
 R rows of D features, or the chosen K rows of each of B sequences of L places.
-Why: eager makes a normalised copy of both sides, their product, and keeps them all for backward;
+Why: eager makes a normalized copy of both sides, their product, and keeps them all for backward;
 of chosen rows it makes a gathered copy first.  Here each row is read where it stands, once each
 way, and three numbers a row are kept.  1 - cos is never negative, whatever cos rounds to: at a
 perfect prediction the gradient is 0 for gamma > 1, and that of -cos for gamma = 1.
@@ -35,7 +35,7 @@ from ..common.chunks import row_spans
 from ..common.dispatch import declare
 from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
 from ..common.operators import operator
-from ..common.rows import gathered, rows_of
+from ..common.rows import gather, rows_of
 from ..common.triton import tl, triton
 from ..common.tuning import Config
 
@@ -44,7 +44,7 @@ _EPS = 1e-12  # the same in torch
 
 
 def scaled_cosine_error_reference(pred, target, ids, gamma):
-    """The formula, eager, in the dtype it is given: gather, normalise, multiply."""
+    """The formula, eager, in the dtype it is given: gather, normalize, multiply."""
     if ids is not None:
         places = ids[..., None].expand(*ids.shape, pred.shape[-1])
         pred, target = pred.gather(1, places), target.gather(1, places)
@@ -53,7 +53,7 @@ def scaled_cosine_error_reference(pred, target, ids, gamma):
 
 
 def _chunk(x: Tensor, ids: Tensor | None, i: slice, acc: torch.dtype) -> Tensor:
-    return (x[i] if ids is None else gathered(x[i], ids[i])).to(acc)
+    return (x[i] if ids is None else gather(x[i], ids[i])).to(acc)
 
 
 def _unit(x: Tensor, norm: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def scaled_cosine_error(
     0..L-1, or None for all places: the rows of both that count; a place at most once.  gamma >= 1.
     Gradients to pred and target, zero at places that are not in ids; first order only.  A zero row
     has cos = 0, and the gradient of torch's normalize, which divides by 1e-12.
-    impl: "auto", "triton", "torch" or "reference" (makes normalised copies, in the inputs' dtype).
+    impl: "auto", "triton", "torch" or "reference" (makes normalized copies, in the inputs' dtype).
     Raises ValueError for shapes that disagree, gamma < 1, ids out of range or repeated (looked at
     on a CPU, elsewhere with FASTSSL_CHECK=1) and an unknown impl.
 

@@ -12,7 +12,7 @@ from . import tokens_torch
 from . import tokens_triton as launches
 
 
-def _fake_unrestored(grad, ids, visible, need_visible, need_token, need_pos):
+def _fake_restore_grads(grad, ids, visible, need_visible, need_token, need_pos):
     B, L, D = grad.shape
     return (
         grad.new_empty(B, visible, D) if need_visible else grad.new_empty(0),
@@ -24,35 +24,35 @@ def _fake_unrestored(grad, ids, visible, need_visible, need_token, need_pos):
 class Fused:
     """`tokens_torch`'s functions by Triton: rows in any layout, ids int64."""
 
-    gathered = operator(
+    gather = operator(
         "tokens_gathered",
-        launches.gathered,
+        launches.gather,
         lambda source, ids: source.new_empty(*ids.shape, source.shape[2]),
     )
-    restored = operator(
+    restore = operator(
         "tokens_restored",
-        launches.restored,
+        launches.restore,
         lambda visible, ids, token, pos: visible.new_empty(*ids.shape, visible.shape[2]),
     )
-    packed = operator(
+    pack = operator(
         "tokens_packed",
-        launches.packed,
+        launches.pack,
         lambda tokens, ids, owners: tokens.new_empty(*ids.shape, tokens.shape[2]),
     )
-    unrestored = operator("tokens_unrestored", launches.unrestored, _fake_unrestored)
-    scattered = operator(
+    restore_grads = operator("tokens_unrestored", launches.restore_grads, _fake_restore_grads)
+    scatter = operator(
         "tokens_scattered",
-        launches.scattered,
+        launches.scatter,
         lambda x, ids, length: x.new_empty(x.shape[0], length, x.shape[2]),
     )
-    tabled = operator(
+    scatter_table = operator(
         "tokens_tabled",
-        launches.tabled,
+        launches.scatter_table,
         lambda x, ids, length: x.new_empty(length, x.shape[2], dtype=torch.float32),
     )
-    unpacked = operator(
+    unpack = operator(
         "tokens_unpacked",
-        launches.unpacked,
+        launches.unpack,
         lambda x, ids, owners, sequences, length: x.new_empty(sequences, length, x.shape[1]),
     )
 
@@ -66,14 +66,14 @@ class Restore(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.visible, ctx.impl = visible.shape[1], impl
         ctx.dtypes = token.dtype, None if pos is None else pos.dtype
-        return finished(backends[impl].restored(visible, ids, token, pos))
+        return finished(backends[impl].restore(visible, ids, token, pos))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad):
         need_visible, _, *needs = ctx.needs_input_grad[:4]
-        unrestored = backends[ctx.impl].unrestored
-        visible, *sums = unrestored(grad, *ctx.saved_tensors, ctx.visible, need_visible, *needs)
+        grads = backends[ctx.impl].restore_grads
+        visible, *sums = grads(grad, *ctx.saved_tensors, ctx.visible, need_visible, *needs)
         sums = (s.to(t) if n else None for s, t, n in zip(sums, ctx.dtypes, needs, strict=True))
         return visible if need_visible else None, None, *sums, None
 
@@ -85,15 +85,15 @@ class Gather(torch.autograd.Function):
     def forward(ctx: Any, tokens, ids, impl):
         ctx.save_for_backward(ids)
         ctx.shape, ctx.dtype, ctx.impl = tokens.shape, tokens.dtype, impl
-        return backends[impl].gathered(tokens, ids)
+        return backends[impl].gather(tokens, ids)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad):
         (ids,), backend = ctx.saved_tensors, backends[ctx.impl]
         if ctx.shape[0] == 1 and len(ids) != 1:
-            return backend.tabled(grad, ids, ctx.shape[1]).to(ctx.dtype)[None], None, None
-        return backend.scattered(grad, ids, ctx.shape[1]), None, None
+            return backend.scatter_table(grad, ids, ctx.shape[1]).to(ctx.dtype)[None], None, None
+        return backend.scatter(grad, ids, ctx.shape[1]), None, None
 
 
 class Scatter(torch.autograd.Function):
@@ -101,12 +101,12 @@ class Scatter(torch.autograd.Function):
     def forward(ctx: Any, tokens, ids, length, impl):
         ctx.save_for_backward(ids)
         ctx.impl = impl
-        return finished(backends[impl].scattered(tokens, ids, length))
+        return finished(backends[impl].scatter(tokens, ids, length))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad):
-        return backends[ctx.impl].gathered(grad, *ctx.saved_tensors), None, None, None
+        return backends[ctx.impl].gather(grad, *ctx.saved_tensors), None, None, None
 
 
 class GatherPacked(torch.autograd.Function):
@@ -114,9 +114,9 @@ class GatherPacked(torch.autograd.Function):
     def forward(ctx: Any, tokens, ids, owners, impl):
         ctx.save_for_backward(ids, owners)
         ctx.shape, ctx.impl = tokens.shape[:2], impl
-        return backends[impl].packed(tokens, ids, owners)
+        return backends[impl].pack(tokens, ids, owners)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad):
-        return backends[ctx.impl].unpacked(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
+        return backends[ctx.impl].unpack(grad, *ctx.saved_tensors, *ctx.shape), None, None, None

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..common.autograd import accumulator
 from ..common.chunks import row_spans
-from ..common.rows import gathered, rows_of
+from ..common.rows import gather, rows_of
 
-__all__ = ["gathered", "packed", "restored", "scattered", "tabled", "unpacked", "unrestored"]
+__all__ = ["gather", "pack", "restore", "restore_grads", "scatter", "scatter_table", "unpack"]
 
 
 def wide(ids: Tensor, features: int) -> Tensor:
@@ -21,7 +21,7 @@ def wide(ids: Tensor, features: int) -> Tensor:
     return ids[..., None].expand(*ids.shape, features)
 
 
-def restored(visible: Tensor, ids: Tensor, token: Tensor, pos: Tensor | None) -> Tensor:
+def restore(visible: Tensor, ids: Tensor, token: Tensor, pos: Tensor | None) -> Tensor:
     """pos_l + (visible_(b, ids_bl) if ids_bl < K, else token): (B, L, D)."""
     K, D = visible.shape[1:]
     places, token = _places(ids, K), token.to(visible.dtype)
@@ -39,15 +39,15 @@ def _places(ids: Tensor, visible: int) -> Tensor:
     return torch.empty_like(ids).scatter_(1, ids, order)[:, :visible]
 
 
-def packed(tokens: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
+def pack(tokens: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
     """tokens_(owners_t, ids_t): (T, D)."""
     return tokens[owners, ids]
 
 
-def unrestored(
+def restore_grads(
     grad: Tensor, ids: Tensor, visible: int, need_visible: bool, need_token: bool, need_pos: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `restored`: (B, K, D) as grad, (D,), (L, D) float32; empty if unneeded."""
+    """The gradients of `restore`: (B, K, D) as grad, (D,), (L, D) float32; empty if unneeded."""
     (L, D), acc = grad.shape[1:], accumulator(grad.dtype)
     d_token = grad.new_zeros(D if need_token else 0, dtype=acc)
     d_pos = grad.new_zeros((L, D) if need_pos else (0,), dtype=acc)
@@ -60,37 +60,37 @@ def unrestored(
             d_pos += part.sum(0)
     if not need_visible:
         return grad.new_empty(0), d_token, d_pos
-    return gathered(grad, _places(ids, visible)), d_token, d_pos
+    return gather(grad, _places(ids, visible)), d_token, d_pos
 
 
-def scattered(x: Tensor, ids: Tensor, length: int) -> Tensor:
+def scatter(x: Tensor, ids: Tensor, length: int) -> Tensor:
     """sum of the x_bk with ids_bk = l: (B, length, D) as x."""
     B, _, D = x.shape
     acc = accumulator(x.dtype)
     if acc == x.dtype:
-        return _summed(x, rows_of(ids, length), B * length).view(B, length, D)
+        return _sum(x, rows_of(ids, length), B * length).view(B, length, D)
     out = x.new_zeros(B, length, D)
     for i in row_spans(out, length * D):
-        sums = _summed(x[i].to(acc), rows_of(ids[i], length), len(out[i]) * length)
+        sums = _sum(x[i].to(acc), rows_of(ids[i], length), len(out[i]) * length)
         out[i] = sums.view_as(out[i])
     return out
 
 
-def _summed(x: Tensor, rows: Tensor, length: int) -> Tensor:
+def _sum(x: Tensor, rows: Tensor, length: int) -> Tensor:
     """x's rows added up at their places: (length, D)."""
     flat = x.reshape(-1, x.shape[-1])
     return torch.ops.aten.embedding_dense_backward(flat, rows, length, -1, False)
 
 
-def tabled(x: Tensor, ids: Tensor, length: int) -> Tensor:
+def scatter_table(x: Tensor, ids: Tensor, length: int) -> Tensor:
     """sum of all the x_bk with ids_bk = l: (length, D) float32."""
     out = x.new_zeros(length, x.shape[2], dtype=accumulator(x.dtype))
     for i in row_spans(x, x[0].numel()) if x.numel() else ():
-        out += _summed(x[i].to(out.dtype), ids[i].flatten(), length)
+        out += _sum(x[i].to(out.dtype), ids[i].flatten(), length)
     return out
 
 
-def unpacked(x: Tensor, ids: Tensor, owners: Tensor, sequences: int, length: int) -> Tensor:
+def unpack(x: Tensor, ids: Tensor, owners: Tensor, sequences: int, length: int) -> Tensor:
     """sum of the x_t with owners_t = b and ids_t = l: (B, length, D) as x (T, D)."""
     places = owners.long() * length + ids
-    return scattered(x[None], places[None], sequences * length).view(sequences, length, -1)
+    return scatter(x[None], places[None], sequences * length).view(sequences, length, -1)

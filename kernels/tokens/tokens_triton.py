@@ -23,14 +23,15 @@ Source: He et al. 2021, MAE, arXiv:2111.06377, section 3 "Simple implementation"
 # pyright: reportGeneralTypeIssues=false
 # Triton states the types of its functions for its own compiler: tl.max "may return a tuple".
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.launch import launcher
 from ..common.triton import sm_count, tl, triton
-from ..common.tuning import Config, Kernel, config_for, forced, register
+from ..common.tuning import Config, Kernel, config_for, register
 from . import tokens_configs as configs
 
 
@@ -39,7 +40,7 @@ def _gather_rows(
     SOURCE, IDS, OWNERS, TOKEN, POS, OUT, R, n, D, limit, s_b, s_r, s_d,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Ids and OUT are contiguous.  OWNERS: each row's sequence, where they have not n rows each."""
+    """Ids and OUT are contiguous.  OWNERS: each row's sequence; None: every sequence has n rows."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row, column = r < R, (d < D)[None, :]
@@ -130,79 +131,73 @@ def _scatter_rows(
 
 
 class _Launch:
-    """A launch of a kernel's class for x, over blocks of rows and of D features."""
+    """How a kernel's class for x is launched, over blocks of rows and of D features."""
 
     def __init__(self, kernel: Kernel, x: Tensor, part: str, rows: int, D: int) -> None:
-        name = configs.shape_class(x, part)
-        self.fn, self.x = kernel.fn, x
-        absent = kernel.variants[name].constexprs
-        self.absent = {n: None for n, value in absent.items() if value is None}
-        config = config_for(kernel, name, x.device)
-        self.options = {**config.blocks, **config.options}
-        self.rows = triton.cdiv(rows, config.blocks["BLOCK_R"])
-        self.columns = triton.cdiv(D, config.blocks["BLOCK_D"])
+        self.config = config_for(kernel, configs.shape_class(x, part), x.device)
+        self.rows = triton.cdiv(rows, self.config.blocks["BLOCK_R"])
+        self.columns = triton.cdiv(D, self.config.blocks["BLOCK_D"])
+        self.most = max(1, 4 * sm_count(x.device) // max(1, self.rows * self.columns))
 
     def shares(self, B: int) -> tuple[int, int]:
         """In how many shares the batch fills the device, and how many sequences each has."""
-        most = max(1, 4 * sm_count(self.x.device) // (self.rows * self.columns))
-        share = triton.cdiv(B, min(most, B)) if B else 1
+        share = triton.cdiv(B, min(self.most, B)) if B else 1
         return triton.cdiv(B, share), share
 
-    def __call__(self, shares: int | None = None, **given: Any) -> None:
-        grid = (self.rows, self.columns) if shares is None else (shares, self.rows, self.columns)
-        if 0 in grid:
-            return
-        with torch.cuda.device_of(self.x):
-            self.fn[grid](**{**self.absent, **given}, **self.options)
 
-
-def _strides(letter: str, x: Tensor) -> dict[str, int]:
-    return {f"{letter}_{axis}": stride for axis, stride in zip("brd", x.stride(), strict=True)}
-
-
-def _gather(part: str, source: Tensor, ids: Tensor, **given: Any) -> Tensor:
+def _gather(
+    part: str,
+    source: Tensor,
+    ids: Tensor,
+    owners: Tensor | None = None,
+    token: Tensor | None = None,
+    pos: Tensor | None = None,
+) -> Tensor:
     """Rows of source (B, S, D), B = 1 where it is shared, as ids (..., n) has them: (..., n, D)."""
-    S, D = source.shape[1:]
-    out = source.new_empty(*ids.shape, D)
-    launch, R = _Launch(GATHER, source, part, ids.numel(), D), ids.numel()
-    strides = _strides("s", source) | ({"s_b": 0} if len(source) == 1 else {})
-    launch(
-        SOURCE=source, IDS=ids.contiguous(), OUT=out, R=R, n=ids.shape[-1], D=D, limit=S, **strides,
-        **given,
-    )  # fmt: skip
+    (B, S, D), R = source.shape, ids.numel()
+    out, launch = source.new_empty(*ids.shape, D), _Launch(GATHER, source, part, R, D)
+    s_b, s_r, s_d = source.stride()
+    if out.numel():
+        with torch.cuda.device_of(source):
+            _gather_rows[launch.rows, launch.columns](
+                source, ids.contiguous(), owners, token, pos, out, R, ids.shape[-1], D, S,
+                0 if B == 1 else s_b, s_r, s_d, **launch.config.arguments,
+            )  # fmt: skip
     return out
 
 
-def gathered(source: Tensor, ids: Tensor) -> Tensor:
+def gather(source: Tensor, ids: Tensor) -> Tensor:
     """source_(b, ids_bk): (B, K, D), of source (B, L, D) or (1, L, D) for all."""
     return _gather("rows", source, ids)
 
 
-def restored(visible: Tensor, ids: Tensor, token: Tensor, pos: Tensor | None) -> Tensor:
+def restore(visible: Tensor, ids: Tensor, token: Tensor, pos: Tensor | None) -> Tensor:
     """pos_l + (visible_(b, ids_bl) if ids_bl < K, else token): (B, L, D)."""
     pos = None if pos is None else pos.contiguous()
-    return _gather("restore", visible, ids, TOKEN=token.contiguous(), POS=pos)
+    return _gather("restore", visible, ids, token=token.contiguous(), pos=pos)
 
 
-def packed(tokens: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
+def pack(tokens: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
     """tokens_(owners_t, ids_t): (T, D)."""
-    return _gather("packed", tokens, ids, OWNERS=owners.contiguous())
+    return _gather("packed", tokens, ids, owners.contiguous())
 
 
-def unrestored(
+def restore_grads(
     grad: Tensor, ids: Tensor, visible: int, need_visible: bool, need_token: bool, need_pos: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `restored`: (B, K, D) as grad, (D,), (L, D) float32; empty if unneeded."""
+    """The gradients of `restore`: (B, K, D) as grad, (D,), (L, D) float32; empty if unneeded."""
     B, L, D = grad.shape
     launch = _Launch(RESTORE, grad, "restore", L, D)
     shares, share = launch.shares(B) if need_token or need_pos else (B, 1)
     d_visible = grad.new_empty(B, visible, D) if need_visible else None
     tokens = _floats(grad, shares, launch.rows, D) if need_token else None
     pos = _floats(grad, shares, L, D) if need_pos else None
-    launch(
-        shares, G=grad, IDS=ids.contiguous(), VISIBLE=d_visible, TOKENS=tokens, POS=pos,
-        B=B, L=L, K=visible, D=D, share=share, **_strides("g", grad),
-    )  # fmt: skip
+    if grad.numel():
+        with torch.cuda.device_of(grad):
+            _restore_rows[shares, launch.rows, launch.columns](
+                grad, ids.contiguous(), d_visible, tokens, pos, B, L, visible, D, share,
+                *grad.stride(), **launch.config.arguments,
+            )  # fmt: skip
     empty = _floats(grad, 0)
     return (
         grad.new_empty(0) if d_visible is None else d_visible,
@@ -215,89 +210,72 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _listed(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _sorted_places(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Places of ids (B, n) in ascending order of id, then place; where those of an id begin."""
     values, order = ids.sort(dim=1, stable=True)
     places = torch.arange(length + 1, device=ids.device).expand(len(ids), -1).contiguous()
     return order, torch.searchsorted(values, places)
 
 
-def scattered(x: Tensor, ids: Tensor, length: int) -> Tensor:
+def _scatter(launch: _Launch, grid: int, x: Tensor, *given: Any) -> None:
+    """given: the kernel's arguments from ORDER to start_b, and the stride by sequence."""
+    *given, x_b = given
+    if 0 not in (grid, launch.rows, launch.columns):
+        with torch.cuda.device_of(x):
+            _scatter_rows[grid, launch.rows, launch.columns](
+                x, *given, x_b, *x.stride()[-2:], **launch.config.arguments
+            )
+
+
+def scatter(x: Tensor, ids: Tensor, length: int) -> Tensor:
     """sum of the x_bk with ids_bk = l: (B, length, D) as x."""
-    B, n, D = x.shape
-    order, starts = _listed(ids, length)
+    (B, n, D), (order, starts) = x.shape, _sorted_places(ids, length)
     launch, out = _Launch(SCATTER, x, "rows", length, D), x.new_empty(B, length, D)
-    launch(
-        B, X=x, ORDER=order, STARTS=starts, OUT=out, B=B, L=length, D=D, n=n, share=1,
-        start_b=length + 1, **_strides("x", x),
-    )  # fmt: skip
+    sizes = B, length, D, n, 1, length + 1
+    _scatter(launch, B, x, order, starts, out, *sizes, x.stride(0))
     return out
 
 
-def tabled(x: Tensor, ids: Tensor, length: int) -> Tensor:
+def scatter_table(x: Tensor, ids: Tensor, length: int) -> Tensor:
     """sum of all the x_bk with ids_bk = l: (length, D) float32."""
-    B, n, D = x.shape
-    order, starts = _listed(ids, length)
+    (B, n, D), (order, starts) = x.shape, _sorted_places(ids, length)
     launch = _Launch(SCATTER, x, "table", length, D)
     shares, share = launch.shares(B)
-    parts = _floats(x, shares, length, D)
-    launch(
-        shares, X=x, ORDER=order, STARTS=starts, OUT=parts, B=B, L=length, D=D, n=n, share=share,
-        start_b=length + 1, **_strides("x", x),
-    )  # fmt: skip
+    parts, sizes = _floats(x, shares, length, D), (B, length, D, n, share, length + 1)
+    _scatter(launch, shares, x, order, starts, parts, *sizes, x.stride(0))
     return parts.sum(0)
 
 
-def unpacked(x: Tensor, ids: Tensor, owners: Tensor, sequences: int, length: int) -> Tensor:
+def unpack(x: Tensor, ids: Tensor, owners: Tensor, sequences: int, length: int) -> Tensor:
     """sum of the x_t with owners_t = b and ids_t = l: (B, length, D) as x (T, D)."""
     D = x.shape[1]
-    order, starts = _listed((owners.long() * length + ids)[None], sequences * length)
-    launch = _Launch(SCATTER, x, "rows", length, D)
-    out = x.new_empty(sequences, length, D)
-    launch(
-        sequences, X=x, ORDER=order, STARTS=starts, OUT=out, B=sequences, L=length, D=D, n=0,
-        share=1, start_b=length, **_strides("x", x[None]) | {"x_b": 0},
-    )  # fmt: skip
+    order, starts = _sorted_places((owners.long() * length + ids)[None], sequences * length)
+    launch, out = _Launch(SCATTER, x, "rows", length, D), x.new_empty(sequences, length, D)
+    sizes = sequences, length, D, 0, 1, length
+    _scatter(launch, sequences, x, order, starts, out, *sizes, 0)
     return out
 
 
-Launch = Callable[[], Any]
-
-
-def _try_gather(dtype: str, part: str, config: Config, device: torch.device) -> Launch:
+def _try_gather(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     x, ids, K = configs.trial_tokens(dtype, device)
-    owners = torch.arange(len(x), device=device, dtype=torch.int32).repeat_interleave(K)
-
-    def run() -> Any:
-        with forced(GATHER.name, config):
-            if part == "restore":
-                return restored(x[:, :K], ids, x[0, 0], x[1])
-            if part == "packed":
-                return packed(x, ids[:, :K].reshape(-1), owners)
-            return gathered(x, ids[:, :K])
-
-    return run
+    run = partial(launcher, GATHER.name, config)
+    if part == "restore":
+        return run(restore, x[:, :K], ids, x[0, 0], x[1])
+    if part == "packed":
+        owners = torch.arange(len(x), device=device, dtype=torch.int32).repeat_interleave(K)
+        return run(pack, x, ids[:, :K].reshape(-1), owners)
+    return run(gather, x, ids[:, :K])
 
 
-def _try_restore(dtype: str, part: str, config: Config, device: torch.device) -> Launch:
+def _try_restore(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     x, ids, K = configs.trial_tokens(dtype, device)
-
-    def run() -> Any:
-        with forced(RESTORE.name, config):
-            return unrestored(x, ids, K, True, True, True)
-
-    return run
+    return launcher(RESTORE.name, config, restore_grads, x, ids, K, True, True, True)
 
 
-def _try_scatter(dtype: str, part: str, config: Config, device: torch.device) -> Launch:
+def _try_scatter(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     x, ids, K = configs.trial_tokens(dtype, device)
-
-    def run() -> Any:
-        with forced(SCATTER.name, config):
-            add = scattered if part == "rows" else tabled
-            return add(x[:, :K], ids[:, :K], x.shape[1])
-
-    return run
+    add = scatter if part == "rows" else scatter_table
+    return launcher(SCATTER.name, config, add, x[:, :K], ids[:, :K], x.shape[1])
 
 
 def _registered(name: str, fn: Any, parts: Any, table: Any, trial: configs.Trial) -> Kernel:

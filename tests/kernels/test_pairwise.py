@@ -354,7 +354,7 @@ Q = torch.zeros(4, 3, device=DEVICE)
         (
             (Q, Q, 1.0),
             {"impl": "fused"},
-            "one of auto, torch, reference, triton for pairwise_lse, got 'fused'",
+            "one of auto, torch, triton, reference for pairwise_lse, got 'fused'",
         ),
     ],
 )

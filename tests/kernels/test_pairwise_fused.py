@@ -154,14 +154,14 @@ def test_classes_go_by_dtype_and_width(D, width):
 
 @pytest.mark.parametrize("D", [3, 20])
 def test_wide_tiles_and_chunks_of_them_agree(D, monkeypatch):
-    """Blocks of 16 hold 3 features whole (WHOLE), and 20 in two chunks."""
+    """Blocks of 16 hold 3 features whole (FITS_BLOCK), and 20 in two chunks."""
     q, k = rows_of(torch.bfloat16, (19, D), (21, D))
-    wholes, constants = [], pairwise_tiles._constants
-    look = lambda *args: wholes.append(constants(*args)) or wholes[-1]  # noqa: E731
-    monkeypatch.setattr(pairwise_tiles, "_constants", look)
+    wholes, fits = [], pairwise_tiles._fits_block
+    look = lambda *args: wholes.append(fits(*args)) or wholes[-1]  # noqa: E731
+    monkeypatch.setattr(pairwise_tiles, "_fits_block", look)
     found, want = fused(q, k, 2.0), pairwise_lse_reference(q.float(), k.float(), 2.0)
     torch.testing.assert_close(found, want)
-    assert [each["WHOLE"] for each in wholes] == [D == 3]
+    assert wholes == [D == 3]
 
 
 # The check itself reads .grad of what is no leaf.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.kernels import Normalised, gather_patches, patch_mse
+from fastssl.kernels import Normalized, gather_patches, patch_mse
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.patches import patches_configs as configs
 from fastssl.kernels.patches import patches_triton
@@ -60,7 +60,7 @@ def test_gradient_adds_up_over_repeats(case, reduce):
     ids[:, -1], ids[0, 1] = ids[:, 0], ids[0, 0]
     assert_no_worse(
         lambda x: gather_patches(
-            Normalised(x, *channels(case.C)), ids, case.patch, repeats=True, impl="triton"
+            Normalized(x, *channels(case.C)), ids, case.patch, repeats=True, impl="triton"
         ),
         lambda x: pick(patchify(by_hand(x, x.dtype), case.patch), ids),
         [images],
@@ -74,7 +74,7 @@ def test_gradient_adds_up_over_repeats(case, reduce):
 def test_patch_mse(case, norm_pix, reduce):
     images, ids = case.problem()
     pred = torch.randn(*ids.shape, case.values, device=DEVICE)
-    seen = Normalised(images, *channels(case.C))
+    seen = Normalized(images, *channels(case.C))
     assert_no_worse(
         lambda p: patch_mse(p, seen, ids, case.patch, norm_pix=norm_pix, impl="triton"),
         lambda p: mae(p, by_hand(images, p.dtype), ids, case.patch, norm_pix),
