@@ -7,6 +7,7 @@ environment has FASTSSL_CHECK=1: for debugging.  Elsewhere wrong values are unde
 from __future__ import annotations
 
 import os
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -46,6 +47,13 @@ def require_features(**tensors: Tensor) -> None:
         if x.shape[-1] == 0:
             got = tuple(x.shape)
             raise ValueError(f"{name} must have at least 1 feature (last dimension), got {got}")
+
+
+def require_at_least(least: float, **numbers: float) -> None:
+    """Raise ValueError, naming the argument, for what is no number or is below `least`."""
+    for name, x in numbers.items():
+        if not isinstance(x, Real) or not x >= least:
+            raise ValueError(f"{name} must be >= {least:g}, got {x!r}")
 
 
 def check_pair(a: Tensor, b: Tensor, names: tuple[str, str] = ("a", "b")) -> None:

@@ -12,8 +12,8 @@ def gather(source: Tensor, ids: Tensor) -> Tensor:
         return source[0].index_select(0, ids.flatten()).view(*ids.shape, source.shape[2])
     if not source.is_contiguous():
         return source[torch.arange(len(ids), device=ids.device)[:, None], ids]
-    rows = source.view(-1, source.shape[2]).index_select(0, rows_of(ids, source.shape[1]))
-    return rows.view(*ids.shape, -1)
+    rows = source.flatten(0, 1).index_select(0, rows_of(ids, source.shape[1]))
+    return rows.view(*ids.shape, source.shape[2])
 
 
 def rows_of(ids: Tensor, length: int) -> Tensor:

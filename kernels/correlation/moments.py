@@ -23,7 +23,7 @@ from torch import Tensor
 from fastssl.distributed import Group, all_gather_rows, world_size
 
 from ..common.autograd import accumulator
-from ..common.checks import check_pair, check_rows
+from ..common.checks import check_pair, check_rows, require_at_least, require_features
 from ..common.dispatch import declare
 from . import moments_torch
 from .moments_ops import ColumnMoments, CrossDiagonal, Standardize, StandardizeAtOnce
@@ -109,8 +109,7 @@ def standardize(
     tensor([[-1.],
             [ 1.]])
     """
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
+    require_at_least(0, eps=eps)
     check_rows(2, process_group, z=z)
     return _STANDARDISE(impl, z, eps, unbiased, process_group, inputs={"z": z})
 
@@ -129,5 +128,6 @@ def cross_diagonal(a: Tensor, b: Tensor, *, impl: str = "auto") -> Tensor:
     if a.ndim != 2 or a.shape != b.shape:
         got = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise ValueError(f"a and b must both be (N, D), got {got}")
+    require_features(a=a)
     out = _DIAGONAL(impl, a, None if b is a else b, inputs={"a": a})
     return out.to(accumulator(a.dtype))

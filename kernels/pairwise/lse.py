@@ -21,6 +21,7 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and
 from __future__ import annotations
 
 import math
+from numbers import Real
 from types import ModuleType
 from typing import Literal, overload
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..common.autograd import accumulator
-from ..common.checks import check_pair, require_tensors
+from ..common.checks import check_pair, require_float, require_tensors
 from ..common.dispatch import declare
 from . import lse_ops
 from .lse_torch import Pairs
@@ -80,6 +81,8 @@ def as_number(name: str, value: float | Tensor, q: Tensor, *, rows: bool = False
     Raises ValueError, naming the argument, for anything else.
     """
     if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number or a tensor, got {type(value).__name__}")
         return torch.full((), float(value), dtype=accumulator(q.dtype), device=q.device)
     shapes = ((), q.shape[:1]) if rows else ((),)
     if value.shape not in shapes or not value.is_floating_point() or value.device != q.device:
@@ -144,7 +147,8 @@ def pairwise_lse(
     masks = check_pairs(q, k, mask)
     scale = as_number("scale", scale, q, rows=True)
     if bias is not None:
-        if bias.shape != k.shape[:1] or not bias.is_floating_point() or bias.device != q.device:
+        require_float(bias=bias)
+        if bias.shape != k.shape[:1] or bias.device != q.device:
             got = f"{tuple(bias.shape)} {bias.dtype} on {bias.device}"
             raise ValueError(f"bias must be a ({len(k)},) float tensor by k, got {got}")
     acc, problem = accumulator(q.dtype), masks.problem

@@ -36,8 +36,27 @@ from . import masks_triton
 _rules: dict[str, PairMask] = {}
 
 
+class _Rules:
+    """What rules and joined rules share: `&`, and a plain word for what there is not."""
+
+    def __and__(self, other: PairMask | Masks) -> Masks:
+        return Masks(as_masks(self).parts + as_masks(other).parts)
+
+    def __invert__(self) -> Any:
+        raise TypeError(
+            "a mask cannot be negated with ~: take the opposite rule, as different_group for "
+            "same_group, or write one as a PairMask"
+        )
+
+    def __or__(self, other: Any) -> Any:
+        raise TypeError(
+            "masks cannot be joined by |, only by &: write the rule that keeps either pair as a "
+            "PairMask"
+        )
+
+
 @dataclass(frozen=True)
-class PairMask:
+class PairMask(_Rules):
     """A rule: keep(row_ids, col_ids) is a bool tensor, broadcasting the two.
 
     Called with ids it is a rule on those; joined by `&` to another, both must keep a pair.
@@ -74,9 +93,6 @@ class PairMask:
         cols = rows if col_ids is None else _ids(self.name, "col_ids", col_ids)
         return Masks((Part(self, rows, cols),))
 
-    def __and__(self, other: PairMask | Masks) -> Masks:
-        return as_masks(self) & other
-
     def __deepcopy__(self, memo: Any) -> PairMask:
         return self  # nothing in it changes, and Triton's functions cannot be copied
 
@@ -90,13 +106,10 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Masks:
+class Masks(_Rules):
     """Rules that must all keep a pair; made by calling a PairMask, and by `&`."""
 
     parts: tuple[Part, ...] = ()
-
-    def __and__(self, other: PairMask | Masks) -> Masks:
-        return Masks(self.parts + as_masks(other).parts)
 
     @property
     def problem(self) -> str:
@@ -180,7 +193,7 @@ def triton_rules(key: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     return tuple(rule.triton for rule in rules), places
 
 
-def as_masks(mask: PairMask | Masks | None) -> Masks:
+def as_masks(mask: Any) -> Masks:
     """A rule by itself judges positions; None keeps every pair.
 
     Raises ValueError for anything else.
@@ -190,15 +203,24 @@ def as_masks(mask: PairMask | Masks | None) -> Masks:
     if isinstance(mask, PairMask):
         return Masks((Part(mask),))
     if not isinstance(mask, Masks):
-        raise ValueError(f"mask must be a PairMask, one given ids, or None, got {mask!r}")
+        raise ValueError(f"mask must be a PairMask, one given ids, or None, got {describe(mask)}")
     return mask
 
 
 def _ids(mask: str, name: str, ids: Tensor) -> Tensor:
     if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in _INTEGERS:
-        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else repr(ids)
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else describe(ids)
         raise ValueError(f"{name} of mask {mask!r} must be one-dimensional integers, got {got}")
     return ids.to(torch.int64)
+
+
+def describe(x: Any) -> str:
+    """What was given instead of a mask or ids, without its values."""
+    if isinstance(x, Tensor):
+        return (
+            f"a {tuple(x.shape)} {x.dtype} tensor: a mask is a rule on ids, as same_group(labels)"
+        )
+    return f"a {type(x).__name__}"
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -29,7 +29,7 @@ from ..common.autograd import accumulator
 from ..common.dispatch import declare
 from . import sigmoid_ops
 from .lse import as_number, check_pairs
-from .masks import Masks, PairMask, as_masks
+from .masks import Masks, PairMask, as_masks, describe
 from .sigmoid_ops import Logits, Need, Results
 
 
@@ -58,7 +58,7 @@ _SIGMOID = declare("pairwise_sigmoid", _run, _reference)
 def _check(q, k, scale, bias, positive) -> tuple[Tensor, Tensor, Masks]:
     """The scale and bias as tensors, and the mask, after refusing what does not fit."""
     if not isinstance(positive, PairMask | Masks):
-        got = type(positive).__name__
+        got = describe(positive)
         raise ValueError(f"positive must be a PairMask, or one given ids, got {got}")
     masks = check_pairs(q, k, positive)
     return as_number("scale", scale, q), as_number("bias", bias, q), masks

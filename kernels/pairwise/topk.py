@@ -15,6 +15,7 @@ Source: blockwise selection as in Johnson et al. 2017, FAISS, arXiv:1702.08734, 
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -115,6 +116,8 @@ def pairwise_topk(
     ([[1.0], [1.0]], [[0], [1]])
     """
     masks = check_pairs(q, k, mask)
+    if not isinstance(n, Integral | torch.SymInt):
+        raise ValueError(f"n must be an integer, got {n!r}")
     if not 1 <= n <= len(k):
         raise ValueError(f"n must lie between 1 and N = {len(k)}, got {n}")
     problem = masks.problem

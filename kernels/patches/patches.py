@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..common.autograd import accumulator
-from ..common.checks import check_ids, check_index, require_float
+from ..common.checks import check_ids, check_index, require_at_least, require_float, require_tensors
 from ..common.dispatch import FUSED, declare
 from .patches_ops import GatherPatches, PatchMSE, backends
 from .patches_torch import KINDS, Patch, Spec, grid_view
@@ -108,9 +108,12 @@ _MSE = declare("patch_mse", _mse, patch_mse_reference, _FUSED)
 def _check(source: Source, ids: Tensor, patch: int | tuple[int, ...]) -> tuple[Source, Patch]:
     """Source and patch with three sides, after refusing images, ids and patches that do not fit."""
     images = _pixels(source)
+    require_tensors(images=images, ids=ids)
     if not 3 <= images.ndim <= 5:
         got = tuple(images.shape)
         raise ValueError(f"images must be (B, C, *S) with 1, 2 or 3 sides S, got {got}")
+    if images.shape[1] == 0:
+        raise ValueError(f"images must have at least 1 channel, got {tuple(images.shape)}")
     size = images.shape[2:]
     sides = (patch,) * len(size) if isinstance(patch, int) else tuple(patch)
     fits = len(sides) == len(size) and all(
@@ -133,6 +136,7 @@ def _check(source: Source, ids: Tensor, patch: int | tuple[int, ...]) -> tuple[S
 def _check_normalized(source: Normalized) -> None:
     """Refuse statistics that are not the images' channels', and images that are no pixels."""
     images, channels = source.images, source.images.shape[1]
+    require_tensors(mean=source.mean, std=source.std)
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise ValueError(f"normalized images must be float or uint8, got {images.dtype}")
     for name, x in (("mean", source.mean), ("std", source.std)):
@@ -148,7 +152,7 @@ def _count(source: Source, patch: Patch) -> int:
 
 
 def _pixels(source: Source) -> Tensor:
-    return source if isinstance(source, Tensor) else source.images
+    return source.images if isinstance(source, Normalized) else source
 
 
 def gather_patches(
@@ -231,8 +235,7 @@ def patch_mse(
         raise ValueError(f"pred must be {(*ids.shape, values)} on {pixels.device}, got {got}")
     if norm_pix and values < 2:
         raise ValueError(f"norm_pix needs at least 2 values a patch, got {values}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
+    require_at_least(0, eps=eps)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_ids(ids, _count(source, sides))

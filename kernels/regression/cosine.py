@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.autograd import accumulator, finished, first_order
-from ..common.checks import check_ids, require_float, require_tensors
+from ..common.checks import check_ids, require_at_least, require_float, require_tensors
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
 from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
@@ -300,8 +300,7 @@ def scaled_cosine_error(
     if pred.ndim not in (2, 3) or target.shape != pred.shape:
         got = f"{tuple(pred.shape)} and {tuple(target.shape)}"
         raise ValueError(f"pred and target must both be (N, D) or (B, L, D), got {got}")
-    if not gamma >= 1:
-        raise ValueError(f"gamma must be >= 1, got {gamma}")
+    require_at_least(1, gamma=gamma)
     if ids is not None:
         require_tensors(ids=ids)
         if pred.ndim != 3 or ids.ndim != 2 or len(ids) != len(pred) or ids.dtype != torch.int64:

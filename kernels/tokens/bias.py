@@ -64,7 +64,7 @@ def _unpick_torch(grad: Tensor, ids: Tensor, length: int) -> Tensor:
     total = grad.new_zeros(H, length * length, dtype=accumulator(grad.dtype))
     for i in row_spans(grad, H * K * K):
         pairs = _pairs(ids[i], length).flatten().expand(H, -1)
-        total.scatter_add_(1, pairs, grad[i].movedim(1, 0).reshape(H, -1).to(total.dtype))
+        total.scatter_add_(1, pairs, grad[i].movedim(1, 0).flatten(1).to(total.dtype))
     return total.view(H, length, length)
 
 

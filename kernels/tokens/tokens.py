@@ -22,7 +22,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.checks import can_read_values, check_ids, check_index, require_float, require_tensors
+from ..common.checks import (
+    can_read_values,
+    check_ids,
+    check_index,
+    require_at_least,
+    require_float,
+    require_tensors,
+)
 from ..common.dispatch import declare
 from .tokens_ops import Gather, GatherPacked, Restore, Scatter
 from .tokens_torch import wide
@@ -143,6 +150,7 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, *, impl: str = "aut
     if tokens.ndim != 3 or tokens.shape[:2] != ids.shape:
         want, got = f"({len(ids)}, {ids.shape[1]}, D)", tuple(tokens.shape)
         raise ValueError(f"tokens must be {want} as ids, got {got}")
+    require_at_least(0, length=length)
     check_ids(ids, length, repeats=True)
     return _SCATTER(impl, tokens, ids, length, inputs={"tokens": tokens})
 
@@ -167,6 +175,7 @@ def gather_packed(tokens: Tensor, ids: Tensor, cu_seqlens: Tensor, *, impl: str 
     check_index("ids", ids, "(T,)", tokens=tokens)
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be (B, L, D), got {tuple(tokens.shape)}")
+    require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.shape != (len(tokens) + 1,) or cu_seqlens.dtype != torch.int32:
         got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens must be ({len(tokens) + 1},) int32, got {got}")

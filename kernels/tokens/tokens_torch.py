@@ -67,6 +67,8 @@ def scatter(x: Tensor, ids: Tensor, length: int) -> Tensor:
     """sum of the x_bk with ids_bk = l: (B, length, D) as x."""
     B, _, D = x.shape
     acc = accumulator(x.dtype)
+    if not x.numel():
+        return x.new_zeros(B, length, D)
     if acc == x.dtype:
         return _sum(x, rows_of(ids, length), B * length).view(B, length, D)
     out = x.new_zeros(B, length, D)
@@ -93,4 +95,4 @@ def scatter_table(x: Tensor, ids: Tensor, length: int) -> Tensor:
 def unpack(x: Tensor, ids: Tensor, owners: Tensor, sequences: int, length: int) -> Tensor:
     """sum of the x_t with owners_t = b and ids_t = l: (B, length, D) as x (T, D)."""
     places = owners.long() * length + ids
-    return scatter(x[None], places[None], sequences * length).view(sequences, length, -1)
+    return scatter(x[None], places[None], sequences * length).view(sequences, length, x.shape[1])
