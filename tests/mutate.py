@@ -266,7 +266,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("x = q - r * PW", "x = q - r * PH"),
         ("t = r // PH", "t = r // PW"),
     ],
-    "patches/patches_torch._normalised": [
+    "patches/patches_torch._normalized": [
         ("rows.sub_(rows[:, :1].clone())", "rows.sub_(0 * rows[:, :1])"),
         ("eps * share", "eps / share"),
     ],

@@ -56,10 +56,10 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def finished(x: torch.Tensor) -> torch.Tensor:
-    """x, to be returned from a forward that wrote it in place.
+    """The result of an autograd.Function's forward that wrote it in place: x, or a copy.
 
-    Compiled by torch 2.11, such an output has gradient zero, silently; a copy has the right one,
-    and the compiler takes the copy out again.
+    torch.compile (seen in torch 2.11) silently gives such a result the gradient zero.  A copy has
+    the right gradient, and the compiler removes the copy itself; outside of it x is returned.
     """
     return x.clone() if torch.compiler.is_compiling() else x
 

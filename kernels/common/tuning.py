@@ -164,15 +164,15 @@ def autotuned(kernel: Kernel, variant: Variant, device: torch.device, clock: Clo
     if known in _timed:
         return _timed[known]
     path, key = _cache_file(gpu), _cache_key(kernel, variant)
-    found = _read_cache(path).get(key)
-    if found not in variant.candidates:
+    chosen = _read_cache(path).get(key)
+    if chosen not in variant.candidates:
         times = [_time(variant.trial, config, device, clock) for config in variant.candidates]
         best = min(times)
-        found = variant.safe if math.isinf(best) else variant.candidates[times.index(best)]
+        chosen = variant.safe if math.isinf(best) else variant.candidates[times.index(best)]
         if not math.isinf(best):
-            _write_cache(path, key, {**found.fields(), "ms": best})
-    _timed[known] = found
-    return found
+            _write_cache(path, key, {**chosen.fields(), "ms": best})
+    _timed[known] = chosen
+    return chosen
 
 
 def _time(trial: Callable, config: Config, device: torch.device, clock: Clock) -> float:
@@ -214,7 +214,7 @@ def _read_cache(path: Path) -> dict[str, Config]:
     except FileNotFoundError:
         return {}
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        warnings.warn(f"{path} is left aside and written anew: {error!r}", stacklevel=2)
+        warnings.warn(f"{path} is damaged and will be overwritten: {error!r}", stacklevel=2)
         return {}
 
 

@@ -67,7 +67,7 @@ def shape_class(x: Tensor, part: str) -> str:
 
 def tile_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
     """launch: makes all of (sides, columns, choice)."""
-    found = {}
+    variants = {}
     for dtype in ("bfloat16", "float16"):
         for part, table in TILES.items():
             constants: dict[str, Any] = {"COLUMNS": part == "columns", "PRECISION": "ieee"}
@@ -78,33 +78,33 @@ def tile_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
                 for m, k, corner, warps, stages in table
             )
             trial = partial(_try_tiles, launch, name)
-            found[name] = _variant(fn, name, constants, absent, configs, trial, True)
-    return found
+            variants[name] = _variant(fn, name, constants, absent, configs, trial, True)
+    return variants
 
 
 def settle_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
     """launch: makes all of (strips, dtype, mirror, choice)."""
-    found = {}
+    variants = {}
     configs = tuple(Config({"BLOCK_M": m, "BLOCK_N": n}, warps, 1) for m, n, warps in SETTLE)
     for dtype in TRITON:
         for part in SETTLED:
             name, absent = f"{dtype}-{part}", () if "pair" in part else B_SIDE
             constants = {"PART": "upper" if part.endswith("mirror") else "any"}
             trial = partial(_try_settle, launch, name)
-            found[name] = _variant(fn, name, constants, absent, configs, trial, False)
-    return found
+            variants[name] = _variant(fn, name, constants, absent, configs, trial, False)
+    return variants
 
 
 def finish_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
     """launch: makes the gradient of (product, matrix, terms, choice)."""
-    found = {}
+    variants = {}
     configs = tuple(Config({"BLOCK_M": m, "BLOCK_N": n}, warps, 1) for m, n, warps in FINISH)
     for dtype in TRITON:
         for part, absent in (("rows", ()), ("across", ("DIAGONAL", "MINE"))):
             name = f"{dtype}-{part}"
             trial = partial(_try_finish, launch, name)
-            found[name] = _variant(fn, name, {}, absent, configs, trial, False)
-    return found
+            variants[name] = _variant(fn, name, {}, absent, configs, trial, False)
+    return variants
 
 
 def _variant(
@@ -131,8 +131,8 @@ def _rows(name: str, device: torch.device, *shapes: tuple[int, int]) -> list[Ten
     """Unit rows, the same at each call."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, name.split("-")[0])
-    found = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
-    return [torch.nn.functional.normalize(x).to(dtype) for x in found]
+    rows = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    return [torch.nn.functional.normalize(x).to(dtype) for x in rows]
 
 
 def _try_tiles(launch: Launch, name: str, config: Config, device: torch.device) -> Launch:

@@ -81,15 +81,15 @@ def _gradient(
     whole = _matrix(*matrix)
     sides = [x if x is None else rows_contiguous(x) for x in terms[:2]]
     coef, factor = (x if x is None else x.float().contiguous() for x in terms[2:])
-    given = Terms(*sides, coef, factor)  # pyright: ignore[reportArgumentType]
+    parts = Terms(*sides, coef, factor)  # pyright: ignore
     if rows is not None:
         out = rows.new_empty(len(whole.values), rows.shape[1])
-        return finish_all(lambda i: product(whole.values[i], rows), whole, given, out)
-    other, values = given.other, whole.values.T if transposed else whole.values
+        return finish_all(lambda i: product(whole.values[i], rows), whole, parts, out)
+    other, values = parts.other, whole.values.T if transposed else whole.values
     assert other is not None
-    given = given if coef is not None else given._replace(other=None)
+    parts = parts if coef is not None else parts._replace(other=None)
     out = other.new_empty(len(other), values.shape[1])
-    return finish_all(lambda i: product(other[i], values), whole, given, out)
+    return finish_all(lambda i: product(other[i], values), whole, parts, out)
 
 
 @_gradient.register_fake

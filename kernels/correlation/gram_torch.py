@@ -58,12 +58,16 @@ def grams(
 
     a, b (n, D): rows start, start + 1, ... of all_a, all_b (N, D).  b is None: it is a.
     """
-    found = [
+    matrices = [
         _symmetric(x) if len(x) == len(others) else product(x, others.T)
         for x, others in ((a, all_a), (b, all_b))
         if x is not None and others is not None
     ]
-    return dot(found[0], found[-1]), Matrix(found[0]), None if b is None else Matrix(found[1])
+    return (
+        dot(matrices[0], matrices[-1]),
+        Matrix(matrices[0]),
+        None if b is None else Matrix(matrices[1]),
+    )
 
 
 def cross(a: Tensor, b: Tensor | None) -> Tensor:

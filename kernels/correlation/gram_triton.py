@@ -52,10 +52,10 @@ Choice = tuple[str, Config]  # of a shape class by name, and of the configuratio
 def _starts(X, at, k, x_row, COLUMNS: tl.constexpr):
     """Pointers to tile (at, k) of x, or with COLUMNS of x^T."""
     if COLUMNS:
-        found = X + k.to(tl.int64)[None, :] * x_row + at[:, None]
+        pointers = X + k.to(tl.int64)[None, :] * x_row + at[:, None]
     else:
-        found = X + at.to(tl.int64)[:, None] * x_row + k[None, :]
-    return found
+        pointers = X + at.to(tl.int64)[:, None] * x_row + k[None, :]
+    return pointers
 
 
 @triton.jit
@@ -306,18 +306,18 @@ def gram_matrices(
     """As `grams`, of one tensor or two.  others: all ranks' rows; None: sides are all there are."""
     sides = [rows_contiguous(x) for x in sides]
     every = others or sides
-    found = [
+    matrices = [
         _matrix(x, (len(x), len(y)), True, lambda y=y: _norm(y, 1).square())
         for x, y in zip(sides, every, strict=True)
     ]
     if (by or schedule(sides[0], len(sides[0]), others is None)) == "tiles":
-        total = by_tiles(sides, found, False)
+        total = by_tiles(sides, matrices, False)
     else:
         pairs = list(zip(sides, every, strict=True))
-        total = by_products(pairs, found, others is None, start)
-    first, last = found[0].diagonal, found[-1].diagonal
+        total = by_products(pairs, matrices, others is None, start)
+    first, last = matrices[0].diagonal, matrices[-1].diagonal
     assert first is not None and last is not None
-    return total + (first * last).sum(), found
+    return total + (first * last).sum(), matrices
 
 
 def covariance_matrix(a: Tensor, b: Tensor | None, by: str = "") -> tuple[Tensor, Matrix]:
@@ -325,20 +325,20 @@ def covariance_matrix(a: Tensor, b: Tensor | None, by: str = "") -> tuple[Tensor
     a, other = rows_contiguous(a), a if b is None else rows_contiguous(b)
     shape = a.shape[1], other.shape[1]
     norms = lambda: _norm(a, 0) * _norm(other, 0)  # noqa: E731
-    found = _matrix(a, shape, shape[0] == shape[1], norms)
+    matrix = _matrix(a, shape, shape[0] == shape[1], norms)
     if (by or schedule(a, shape[0], b is None)) == "tiles":
-        return by_tiles([a], [found], True), found
-    return by_products([(a.T, other.T)], [found], b is None), found
+        return by_tiles([a], [matrix], True), matrix
+    return by_products([(a.T, other.T)], [matrix], b is None), matrix
 
 
 def _try_tiles(sides: list[Tensor], columns: bool, choice: Choice) -> list[Tensor]:
     """A tuner's launch: all it makes."""
     M = sides[0].shape[1 if columns else 0]
-    found = [
+    matrices = [
         _matrix(x, (M, M), True, lambda x=x: x.new_ones((), dtype=torch.float32)) for x in sides
     ]
-    total = by_tiles(sides, found, columns, choice)
-    return [total, *(x for matrix in found for x in matrix[:2] if x is not None)]
+    total = by_tiles(sides, matrices, columns, choice)
+    return [total, *(x for matrix in matrices for x in matrix[:2] if x is not None)]
 
 
 def _try_settle(
@@ -346,9 +346,9 @@ def _try_settle(
 ) -> list[Tensor]:
     """A tuner's launch, of a strip of a matrix that has no other."""
     (R, C), like = strips[0].shape, strips[0].new_empty(0, dtype=dtype)
-    found = [_matrix(like, (C if mirror else R, C), True, strips[0].amax) for _ in strips]
-    parts = settle(strips, found, (0, 0), 0, mirror, choice)
-    return [parts.sum(), *(m.values[:R] for m in found)]
+    matrices = [_matrix(like, (C if mirror else R, C), True, strips[0].amax) for _ in strips]
+    parts = settle(strips, matrices, (0, 0), 0, mirror, choice)
+    return [parts.sum(), *(m.values[:R] for m in matrices)]
 
 
 TILES = register(Kernel("correlation_tiles", _tiles, tile_variants(_tiles, _try_tiles)))

@@ -70,7 +70,7 @@ def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
 
 def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
     """The classes of the forward or the backward kernel, with these parts."""
-    found = {}
+    classes = {}
     for dtype in TRITON:
         for part, table in parts.items():
             name, phases = f"{dtype}-{part}", PHASES.get(part, (True, True))
@@ -81,10 +81,10 @@ def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Varia
             names = [n for n in fn.arg_names if n not in constants and n not in blocks]
             types = {n: _type(n, dtype) for n in names}
             configs = tuple(_config(dtype, *sizes) for sizes in table)
-            found[name] = Variant(
+            classes[name] = Variant(
                 name, types, constants, False, configs, configs[0], partial(trial, dtype, part)
             )
-    return found
+    return classes
 
 
 def _config(dtype: str, rows: int, columns: int, warps: int, stages: int) -> Config:

@@ -83,14 +83,14 @@ def shape_class(x: Tensor, part: str) -> str:
 
 def forward_variants(launch: Launch) -> dict[str, Variant]:
     """The classes of the forward.  launch: (pairs, transposed, (name, config))."""
-    found = {}
+    variants = {}
     for dtype, width in CLASSES:
         for part in FORWARD_PARTS:
             name = _name(dtype, width, part)
             trial = partial(_try_forward, launch, name)
             constants = _constants(dtype, width, part)
-            found[name] = _variant(name, FORWARD_NAMES, constants, FORWARD, trial)
-    return found
+            variants[name] = _variant(name, FORWARD_NAMES, constants, FORWARD, trial)
+    return variants
 
 
 def backward_variants(launch: Launch, forward: Launch) -> dict[str, Variant]:
@@ -98,7 +98,7 @@ def backward_variants(launch: Launch, forward: Launch) -> dict[str, Variant]:
 
     launch: (pairs, sides, transposed, sums, (name, config)).  forward: that of the forward.
     """
-    found = {}
+    variants = {}
     for dtype, width in CLASSES:
         for part in BACKWARD_PARTS:
             name, constants = _name(dtype, width, part), _constants(dtype, width, part)
@@ -107,8 +107,8 @@ def backward_variants(launch: Launch, forward: Launch) -> dict[str, Variant]:
             absent += [] if dtype == "float16" else ["FP16_SCALE"]
             constants |= dict.fromkeys(absent)
             trial = partial(_try_backward, launch, forward, name)
-            found[name] = _variant(name, BACKWARD_NAMES, constants, BACKWARD, trial)
-    return found
+            variants[name] = _variant(name, BACKWARD_NAMES, constants, BACKWARD, trial)
+    return variants
 
 
 def _name(dtype: str, width: str, part: str) -> str:
@@ -116,10 +116,10 @@ def _name(dtype: str, width: str, part: str) -> str:
 
 
 def _constants(dtype: str, width: str, part: str) -> dict[str, Any]:
-    found = {"FITS_BLOCK": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-    found["VECTOR"], found["TRANSPOSED"] = part == "full", part in ("cols", "full")
-    found |= MASKED if part in ("masked", "both", "full") else PLAIN
-    return found if part == "full" else {**found, "BIAS": None}
+    constants = {"FITS_BLOCK": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    constants["VECTOR"], constants["TRANSPOSED"] = part == "full", part in ("cols", "full")
+    constants |= MASKED if part in ("masked", "both", "full") else PLAIN
+    return constants if part == "full" else {**constants, "BIAS": None}
 
 
 def _variant(

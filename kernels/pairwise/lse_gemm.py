@@ -216,19 +216,19 @@ TYPES = {**SIZES, **{key: "*fp32:16" for key in FLOATS}, "ROW_IDS": "*i64:16", "
 
 def _variants(fn: Any, kernel: str) -> dict[str, Variant]:
     """A class for each dtype, with and without rules on ids, a bias and a scale for each row."""
-    found = {}
+    classes = {}
     for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
         for part, constants in (("plain", PLAIN), ("full", FULL)):
             absent = {} if dtype == "float16" else {"FP16_SCALE": None}
             absent |= {"SUMS": None} if part == "plain" else {}
             names = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
-            given = {n: TYPES.get(n, f"*{short}:16") for n in names if n not in absent}
+            types = {n: TYPES.get(n, f"*{short}:16") for n in names if n not in absent}
             unused = {n: v for n, v in absent.items() if n in fn.arg_names}
             configs = tuple(Config({"BLOCK_M": m, "BLOCK_N": n}, w, 1) for m, n, w in CONFIGS)
             name, trial = f"{dtype}-{part}", partial(_try, kernel, dtype, part)
             constexprs = {**constants, **unused}
-            found[name] = Variant(name, given, constexprs, False, configs, configs[0], trial)
-    return found
+            classes[name] = Variant(name, types, constexprs, False, configs, configs[0], trial)
+    return classes
 
 
 def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.device) -> Any:
@@ -246,8 +246,8 @@ def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.devic
         with forced(kernel, config):
             if kernel == SUMMARIZE.name:
                 return statistics(pairs, True)
-            found = gradients(pairs, sides[0], sides[1], (True, True, True, part == "full"))
-            return [x for x in found if x.numel()]
+            grads = gradients(pairs, sides[0], sides[1], (True, True, True, part == "full"))
+            return [x for x in grads if x.numel()]
 
     return launch
 

@@ -106,11 +106,11 @@ class _LSE(torch.autograd.Function):
         weights, need, same = backend(impl, q).weights, ctx.needs_input_grad[:4], k is None
         if same and both:  # the two are one
             grad_rows, both = grad_rows + grad_cols, False
-        given = [q, q if same else k, scale, bias, row_ids, col_ids]
+        tensors = [q, q if same else k, scale, bias, row_ids, col_ids]
         sides = weights(rows, grad_rows), weights(cols, grad_cols) if both else None
-        found = Grads(*grads(given, *sides, mask, same, list(need), impl))
+        made = Grads(*grads(tensors, *sides, mask, same, list(need), impl))
         leaves = q, k, scale, bias
-        out = [g.to(x.dtype) if n else None for g, x, n in zip(found, leaves, need, strict=True)]
+        out = [g.to(x.dtype) if n else None for g, x, n in zip(made, leaves, need, strict=True)]
         return *out, *(None,) * 5
 
 

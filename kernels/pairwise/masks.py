@@ -144,8 +144,8 @@ class Masks(_Rules):
 
     def check(self, M: int, N: int, device: torch.device) -> None:
         """Raise ValueError, naming the mask, for ids that are not M and N on `device`."""
-        for rule, *given in self.parts:
-            for name, ids, length in zip(("row_ids", "col_ids"), given, (M, N), strict=True):
+        for rule, *sides in self.parts:
+            for name, ids, length in zip(("row_ids", "col_ids"), sides, (M, N), strict=True):
                 if ids is not None and (len(ids) != length or ids.device != device):
                     raise ValueError(
                         f"{name} of mask {rule.name!r} must be ({length},) on {device}, "
@@ -169,7 +169,7 @@ class Tile:
 
     def keep(self, rows: slice, cols: slice) -> Tensor:
         """A bool tensor that broadcasts to the tile."""
-        found = None
+        kept_by_all = None
         for rule, place in zip(self.rules, self.places, strict=True):
             if place < 0 or self.row_ids is None or self.col_ids is None:
                 i = torch.arange(rows.start, rows.stop, device=self.device)
@@ -177,8 +177,12 @@ class Tile:
             else:
                 i, j = self.row_ids[place, rows], self.col_ids[place, cols]
             kept = rule.keep(i[:, None], j[None, :])
-            found = kept if found is None else found & kept
-        return torch.ones(1, 1, dtype=torch.bool, device=self.device) if found is None else found
+            kept_by_all = kept if kept_by_all is None else kept_by_all & kept
+        return (
+            torch.ones(1, 1, dtype=torch.bool, device=self.device)
+            if kept_by_all is None
+            else kept_by_all
+        )
 
 
 def decode(key: str) -> tuple[tuple[PairMask, ...], tuple[int, ...]]:

@@ -82,7 +82,7 @@ def tile_variants(launch: Launch) -> dict[str, Variant]:
     widths = [
         (f"{dtype}-", width) for dtype in FP16_SCALES | {"bfloat16": 1} for width in (*LOSS,)[:4]
     ]
-    found = {}
+    variants = {}
     for start, width in [*widths, ("", "tf32"), ("", "float32")]:
         d, o = CHUNKS.get(width) or (WIDTHS[width], WIDTHS[width])
         for part, passes in PASSES.items():
@@ -99,14 +99,14 @@ def tile_variants(launch: Launch) -> dict[str, Variant]:
             constants |= {} if passes["TOTAL"] else {"SUMS": None}
             types, trial = _types(TILE_NAMES, dtype, constants), partial(_try_tiles, launch, name)
             product = dtype != "float32"
-            found[name] = Variant(name, types, constants, product, configs, configs[0], trial)
-    return found
+            variants[name] = Variant(name, types, constants, product, configs, configs[0], trial)
+    return variants
 
 
 def weigh_variants(launch: Launch) -> dict[str, Variant]:
     """The classes of the pass over products.  launch: (p, logits, i, j, part, (name, config))."""
     configs = tuple(Config({"BLOCK_M": m, "BLOCK_N": n}, warps, 1) for m, n, warps in WEIGH)
-    found = {}
+    variants = {}
     for dtype in ("bfloat16", "float16", "float32"):
         for part in ("loss", "grad"):
             name = f"{dtype}-{part}"
@@ -114,13 +114,13 @@ def weigh_variants(launch: Launch) -> dict[str, Variant]:
             constants = {**RULES, "GRAD": part == "grad", "FP16_SCALE": unit}
             stored = dtype if part == "grad" else "float32"
             types, trial = _types(WEIGH_NAMES, stored, constants), partial(_try_weigh, launch, name)
-            found[name] = Variant(name, types, constants, False, configs, configs[0], trial)
-    return found
+            variants[name] = Variant(name, types, constants, False, configs, configs[0], trial)
+    return variants
 
 
 def _types(names: tuple[str, ...], dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    given = (name for name in names if name not in constants)
-    return {name: TYPES[name].replace("x", f"*{TRITON[dtype]}:16") for name in given}
+    named = (name for name in names if name not in constants)
+    return {name: TYPES[name].replace("x", f"*{TRITON[dtype]}:16") for name in named}
 
 
 def _logits(dtype: str, D: int, device: torch.device) -> Logits:

@@ -41,14 +41,14 @@ class _Sigmoid(torch.autograd.Function):
     """Backward multiplies the gradients where they lie; a second one makes them anew."""
 
     @staticmethod
-    def forward(ctx: Any, *given):
-        *tensors, mask, need, impl = given
-        found, *made = sigmoid(tensors, mask, list(need), impl)
+    def forward(ctx: Any, *arguments):
+        *tensors, mask, need, impl = arguments
+        total, *made = sigmoid(tensors, mask, list(need), impl)
         ctx.made = None if torch.compiler.is_compiling() else made
         ctx.save_for_backward(*(made if ctx.made is None else tensors))
         ctx.dtypes = [x.dtype if n else None for x, n in zip(tensors, need, strict=False)]
         ctx.options = mask, list(need), impl
-        return found
+        return total
 
     @staticmethod
     @first_order

@@ -221,8 +221,8 @@ def _by_products(logits: Logits, need: Need) -> Found:
     part = "grad" if any(need) else "loss"
     for i in spans(len(q), max(1, BLOCK_BYTES // 4 // C)):
         for j in spans(len(k), C):
-            found, w = weigh(matmul(q[i], k[j].T), logits, i, j, part)
-            sums += found
+            block_sums, w = weigh(matmul(q[i], k[j].T), logits, i, j, part)
+            sums += block_sums
             if need_q:
                 dq[i] += matmul(w, k[j])
             if need_k:

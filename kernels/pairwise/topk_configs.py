@@ -92,5 +92,5 @@ def _try(launch: Launch, name: str, config: Config, device: torch.device) -> Lau
     (M, N, D), generator = TRIAL, torch.Generator(device).manual_seed(0)
     x = torch.randn(M + N, D, generator=generator, device=device)
     x = torch.nn.functional.normalize(x).to(getattr(torch, dtype, torch.float32))
-    given = x[:M], x[M:], SLOTS[width], None, None, ""
-    return lambda: launch(*given, (name, config))[0]
+    arguments = x[:M], x[M:], SLOTS[width], None, None, ""
+    return lambda: launch(*arguments, (name, config))[0]

@@ -73,7 +73,7 @@ def measured(P: int) -> str:
 
 def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
     """The classes of a kernel with these parts."""
-    found = {}
+    classes = {}
     for dtypes, read in READ.items():
         if read == "uint8" and "IMAGES" not in fn.arg_names:
             continue
@@ -81,14 +81,14 @@ def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Varia
             name, side = f"{dtypes}-{part}", SIDES[part]
             constants = {**COLUMNS, **FLAGS, "PH": side, "PW": side, "HELD": part in HELD}
             constants = {n: value for n, value in constants.items() if n in fn.arg_names}
-            given = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
+            named = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
             result, loss = dtypes.rpartition("-")[2], "PRED" in fn.arg_names  # G is the loss's
-            types = {n: _type(n, read, result, loss) for n in given}
+            types = {n: _type(n, read, result, loss) for n in named}
             configs = tuple(_config(fn, *sizes) for sizes in table)
-            found[name] = Variant(
+            classes[name] = Variant(
                 name, types, constants, False, configs, configs[0], partial(trial, dtypes, part)
             )
-    return found
+    return classes
 
 
 def _type(name: str, read: str, result: str, loss: bool) -> str:

@@ -39,7 +39,7 @@ class Fused:
     mse_grad = operator(
         "patches_mse_grad",
         launches.mse_grad,
-        lambda grad, pred, *given: pred.new_empty(pred.shape),
+        lambda grad, pred, *arguments: pred.new_empty(pred.shape),
     )
 
     @staticmethod

@@ -391,15 +391,15 @@ def _result(dtypes: str) -> torch.dtype:
 
 def _try_gather(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
     images, ids, side, _ = _trial(dtypes, part, device)
-    given = images, None, ids, (1, side, side), _result(dtypes)
-    return launcher(GATHER.name, config, gather, *given)
+    arguments = images, None, ids, (1, side, side), _result(dtypes)
+    return launcher(GATHER.name, config, gather, *arguments)
 
 
 def _try_spread(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
     images, ids, side, _ = _trial(dtypes, part, device)
     grad = gather(images, None, ids, (1, side, side), images.dtype)
-    given = grad, None, ids, (1, side, side), images.shape, images.dtype
-    return launcher(SPREAD.name, config, spread, *given)
+    arguments = grad, None, ids, (1, side, side), images.shape, images.dtype
+    return launcher(SPREAD.name, config, spread, *arguments)
 
 
 def _try_mse(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
@@ -410,8 +410,8 @@ def _try_mse(dtypes: str, part: str, config: Config, device: torch.device) -> An
 def _try_mse_grad(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
     images, ids, side, pred = _trial(dtypes, part, device)
     loss, stats = mse(pred, images, None, ids, (1, side, side, 0), 1e-6)
-    given = torch.ones_like(loss), pred, images, None, ids, stats, (1, side, side, 0)
-    return launcher(MSE_GRAD.name, config, mse_grad, *given)
+    arguments = torch.ones_like(loss), pred, images, None, ids, stats, (1, side, side, 0)
+    return launcher(MSE_GRAD.name, config, mse_grad, *arguments)
 
 
 def _registered(name: str, fn: Any, parts: Any, trial: Any) -> Kernel:

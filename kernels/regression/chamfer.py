@@ -249,7 +249,9 @@ backends: dict[str, Any] = {
     "torch": SimpleNamespace(nearest=_nearest_torch, pull=_pull_torch),
     "triton": SimpleNamespace(
         nearest=operator("chamfer_nearest", _nearest_triton, _fake_nearest),
-        pull=operator("chamfer_pulled", _pull_triton, lambda grad, x, *given: x.new_empty(x.shape)),
+        pull=operator(
+            "chamfer_pulled", _pull_triton, lambda grad, x, *arguments: x.new_empty(x.shape)
+        ),
     ),
 }
 
@@ -325,8 +327,8 @@ def _try_nearest(dtype: str, config: Config, device: torch.device) -> Any:
 def _try_pull(dtype: str, config: Config, device: torch.device) -> Any:
     x, y = _trial(dtype, device)
     _, places, _, back = _nearest_triton(x, y)
-    given = torch.ones(len(x), device=device), x, y, places, back, [1.0, 1.0], False
-    return launcher(PULL.name, config, _pull_triton, *given)
+    arguments = torch.ones(len(x), device=device), x, y, places, back, [1.0, 1.0], False
+    return launcher(PULL.name, config, _pull_triton, *arguments)
 
 
 def _config(rows: int, columns: int, warps: int) -> Config:

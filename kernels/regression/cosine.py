@@ -330,8 +330,8 @@ def _try_forward(dtype: str, config: Config, device: torch.device) -> Any:
 def _try_backward(dtype: str, config: Config, device: torch.device) -> Any:
     pred, target = _trial(dtype, device)
     loss, stats = _forward_triton(pred, target, None, 2.0)
-    given = torch.ones_like(loss), pred, target, None, stats, 2.0, [True, True]
-    return launcher(BACKWARD.name, config, _backward_triton, *given)
+    arguments = torch.ones_like(loss), pred, target, None, stats, 2.0, [True, True]
+    return launcher(BACKWARD.name, config, _backward_triton, *arguments)
 
 
 def _config(rows: int, columns: int, warps: int) -> Config:

@@ -107,8 +107,8 @@ def restore_tokens(
             want = (ids_restore.shape[1], D)
             raise ValueError(f"pos must be {want}, got {tuple(pos.shape)}")
     check_ids(ids_restore, ids_restore.shape[1], "ids_restore")
-    given = {"visible": visible}
-    return _RESTORE(impl, visible, ids_restore, mask_token, pos, inputs=given)
+    inputs = {"visible": visible}
+    return _RESTORE(impl, visible, ids_restore, mask_token, pos, inputs=inputs)
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:

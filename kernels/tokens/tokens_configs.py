@@ -51,19 +51,19 @@ def variants(
     fn: Any, parts: Mapping[str, Mapping[str, Any]], table: Any, trial: Trial
 ) -> dict[str, Variant]:
     """The classes of a kernel with these parts."""
-    found = {}
+    classes = {}
     for dtype in TRITON:
         for part, absent in parts.items():
             name = f"{dtype}-{part}"
             constants = {**absent, **{c: 1 for c in COLUMNS if c in fn.arg_names}}
-            given = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
+            named = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
             sums = FLOATS.get(part, ()) if "G" in fn.arg_names or part == "table" else ()
-            types = {n: "*fp32:16" if n in sums else _type(n, dtype) for n in given}
+            types = {n: "*fp32:16" if n in sums else _type(n, dtype) for n in named}
             configs = tuple(_config(dtype, *sizes) for sizes in table)
-            found[name] = Variant(
+            classes[name] = Variant(
                 name, types, constants, False, configs, configs[0], partial(trial, dtype, part)
             )
-    return found
+    return classes
 
 
 def _type(name: str, dtype: str) -> str:

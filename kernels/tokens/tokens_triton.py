@@ -217,13 +217,12 @@ def _sorted_places(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(values, places)
 
 
-def _scatter(launch: _Launch, grid: int, x: Tensor, *given: Any) -> None:
-    """given: the kernel's arguments from ORDER to start_b, and the stride by sequence."""
-    *given, x_b = given
-    if 0 not in (grid, launch.rows, launch.columns):
+def _scatter(launch: _Launch, shares: int, x: Tensor, *arguments: Any) -> None:
+    """arguments: the kernel's from ORDER to x_b."""
+    if 0 not in (shares, launch.rows, launch.columns):
         with torch.cuda.device_of(x):
-            _scatter_rows[grid, launch.rows, launch.columns](
-                x, *given, x_b, *x.stride()[-2:], **launch.config.arguments
+            _scatter_rows[shares, launch.rows, launch.columns](
+                x, *arguments, *x.stride()[-2:], **launch.config.arguments
             )
 
 

@@ -118,7 +118,9 @@ def test_a_damaged_cache_is_said_and_written_anew(content, tmp_path):
     path = tmp_path / "fastssl" / "tuned-NVIDIA-H200.json"
     path.parent.mkdir()
     path.write_text(content)
-    with pytest.warns(UserWarning, match="tuned-NVIDIA-H200.json is left aside"):
+    with pytest.warns(
+        UserWarning, match="tuned-NVIDIA-H200.json is damaged and will be overwritten"
+    ):
         assert autotune(kernel()) == LARGE
     assert [entry["blocks"] for entry in json.loads(path.read_text()).values()] == [LARGE.blocks]
 
