@@ -86,7 +86,7 @@ def test_heavy_libraries_stay_in_their_room(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_sizes(path):
     source = path.read_text()
-    assert len(source.splitlines()) <= 400
+    assert len(source.splitlines()) <= 450
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue

@@ -25,8 +25,8 @@ from fastssl.kernels import (
     pairwise_topk,
     standardize,
 )
+from fastssl.kernels.pairwise import Pairs
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
-from fastssl.kernels.pairwise.lse_torch import Pairs
 
 _SCALE = 1 / 0.1
 
