@@ -15,6 +15,6 @@ setup(
         "fastssl": ["py.typed"],
         "fastssl.report": ["templates/*.j2"],
         "fastssl.recipes": ["*.yaml"],
-        "fastssl.kernels": ["tuned.json"],
+        "fastssl.kernels.common": ["tuned.json"],
     },
 )

@@ -5,7 +5,7 @@
     python -m fastssl.bench.aot --quick                one shape class a kernel, its safe one
     python -m fastssl.bench.aot --kernel 'pairwise*' --target sm_90 --json proofs.jsonl
 
-Each registered kernel (`kernels/_tuning.py`) is compiled for each of its shape classes and
+Each registered kernel (`kernels/common/tuning.py`) is compiled for each of its shape classes and
 configurations, and the machine code is read back (`sass.py`).  A configuration fails when
 
     it does not compile,
@@ -39,8 +39,8 @@ from typing import Any
 
 import torch
 
-from fastssl.kernels import _tuning
-from fastssl.kernels._tuning import Config, Kernel, Variant
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Config, Kernel, Variant
 
 from . import sass
 from .record import conditions, write_line

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.cases.correlation import barlow_authors
-from fastssl.kernels import cross_correlation, standardise
+from fastssl.kernels import cross_correlation, standardize
 from fastssl.losses import BarlowTwinsLoss
 
 SHAPES = ((256, 1024), (1024, 256))
@@ -58,7 +58,7 @@ def _trained(N: int, D: int, steps: int = 300) -> tuple[Tensor, Tensor]:
 def _rounded(z_a: Tensor, z_b: Tensor) -> Tensor:
     """By rows in bfloat16."""
     loss = BarlowTwinsLoss()
-    a, b = (standardise(z, eps=loss.eps) for z in (z_a, z_b))
+    a, b = (standardize(z, eps=loss.eps) for z in (z_a, z_b))
     found = cross_correlation(a, b)
     return loss._from(found.diagonal, found.off_diagonal_sq, len(a))
 

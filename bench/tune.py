@@ -1,13 +1,13 @@
 """Which configuration of each Triton kernel is fastest on this GPU.
 
     python -m fastssl.bench.tune                           every kernel and shape class, 7 minutes
-    python -m fastssl.bench.tune --kernel '*bwd' --write   some, kept in kernels/tuned.json
+    python -m fastssl.bench.tune --kernel '*bwd' --write   some, kept in kernels/common/tuned.json
     python -m fastssl.bench.tune --json tuned.jsonl        also as JSON lines, as they come
 
 Every candidate of a class is launched once beside the safe one; where its result is another, it is
 wrong and gets no time.  The others' median time is taken with a cold L2.  What failed, what the GPU
 has not the resources for and what there was no time left for stay in the table as such.
-The last lines are a block for kernels/tuned.json, which --write merges into it.
+The last lines are a block for kernels/common/tuned.json, which --write merges into it.
 
 The exit status is 0; 1 when a candidate was wrong or failed, and 2 without a GPU to time on.
 """
@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels import _tuning
-from fastssl.kernels._tuning import Clock, Config, Kernel, Variant
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Clock, Config, Kernel, Variant
 
 from .aot import label
 from .record import conditions, write_line
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=7.0, help="begin nothing after them (default 7)")
     add("--jobs", type=int, default=8, help="compilations at once (default 8)")
     add("--json", type=Path, metavar="FILE", help="also write the timings there, as JSON lines")
-    add("--write", action="store_true", help="merge the fastest into kernels/tuned.json")
+    add("--write", action="store_true", help="merge the fastest into kernels/common/tuned.json")
     return parser
 
 

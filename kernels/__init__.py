@@ -1,30 +1,40 @@
 """The primitives, each written once: what it computes, its reference, its implementations."""
 
-from ._dispatch import implementations
-from .bias import gather_bias
-from .chamfer import chamfer
-from .correlation import Correlation, correlation_plan, cross_correlation, frobenius_sq
-from .correlation_mixed import Mixed, mixed_correlation
-from .latents import scaled_cosine_error
-from .masks import (
+import warnings
+from typing import Any
+
+from .common import implementations
+from .correlation import (
+    Correlation,
+    Mixed,
+    Moments,
+    column_moments,
+    correlation_plan,
+    cross_correlation,
+    cross_diagonal,
+    frobenius_sq,
+    mixed_correlation,
+    standardize,
+)
+from .pairwise import (
     PairMask,
     different_group,
     exclude_self,
     exclude_self_and_pair,
+    pairwise_lse,
+    pairwise_sigmoid,
+    pairwise_topk,
     same_group,
 )
-from .moments import Moments, column_moments, cross_diagonal, standardise
-from .pairwise import pairwise_lse
-from .pairwise_sigmoid import pairwise_sigmoid
-from .patches import Normalised, gather_patches, patch_mse
-from .tokens import gather_packed, gather_tokens, restore_tokens, scatter_tokens
-from .topk import pairwise_topk
+from .patches import Normalized, gather_patches, patch_mse
+from .regression import chamfer, scaled_cosine_error
+from .tokens import gather_bias, gather_packed, gather_tokens, restore_tokens, scatter_tokens
 
 __all__ = [
     "Correlation",
     "Mixed",
     "Moments",
-    "Normalised",
+    "Normalized",
     "PairMask",
     "chamfer",
     "column_moments",
@@ -49,5 +59,16 @@ __all__ = [
     "same_group",
     "scaled_cosine_error",
     "scatter_tokens",
-    "standardise",
+    "standardize",
 ]
+
+_RENAMED = {"standardise": "standardize", "Normalised": "Normalized"}  # old: new
+
+
+def __getattr__(name: str) -> Any:
+    """The names of before, with a warning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"fastssl.kernels.{name} is now called {new}", DeprecationWarning, stacklevel=2)
+    return globals()[new]

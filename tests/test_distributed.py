@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from fastssl import distributed as D
-from fastssl.kernels import column_moments, frobenius_sq, standardise
+from fastssl.kernels import column_moments, frobenius_sq, standardize
 from tests.oracle import grads
 from tests.ranks import run_ranks
 
@@ -65,19 +65,19 @@ def each_rank(rank, world):
     seen["twin"] = without_cpu_backend(rank)
     far = rows(rank, 5) + 1000 + 10 * rank
     for name, unbiased in (("biased", False), ("unbiased", True)):
-        fn = lambda z: standardise(z, eps=1e-3, unbiased=unbiased)  # noqa: B023, E731
+        fn = lambda z: standardize(z, eps=1e-3, unbiased=unbiased)  # noqa: B023, E731
         seen[f"standardise {name}"] = value_and_grad(fn, far)
         fn = lambda z: torch.stack(column_moments(z, unbiased=unbiased))  # noqa: B023, E731
         seen[f"moments {name}"] = value_and_grad(fn, far)
         options = {"eps": 1e-3, "unbiased": unbiased, "impl": "reference"}
-        fn = lambda z: standardise(z, **options)  # noqa: B023, E731
+        fn = lambda z: standardize(z, **options)  # noqa: B023, E731
         seen[f"standardise {name} reference"] = value_and_grad(fn, far.double())
     for width in (2, 40):  # by covariance, by Gram
         for impl in ("torch", "reference"):
             fn = lambda a, b: frobenius_sq(a, b, impl=impl)  # noqa: B023, E731
             a, b = rows(rank, width), rows(rank + 50, width)
             seen[f"frobenius {width} {impl}"] = value_and_grad(fn, a, b)
-    local = lambda z: standardise(z, eps=1e-3, process_group=D.LOCAL)  # noqa: E731
+    local = lambda z: standardize(z, eps=1e-3, process_group=D.LOCAL)  # noqa: E731
     seen["local"] = value_and_grad(local, far)
     pair = dist.new_group([0, 1])
     if rank < 2:
@@ -86,7 +86,7 @@ def each_rank(rank, world):
         seen["outside"] = refusal(lambda: D.world_size(pair))
     uneven = torch.zeros(B + (rank == 1), 4)
     calls = [D.all_gather_rows, D.all_gather_nograd, lambda z: frobenius_sq(z, z)]
-    calls += [lambda z: standardise(z, eps=0.1), column_moments]
+    calls += [lambda z: standardize(z, eps=0.1), column_moments]
     seen["uneven"] = [refusal(lambda: call(uneven)) for call in calls]  # noqa: B023
     seen["flat"] = [refusal(lambda: call(x[0] if rank == 1 else x)) for call in calls]  # noqa: B023
     scalar = torch.tensor(1.0) if rank == 1 else x
@@ -187,7 +187,7 @@ def test_local_means_this_rank_alone(ranks):
     for r, seen in enumerate(ranks):
         z = rows(r, 5) + 1000 + 10 * r
         want = grads(
-            lambda z: standardise(z, eps=1e-3),
+            lambda z: standardize(z, eps=1e-3),
             [z],
             lambda out, r=r: (out * upstream(r, out)).sum(),
         )

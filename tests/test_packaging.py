@@ -109,7 +109,9 @@ def test_editable_without_network(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     install += ["--no-build-isolation", "--target", str(target), "-e", str(ROOT)]
     subprocess.run(install, check=True, cwd=tmp_path)
-    code = f"import site; site.addsitedir({str(target)!r}); import fastssl.kernels.pairwise as m;"
+    code = (
+        f"import site; site.addsitedir({str(target)!r}); import fastssl.kernels.pairwise.lse as m;"
+    )
     code += "import fastssl.bench; print(m.__file__)"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert Path(run.stdout.strip()) == ROOT / "kernels/pairwise.py", run.stderr
+    assert Path(run.stdout.strip()) == ROOT / "kernels/pairwise/lse.py", run.stderr

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastssl.bench.cases.losses import two_views
 from fastssl.bench.registry import Problem, Shape, Sweep, case
 from fastssl.bench.rivals import beside, library, nbytes
-from fastssl.kernels import cross_correlation, mixed_correlation, standardise
+from fastssl.kernels import cross_correlation, mixed_correlation, standardize
 from fastssl.losses import BarlowTwinsLoss, MixedBarlowTwinsLoss, VICRegLoss
 
 _LAMBDA, _MIXUP, _ALPHA = 5e-3, 5.0, 0.3
@@ -72,7 +72,7 @@ def barlow_twins(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
 
 def barlow_reference(z_a: Tensor, z_b: Tensor) -> Tensor:
     """Barlow Twins' equation 1 with the D x D correlation, in the dtype it is given."""
-    a, b = (standardise(z, eps=1e-5, impl="reference") for z in (z_a, z_b))
+    a, b = (standardize(z, eps=1e-5, impl="reference") for z in (z_a, z_b))
     diagonal, off_diagonal = cross_correlation(a, b, impl="reference")
     return (1 - diagonal / len(a)).square().sum() + _LAMBDA * off_diagonal / len(a) ** 2
 
@@ -132,7 +132,7 @@ def _mixed_ours(loss, z_a: Tensor, z_b: Tensor, z_m: Tensor, perm: Tensor) -> Te
 
 def mixed_reference(z_a: Tensor, z_b: Tensor, z_m: Tensor, perm: Tensor) -> Tensor:
     """The formula in D x D matrices, in the dtype it is given."""
-    a, b, m = (standardise(z, eps=1e-5, impl="reference") for z in (z_a, z_b, z_m))
+    a, b, m = (standardize(z, eps=1e-5, impl="reference") for z in (z_a, z_b, z_m))
     r, n = m - _ALPHA * a - (1 - _ALPHA) * b[perm], len(a)
     diagonal, off_diagonal, residual = mixed_correlation(a, b, r, impl="reference")
     squares = off_diagonal + _MIXUP * residual

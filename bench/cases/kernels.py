@@ -22,11 +22,11 @@ from fastssl.kernels import (
     exclude_self,
     frobenius_sq,
     pairwise_lse,
-    pairwise_ops,
     pairwise_topk,
-    standardise,
+    standardize,
 )
-from fastssl.kernels.pairwise_torch import Pairs
+from fastssl.kernels.pairwise import Pairs
+from fastssl.kernels.pairwise import lse_ops as pairwise_ops
 
 _SCALE = 1 / 0.1
 
@@ -184,7 +184,7 @@ def standardised(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
     """
     z = _rows(shape["N"], shape["D"], dtype, device).requires_grad_()
     w = torch.randn(z.shape, device=device).to(dtype)
-    rivals = by_implementation("standardise", _standardise, device)
+    rivals = by_implementation("standardize", _standardise, device)
     return Problem(
         inputs=(z, w),
         rivals=weighed(rivals),
@@ -194,7 +194,7 @@ def standardised(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
 
 
 def _standardise(impl: str, z: Tensor) -> Tensor:
-    return standardise(z, eps=1e-5, impl=impl)
+    return standardize(z, eps=1e-5, impl=impl)
 
 
 @case("column-moments", test="tests/kernels/test_moments.py", shapes=_COLUMN_SHAPES)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastssl.kernels._dispatch import implementations
+from fastssl.kernels import implementations
 
 TRAIN, DALI = "pip install 'fastssl[train]'", "pip install 'fastssl[dali]'"
 FORMATS = "pip install 'fastssl[formats]'"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.evaluate._checks import checked_features, checked_labels, same_width
-from fastssl.kernels.topk import pairwise_topk
+from fastssl.kernels.pairwise import pairwise_topk
 
 _ROWS = 4096  # test rows voting at once: bounds the (rows, C) tally, whatever M is
 

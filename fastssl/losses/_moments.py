@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
 from fastssl.kernels import cross_correlation
-from fastssl.kernels._dispatch import accumulator, finished, first_order, full_precision
+from fastssl.kernels.common import accumulator, finished, first_order, full_precision
 
 
 class _Centred(torch.autograd.Function):

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, rank, shift, world_size
-from fastssl.kernels._dispatch import accumulator, first_order
-from fastssl.kernels.masks import Masks
-from fastssl.kernels.pairwise import blockwise
-from fastssl.kernels.pairwise_torch import Pairs
+from fastssl.kernels.common import accumulator, first_order
+from fastssl.kernels.pairwise import Masks, Pairs, blockwise
 
 
 class _Journey:

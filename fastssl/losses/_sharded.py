@@ -25,8 +25,7 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels import PairMask, pairwise_lse
-from fastssl.kernels.masks import Masks
-from fastssl.kernels.pairwise import as_number, check_pairs
+from fastssl.kernels.pairwise import Masks, as_number, check_pairs
 
 from ._ring import ring_lse
 

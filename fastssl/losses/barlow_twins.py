@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, require_all_even, world_size
-from fastssl.kernels import cross_correlation, mixed_correlation, standardise
+from fastssl.kernels import cross_correlation, mixed_correlation, standardize
 from fastssl.losses._moments import widened
 
 
@@ -77,7 +77,7 @@ class BarlowTwinsLoss(nn.Module):
 
     def _standardised(self, z: Tensor) -> Tensor:
         options = {"unbiased": self.unbiased, "process_group": self.process_group}
-        return standardise(widened(z), eps=self.eps, **options)
+        return standardize(widened(z), eps=self.eps, **options)
 
     def _from(self, diagonal: Tensor, off_diagonal_sq: Tensor, n: int) -> Tensor:
         """The loss of a cross-correlation summed over n rows."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastssl.distributed import Group, require_all_even
 from fastssl.kernels import exclude_self
-from fastssl.kernels._dispatch import accumulator
+from fastssl.kernels.common import accumulator
 from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
 from fastssl.losses._views import check_embeddings, info_nce, joined_ids
 

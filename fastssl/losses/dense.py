@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels import exclude_self
-from fastssl.kernels._dispatch import first_order, full_precision
+from fastssl.kernels.common import first_order, full_precision
 from fastssl.losses._sharded import Rule, sharded_lse
 from fastssl.losses._views import (
     INTEGERS,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
-from fastssl.kernels._dispatch import may_look
+from fastssl.kernels.common import can_read_values
 from fastssl.losses._views import ContrastiveLoss, twice
 
 
@@ -146,7 +146,7 @@ class _Samples:
             ranks = f"{self.world} ranks, got {world_size(self.group)}"
             raise ValueError(f"this loss was made for {ranks}: join the ranks before making it")
         joined = all_gather_nograd(index.long(), self.group, check=False)
-        if may_look(joined) and not 0 <= int(joined.min()) <= int(joined.max()) < self.size:
+        if can_read_values(joined) and not 0 <= int(joined.min()) <= int(joined.max()) < self.size:
             seen = f"{int(joined.min())} to {int(joined.max())}"
             raise ValueError(f"index must be in [0, {self.size}), got {seen}")
         self.values = self.values.to(index.device)

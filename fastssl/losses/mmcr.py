@@ -16,7 +16,7 @@ from fastssl.distributed import (
     require_all_even,
     world_size,
 )
-from fastssl.kernels._dispatch import accumulator, finished, first_order, full_precision
+from fastssl.kernels.common import accumulator, finished, first_order, full_precision
 from fastssl.losses._views import check_embeddings
 
 

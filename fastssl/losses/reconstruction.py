@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastssl.kernels import Normalised, patch_mse
+from fastssl.kernels import Normalized, patch_mse
 
 
 class MAELoss(nn.Module):
@@ -17,7 +17,7 @@ class MAELoss(nn.Module):
     Shapes   pred (B, K, prod(patch) * C): one prediction per hidden patch, its pixels row-major
              and each pixel's channels side by side: 'h w c' of an image, 't h w c' of a clip.
              images (B, C, *S), S of 1, 2 or 3 sides: float, uint8 (read as 0..255) or
-             `Normalised`; read as they are, never patchified, no gradient.
+             `Normalized`; read as they are, never patchified, no gradient.
              masked_ids (B, K) int64: each hidden patch's place in the row-major patch grid.
     Returns  scalar float32: the mean over B * K hidden patches, 0 <= loss.  With norm_pix the
              variance is unbiased, and a constant patch's target is 0.
@@ -42,7 +42,7 @@ class MAELoss(nn.Module):
         super().__init__()
         self.patch, self.norm_pix, self.kind = patch, norm_pix, kind
 
-    def forward(self, pred: Tensor, images: Tensor | Normalised, masked_ids: Tensor) -> Tensor:
+    def forward(self, pred: Tensor, images: Tensor | Normalized, masked_ids: Tensor) -> Tensor:
         if masked_ids.numel() == 0:
             got = tuple(masked_ids.shape)
             raise ValueError(f"masked_ids must name at least one hidden patch, got shape {got}")

@@ -16,14 +16,10 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels import same_group
-from fastssl.kernels._dispatch import first_order
-from fastssl.kernels.masks import Masks
-from fastssl.kernels.pairwise_sigmoid import (
-    Need,
-    Results,
-    pairwise_sigmoid,
-    pairwise_sigmoid_grads,
-)
+from fastssl.kernels.common import first_order
+from fastssl.kernels.pairwise import Masks, pairwise_sigmoid, pairwise_sigmoid_grads
+from fastssl.kernels.pairwise import SigmoidNeed as Need
+from fastssl.kernels.pairwise import SigmoidResults as Results
 from fastssl.losses._sharded import check_strategy
 
 

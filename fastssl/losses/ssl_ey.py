@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, require_all_even, world_size
 from fastssl.kernels import frobenius_sq
-from fastssl.kernels._dispatch import accumulator, first_order
+from fastssl.kernels.common import accumulator, first_order
 from fastssl.losses._moments import centred, covariance_scale
 
 

@@ -15,7 +15,7 @@ from fastssl.distributed import (
     require_all_even,
     world_size,
 )
-from fastssl.kernels._dispatch import first_order, full_precision
+from fastssl.kernels.common import first_order, full_precision
 from fastssl.losses._views import check_embeddings, unit
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, require_all_even, world_size
-from fastssl.kernels._dispatch import accumulator
+from fastssl.kernels.common import accumulator
 from fastssl.losses._moments import variance_covariance
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.distributed import Group, require_all_even, world_size
-from fastssl.kernels._dispatch import accumulator, full_precision
+from fastssl.kernels.common import accumulator, full_precision
 from fastssl.losses._moments import variance_covariance
 from fastssl.losses.vicreg import VICRegLoss, invariance
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.distributed import world_size
-from fastssl.kernels import column_moments, standardise
+from fastssl.kernels import column_moments, standardize
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -22,7 +22,7 @@ class BatchNorm1d(nn.BatchNorm1d):
             return super().forward(input)
         with torch.no_grad():
             self._track(input)
-        x = standardise(input, eps=self.eps)
+        x = standardize(input, eps=self.eps)
         x = x if self.weight is None else x * self.weight + self.bias
         return x.to(input.dtype)
 

@@ -86,7 +86,7 @@ class MaskedViT(nn.Module):
     def tokens(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """The chosen patches embedded, without positions: (B, K, E), in the weights' dtype.
 
-        images (B, C, *S), any strides, float or integer, or `Normalised`; ids None: all patches.
+        images (B, C, *S), any strides, float or integer, or `Normalized`; ids None: all patches.
         Raises ValueError for images of other channels or sides than the model's, and bad ids.
         """
         pixels: Tensor = images if isinstance(images, Tensor) else images.images

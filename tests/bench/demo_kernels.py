@@ -8,7 +8,7 @@ They are registered by the function, not by the import, so that no other test me
 import triton
 import triton.language as tl
 
-from fastssl.kernels._tuning import Config, Kernel, Variant, register
+from fastssl.kernels.common.tuning import Config, Kernel, Variant, register
 
 
 @triton.jit

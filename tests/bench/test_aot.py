@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.bench import aot, sass
 from fastssl.bench.sass import CHIPS, KB, Instruction, Occupancy
-from fastssl.kernels._tuning import Config, Kernel, Variant
+from fastssl.kernels.common.tuning import Config, Kernel, Variant
 
 ROOT = Path(__file__).parents[2]
 DEMO = "tests.bench.demo_kernels:register_all"

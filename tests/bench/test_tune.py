@@ -1,26 +1,22 @@
 import json
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
 from fastssl.bench import tune
 from fastssl.bench.tune import FAILED, LEFT, OK, SCARCE, WRONG
-from fastssl.kernels import (
-    _tuning,
-    bias_ops,
-    chamfer_ops,
-    correlation_configs,
-    latents_ops,
-    moments_configs,
-    pairwise_configs,
-    pairwise_products,
-    patches_configs,
-    sigmoid_configs,
-    tokens_configs,
-    topk_configs,
-)
-from fastssl.kernels._tuning import Config, Kernel, Variant
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Config, Kernel, Variant
+from fastssl.kernels.correlation import configs as correlation_configs
+from fastssl.kernels.correlation import moments_configs
+from fastssl.kernels.pairwise import lse_configs as pairwise_configs
+from fastssl.kernels.pairwise import lse_gemm as pairwise_products
+from fastssl.kernels.pairwise import sigmoid_configs, topk_configs
+from fastssl.kernels.patches import patches_configs
+from fastssl.kernels.regression import cosine
+from fastssl.kernels.tokens import bias, tokens_configs
 
 CPU = torch.device("cpu")
 SAFE, FAST, OFF, BROKEN, LARGE = (Config({"BLOCK_M": 2**i}) for i in range(5))
@@ -165,14 +161,14 @@ def test_the_command_says_what_it_did_not_reach(one_kernel, capsys):
 OURS = {  # a class of each kernel
     "pairwise_lse_fwd": "float16-D64-full",
     "pairwise_lse_bwd": "float16-D64-both",
-    "pairwise_summarise": "float16-full",
+    "pairwise_summarize": "float16-full",
     "pairwise_weigh": "float16-plain",
     "pairwise_sigmoid_tiles": "float16-D64-rows",
     "pairwise_sigmoid_weigh": "float16-grad",
     "pairwise_topk": "float16-n16",
-    "standardise_forward": "float16-whole",
-    "standardise_backward": "float16-sums",
-    "standardise_join": "join",
+    "standardize_forward": "float16-whole",
+    "standardize_backward": "float16-sums",
+    "standardize_join": "join",
     "correlation_tiles": "float16-pair",
     "correlation_settle": "float16-pair-mirror",
     "correlation_finish": "float16-rows",
@@ -208,9 +204,9 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
     monkeypatch.setattr(correlation_configs, "TRIAL_STRIP", (10, 40))
     monkeypatch.setattr(patches_configs, "TRIAL", (2, 8))
     monkeypatch.setattr(tokens_configs, "TRIAL", (3, 9, 10))
-    monkeypatch.setattr(bias_ops, "TRIAL", (3, 2, 9))
-    monkeypatch.setattr(latents_ops, "TRIAL", (2, 3, 10))
-    monkeypatch.setattr(chamfer_ops, "TRIAL", (2, 7, 3))
+    monkeypatch.setattr(bias, "TRIAL", (3, 2, 9))
+    monkeypatch.setattr(cosine, "TRIAL", (2, 3, 10))
+    monkeypatch.setattr(import_module("fastssl.kernels.regression.chamfer"), "TRIAL", (2, 7, 3))
     known = _tuning.kernels()[name]
     some = {variant: known.variants[variant]}
     monkeypatch.setitem(_tuning._kernels, name, Kernel(name, known.fn, some))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastssl.kernels._chunks import CHUNK_BYTES
+from fastssl.kernels.common.chunks import CHUNK_BYTES
 from tests.oracle import largest_tensor
 
 REHEARSAL = os.environ.get("FASTSSL_GPU_REHEARSAL") == "1"

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import kernels
-from fastssl.kernels import _dispatch, exclude_self, same_group
-from fastssl.kernels.pairwise_sigmoid import pairwise_sigmoid
+from fastssl.kernels import exclude_self, same_group
+from fastssl.kernels.common import dispatch as _dispatch
+from fastssl.kernels.pairwise import pairwise_sigmoid
 from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
 from fastssl.masking import random_masking
 from tests.gpu.room import DEVICE, pick
@@ -130,9 +131,9 @@ def _bent(x: Tensor) -> Tensor:
 
 
 def _standardise(dtype, N, D):
-    call = partial(kernels.standardise, eps=1e-3)
+    call = partial(kernels.standardize, eps=1e-3)
     return Trial(
-        lambda z: _bent(call(z, impl=impl("standardise"))),
+        lambda z: _bent(call(z, impl=impl("standardize"))),
         lambda z: _bent((z - z.mean(0)) / (z.var(0, correction=0) + 1e-3).sqrt()),
         [rows(dtype, N, D)],
     )
@@ -217,7 +218,7 @@ def _clip_mse(dtype, B, frames, size, side):
     """Of normalised bytes, in patches of two frames."""
     ids = _chosen(B, frames // 2 * (size // side) ** 2, 1).masked
     clips = torch.randint(256, (B, 3, frames, size, size), device=DEVICE, dtype=torch.uint8)
-    seen = kernels.Normalised(clips, *torch.rand(2, 3, device=DEVICE) + 0.5)
+    seen = kernels.Normalized(clips, *torch.rand(2, 3, device=DEVICE) + 0.5)
     pred = torch.randn(*ids.shape, 6 * side * side, device=DEVICE).to(dtype)
     call = partial(kernels.patch_mse, images=seen, ids=ids, patch=(2, side, side), kind="smooth_l1")
     return Trial(partial(call, impl=impl("patch_mse")), partial(call, impl="reference"), [pred])
@@ -382,7 +383,7 @@ SUBJECTS = [
         (19, 37, 8),
         "pairwise_lse",
     ),
-    Subject("standardise", _standardise, COLUMNS, (21, 7), "standardise"),
+    Subject("standardize", _standardise, COLUMNS, (21, 7), "standardize"),
     Subject("column_moments", _moments, COLUMNS[:3], (21, 7), "column_moments"),
     Subject("cross_diagonal", _diagonal, COLUMNS[:3], (21, 7), "cross_diagonal"),
     Subject(

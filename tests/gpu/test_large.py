@@ -10,7 +10,7 @@ import torch
 
 from fastssl import kernels
 from fastssl.kernels import exclude_self, pairwise_lse
-from fastssl.kernels.pairwise import pairwise_lse_reference
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
 from fastssl.losses import BarlowTwinsLoss, CLIPLoss, NTXentLoss, SigLIPLoss
 from tests.gpu.room import DEVICE, REHEARSAL, peak_bytes, pick
 from tests.gpu.subjects import impl, rows
@@ -135,7 +135,7 @@ def test_columns_of_a_matrix_past_the_boundary():
     z = torch.randn(N, D, device=DEVICE)
     grad = torch.randn(N, D, device=DEVICE)
     z.requires_grad_()
-    out = kernels.standardise(z, eps=1e-5, impl=impl("standardise"))
+    out = kernels.standardize(z, eps=1e-5, impl=impl("standardize"))
     (dz,) = torch.autograd.grad(out, z, grad)
     x = z.detach()[:, few].double().requires_grad_()
     want = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()

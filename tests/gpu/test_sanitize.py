@@ -1,6 +1,6 @@
 """The script that compute-sanitizer watches runs by itself, and leaves no Triton kernel out."""
 
-from fastssl.kernels import _dispatch
+from fastssl.kernels.common import dispatch as _dispatch
 from tests.gpu import sanitize
 
 

@@ -6,24 +6,22 @@ from functools import partial
 import pytest
 import torch
 
-from fastssl.kernels import (
-    _chunks,
-    _tuning,
-    pairwise_fused,
-    pairwise_lse,
-    pairwise_products,
-    pairwise_tiles,
-)
+from fastssl.kernels import pairwise_lse
+from fastssl.kernels.common import chunks as _chunks
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.pairwise import lse_gemm as pairwise_products
+from fastssl.kernels.pairwise import lse_ops as pairwise_ops
+from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
 FORCED = {
     "pairwise_lse_fwd": {**SMALL, "BLOCK_D": 16},
     "pairwise_lse_bwd": {**SMALL, "BLOCK_D": 16, "BLOCK_O": 16},
-    "pairwise_summarise": SMALL,
+    "pairwise_summarize": SMALL,
     "pairwise_weigh": SMALL,
-    "standardise_forward": {"BLOCK_N": 16, "BLOCK_D": 8, "STAGES": 2},
-    "standardise_backward": {"BLOCK_N": 16, "BLOCK_D": 8, "STAGES": 2},
-    "standardise_join": {"BLOCK_P": 2, "BLOCK_D": 8},
+    "standardize_forward": {"BLOCK_N": 16, "BLOCK_D": 8, "STAGES": 2},
+    "standardize_backward": {"BLOCK_N": 16, "BLOCK_D": 8, "STAGES": 2},
+    "standardize_join": {"BLOCK_P": 2, "BLOCK_D": 8},
     "correlation_tiles": {"BLOCK": 32, "BLOCK_K": 16, "CORNER": 16},
     "correlation_settle": {"BLOCK_M": 16, "BLOCK_N": 32},
     "correlation_finish": {"BLOCK_M": 4, "BLOCK_N": 16},
@@ -70,5 +68,5 @@ def lse(request, monkeypatch, small_blocks):
     """pairwise_lse by one implementation: chunked torch, or one of Triton's two schedules."""
     if request.param == "torch":
         return partial(pairwise_lse, impl="torch")
-    monkeypatch.setattr(pairwise_fused, "schedule", lambda x: SCHEDULES[request.param])
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: SCHEDULES[request.param])
     return partial(pairwise_lse, impl="triton")

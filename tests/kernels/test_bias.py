@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from fastssl.kernels import bias_ops as ops
 from fastssl.kernels import gather_bias
+from fastssl.kernels.tokens import bias as ops
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,7 +39,7 @@ def test_gather_bias(B, K, L, H, dtype, reduce, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("places", [1, 3])
 def test_sums_over_many_sequences(places, impl, monkeypatch):
-    monkeypatch.setattr(ops, "processors", lambda device: places)
+    monkeypatch.setattr(ops, "sm_count", lambda device: places)
     bias, ids = problem(43, 3, 5, 1)
     call = partial(gather_bias, ids=ids, impl=impl)
     assert_no_worse(call, partial(formula, ids=ids), [bias])

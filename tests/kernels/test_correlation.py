@@ -3,14 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.kernels import (
-    correlation,
-    correlation_plan,
-    correlation_torch,
-    cross_correlation,
-    frobenius_sq,
-)
-from fastssl.kernels.correlation_plans import PLANS
+from fastssl.kernels import correlation_plan, cross_correlation, frobenius_sq
+from fastssl.kernels.correlation import correlation
+from fastssl.kernels.correlation import gram_torch as correlation_torch
+from fastssl.kernels.correlation.plans import PLANS
 from tests.oracle import (
     DEVICE,
     UPSTREAM,

@@ -10,9 +10,11 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from fastssl.kernels import _tuning, correlation_fused, correlation_tiles
-from fastssl.kernels.correlation_configs import shape_class
-from fastssl.kernels.correlation_torch import Matrix
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.correlation import correlation_ops as correlation_fused
+from fastssl.kernels.correlation import gram_triton as correlation_tiles
+from fastssl.kernels.correlation.configs import shape_class
+from fastssl.kernels.correlation.gram_torch import Matrix
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
 FORCED = {

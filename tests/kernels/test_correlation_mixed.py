@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastssl.kernels import cross_correlation, mixed_correlation
-from fastssl.kernels.correlation_plans import PLANS
+from fastssl.kernels.correlation.plans import PLANS
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 

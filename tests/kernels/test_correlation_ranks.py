@@ -9,9 +9,9 @@ from fastssl.kernels import (
     cross_correlation,
     frobenius_sq,
     mixed_correlation,
-    standardise,
+    standardize,
 )
-from fastssl.kernels.correlation_plans import PLANS
+from fastssl.kernels.correlation.plans import PLANS
 from tests.oracle import as_accurate_as_eager
 from tests.ranks import run_ranks
 
@@ -46,7 +46,7 @@ def step(plan, rows, share=1.0):
 def fused(plan, rows, impl="triton"):
     """All of the family by the kernels, from columns to a gradient."""
     rows = rows.clone().requires_grad_()
-    a, b, r = (standardise(z, eps=1e-5, impl=impl) for z in rows)
+    a, b, r = (standardize(z, eps=1e-5, impl=impl) for z in rows)
     if plan == "gram":
         found = [*mixed_correlation(a, b, r, plan=plan, impl=impl)]
     else:

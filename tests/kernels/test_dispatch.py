@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from fastssl import kernels
 from fastssl.kernels import implementations
-from fastssl.kernels._dispatch import Primitive
+from fastssl.kernels.common.dispatch import Primitive
 
 PRIMITIVES = {
     "chamfer",
@@ -21,7 +22,7 @@ PRIMITIVES = {
     "restore_tokens",
     "scaled_cosine_error",
     "scatter_tokens",
-    "standardise",
+    "standardize",
 }
 
 
@@ -45,3 +46,11 @@ def test_an_implementation_that_is_not_there_is_refused_with_those_that_are():
     words = "impl must be one of auto, torch, reference for y, got 'triton'"
     with pytest.raises(ValueError, match=words):
         plain.choose("triton", torch.device("cuda"))
+
+
+def test_names_of_before_give_the_new_with_a_warning():
+    for old, new in {"standardise": "standardize", "Normalised": "Normalized"}.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is now called {new}"):
+            assert getattr(kernels, old) is getattr(kernels, new)
+    with pytest.raises(AttributeError, match="has no attribute 'standardies'"):
+        kernels.standardies  # noqa: B018

@@ -13,10 +13,11 @@ from fastssl.kernels import (
     exclude_self,
     exclude_self_and_pair,
     pairwise_lse,
+    pairwise_sigmoid,
     same_group,
 )
-from fastssl.kernels.masks import as_masks, decode
-from fastssl.kernels.pairwise import pairwise_lse_reference
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
+from fastssl.kernels.pairwise.masks import as_masks, decode
 
 HERE = torch.device("cpu")
 
@@ -107,7 +108,7 @@ def test_a_twin_must_be_a_triton_function():
         (torch.zeros(3), r"\(3,\) torch.float32"),
         (torch.zeros(3, dtype=torch.bool), r"\(3,\) torch.bool"),
         (torch.zeros(3, 1, dtype=torch.int64), r"\(3, 1\) torch.int64"),
-        ([1, 2], r"\[1, 2\]"),
+        ([1, 2], "a list"),
     ],
 )
 def test_refuses_ids(ids, got):
@@ -116,3 +117,25 @@ def test_refuses_ids(ids, got):
         same_group(ids)
     with pytest.raises(ValueError, match="col_ids of mask 'same_group' must be"):
         same_group(torch.arange(3), ids)
+
+
+@pytest.mark.parametrize("mask", [same_group, same_group(torch.arange(3)) & exclude_self])
+def test_what_masks_cannot_do_is_said(mask):
+    """Fault 27: `~` and `|` say what to write."""
+    with pytest.raises(TypeError, match="cannot be negated with ~: take the opposite rule"):
+        _ = ~mask
+    with pytest.raises(TypeError, match=r"cannot be joined by \|, only by &"):
+        _ = mask | exclude_self
+
+
+def test_a_matrix_is_refused_as_a_mask_without_its_values():
+    """Fault 27."""
+    x, matrix = torch.ones(3, 2), torch.eye(3) > 0
+    words = r"got a \(3, 3\) torch.bool tensor: a mask is a rule on ids, as same_group\(labels\)$"
+    for call in (
+        lambda: pairwise_lse(x, x, 1.0, mask=matrix),
+        lambda: same_group & matrix,
+        lambda: pairwise_sigmoid(x, x, 1.0, 0.0, positive=matrix),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

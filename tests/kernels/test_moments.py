@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fastssl.kernels import column_moments, cross_diagonal, moments, standardise
+from fastssl.kernels import column_moments, cross_diagonal, standardize
+from fastssl.kernels.correlation import moments
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,11 +20,11 @@ def route(request, monkeypatch, small_blocks):
     if request.param == "graph":
         return
     impl = "triton" if request.param == "triton" else "torch"
-    one_process = moments._standardise if impl == "triton" else moments._Standardise.apply
+    one_process = moments._standardise if impl == "triton" else moments.Standardise.apply
     by = {
         moments._STANDARDISE: lambda *args: one_process(*args, impl),
-        moments._MOMENTS: lambda *args: moments._ColumnMoments.apply(*args, impl),
-        moments._DIAGONAL: lambda *args: moments._CrossDiagonal.apply(*args, impl),
+        moments._MOMENTS: lambda *args: moments.ColumnMoments.apply(*args, impl),
+        moments._DIAGONAL: lambda *args: moments.CrossDiagonal.apply(*args, impl),
     }
     for primitive, run in by.items():
         monkeypatch.setitem(primitive.implementations, "torch", run)
@@ -37,8 +38,8 @@ def test_standardise(route, shape, unbiased, dtype, reduce):
     z = rows(dtype, shape)
     options = {"eps": 1e-3, "unbiased": unbiased}
     assert_no_worse(
-        lambda z: standardise(z, **options),
-        lambda z: standardise(z, **options, impl="reference"),
+        lambda z: standardize(z, **options),
+        lambda z: standardize(z, **options, impl="reference"),
         z,
         lambda out: reduce(out * out.detach().cos()),  # a plain sum has gradient zero
     )
@@ -63,7 +64,7 @@ def test_a_far_mean_costs_no_accuracy(route, mean, std):
     torch.testing.assert_close(found.mean.double(), true_mean, rtol=1e-7, atol=std * 1e-6)
     torch.testing.assert_close(found.var.double(), true_var, rtol=1e-6, atol=0)
     truth = grads(lambda z: (z - z.mean(0)) / z.var(0, correction=0).sqrt(), [wide])
-    ours = grads(lambda z: standardise(z, eps=0.0), [z])
+    ours = grads(lambda z: standardize(z, eps=0.0), [z])
     torch.testing.assert_close(ours[0].double(), truth[0], atol=1e-5, rtol=0)
     largest = truth[1].abs().max().item()
     torch.testing.assert_close(ours[1].double(), truth[1], atol=1e-5 * largest, rtol=0)
@@ -85,7 +86,7 @@ def test_a_constant_column_is_zero(route, eps, value):
     torch.manual_seed(0)
     z = torch.full((50, 2), value, device=DEVICE)
     z[:, 1] = torch.randn(50)
-    out, grad = grads(lambda z: standardise(z, eps=eps), [z])
+    out, grad = grads(lambda z: standardize(z, eps=eps), [z])
     torch.testing.assert_close(out[:, 0], torch.zeros(50), atol=1e-6, rtol=0)
     assert grad.isfinite().all()
     if eps == 0.0:
@@ -95,7 +96,7 @@ def test_a_constant_column_is_zero(route, eps, value):
 def test_nan_stays_in_its_column(route):
     z = torch.randn(40, 3, device=DEVICE)
     z[7, 1] = torch.nan
-    out = standardise(z, eps=1e-5)
+    out = standardize(z, eps=1e-5)
     assert out[:, 1].isnan().all() and out[:, [0, 2]].isfinite().all()
     assert column_moments(z).var.isnan().tolist() == [False, True, False]
 
@@ -103,12 +104,12 @@ def test_nan_stays_in_its_column(route):
 def test_a_column_does_not_care_for_its_place_and_scale():
     (z,) = rows(torch.float64, (50, 4))
     moved = z * torch.tensor([1.0, 3.0, 0.5, 7.0]) + torch.tensor([0.0, 9.0, -40.0, 1.0])
-    torch.testing.assert_close(standardise(moved, eps=0), standardise(z, eps=0))
+    torch.testing.assert_close(standardize(moved, eps=0), standardize(z, eps=0))
 
 
 def test_compiles_whole():
     (z,) = rows(torch.float32, (30, 6))
-    step = lambda z: standardise(z, eps=1e-3).sin() + column_moments(z).var  # noqa: E731
+    step = lambda z: standardize(z, eps=1e-3).sin() + column_moments(z).var  # noqa: E731
     whole = torch.compile(step, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(grads(whole, [z]), grads(step, [z]), strict=True):
         torch.testing.assert_close(ours, eager)
@@ -117,7 +118,7 @@ def test_compiles_whole():
 def test_standardise_matches_batch_norm():
     (z,) = rows(torch.float32, (64, 33))
     want = torch.nn.functional.batch_norm(z, None, None, training=True)
-    torch.testing.assert_close(standardise(z, eps=1e-5), want, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(standardize(z, eps=1e-5), want, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
@@ -139,7 +140,7 @@ def test_autocast_does_not_reach_inside():
     def run():
         return [
             *grads(cross_diagonal, [a, b]),
-            *grads(lambda z: standardise(z, eps=0.1), [a]),
+            *grads(lambda z: standardize(z, eps=0.1), [a]),
             *grads(lambda z: column_moments(z).var, [a]),
         ]
 
@@ -155,12 +156,12 @@ Z = torch.zeros(4, 3)
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: standardise(Z[0], eps=0.1), r"z must be \(N, D\), got \(3,\)"),
-        (lambda: standardise(Z, eps=-1.0), "eps must be >= 0, got -1.0"),
-        (lambda: standardise(Z[:1], eps=0.1), "z must have at least 2 rows in all, got 1"),
-        (lambda: standardise(Z.long(), eps=0.1), "z must be a floating-point tensor"),
-        (lambda: standardise(Z, eps=0.1, impl="fast"), "for standardise, got 'fast'"),
-        (lambda: standardise(Z.double(), eps=0.1, impl="triton"), "got z in torch.float64"),
+        (lambda: standardize(Z[0], eps=0.1), r"z must be \(N, D\), got \(3,\)"),
+        (lambda: standardize(Z, eps=-1.0), "eps must be >= 0, got -1.0"),
+        (lambda: standardize(Z[:1], eps=0.1), "z must have at least 2 rows in all, got 1"),
+        (lambda: standardize(Z.long(), eps=0.1), "z must be a floating-point tensor"),
+        (lambda: standardize(Z, eps=0.1, impl="fast"), "for standardize, got 'fast'"),
+        (lambda: standardize(Z.double(), eps=0.1, impl="triton"), "got z in torch.float64"),
         (lambda: column_moments(Z[:1]), "z must have at least 2 rows in all, got 1"),
         (lambda: column_moments(Z, impl="fast"), "for column_moments, got 'fast'"),
         (lambda: cross_diagonal(Z, Z[:, :2]), r"a and b must .* \(4, 3\) and \(4, 2\)"),

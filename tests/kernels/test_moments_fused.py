@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.kernels import _tuning, moments_configs
-from fastssl.kernels import moments_ops as ops
-from fastssl.kernels._tuning import Config
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Config
+from fastssl.kernels.correlation import moments_configs
+from fastssl.kernels.correlation import moments_triton as ops
+from fastssl.kernels.correlation.moments_ops import Fused
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +28,7 @@ ROUTES = {  # rows of a block, multiprocessors: few columns do not fill 60
 def route(request, monkeypatch, nan_filled):
     """One of the three ways through the kernels, and what the launches of it must be."""
     step, places = ROUTES[request.param]
-    monkeypatch.setattr(ops, "processors", lambda device: places)
+    monkeypatch.setattr(ops, "sm_count", lambda device: places)
     monkeypatch.setattr(ops, "FEW_ROWS", 0)
     blocks = {"BLOCK_N": step, "BLOCK_D": 8, "STAGES": 2}
     with (
@@ -42,7 +44,7 @@ class Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, eps, unbiased):
-        out, inv_std = ops.standardised(z, eps, unbiased)
+        out, inv_std = ops.standardize(z, eps, unbiased)
         ctx.save_for_backward(out, inv_std)
         ctx.divisor = len(z) - int(unbiased)
         return out
@@ -58,12 +60,12 @@ class Ranks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, eps, unbiased):
         parts = torch.stack([ops.moments(z[i::2]) for i in (0, 1)])
-        shift, rest, m2 = ops.joined(parts, len(z) // 2)
+        shift, rest, m2 = ops.join(parts, len(z) // 2)
         ctx.divisor = len(z) - int(unbiased)
         inv_std = (m2 / ctx.divisor + eps).rsqrt()
         out = torch.empty_like(z)
         for i in (0, 1):
-            out[i::2] = ops.applied(z[i::2], shift, rest, inv_std)
+            out[i::2] = ops.apply(z[i::2], shift, rest, inv_std)
         ctx.save_for_backward(out, inv_std)
         return out
 
@@ -134,8 +136,8 @@ def test_strided_rows(make):
         "rows": wide[:74:2, 3:12],
         "expanded": wide[:1, :9].expand(37, 9),
     }[make]
-    out, inv_std = ops.standardised(z, 1e-3, False)
-    want, want_inv = ops.standardised(z.contiguous(), 1e-3, False)
+    out, inv_std = ops.standardize(z, 1e-3, False)
+    want, want_inv = ops.standardize(z.contiguous(), 1e-3, False)
     assert torch.equal(out, want) and torch.equal(inv_std, want_inv) and out.is_contiguous()
     as_accurate_as_eager(out, formula(z, 1e-3, False), formula(z.double(), 1e-3, False))
     grad = torch.full((37,), 2.0, device=DEVICE)[:, None].expand(37, 9)  # of either stride
@@ -147,10 +149,10 @@ def test_strided_rows(make):
 
 def test_known_values():
     z = torch.tensor([[1.0, 5.0], [3.0, 5.0]], device=DEVICE)
-    out, inv_std = ops.standardised(z, 3.0, False)
+    out, inv_std = ops.standardize(z, 3.0, False)
     assert out.tolist() == [[-0.5, 0.0], [0.5, 0.0]]
     assert inv_std.tolist() == [0.5, pytest.approx(3**-0.5)]
-    assert ops.standardised(z, 2.0, True)[1].tolist() == [0.5, pytest.approx(2**-0.5)]
+    assert ops.standardize(z, 2.0, True)[1].tolist() == [0.5, pytest.approx(2**-0.5)]
     assert (ops.moments(z).unbind()[0] + ops.moments(z)[1]).tolist() == [2.0, 5.0]
     assert ops.moments(z)[2].tolist() == [2.0, 0.0]
 
@@ -166,16 +168,16 @@ def test_a_far_mean_costs_no_accuracy(mean):
     true_var = wide.var(0, correction=0)
     torch.testing.assert_close(m2.double() / 99, true_var, rtol=5e-7, atol=0)
     truth = formula(wide, 0.0, False)
-    out, inv_std = ops.standardised(z, 0.0, False)
+    out, inv_std = ops.standardize(z, 0.0, False)
     torch.testing.assert_close(out.double(), truth, rtol=5e-7, atol=2e-7)
-    applied = ops.applied(z, shift, rest, inv_std)
+    applied = ops.apply(z, shift, rest, inv_std)
     torch.testing.assert_close(applied.double(), truth, rtol=5e-7, atol=2e-7)
 
 
 def test_a_first_row_far_from_the_others():
     (z,) = rows(torch.float32, (200, 4))
     z[0] += 1e5
-    out = ops.standardised(z, 0.0, False)[0]
+    out = ops.standardize(z, 0.0, False)[0]
     as_accurate_as_eager(out, formula(z, 0.0, False), formula(z.double(), 0.0, False))
 
 
@@ -184,7 +186,7 @@ def test_a_constant_column_is_zero(value, dtype):
     z = torch.full((37, 6), value, device=DEVICE).to(dtype)
     z[:, 3:] = rows(dtype, (37, 3))[0]
     assert (ops.moments(z)[1:, :3] == 0).all()
-    out, inv_std = ops.standardised(z, 0.0, False)
+    out, inv_std = ops.standardize(z, 0.0, False)
     assert (out[:, :3] == 0).all() and (inv_std[:3] == 0).all()
     dz = ops.gradient_whole(*rows(dtype, (37, 6)), out, inv_std, 37)
     assert (dz[:, :3] == 0).all() and dz.isfinite().all() and (dz[:, 3:] != 0).any()
@@ -195,24 +197,24 @@ def test_a_constant_column_is_zero(value, dtype):
 @pytest.mark.parametrize("at", [0, 36])
 def test_a_nan_stays_in_its_column(at, bad):
     z, grad = rows(torch.float32, (37, 7), (37, 7))
-    clean, clean_inv = ops.standardised(z, 1e-3, False)
+    clean, clean_inv = ops.standardize(z, 1e-3, False)
     z[at, 2] = bad
-    out, inv_std = ops.standardised(z, 1e-3, False)
+    out, inv_std = ops.standardize(z, 1e-3, False)
     dz = ops.gradient_whole(grad, out, inv_std, 37)
     others = [0, 1, 3, 4, 5, 6]
     assert out[:, 2].isnan().all() and inv_std[2].isnan() and dz[:, 2].isnan().all()
     assert torch.equal(out[:, others], clean[:, others])
     assert torch.equal(inv_std[others], clean_inv[others]) and dz[:, others].isfinite().all()
-    moments = ops.joined(ops.moments(z)[None], 37)
+    moments = ops.join(ops.moments(z)[None], 37)
     assert moments[:, 2].isnan().any() and moments[:, others].isfinite().all()
 
 
 def test_an_affine_map_of_the_columns_changes_nothing():
     (z,) = rows(torch.float32, (61, 7))
-    out = ops.standardised(z, 0.0, True)[0]
-    turned = ops.standardised(-4 * z, 0.0, True)[0]  # powers of two: exact
+    out = ops.standardize(z, 0.0, True)[0]
+    turned = ops.standardize(-4 * z, 0.0, True)[0]  # powers of two: exact
     assert torch.equal(turned, -out)
-    moved = ops.standardised(3 * z + 20, 0.0, True)[0]
+    moved = ops.standardize(3 * z + 20, 0.0, True)[0]
     torch.testing.assert_close(moved, out, rtol=0, atol=2e-5)
 
 
@@ -221,12 +223,10 @@ def test_applied_with_an_offset(dtype):
     z, columns = rows(dtype, (37, 9))[0], rows(torch.float32, (8, 9))[0]
     shift, rest, scale, offset = columns[::2]
     eager = lambda z, a, b, c, d: (z - a - b) * c + d  # noqa: E731
-    ours = ops.applied(z, shift, rest, scale, offset)
+    ours = ops.apply(z, shift, rest, scale, offset)
     truth = eager(*(x.double() for x in (z, shift, rest, scale, offset)))
     as_accurate_as_eager(ours, eager(z, shift, rest, scale, offset).to(dtype), truth)
-    assert torch.equal(
-        ops.applied(z, shift, rest, scale, 0 * offset), ops.applied(z, *columns[:6:2])
-    )
+    assert torch.equal(ops.apply(z, shift, rest, scale, 0 * offset), ops.apply(z, *columns[:6:2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -248,7 +248,7 @@ def test_parts_join_to_the_whole(parts, share, D, mean):
     torch.manual_seed(parts * share * D)
     z = mean + torch.randn(parts * share, D, device=DEVICE)
     each = torch.stack([ops.moments(part) for part in z.chunk(parts)])
-    shift, rest, m2 = ops.joined(each, share).double()
+    shift, rest, m2 = ops.join(each, share).double()
     wide = z.double()
     torch.testing.assert_close(shift + rest, wide.mean(0), rtol=1e-11, atol=1e-6)
     want = wide.var(0, correction=0) * len(z)
@@ -259,15 +259,15 @@ def test_the_routes_are_taken(route):
     (z,) = rows(torch.float32, (130, 19))
     assert all(ops._splits(kernel, z) == (route == "split") for kernel in KERNELS)
     whole = ops._Launch(ops.FORWARD, z, "whole")
-    assert whole.shares == 1 and whole.constants["HELD"] == (route == "held")
+    assert whole.shares == 1 and whole.phases["HELD"] == (route == "held")
     alone = ops._Launch(ops.BACKWARD, z, "sums")
-    assert not alone.constants["HELD"]
+    assert not alone.phases["HELD"]
     assert (alone.shares, alone.share) == ((9, 16) if route == "split" else (1, whole.share))
 
 
 def test_the_same_bits_each_time():
     z, grad = rows(torch.bfloat16, (37, 9), (37, 9))
-    runs = [ops.standardised(z, 1e-3, False) for _ in range(2)]
+    runs = [ops.standardize(z, 1e-3, False) for _ in range(2)]
     assert all(map(torch.equal, *runs))
     dz = [ops.gradient_whole(grad, *runs[0], 37) for _ in range(2)]
     assert torch.equal(*dz) and torch.equal(ops.moments(z), ops.moments(z))
@@ -295,8 +295,8 @@ def test_compiles_whole():
     (z,) = rows(torch.float32, (20, 5))
 
     def both(z):
-        out, inv_std = ops.standardised(2 * z, 0.1, False)
-        return out, ops.gradient_whole(out.cos(), out, inv_std, 20), ops.column_dot(out, z)
+        out, inv_std = Fused.standardize(2 * z, 0.1, False)
+        return out, Fused.gradient_whole(out.cos(), out, inv_std, 20), Fused.column_dot(out, z)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, compiled(z), both(z)))

@@ -6,21 +6,15 @@ import sys
 import pytest
 import torch
 
-from fastssl.kernels import (
-    PairMask,
-    _tuning,
-    exclude_self,
-    pairwise,
-    pairwise_fused,
-    pairwise_lse,
-    pairwise_ops,
-    pairwise_products,
-    pairwise_tiles,
-)
-from fastssl.kernels.masks import as_masks
-from fastssl.kernels.pairwise import pairwise_lse_reference
-from fastssl.kernels.pairwise_configs import shape_class
-from fastssl.kernels.pairwise_torch import Pairs
+from fastssl.kernels import PairMask, exclude_self, pairwise_lse
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.pairwise import lse_gemm as pairwise_products
+from fastssl.kernels.pairwise import lse_ops as pairwise_ops
+from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
+from fastssl.kernels.pairwise.lse_configs import shape_class
+from fastssl.kernels.pairwise.lse_torch import Pairs
+from fastssl.kernels.pairwise.masks import as_masks
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 from .conftest import SCHEDULES
@@ -56,7 +50,7 @@ def pairs_of(q, k, mask=None, bias=None):
     ],
 )
 def test_the_schedule_goes_by_width(dtype, D, expected):
-    assert pairwise_fused.schedule(torch.empty(3, D, dtype=dtype)) is expected
+    assert pairwise_ops.schedule(torch.empty(3, D, dtype=dtype)) is expected
 
 
 def test_one_tensor_costs_one_pass_of_tiles_backward(monkeypatch):
@@ -103,7 +97,7 @@ def test_the_most_features(impl):
 @schedules
 @pytest.mark.parametrize("same", [True, False], ids=["self", "rows"])
 def test_keeps_and_makes_nothing_of_all_pairs(schedule, same, monkeypatch):
-    monkeypatch.setattr(pairwise_fused, "schedule", lambda x: schedule)
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: schedule)
     z = torch.randn(160, 4, device=DEVICE, requires_grad=True)
     k = z if same else torch.randn(160, 4, device=DEVICE, requires_grad=True)
     run = lambda: torch.cat(fused(z, k, 1.0, mask=exclude_self, both=True)).mean()  # noqa: E731
@@ -117,7 +111,7 @@ def test_keeps_and_makes_nothing_of_all_pairs(schedule, same, monkeypatch):
 
 @schedules
 def test_rows_beyond_two_to_the_31_elements(schedule, tmp_path, monkeypatch):
-    monkeypatch.setattr(pairwise_fused, "schedule", lambda x: schedule)
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: schedule)
     D, gap = 4, 2**30
     size = 2 * gap + D
     if DEVICE == "cpu":  # a file without content takes no space
@@ -160,14 +154,14 @@ def test_classes_go_by_dtype_and_width(D, width):
 
 @pytest.mark.parametrize("D", [3, 20])
 def test_wide_tiles_and_chunks_of_them_agree(D, monkeypatch):
-    """Blocks of 16 hold 3 features whole (WHOLE), and 20 in two chunks."""
+    """Blocks of 16 hold 3 features whole (FITS_BLOCK), and 20 in two chunks."""
     q, k = rows_of(torch.bfloat16, (19, D), (21, D))
-    wholes, constants = [], pairwise_tiles._constants
-    look = lambda *args: wholes.append(constants(*args)) or wholes[-1]  # noqa: E731
-    monkeypatch.setattr(pairwise_tiles, "_constants", look)
+    wholes, fits = [], pairwise_tiles._fits_block
+    look = lambda *args: wholes.append(fits(*args)) or wholes[-1]  # noqa: E731
+    monkeypatch.setattr(pairwise_tiles, "_fits_block", look)
     found, want = fused(q, k, 2.0), pairwise_lse_reference(q.float(), k.float(), 2.0)
     torch.testing.assert_close(found, want)
-    assert [each["WHOLE"] for each in wholes] == [D == 3]
+    assert wholes == [D == 3]
 
 
 # The check itself reads .grad of what is no leaf.
@@ -190,8 +184,8 @@ def test_operators_are_declared_as_they_behave(same, impl):
 
 def test_auto_leaves_to_torch_what_triton_has_not(monkeypatch):
     asked = []
-    seen = lambda impl, device, q, *rest: (asked.append(impl) or q, q)  # noqa: E731
-    monkeypatch.setattr(pairwise, "_LSE", seen)
+    seen = lambda self, impl, device: asked.append(impl) or "torch"  # noqa: E731
+    monkeypatch.setattr("fastssl.kernels.common.dispatch.Primitive.choose", seen)
     (q,) = rows_of(torch.float32, (3, 3))
     pairwise_lse(q.double(), q.double(), 1.0)
     pairwise_lse(q, q, 1.0, mask=EAGER)
@@ -209,7 +203,7 @@ def test_triton_refuses_float64():
 
 
 def test_off_cuda_triton_must_interpret(monkeypatch):
-    monkeypatch.setattr(pairwise_ops.fused, "INTERPRETED", False)
+    monkeypatch.setattr("fastssl.kernels.common.dispatch.INTERPRETED", False)
     with pytest.raises(ValueError, match="needs CUDA tensors, got q on cpu; TRITON_INTERPRET=1"):
         fused(Q.cpu(), Q.cpu(), 1.0)
 

@@ -8,13 +8,13 @@ from fastssl.kernels import (
     different_group,
     exclude_self,
     exclude_self_and_pair,
-    pairwise_sigmoid,
     pairwise_topk,
     same_group,
 )
-from fastssl.kernels.masks import as_masks
-from fastssl.kernels.pairwise import pairwise_lse_reference
-from fastssl.kernels.pairwise_sigmoid import pairwise_sigmoid_reference
+from fastssl.kernels.pairwise import sigmoid as pairwise_sigmoid
+from fastssl.kernels.pairwise.lse import pairwise_lse_reference
+from fastssl.kernels.pairwise.masks import as_masks
+from fastssl.kernels.pairwise.sigmoid import pairwise_sigmoid_reference
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads
 
 # The fixture that chooses the implementation holds nothing that an example changes.

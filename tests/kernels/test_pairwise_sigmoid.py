@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.kernels import PairMask, same_group, sigmoid_ops, sigmoid_torch
-from fastssl.kernels.pairwise_sigmoid import (
+from fastssl.kernels import PairMask, same_group
+from fastssl.kernels.pairwise import sigmoid_ops, sigmoid_torch
+from fastssl.kernels.pairwise.sigmoid import (
     pairwise_sigmoid,
     pairwise_sigmoid_grads,
     pairwise_sigmoid_reference,
 )
-from fastssl.kernels.sigmoid_torch import Logits
+from fastssl.kernels.pairwise.sigmoid_torch import Logits
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from fastssl.kernels import exclude_self, pairwise_torch
-from fastssl.kernels._chunks import tile_shape
-from fastssl.kernels.masks import as_masks
-from fastssl.kernels.pairwise import pairwise_lse, pairwise_lse_reference
-from fastssl.kernels.pairwise_torch import Pairs, gradients, statistics
+from fastssl.kernels import exclude_self
+from fastssl.kernels.common.chunks import tile_shape
+from fastssl.kernels.pairwise import lse_torch as pairwise_torch
+from fastssl.kernels.pairwise.lse import pairwise_lse, pairwise_lse_reference
+from fastssl.kernels.pairwise.lse_torch import Pairs, gradients, statistics
+from fastssl.kernels.pairwise.masks import as_masks
 from tests.oracle import DEVICE, assert_no_worse, largest_tensor, saved_elements
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastssl.kernels import Normalised, gather_patches, patch_mse
-from fastssl.kernels.patches import engines
+from fastssl.kernels import Normalized, gather_patches, patch_mse
+from fastssl.kernels.patches.patches_ops import backends
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IMPLS = list(engines)
+IMPLS = list(backends)
 KINDS = ["l2", "l1", "smooth_l1"]
 
 
@@ -139,7 +139,7 @@ def test_strides_of_the_images_do_not_matter(impl, normalised):
         for other in layouts(images):
             same = other.contiguous()
             if normalised:
-                other, same = (Normalised(x, *channels(case.C)) for x in (other, same))
+                other, same = (Normalized(x, *channels(case.C)) for x in (other, same))
             got, want = (gather_patches(x, ids, case.patch, impl=impl) for x in (other, same))
             assert torch.equal(got, want)
             got, want = (patch_mse(pred, x, ids, case.patch, impl=impl) for x in (other, same))
@@ -175,7 +175,7 @@ def test_gradient_of_16_bits_adds_up_in_float32(impl):
 def test_normalised_images_and_their_gradient(dtype, reduce, impl):
     images, ids = IMAGE.problem(dtype)
     assert_no_worse(
-        lambda x: gather_patches(Normalised(x, *channels(3)), ids, IMAGE.patch, impl=impl),
+        lambda x: gather_patches(Normalized(x, *channels(3)), ids, IMAGE.patch, impl=impl),
         lambda x: pick(patchify(by_hand(x, x.dtype), IMAGE.patch), ids),
         [images],
         reduce,
@@ -188,7 +188,7 @@ def test_normalised_bytes(impl):
     _, ids = CLIP.problem()
     want = pick(patchify(by_hand(images), CLIP.patch), ids)
     for dtype, bound in ((None, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)):
-        seen = Normalised(images, *channels(3, torch.float64))
+        seen = Normalized(images, *channels(3, torch.float64))
         got = gather_patches(seen, ids, CLIP.patch, dtype=dtype, impl=impl)
         assert got.dtype == (dtype or torch.float32)
         torch.testing.assert_close(got.double(), want, rtol=bound, atol=bound)
@@ -272,7 +272,7 @@ def test_patch_mse_of_normalised_images(impl):
         assert_no_worse(
             lambda p: patch_mse(
                 p,
-                Normalised(images, *channels(3)),
+                Normalized(images, *channels(3)),
                 ids,
                 IMAGE.patch,
                 norm_pix=norm_pix,  # noqa: B023
@@ -324,7 +324,7 @@ def test_inputs_are_left_and_images_get_no_gradient(impl):
     _, d_pred = grads(lambda p: patch_mse(p, images, ids, (4, 2), impl=impl), [pred])
     assert images.grad is None and d_pred.shape == pred.shape
     assert torch.equal(pred, before[0]) and torch.equal(images.detach(), before[1])
-    gather_patches(Normalised(images, *channels(3)), ids, (4, 2), impl=impl).sum().backward()
+    gather_patches(Normalized(images, *channels(3)), ids, (4, 2), impl=impl).sum().backward()
     assert torch.equal(images.detach(), before[1])
 
 
@@ -357,7 +357,7 @@ def test_compiled_whole(impl):
     pred = torch.randn(7, 5, 24, device=DEVICE)
 
     def run(p, x):
-        seen = Normalised(x, *channels(3))
+        seen = Normalized(x, *channels(3))
         tokens = gather_patches(seen, ids, (4, 2), impl=impl)
         error = patch_mse(p, x, ids, (4, 2), impl=impl)
         return (tokens * p).sum() + error.sum()
@@ -405,7 +405,7 @@ ONE = torch.ones(3)
 
 
 def seen(images: Tensor = X, mean: Tensor = ONE, std: Tensor = ONE):
-    return Normalised(images, mean, std)
+    return Normalized(images, mean, std)
 
 
 @pytest.mark.parametrize(

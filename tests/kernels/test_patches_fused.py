@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.kernels import Normalised, _tuning, gather_patches, patch_mse, patches_ops
-from fastssl.kernels import patches_configs as configs
-from fastssl.kernels.patches_configs import shape_class
+from fastssl.kernels import Normalized, gather_patches, patch_mse
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.patches import patches_configs as configs
+from fastssl.kernels.patches import patches_triton
+from fastssl.kernels.patches.patches_configs import shape_class
+from fastssl.kernels.patches.patches_ops import Fused
 from tests.kernels.test_patches import (
     CASES,
     CLIP,
@@ -57,7 +60,7 @@ def test_gradient_adds_up_over_repeats(case, reduce):
     ids[:, -1], ids[0, 1] = ids[:, 0], ids[0, 0]
     assert_no_worse(
         lambda x: gather_patches(
-            Normalised(x, *channels(case.C)), ids, case.patch, repeats=True, impl="triton"
+            Normalized(x, *channels(case.C)), ids, case.patch, repeats=True, impl="triton"
         ),
         lambda x: pick(patchify(by_hand(x, x.dtype), case.patch), ids),
         [images],
@@ -71,7 +74,7 @@ def test_gradient_adds_up_over_repeats(case, reduce):
 def test_patch_mse(case, norm_pix, reduce):
     images, ids = case.problem()
     pred = torch.randn(*ids.shape, case.values, device=DEVICE)
-    seen = Normalised(images, *channels(case.C))
+    seen = Normalized(images, *channels(case.C))
     assert_no_worse(
         lambda p: patch_mse(p, seen, ids, case.patch, norm_pix=norm_pix, impl="triton"),
         lambda p: mae(p, by_hand(images, p.dtype), ids, case.patch, norm_pix),
@@ -146,12 +149,12 @@ def test_operators_keep_torchs_rules(norm):
     ids = torch.tensor([[1]], device=DEVICE)
     table = torch.tensor([[0.5], [2.0]], device=DEVICE) if norm else None
     pred, check = torch.randn(1, 1, 4, device=DEVICE), torch.library.opcheck
-    check(patches_ops.gather, (images, table, ids, (1, 2, 2), torch.bfloat16))
-    check(patches_ops.spread, (pred, table, ids, (1, 2, 2), images.shape, torch.float16))
+    check(Fused.gather, (images, table, ids, (1, 2, 2), torch.bfloat16))
+    check(Fused.spread, (pred, table, ids, (1, 2, 2), images.shape, torch.float16))
     given, eps = (images, table, ids), 1e-6 if norm else None
-    check(patches_ops.mse, (pred, *given, (1, 2, 2, 2), eps))
-    _, stats = patches_ops.mse(pred, *given, (1, 2, 2, 2), eps)
-    check(patches_ops.mse_grad, (pred[..., 0], pred, *given, stats, (1, 2, 2, 2)))
+    check(Fused.mse, (pred, *given, (1, 2, 2, 2), eps))
+    _, stats = Fused.mse(pred, *given, (1, 2, 2, 2), eps)
+    check(Fused.mse_grad, (pred[..., 0], pred, *given, stats, (1, 2, 2, 2)))
 
 
 @once
@@ -187,12 +190,12 @@ def test_what_no_kernel_is_made_for_is_refused_by_name():
 
 @once
 def test_a_class_for_every_dtype_and_size():
-    for kernel in (patches_ops.GATHER, patches_ops.MSE, patches_ops.MSE_GRAD):
+    for kernel in (patches_triton.GATHER, patches_triton.MSE, patches_triton.MSE_GRAD):
         for images in (torch.uint8, *DTYPES):
             for result in (*DTYPES, torch.uint8):
-                part = "P64" if kernel is patches_ops.MSE else "narrow"
+                part = "P64" if kernel is patches_triton.MSE else "narrow"
                 assert shape_class(images, result, part) in kernel.variants
     parts = {configs.measured(P) for P in range(1, 10_000)}
-    assert {f"float32-{part}" for part in parts} <= set(patches_ops.MSE.variants)
+    assert {f"float32-{part}" for part in parts} <= set(patches_triton.MSE.variants)
     for part, sizes in configs.HELD.items():  # one that is said to be held is
         assert all(values >= int(part[1:]) for _, values, _ in sizes)

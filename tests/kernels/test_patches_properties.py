@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.kernels import Normalised, gather_patches, patch_mse
+from fastssl.kernels import Normalized, gather_patches, patch_mse
 from tests.kernels.test_patches import IMPLS, Case, by_hand, channels, layouts, mae, patchify, pick
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads
 
@@ -37,7 +37,7 @@ def test_gather(problem, impl, normalised, dtype):
     got = gather_patches(images, ids, case.patch, impl=impl)
     assert torch.equal(got, pick(patchify(images, case.patch), ids))
     if normalised:
-        seen = Normalised(images, *channels(case.C))
+        seen = Normalized(images, *channels(case.C))
         got = gather_patches(seen, ids, case.patch, dtype=dtype, impl=impl)
         want = pick(patchify(by_hand(images), case.patch), ids)
         eager = pick(patchify(by_hand(images, torch.float32), case.patch), ids).to(dtype)

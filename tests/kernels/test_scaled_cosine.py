@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.kernels import latents_ops as ops
 from fastssl.kernels import scaled_cosine_error
+from fastssl.kernels.regression import cosine as ops
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

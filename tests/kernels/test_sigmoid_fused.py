@@ -7,15 +7,18 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  the interpreter looks for it where a function is
 
-from fastssl.kernels import PairMask, _tuning, same_group, sigmoid_fused, sigmoid_ops
-from fastssl.kernels.pairwise_sigmoid import (
+from fastssl.kernels import PairMask, same_group
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.pairwise import sigmoid_ops
+from fastssl.kernels.pairwise import sigmoid_triton as sigmoid_fused
+from fastssl.kernels.pairwise.sigmoid import (
     pairwise_sigmoid,
     pairwise_sigmoid_grads,
     pairwise_sigmoid_reference,
 )
-from fastssl.kernels.sigmoid_configs import shape_class
-from fastssl.kernels.sigmoid_fused import TILES, WEIGH, choose, one_side, results, weigh
-from fastssl.kernels.sigmoid_torch import Logits
+from fastssl.kernels.pairwise.sigmoid_configs import shape_class
+from fastssl.kernels.pairwise.sigmoid_torch import Logits
+from fastssl.kernels.pairwise.sigmoid_triton import TILES, WEIGH, choose, one_side, results, weigh
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -290,7 +293,7 @@ def test_classes_go_by_dtype_and_width(D, width):
 
 @pytest.mark.parametrize("name", ["float16-D64-rows", "bfloat16-D128-cols", "float32-loss"])
 def test_the_tuners_trial_of_the_tiles_runs(name, monkeypatch):
-    monkeypatch.setattr("fastssl.kernels.sigmoid_configs.TRIAL_ROWS", 20)
+    monkeypatch.setattr("fastssl.kernels.pairwise.sigmoid_configs.TRIAL_ROWS", 20)
     variant = TILES.variants[name]
     first, second = (variant.trial(c, torch.device(DEVICE))() for c in variant.candidates[:2])
     assert len(first) == (2 if name.endswith("rows") else 1)
@@ -300,8 +303,8 @@ def test_the_tuners_trial_of_the_tiles_runs(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["float16-grad", "float32-grad", "bfloat16-loss"])
 def test_the_tuners_trial_of_the_weights_runs_again_and_again(name, monkeypatch):
-    monkeypatch.setattr("fastssl.kernels.sigmoid_configs.TRIAL_ROWS", 20)
-    monkeypatch.setattr("fastssl.kernels.sigmoid_configs.TRIAL_BLOCK", (17, 19))
+    monkeypatch.setattr("fastssl.kernels.pairwise.sigmoid_configs.TRIAL_ROWS", 20)
+    monkeypatch.setattr("fastssl.kernels.pairwise.sigmoid_configs.TRIAL_BLOCK", (17, 19))
     variant = WEIGH.variants[name]
     run = variant.trial(variant.safe, torch.device(DEVICE))
     first, second = run(), run()
@@ -363,7 +366,9 @@ def test_operator_is_declared_as_it_behaves(need):
 def test_auto_leaves_to_torch_what_triton_has_not(monkeypatch):
     asked, op = [], sigmoid_ops.sigmoid
     monkeypatch.setattr(sigmoid_ops, "sigmoid", lambda *a: asked.append(a[-1]) or op(*a))
-    monkeypatch.setattr("fastssl.kernels._dispatch.Primitive.choose", lambda s, impl, d: _gpu(impl))
+    monkeypatch.setattr(
+        "fastssl.kernels.common.dispatch.Primitive.choose", lambda s, impl, d: _gpu(impl)
+    )
     (q,) = embeddings(torch.float32, (3, 3))
     for x, positive in ((q.double(), same_group), (q, EAGER), (q, LOWER)):
         pairwise_sigmoid(x, x, 1.0, 0.0, positive=positive)

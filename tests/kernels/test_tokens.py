@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.kernels import gather_packed, gather_tokens, restore_tokens, scatter_tokens
-from fastssl.kernels import tokens_configs as configs
-from fastssl.kernels import tokens_ops as ops
+from fastssl.kernels.tokens import tokens_configs as configs
+from fastssl.kernels.tokens import tokens_triton as ops
 from fastssl.masking import random_masking
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, largest_tensor
 
@@ -38,7 +38,7 @@ def tokens_and_ids(B, K, L, D, dtype=torch.float32):
 @pytest.fixture(params=[1, 3])
 def places(request, monkeypatch):
     """As many sequences' shares as one or three multiprocessors take."""
-    monkeypatch.setattr(ops, "processors", lambda device: request.param)
+    monkeypatch.setattr(ops, "sm_count", lambda device: request.param)
     return request.param
 
 
@@ -186,7 +186,7 @@ def test_gather_packed(dtype, reduce, impl):
 
 
 def test_rows_past_the_last_sequence_read_no_foreign_memory(monkeypatch):
-    monkeypatch.setattr("fastssl.kernels.tokens.looks_at", lambda x: False)
+    monkeypatch.setattr("fastssl.kernels.tokens.tokens.can_read_values", lambda x: False)
     tokens, ids = tokens_and_ids(2, 3, 5, 4)
     cu = torch.tensor([0, 2, 4], dtype=torch.int32, device=DEVICE)
     for impl in IMPLS:

@@ -7,9 +7,11 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  the interpreter looks for it where a function is
 
-from fastssl.kernels import PairMask, _tuning, exclude_self, pairwise_topk, same_group, topk_fused
-from fastssl.kernels.masks import as_masks
-from fastssl.kernels.topk_configs import shape_class
+from fastssl.kernels import PairMask, exclude_self, pairwise_topk, same_group
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.pairwise import topk_triton as topk_fused
+from fastssl.kernels.pairwise.masks import as_masks
+from fastssl.kernels.pairwise.topk_configs import shape_class
 from tests.oracle import DEVICE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastssl.kernels import _tuning
-from fastssl.kernels._tuning import Config, Kernel, Variant, config_for
+from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.tuning import Config, Kernel, Variant, config_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL, LARGE, HUGE = (Config({"BLOCK_M": size}, num_warps=8) for size in (16, 64, 256))
@@ -118,7 +118,9 @@ def test_a_damaged_cache_is_said_and_written_anew(content, tmp_path):
     path = tmp_path / "fastssl" / "tuned-NVIDIA-H200.json"
     path.parent.mkdir()
     path.write_text(content)
-    with pytest.warns(UserWarning, match="tuned-NVIDIA-H200.json is left aside"):
+    with pytest.warns(
+        UserWarning, match="tuned-NVIDIA-H200.json is damaged and will be overwritten"
+    ):
         assert autotune(kernel()) == LARGE
     assert [entry["blocks"] for entry in json.loads(path.read_text()).values()] == [LARGE.blocks]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastssl.kernels import Normalised, gather_patches
+from fastssl.kernels import Normalized, gather_patches
 from fastssl.losses import MAELoss
 from fastssl.masking import random_masking
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads
@@ -65,7 +65,7 @@ def test_normalised_images():
     masked = random_masking(torch.arange(5, device=DEVICE), 6, 2).masked
     pred = torch.randn(5, 4, 48, device=DEVICE)
     copy = (images / 255 - mean[:, None, None]) / std[:, None, None]
-    got, want = (MAELoss(4)(pred, x, masked) for x in (Normalised(images, mean, std), copy))
+    got, want = (MAELoss(4)(pred, x, masked) for x in (Normalized(images, mean, std), copy))
     torch.testing.assert_close(got, want)
 
 

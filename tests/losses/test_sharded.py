@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastssl.kernels import exclude_self, pairwise_torch, same_group
+from fastssl.kernels import exclude_self, same_group
+from fastssl.kernels.pairwise import lse_torch as pairwise_torch
 from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
 from tests.ranks import run_ranks
 

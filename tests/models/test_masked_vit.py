@@ -176,7 +176,7 @@ def test_images_that_are_normalised_as_they_are_read():
     raw = torch.randint(256, (3, *CLIP[1]), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.3])
     ids = random_masking(torch.arange(3), 16, 4).visible
-    read = kernels.Normalised(raw, mean, std)
+    read = kernels.Normalized(raw, mean, std)
     float_copy = (raw / 255 - mean.view(2, 1, 1, 1)) / std.view(2, 1, 1, 1)
     torch.testing.assert_close(masked(read, ids), masked(float_copy, ids))
 

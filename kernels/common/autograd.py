@@ -1,0 +1,69 @@
+"""What the autograd.Functions of primitives and losses share: precision, first order alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look inside
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Outside autocast, where one is on; devices such as meta have none to leave."""
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+class _NoSecond(torch.autograd.Function):
+    """A gradient whose own gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError("this primitive has no second derivative; use impl='reference'")
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a primitive's backward: outside autocast, and not differentiable a second time.
+
+    torch's once_differentiable lets a second derivative through, as zero, when the incoming
+    gradient is a constant; here every one raises RuntimeError.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *grads: torch.Tensor) -> Any:
+        device = grads[0].device
+        with torch.no_grad(), full_precision(device):
+            out = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # create_graph=False, the usual case
+            return out
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        several = out if isinstance(out, tuple) else (out,)
+        return tuple(None if g is None else _NoSecond.apply(g, anchor) for g in several)
+
+    return guarded
+
+
+def finished(x: torch.Tensor) -> torch.Tensor:
+    """The result of an autograd.Function's forward that wrote it in place: x, or a copy.
+
+    torch.compile (seen in torch 2.11) silently gives such a result the gradient zero.  A copy has
+    the right gradient, and the compiler removes the copy itself; outside of it x is returned.
+    """
+    return x.clone() if torch.compiler.is_compiling() else x
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums and results have: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,232 @@
+"""Which configuration a Triton kernel is launched with: tuned ahead, by GPU and shape class.
+
+A kernel declares its shape classes (`Variant`): what it is compiled from, the configurations worth
+trying, and a safe one.  `bench/aot.py` compiles all of them without a GPU, `bench/tune.py` times
+them on one, and `config_for` picks: from the table `tuned.json` where this GPU's architecture and
+the shape class are in it, else the safe one.  FASTSSL_AUTOTUNE=1 times the candidates at the first
+launch of a class instead, and keeps the answer in ~/.cache/fastssl (or $XDG_CACHE_HOME/fastssl):
+launch once before capturing a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("tuned.json")
+Clock = Callable[[Callable[[], Any]], float]  # median milliseconds of a launch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes (the kernel's constexpr arguments by name), warps and pipeline stages."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The launch's keyword arguments beside the blocks; a * b + c is rounded once."""
+        warps, stages = self.num_warps, self.num_stages
+        return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that a launch takes of a configuration: blocks and options."""
+        return {**self.blocks, **self.options}
+
+    @staticmethod
+    def read(fields: Mapping[str, Any]) -> Config:
+        """The configuration in an entry of a table, whose other fields say how it came about.
+
+        Raises KeyError, TypeError or ValueError for what is no configuration.
+        """
+        blocks = {str(name): int(size) for name, size in dict(fields["blocks"]).items()}
+        return Config(blocks, int(fields["num_warps"]), int(fields["num_stages"]))
+
+    def fields(self) -> dict[str, Any]:
+        """What `read` reads."""
+        stages = self.num_stages
+        return {"blocks": dict(self.blocks), "num_warps": self.num_warps, "num_stages": stages}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One shape class of a kernel: everything its compilation depends on beside the Config.
+
+    name        e.g. "bfloat16-D128"
+    signature   Triton types of the arguments that are not constexpr: {"Q": "*bf16", "M": "i32"};
+                one that ends in ":16" is divisible by 16, as Triton finds it at run time.
+    constexprs  the constexpr arguments that are not block sizes.
+    product     whether its products must be matrix instructions (false for IEEE float32).
+    candidates  what the tuner tries; each must compile without spills on every target.
+    safe        the configuration of a GPU that is not in the table; one of the candidates.
+    trial       (config, device) -> a function that launches once at a size worth tuning for, and
+                returns what was computed: a tensor or several, the same for every config.
+    """
+
+    name: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    product: bool
+    candidates: tuple[Config, ...]
+    safe: Config
+    trial: Callable[[Config, torch.device], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel with its shape classes; `fn` is what @triton.jit returned."""
+
+    name: str
+    fn: Any
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+
+
+_kernels: dict[str, Kernel] = {}
+_forced: dict[str, Config] = {}
+_timed: dict[tuple[str, str, str], Config] = {}  # what FASTSSL_AUTOTUNE found in this process
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Make a kernel known to the tuner and to the ahead-of-time proof."""
+    _kernels[kernel.name] = kernel
+    return kernel
+
+
+def kernels() -> dict[str, Kernel]:
+    """Every registered kernel by name."""
+    return dict(_kernels)
+
+
+@contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """Inside, every launch of `kernel` takes this configuration, whatever its class: for tests."""
+    before = dict(_forced)
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def config_for(kernel: Kernel, variant: str, device: torch.device) -> Config:
+    """The configuration to launch `kernel` with for this shape class on this device."""
+    if _forced and kernel.name in _forced:
+        return _forced[kernel.name]
+    shape_class = kernel.variants[variant]
+    if device.type != "cuda":
+        return shape_class.safe
+    if os.environ.get("FASTSSL_AUTOTUNE") == "1":
+        return autotuned(kernel, shape_class, device, median_ms)
+    return table().get((kernel.name, architecture(device), variant), shape_class.safe)
+
+
+@cache
+def table() -> dict[tuple[str, str, str], Config]:
+    """tuned.json by (kernel, architecture, class)."""
+    content = json.loads(TABLE.read_text(encoding="utf-8"))
+    return {
+        (kernel, arch, variant): Config.read(entry)
+        for kernel, archs in content.items()
+        for arch, variants in archs.items()
+        for variant, entry in variants.items()
+    }
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The name tuned.json knows a GPU by: "sm_90"; on ROCm its gfx name."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def autotuned(kernel: Kernel, variant: Variant, device: torch.device, clock: Clock) -> Config:
+    """The fastest candidate: timed by this process, or before by another; else timed now."""
+    gpu = torch.cuda.get_device_name(device)
+    known = (kernel.name, variant.name, gpu)
+    if known in _timed:
+        return _timed[known]
+    path, key = _cache_file(gpu), _cache_key(kernel, variant)
+    chosen = _read_cache(path).get(key)
+    if chosen not in variant.candidates:
+        times = [_time(variant.trial, config, device, clock) for config in variant.candidates]
+        best = min(times)
+        chosen = variant.safe if math.isinf(best) else variant.candidates[times.index(best)]
+        if not math.isinf(best):
+            _write_cache(path, key, {**chosen.fields(), "ms": best})
+    _timed[known] = chosen
+    return chosen
+
+
+def _time(trial: Callable, config: Config, device: torch.device, clock: Clock) -> float:
+    """The median of a launch, infinite where the GPU has not the resources for it."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        return clock(trial(config, device))
+    except (OutOfResources, PTXASError):
+        return math.inf
+
+
+def median_ms(launch: Callable[[], Any]) -> float:
+    """The median time of a launch on the GPU, each with a cold L2."""
+    from triton.testing import do_bench
+
+    return float(do_bench(launch, return_mode="median"))  # pyright: ignore[reportArgumentType]
+
+
+def _cache_file(gpu: str) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "fastssl" / f"tuned-{gpu.replace('/', '-').replace(' ', '-')}.json"
+
+
+def _cache_key(kernel: Kernel, variant: Variant) -> str:
+    """Changes with anything a time depends on: the kernel's source and Triton's version."""
+    from triton import __version__
+
+    source = getattr(kernel.fn, "cache_key", None) or inspect.getsource(kernel.fn.fn)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return f"{kernel.name} {variant.name} triton-{__version__} {digest}"
+
+
+def _read_cache(path: Path) -> dict[str, Config]:
+    """What was timed before; nothing, with a warning, where the file is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Config.read(entry) for key, entry in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        warnings.warn(f"{path} is damaged and will be overwritten: {error!r}", stacklevel=2)
+        return {}
+
+
+def _write_cache(path: Path, key: str, entry: dict[str, Any]) -> None:
+    """Add an entry: the file is whole at any time, as several processes may write."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            old = _read_cache(path) and json.loads(path.read_text(encoding="utf-8"))
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:
+            json.dump({**old, key: entry}, out, indent=1)
+        os.replace(out.name, path)
+    except OSError as error:
+        warnings.warn(f"the tuning is not kept: {error}", stacklevel=2)

@@ -1,0 +1,142 @@
+"""Gram matrices, covariances and their gradients by Triton as operators of torch: as gram_torch.
+
+torch.compile keeps an operator whole in its graph; what one has not got is an empty tensor there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.matmul import product
+from ..common.triton import rows_contiguous
+from . import gram_triton
+from .configs import Terms
+from .gradient_triton import finish_all
+from .gram_torch import Matrix
+
+
+def _flat(total: Tensor, matrices: list[Matrix]) -> list[Tensor]:
+    """The results of an operator, which cannot return None: an absent part is an empty tensor."""
+    parts = [x for matrix in matrices for x in matrix]
+    return [total, *(total.new_empty(0) if x is None else x for x in parts)]
+
+
+def _matrix(values: Tensor, diagonal: Tensor, fp16_scale: Tensor) -> Matrix:
+    """What `_flat` took apart."""
+    return Matrix(
+        values, diagonal if diagonal.numel() else None, None if fp16_scale.ndim else fp16_scale
+    )
+
+
+def _flat_fake(x: Tensor, *shapes: tuple[Any, Any], apart: bool) -> list[Tensor]:
+    """Tensors as `_flat` makes of x's matrices."""
+    like = x.new_empty((), dtype=torch.float32)
+    tensors = [torch.empty_like(like)]
+    for shape in shapes:
+        scale = () if x.dtype == torch.float16 else 0
+        tensors += [
+            x.new_empty(shape),
+            like.new_empty(shape[0] if apart else 0),
+            like.new_empty(scale),
+        ]
+    return tensors
+
+
+@torch.library.custom_op("fastssl::correlation_grams", mutates_args=())
+def _grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Tensor]:
+    """Total; values, diagonal and scale of each side's Gram.  others: none where all are here."""
+    return _flat(*gram_triton.gram_matrices(sides, others or None, start))
+
+
+@_grams.register_fake
+def _(sides, others, start):
+    n, N = len(sides[0]), len((others or sides)[0])
+    return _flat_fake(sides[0], *((n, N) for _ in sides), apart=True)
+
+
+@torch.library.custom_op("fastssl::correlation_covariance", mutates_args=())
+def _covariance(a: Tensor, b: Tensor | None) -> list[Tensor]:
+    """Total without the diagonal, if D is E; values, diagonal and scale."""
+    total, matrix = gram_triton.covariance_matrix(a, b)
+    return _flat(total, [matrix])
+
+
+@_covariance.register_fake
+def _(a, b):
+    D, E = a.shape[1], (a if b is None else b).shape[1]
+    return _flat_fake(a, (D, E), apart=D == E)
+
+
+@torch.library.custom_op("fastssl::correlation_gradient", mutates_args=())
+def _gradient(
+    matrix: list[Tensor], rows: Tensor | None, terms: list[Tensor | None], transposed: bool
+) -> Tensor:
+    """By a Gram, of rows; rows None: by a covariance, of terms' `other`.
+
+    matrix: values, diagonal, scale.  terms: mine, other, coef, factor.
+    """
+    whole = _matrix(*matrix)
+    sides = [x if x is None else rows_contiguous(x) for x in terms[:2]]
+    coef, factor = (x if x is None else x.float().contiguous() for x in terms[2:])
+    parts = Terms(*sides, coef, factor)  # pyright: ignore
+    if rows is not None:
+        out = rows.new_empty(len(whole.values), rows.shape[1])
+        return finish_all(lambda i: product(whole.values[i], rows), whole, parts, out)
+    other, values = parts.other, whole.values.T if transposed else whole.values
+    assert other is not None
+    parts = parts if coef is not None else parts._replace(other=None)
+    out = other.new_empty(len(other), values.shape[1])
+    return finish_all(lambda i: product(other[i], values), whole, parts, out)
+
+
+@_gradient.register_fake
+def _(matrix, rows, terms, transposed):
+    values = matrix[0]
+    if rows is not None:
+        return rows.new_empty(values.shape[0], rows.shape[1])
+    return terms[1].new_empty(terms[1].shape[0], values.shape[0 if transposed else 1])
+
+
+def grams(
+    a: Tensor, b: Tensor | None, all_a: Tensor, all_b: Tensor | None, start: int
+) -> tuple[Tensor, Matrix, Matrix | None]:
+    """As gram_torch.grams."""
+    sides = [x for x in (a, b) if x is not None]
+    others = [x for x in (all_a, all_b) if x is not None]
+    total, *parts = _grams(sides, [] if len(a) == len(all_a) else others, start)
+    return total, _matrix(*parts[:3]), None if b is None else _matrix(*parts[3:])
+
+
+def covariance(a: Tensor, b: Tensor | None, split: bool) -> tuple[Tensor, Tensor, Matrix]:
+    """As gram_torch.covariance; without `split` a square matrix's diagonal goes apart."""
+    total, values, diagonal, scale = _covariance(a, b)
+    if split:
+        return diagonal, total, _matrix(values, diagonal.new_empty(0), scale)
+    matrix = _matrix(values, diagonal, scale)
+    return diagonal.new_empty(0), total + diagonal.square().sum(), matrix
+
+
+def gradient(
+    matrix: Matrix,
+    rows: Tensor,
+    mine: Tensor,
+    other: Tensor | None,
+    coef: Tensor | None,
+    factor: Tensor,
+) -> Tensor:
+    """As gram_torch.gradient."""
+    terms = [mine, None if coef is None else other, coef, factor]
+    return _gradient(_flat(factor, [matrix])[1:], rows, terms, False)
+
+
+def gradient_across(
+    matrix: Matrix, other: Tensor, coef: Tensor | None, factor: Tensor, transposed: bool
+) -> Tensor:
+    """As gram_torch.gradient_across."""
+    if coef is None and matrix.diagonal is not None:
+        coef = factor * matrix.diagonal
+    whole = _flat(factor, [Matrix(matrix.values, None, matrix.fp16_scale)])[1:]
+    return _gradient(whole, None, [None, other, coef, factor], transposed)

@@ -1,0 +1,91 @@
+"""The last pass of a gradient by a Gram matrix or a covariance in Triton.
+
+    gradient      dz_nd = factor (sum_m W_nm z_md + diagonal_n z_nd) + y_nd coef_d        by a Gram
+    across        dz = factor y W^T + y coef_d                                    by a covariance
+
+The matrices are those of gram_triton.py: W, in the inputs' dtype, and apart from it the
+diagonal in float32.  W's products are cuBLAS's with float32 sums, a strip at a time that stays in
+L2; one pass adds the rest to it and rounds once.
+Traffic of that pass: z and y read once, the gradient written once.  In place: nothing.
+In the kernel capitals are pointers.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# Triton states the types of its functions for its own compiler.
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..common.chunks import spans
+from ..common.triton import tl, triton
+from ..common.tuning import Config, Kernel, config_for, register
+from .configs import Terms, finish_variants, shape_class
+from .gram_torch import Matrix
+from .gram_triton import strip_rows
+
+
+@triton.jit
+def _finish(
+    P, FP16_SCALE, DIAGONAL, MINE, OTHER, COEF, FACTOR, OUT, R, D, mine_row, other_row,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A gradient's rows from those of the product W z."""
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = i.to(tl.int64)[:, None]
+    ok = (i < R)[:, None] & (d < D)[None, :]
+    out = tl.load(P + row * D + d[None, :], ok, 0.0)
+    if FP16_SCALE is not None:
+        out *= tl.load(FP16_SCALE)
+    if DIAGONAL is not None:
+        mine = tl.load(MINE + row * mine_row + d[None, :], ok, 0.0).to(tl.float32)
+        out += tl.load(DIAGONAL + i, i < R, 0.0)[:, None] * mine
+    out *= tl.load(FACTOR)
+    if COEF is not None:
+        other = tl.load(OTHER + row * other_row + d[None, :], ok, 0.0).to(tl.float32)
+        out += other * tl.load(COEF + d, d < D, 0.0)[None, :]
+    tl.store(OUT + row * D + d[None, :], out.to(OUT.dtype.element_ty), ok)
+
+
+def finish(
+    p: Tensor, matrix: Matrix, terms: Terms, out: Tensor, choice: tuple[str, Config] | None = None
+) -> Tensor:
+    """Write a strip of a gradient, out (R, D), from its product p (R, D) float32."""
+    (R, D), part = p.shape, "across" if terms.mine is None else "rows"
+    name = shape_class(out, part)
+    config = choice[1] if choice else config_for(FINISH, name, out.device)
+    blocks, (mine, other, coef, factor) = config.blocks, terms
+    grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_N"])
+    mine_row, other_row = (0 if x is None else x.stride(0) for x in (mine, other))
+    with torch.cuda.device_of(p):
+        _finish[grid](
+            p, matrix.fp16_scale, matrix.diagonal, mine, other, coef, factor, out, R, D, mine_row,
+            other_row, **config.arguments,
+        )  # fmt: skip
+    return out
+
+
+def finish_all(
+    products: Callable[[slice], Tensor], matrix: Matrix, terms: Terms, out: Tensor
+) -> Tensor:
+    """The gradient a strip of rows at a time; products: the strip's W z."""
+    n, D = out.shape
+    for i in spans(n, strip_rows(D)):
+        mine, other = (x if x is None else x[i] for x in terms[:2])
+        diagonal = None if mine is None else matrix.diagonal
+        if mine is not None and diagonal is not None:
+            diagonal = diagonal[i]
+        part = Matrix(matrix.values, diagonal, matrix.fp16_scale)
+        finish(products(i), part, Terms(mine, other, *terms[2:]), out[i])
+    return out
+
+
+def _trial(p: Tensor, matrix: Matrix, terms: Terms, choice: tuple[str, Config]) -> list[Tensor]:
+    """A tuner's launch."""
+    return [finish(p, matrix, terms, torch.empty_like(terms.other), choice)]
+
+
+FINISH = register(Kernel("correlation_finish", _finish, finish_variants(_finish, _trial)))

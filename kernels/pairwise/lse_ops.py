@@ -1,0 +1,121 @@
+"""Pairwise log-sum-exps as operators of torch, with a gradient, and which module computes them.
+
+"torch" is lse_torch.  "triton" is one of two schedules.  Others found on Hopper that up to 256
+features fused tiles (lse_triton) win; above, where a program can no longer keep a row of gradient
+in registers, products by cuBLAS with one pass over the scores (lse_gemm) do.  float32 stays with
+the tiles, which multiply as torch.set_float32_matmul_precision says.
+torch.compile keeps an operator whole in its graph, and an operator takes tensors, numbers and
+strings: so a mask goes by its key, and the implementation by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.autograd import accumulator, first_order
+from . import lse_gemm, lse_torch, lse_triton
+from .lse_torch import Grads, Pairs
+
+FUSED_UP_TO = 256  # features; from others' measurements, to be confirmed by `make gpu-bench`
+SCHEDULES = {"tiles": lse_triton, "products": lse_gemm}
+
+
+def schedule(x: Tensor) -> ModuleType:
+    """The Triton module for rows like x."""
+    large = x.dtype != torch.float32 and x.shape[1] > FUSED_UP_TO
+    return SCHEDULES["products" if large else "tiles"]
+
+
+def backend(impl: str, x: Tensor) -> Any:
+    """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` of rows x.
+
+    impl: "torch", "triton", or one of Triton's schedules by name, to be compared.
+    """
+    if impl == "torch":
+        return lse_torch
+    return SCHEDULES[impl] if impl in SCHEDULES else schedule(x)
+
+
+@torch.library.custom_op("fastssl::pairwise_stats", mutates_args=())
+def stats(
+    tensors: list[Tensor | None], mask: str, same: bool, both: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """`statistics` of rows and columns.  tensors: q, k, scale, bias, row_ids, col_ids."""
+    pairs = _pairs(tensors, mask, same)
+    return backend(impl, pairs.q).statistics(pairs, both)
+
+
+def _pairs(tensors: Sequence[Any], mask: str, same: bool) -> Pairs:
+    q, k, scale, bias, row_ids, col_ids = tensors
+    return Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
+
+
+@stats.register_fake
+def _(tensors, mask, same, both, impl):
+    q, k = tensors[:2]
+    like = q.new_empty(0, dtype=accumulator(q.dtype))
+    return like.new_empty(2, q.shape[0]), like.new_empty(2, k.shape[0] if both else 0)
+
+
+@torch.library.custom_op("fastssl::pairwise_grads", mutates_args=())
+def grads(
+    tensors: list[Tensor | None],
+    rows: Tensor | None,
+    cols: Tensor | None,
+    mask: str,
+    same: bool,
+    need: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gradients` to q, k, scale and bias."""
+    pairs = _pairs(tensors, mask, same)
+    return tuple(backend(impl, pairs.q).gradients(pairs, rows, cols, tuple(need)))
+
+
+@grads.register_fake
+def _(tensors, rows, cols, mask, same, need, impl):
+    q, k, scale = tensors[:3]
+    like = q.new_empty(0, dtype=accumulator(q.dtype))
+    sizes = q.shape, k.shape, scale.shape, k.shape[:1]
+    asked = need[0] or same, need[1] and not same, need[2], need[3]
+    return tuple(like.new_empty(s if a else 0) for s, a in zip(sizes, asked, strict=True))
+
+
+class _LSE(torch.autograd.Function):
+    """Row and column log-sum-exps; k is None for symmetric scores of q with itself."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, scale, bias, row_ids, col_ids, *options):
+        mask, both, impl = ctx.options = options
+        same, rest = k is None, (scale, bias, row_ids, col_ids)
+        rows, cols = stats([q, q if same else k, *rest], mask, same, both, impl)
+        ctx.save_for_backward(q, k, *rest, rows, cols)
+        log_sum = backend(impl, q).log_sum
+        return log_sum(rows), log_sum(cols)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_rows, grad_cols):
+        q, k, scale, bias, row_ids, col_ids, rows, cols = ctx.saved_tensors
+        mask, both, impl = ctx.options
+        weights, need, same = backend(impl, q).weights, ctx.needs_input_grad[:4], k is None
+        if same and both:  # the two are one
+            grad_rows, both = grad_rows + grad_cols, False
+        tensors = [q, q if same else k, scale, bias, row_ids, col_ids]
+        sides = weights(rows, grad_rows), weights(cols, grad_cols) if both else None
+        made = Grads(*grads(tensors, *sides, mask, same, list(need), impl))
+        leaves = q, k, scale, bias
+        out = [g.to(x.dtype) if n else None for g, x, n in zip(made, leaves, need, strict=True)]
+        return *out, *(None,) * 5
+
+
+def lse(pairs: Pairs, both: bool, impl: str) -> tuple[Tensor, Tensor]:
+    """Row log-sum-exps (M,), and column ones (N,); (0,) of them unless `both`."""
+    q, k, *rest, same = pairs
+    k = None if same else k.view_as(k) if k is q else k  # the compiler wants no tensor twice
+    return _LSE.apply(q, k, *rest, both, impl)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,229 @@
+"""Pairwise log-sum-exps in Triton, fully fused: the schedule for small D and for float32.
+
+A program keeps BLOCK_M rows of x and streams y: with x = q, y = k it makes what belongs to rows,
+with TRANSPOSED, x = k, y = q, what belongs to columns.
+
+    forward    m_i, l_i of its rows                       1 unit of 2 M N D operations a side
+    backward   u_i = sum_j W_ij y_j, and sum_j W_ij       2 units a side; 2 in all when q is k
+               (TRANSPOSED: W_ij scale_j y_j with a scale for each row)
+
+Each further BLOCK_O columns of D cost one unit more in the backward, since a program keeps no more
+of u in registers and computes the scores again.  No atomics: the same bits each run.  W is rounded
+to the inputs' dtype for its product; float16 has too little range, so there W is divided by
+FP16_SCALE first.
+Traffic: x once, y once for each row of tiles, mostly from L2.  In place: nothing.
+Row indices are int64, as row * stride passes 2**31.  Scores and statistics: scores_triton.py.
+Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# Triton states the types of its functions for its own compiler.
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.triton import dot, precision, rows_contiguous, tl, triton
+from ..common.tuning import Config, Kernel, config_for, register
+from .lse_configs import backward_variants, forward_variants, shape_class
+from .lse_torch import Grads, Pairs
+from .masks import triton_rules
+from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed, weights
+
+__all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
+
+
+@triton.jit
+def _fwd(
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, STATS, M, N, D, x_row, y_row,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
+    FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = tl.minimum(row, M - 1)  # rows past the end repeat the last, and are not stored
+    d = tl.arange(0, BLOCK_D)[None, :]
+    X += here[:, None] * x_row
+    x = tl.load(X + d, d < D, 0.0)
+    m = tl.full((BLOCK_M,), LEAST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        col = n + tl.arange(0, BLOCK_N)
+        ok, there = col < N, tl.minimum(col, N - 1)
+        Yt = Y + there.to(tl.int64)[:, None] * y_row
+        if FITS_BLOCK:
+            y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
+            s = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        else:
+            s = product(X, Yt, d, ok, D, PRECISION)
+        s = scored(
+            s, here, there, ok[None, :], SCALE, BIAS, X_IDS, Y_IDS, M, N,
+            RULES, PLACES, TRANSPOSED, VECTOR,
+        )  # fmt: skip
+        peak = tl.maximum(m, tl.max(s, 1))
+        total = total * tl.exp2(m - peak) + tl.sum(tl.exp2(s - peak[:, None]), 1)
+        m = peak
+    tl.store(STATS + row, m, row < M)
+    tl.store(STATS + M + row, total, row < M)
+
+
+@triton.jit
+def _bwd(
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, X_SIDE, Y_SIDE, FP16_SCALE, OUT, SUMS, M, N, D, x_row, y_row,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
+    FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = tl.minimum(row, M - 1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
+    X += here[:, None] * x_row
+    x = tl.load(X + d, d < D, 0.0)
+    u = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        col = n + tl.arange(0, BLOCK_N)
+        ok, there = col < N, tl.minimum(col, N - 1)
+        Yt = Y + there.to(tl.int64)[:, None] * y_row
+        if FITS_BLOCK:
+            y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
+            s = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        else:
+            s = product(X, Yt, d, ok, D, PRECISION)
+            y = tl.load(Yt + o, ok[:, None] & (o < D), 0.0)
+        s = scored(
+            s, here, there, ok[None, :], SCALE, BIAS, X_IDS, Y_IDS, M, N,
+            RULES, PLACES, TRANSPOSED, VECTOR,
+        )  # fmt: skip
+        w = weighed(s, here, there, X_SIDE, Y_SIDE, M, N)
+        if SUMS is not None:
+            sums += tl.sum(w, 1)
+        if FP16_SCALE is not None:
+            w *= 1 / tl.load(FP16_SCALE)
+        if TRANSPOSED and VECTOR:
+            w *= tl.load(SCALE + there)[None, :]
+        u = dot(w.to(y.dtype), y, u, PRECISION)
+    if FP16_SCALE is not None:
+        u *= tl.load(FP16_SCALE)
+    tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
+    if SUMS is not None:
+        tl.store(SUMS + row, sums, row < M)
+
+
+Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
+
+
+def choose(kernel: Kernel, x: Tensor, part: str) -> Choice:
+    """The shape class of a launch and the configuration to make it with."""
+    name = shape_class(x, part)
+    return name, config_for(kernel, name, x.device)
+
+
+def _fits_block(constants: Mapping[str, Any], config: Config, D: int) -> bool:
+    """Whether one block holds all features of a row."""
+    return constants["FITS_BLOCK"] and D <= config.blocks["BLOCK_D"]
+
+
+def _operands(pairs: Pairs, transposed: bool) -> tuple[Any, ...]:
+    """The kernels' first arguments: x, y, scale and bias in float32, and the ids of x and y."""
+    x, y = rows_contiguous(pairs.q), rows_contiguous(pairs.k)
+    ids = pairs.row_ids, pairs.col_ids
+    if transposed:
+        (x, y), ids = (y, x), ids[::-1]
+    scale, bias = pairs.scale.float().contiguous(), pairs.bias
+    return x, y, scale, None if bias is None else bias.float().contiguous(), *ids
+
+
+def _part(pairs: Pairs) -> str:
+    """Which of the forward's classes a launch is nearest to."""
+    plain = pairs.bias is None and pairs.scale.ndim == 0
+    return "full" if not plain else "masked" if pairs.mask else "all"
+
+
+def forward(pairs: Pairs, transposed: bool = False, choice: Choice | None = None) -> Tensor:
+    """Statistics (2, M) of the rows of q, or with transposed of k."""
+    x, y, scale, *rest = _operands(pairs, transposed)
+    name, config = choice or choose(FWD, pairs.q, _part(pairs))
+    constants, (rules, places) = FWD.variants[name].constexprs, triton_rules(pairs.mask)
+    (M, D), N = x.shape, len(y)
+    out = torch.empty(2, M, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(out):
+        _fwd[(triton.cdiv(M, config.blocks["BLOCK_M"]),)](
+            x, y, scale, *rest, out, M, N, D, x.stride(0), y.stride(0),
+            RULES=rules, PLACES=places, TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
+            FITS_BLOCK=_fits_block(constants, config, D),
+            PRECISION=precision(constants["PRECISION"]), **config.arguments,
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    pairs: Pairs,
+    sides: list[Tensor | None],
+    transposed: bool = False,
+    sums: bool = False,
+    choice: Choice | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """u (M, D) of q, or with transposed of k, and sum_j W_ij (M,), both float32.
+
+    sides: the `weights` of q's rows and of k's, None for a side without upstream gradient.
+    """
+    x, y, scale, *rest = _operands(pairs, transposed)
+    one_sided = any(side is None for side in sides)
+    part = "both" if pairs.same else "full" if not one_sided else "cols" if transposed else "rows"
+    name, config = choice or choose(BWD, pairs.q, part)
+    constants, (rules, places) = BWD.variants[name].constexprs, triton_rules(pairs.mask)
+    (M, D), N, blocks = x.shape, len(y), config.blocks
+    by_column = transposed and scale.ndim == 1
+    factor = scale if by_column else x.new_ones((), dtype=torch.float32)
+    out = torch.empty(M, D, dtype=torch.float32, device=x.device)
+    total = out.new_empty(M) if sums else None
+    x_side, y_side = sides[::-1] if transposed else sides
+    largest = fp16_scale(sides, factor) if x.dtype == torch.float16 else None
+    with torch.cuda.device_of(out):
+        _bwd[triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])](
+            x, y, scale, *rest, x_side, y_side, largest, out, total, M, N, D, x.stride(0),
+            y.stride(0), RULES=rules, PLACES=places, TRANSPOSED=transposed,
+            VECTOR=scale.ndim == 1, FITS_BLOCK=_fits_block(constants, config, D),
+            PRECISION=precision(constants["PRECISION"]), **config.arguments,
+        )  # fmt: skip
+    return out, total
+
+
+def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
+    """As lse_torch.statistics, in log2 units."""
+    rows = forward(pairs)
+    if not both:
+        return rows, rows.new_empty(2, 0)
+    return rows, rows.clone() if pairs.same else forward(pairs, transposed=True)
+
+
+def gradients(
+    pairs: Pairs, rows: Tensor | None, cols: Tensor | None, need: tuple[bool, bool, bool, bool]
+) -> Grads:
+    """As lse_torch.gradients."""
+    sides = [rows, rows if pairs.same else cols]
+    need_q, need_k, need_scale, need_bias = need
+    dq = dk = dscale = dbias = None
+    scale = pairs.scale.float()
+    by_row = scale[:, None] if scale.ndim else scale
+    if need_q or need_scale or pairs.same:
+        u, _ = backward(pairs, sides)
+        if need_scale:
+            dscale = (pairs.q * u).sum(1)
+            # Of symmetric scores each pair stands in u twice, once from either side.
+            dscale = dscale if scale.ndim else dscale.sum() / (2 if pairs.same else 1)
+        dq = u * by_row if need_q or pairs.same else None
+    if (need_k and not pairs.same) or need_bias:
+        dk, dbias = backward(pairs, sides, transposed=True, sums=need_bias)
+        dk = dk if scale.ndim else dk.mul_(scale)
+    wanted = dq, dk if need_k else None, dscale, dbias
+    return Grads(*(scale.new_empty(0) if g is None else g for g in wanted))
+
+
+FWD = register(Kernel("pairwise_lse_fwd", _fwd, forward_variants(forward)))
+BWD = register(Kernel("pairwise_lse_bwd", _bwd, backward_variants(backward, forward)))

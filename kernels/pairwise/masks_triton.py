@@ -1,0 +1,56 @@
+"""The pair masks' rules for Triton, and how a kernel asks them.  Ids are never negative in //."""
+
+from typing import Any
+
+from ..common.triton import tl, triton
+
+
+@triton.jit
+def exclude_self(rows, cols):
+    """No row meets itself; given ids, nothing of its own id."""
+    return rows != cols
+
+
+@triton.jit
+def exclude_self_and_pair(rows, cols):
+    """Rows 2i and 2i + 1 are two views of one image."""
+    return rows // 2 != cols // 2
+
+
+@triton.jit
+def same_group(rows, cols):
+    """Equal ids."""
+    return rows == cols
+
+
+@triton.jit
+def different_group(rows, cols):
+    """Unequal ids."""
+    return rows != cols
+
+
+@triton.jit
+def kept(
+    x, y, X_IDS, Y_IDS, M, N,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of positions x (R,) < M and y (C,) < N are kept: (R, C) bool.
+
+    X_IDS, Y_IDS point to (P, M) and (P, N) ids.  TRANSPOSED: x are the columns, and y the rows.
+    """
+    keep = tl.full((x.shape[0], y.shape[0]), True, tl.int1)
+    for t in tl.static_range(len(RULES)):  # pyright: ignore
+        if PLACES[t] < 0:
+            i, j = x.to(tl.int32), y.to(tl.int32)
+        else:
+            i, j = tl.load(X_IDS + PLACES[t] * M + x), tl.load(Y_IDS + PLACES[t] * N + y)
+        if TRANSPOSED:
+            keep = keep & RULES[t](j[None, :], i[:, None])
+        else:
+            keep = keep & RULES[t](i[:, None], j[None, :])
+    return keep
+
+
+def is_twin(function: Any) -> bool:
+    """Whether a @triton.jit function."""
+    return isinstance(function, triton.KernelInterface)

@@ -1,0 +1,95 @@
+"""What the Triton kernels of pairs share: the product of a tile, its scores, the statistics' unit.
+
+    s_ij = log2(e) (scale_i q_i . k_j + bias_j)        log2 units, for exp2; -inf: a dropped pair
+    stats (2, M): m_i and l_i = sum_j 2^(s_ij - m_i)    lse_i = ln2 m_i + ln l_i
+
+A kernel sees x, y: rows and columns, or with TRANSPOSED columns and rows.  Capitals are pointers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.triton import dot, tl, triton
+from .masks_triton import kept
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = 0.6931471805599453
+LEAST = tl.constexpr(-3.4028234663852886e38)  # a maximum of -inf would make -inf - -inf
+
+
+@triton.jit
+def product(X, Y, d, cols_ok, D, PRECISION: tl.constexpr):
+    """x y^T of a tile, a chunk of D at a time; X, Y point to the starts of its rows."""
+    s = tl.zeros((X.shape[0], Y.shape[0]), tl.float32)
+    for start in range(0, D, d.shape[1]):
+        ok = start + d < D
+        x = tl.load(X + start + d, ok, 0.0)
+        y = tl.load(Y + start + d, cols_ok[:, None] & ok, 0.0)
+        s = dot(x, y.T, s, PRECISION)
+    return s
+
+
+@triton.jit
+def scored(
+    s, x, y, ok, SCALE, BIAS, X_IDS, Y_IDS, M, N,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The scores of products s (R, C) at positions x (R,) < M and y (C,) < N.
+
+    ok (R, C) or (1, C): pairs to keep beside those the rules keep.  VECTOR: a scale for each row.
+    """
+    if not VECTOR:
+        s *= tl.load(SCALE) * LOG2_E
+    elif TRANSPOSED:
+        s *= (tl.load(SCALE + y) * LOG2_E)[None, :]
+    else:
+        s *= (tl.load(SCALE + x) * LOG2_E)[:, None]
+    if BIAS is not None:
+        if TRANSPOSED:
+            s += (tl.load(BIAS + x) * LOG2_E)[:, None]
+        else:
+            s += (tl.load(BIAS + y) * LOG2_E)[None, :]
+    if len(RULES) > 0:  # pyright: ignore[reportArgumentType]
+        ok = ok & kept(x, y, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
+    return tl.where(ok, s, -float("inf"))
+
+
+@triton.jit
+def weighed(s, x, y, X_SIDE, Y_SIDE, M, N):
+    """W_ij = w_i 2^(s_ij - m_i) + w_j 2^(s_ij - m_j); a side, (2, M) or (2, N), is m and w."""
+    w = tl.zeros_like(s)
+    if X_SIDE is not None:
+        m_x, w_x = tl.load(X_SIDE + x), tl.load(X_SIDE + M + x)
+        w += tl.exp2(s - m_x[:, None]) * w_x[:, None]
+    if Y_SIDE is not None:
+        m_y, w_y = tl.load(Y_SIDE + y), tl.load(Y_SIDE + N + y)
+        w += tl.exp2(s - m_y[None, :]) * w_y[None, :]
+    return w
+
+
+def log_sum(stats: Tensor) -> Tensor:
+    """The log-sum-exp of statistics; -inf where no pair was left."""
+    return stats[0] * LN_2 + stats[1].log()
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """The statistics of two disjoint sets of pairs together."""
+    m = torch.maximum(a[0], b[0])
+    return torch.stack([m, a[1] * (a[0] - m).exp2() + b[1] * (b[0] - m).exp2()])
+
+
+def weights(stats: Tensor, grad: Tensor) -> Tensor:
+    """(2, M): m and g / l, so that a pair's W is 2^(s - m) times it; 0 where no pair was left."""
+    m, total = stats
+    return torch.stack([m, torch.where(total == 0, 0, grad.float() / total)])
+
+
+def fp16_scale(sides: list[Tensor | None], factor: Tensor) -> Tensor:
+    """0-d: the most a pair's W times `factor` can be; divided by it, W is in float16's range.
+
+    A weight that is nan does not count: it would make all of them nan.
+    """
+    largest: Any = sum(side[1].abs().nan_to_num(0).amax() for side in sides if side is not None)
+    return (largest * factor.abs().amax()).float().clamp_min(1e-30)

@@ -1,0 +1,245 @@
+"""The pairwise sigmoid loss in Triton, by one of two schedules; sigmoid.py has its why.
+
+    z_ij = -y_ij s_ij    softplus(z) = max(z, 0) + log1p(e)    sigmoid(z) = (1 or e) / (1 + e)
+    e = exp(-|z|), which never overflows
+
+tiles      one kernel, a program for a block of rows, which meets all others a block at a time:
+           x = q gives dq and the sums, x = k gives dk.  4 units of 2 M N D operations with
+           gradients, 1 without; each further BLOCK_O columns of D cost one unit more a side.
+products   cuBLAS makes a block of q k^T in float32, small enough to stay in L2; `_weigh` reads it
+           once, sums, and writes W in the inputs' dtype; cuBLAS multiplies W twice.  3 units.
+
+Each program writes its own sums, which are added in float64.  No atomics: the same bits each run.
+W is rounded to the inputs' dtype for its products.  |W| <= 1, and in float16 it is multiplied by
+FP16_SCALE first: at SigLIP's first bias of -10 a negative pair's 4.5e-5 would already be subnormal.
+In the kernels capitals are pointers.  Row indices are int64, as row * stride passes 2**31.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# Triton states the types of its functions for its own compiler.
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..common.chunks import spans
+from ..common.launch import dtype_name
+from ..common.matmul import product as matmul
+from ..common.triton import dot, precision, rows_contiguous, tl, triton
+from ..common.tuning import Config, Kernel, config_for, register
+from .lse_gemm import BLOCK_BYTES
+from .masks import triton_rules
+from .masks_triton import kept
+from .scores_triton import LOG2_E, product
+from .sigmoid_configs import FP16_SCALES, PASSES, shape_class, tile_variants, weigh_variants
+from .sigmoid_torch import Logits, Need, Results
+
+FUSED_UP_TO = 256  # features; from others' measurements on Hopper, to be confirmed by gpu-tune
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) of e in [0, 1], relatively exact: interpolated at Chebyshev's points, error 5e-9.
+
+    Products and sums alone, which other units of a GPU than the exponential's compute.
+    """
+    c = -0.0031760570127516985
+    c = c * e + 0.019542528316378593
+    c = c * e - 0.05637361481785774
+    c = c * e + 0.10543623566627502
+    c = c * e - 0.1526966691017151
+    c = c * e + 0.1966327428817749
+    c = c * e - 0.24951615929603577
+    c = c * e + 0.33329710364341736
+    c = c * e - 0.49999892711639404
+    return (c * e + 1.0) * e
+
+
+@triton.jit
+def _sigmoid(p, scale, bias, positive, ok):
+    """softplus(-y s) and W of products p; both 0 where not ok.  A nan stays one."""
+    s = p * scale + bias
+    z = tl.where(ok, tl.where(positive, -s, s), -float("inf"))
+    e = tl.exp2(tl.abs(z) * -LOG2_E)
+    w = tl.where(z > 0, 1.0, e) / (1 + e)
+    return tl.maximum(z, 0.0) + _log1p(e), tl.where(positive, -w, w)
+
+
+@triton.jit
+def _tiles(
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, SUMS, OUT, M, N, D, x_row, y_row,
+    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, TOTAL: tl.constexpr,
+    GRAD: tl.constexpr, FP16_SCALE: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = tl.minimum(row, M - 1)  # rows past the end repeat the last, and are not stored
+    d = tl.arange(0, BLOCK_D)[None, :]
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
+    X += here[:, None] * x_row
+    x = tl.load(X + d, d < D, 0.0)
+    scale, bias = tl.load(SCALE), tl.load(BIAS)
+    u = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sum_w = tl.zeros((BLOCK_M,), tl.float32)
+    sum_wp = tl.zeros((BLOCK_M,), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        col = n + tl.arange(0, BLOCK_N)
+        ok, there = col < N, tl.minimum(col, N - 1)
+        Yt = Y + there.to(tl.int64)[:, None] * y_row
+        if FITS_BLOCK:
+            y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
+            p = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        else:
+            p = product(X, Yt, d, ok, D, PRECISION)
+        positive = kept(here, there, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
+        loss, w = _sigmoid(p, scale, bias, positive, ok[None, :])
+        if TOTAL:
+            total += tl.sum(loss, 1)
+        if TOTAL and GRAD:
+            sum_w += tl.sum(w, 1)
+            sum_wp += tl.sum(w * p, 1)
+        if GRAD:
+            if not FITS_BLOCK:
+                y = tl.load(Yt + o, ok[:, None] & (o < D), 0.0)
+            u = dot((w * FP16_SCALE).to(y.dtype), y, u, PRECISION)
+    if GRAD:
+        u *= scale / FP16_SCALE
+        tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
+    if TOTAL:
+        if tl.program_id(1) == 0:
+            SUMS += tl.program_id(0).to(tl.int64) * 3
+            tl.store(SUMS, tl.sum(tl.where(row < M, total, 0.0), 0))
+            tl.store(SUMS + 1, tl.sum(tl.where(row < M, sum_w, 0.0), 0))
+            tl.store(SUMS + 2, tl.sum(tl.where(row < M, sum_wp, 0.0), 0))
+
+
+@triton.jit
+def _weigh(
+    P, SCALE, BIAS, ROW_IDS, COL_IDS, W, SUMS, i0, j0, R, C, M, N,
+    RULES: tl.constexpr, PLACES: tl.constexpr, GRAD: tl.constexpr, FP16_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (i < R)[:, None] & (j < C)[None, :]
+    x, y = i0 + tl.minimum(i, R - 1).to(tl.int64), j0 + tl.minimum(j, C - 1).to(tl.int64)
+    at = i.to(tl.int64)[:, None] * C + j[None, :]
+    p = tl.load(P + at, inside, 0.0)
+    positive = kept(x, y, ROW_IDS, COL_IDS, M, N, RULES, PLACES, False)  # pyright: ignore
+    loss, w = _sigmoid(p, tl.load(SCALE), tl.load(BIAS), positive, inside)
+    SUMS += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 3
+    tl.store(SUMS, tl.sum(tl.sum(loss, 1), 0))
+    if GRAD:
+        tl.store(SUMS + 1, tl.sum(tl.sum(w, 1), 0))
+        tl.store(SUMS + 2, tl.sum(tl.sum(w * p, 1), 0))
+        tl.store(W + at, (w * FP16_SCALE).to(W.dtype.element_ty), inside)
+    else:
+        tl.store(SUMS + 1, 0.0)
+        tl.store(SUMS + 2, 0.0)
+
+
+Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
+
+
+def choose(kernel: Kernel, q: Tensor, part: str) -> Choice:
+    """The shape class of a launch and the configuration to make it with."""
+    name = shape_class(q, part) if kernel is TILES else f"{dtype_name(q)}-{part}"
+    return name, config_for(kernel, name, q.device)
+
+
+def one_side(
+    logits: Logits, part: str, choice: Choice | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The sums (3,) in float64: of the loss, W and W p; and the gradient of a side in float32.
+
+    part: "loss" has no gradient; "rows" has q's; "cols" has k's, and no sums.
+    """
+    name, config = choice or choose(TILES, logits.q, part)
+    constants, passes, blocks = TILES.variants[name].constexprs, PASSES[part], config.blocks
+    (rules, places), scale = triton_rules(logits.mask), logits.scale.float()
+    x, y = rows_contiguous(logits.q), rows_contiguous(logits.k)
+    ids = logits.row_ids, logits.col_ids
+    if passes["TRANSPOSED"]:
+        (x, y), ids = (y, x), ids[::-1]
+    (M, D), N = x.shape, len(y)
+    rows, columns = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])
+    out = scale.new_empty(M, D) if passes["GRAD"] else None
+    sums = scale.new_empty(rows, 3) if passes["TOTAL"] else None
+    with torch.cuda.device_of(scale):
+        _tiles[rows, columns if passes["GRAD"] else 1](
+            x, y, scale, logits.bias.float(), *ids, sums, out, M, N, D, x.stride(0), y.stride(0),
+            RULES=rules, PLACES=places, **passes, FP16_SCALE=FP16_SCALES.get(dtype_name(x), 1.0),
+            FITS_BLOCK=constants["FITS_BLOCK"] and blocks["BLOCK_D"] >= D,
+            PRECISION=precision(constants["PRECISION"]), **config.arguments,
+        )  # fmt: skip
+    return None if sums is None else sums.sum(0, dtype=torch.float64), out
+
+
+def weigh(
+    p: Tensor, logits: Logits, i: slice, j: slice, part: str, choice: Choice | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sums (3,) of a block of products, and its W times FP16_SCALE in the inputs' dtype.
+
+    part: "loss" or "grad"; of "loss" there is no W, and the sums of W are 0.
+    float32 products become their W.
+    """
+    _, config = choice or choose(WEIGH, logits.q, part)
+    (R, C), blocks, (rules, places) = p.shape, config.blocks, triton_rules(logits.mask)
+    grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_N"])
+    sums = p.new_empty(*grid, 3)
+    here = part == "loss" or p.dtype == logits.q.dtype
+    w = p if here else torch.empty_like(p, dtype=logits.q.dtype)
+    with torch.cuda.device_of(p):
+        _weigh[grid](
+            p, logits.scale.float(), logits.bias.float(), logits.row_ids, logits.col_ids, w, sums,
+            i.start, j.start, R, C, len(logits.q), len(logits.k), RULES=rules, PLACES=places,
+            GRAD=part == "grad", FP16_SCALE=FP16_SCALES.get(dtype_name(logits.q), 1.0),
+            **config.arguments,
+        )  # fmt: skip
+    return sums.sum((0, 1), dtype=torch.float64), w
+
+
+Found = tuple[Tensor, Tensor | None, Tensor | None]  # sums (3,), dq and dk
+
+
+def _by_tiles(logits: Logits, need: Need) -> Found:
+    need_q, need_k, *numbers = need
+    sums, dq = one_side(logits, "rows" if need_q or any(numbers) else "loss")
+    assert sums is not None
+    return sums, dq if need_q else None, one_side(logits, "cols")[1] if need_k else None
+
+
+def _by_products(logits: Logits, need: Need) -> Found:
+    q, k, (need_q, need_k, *_) = logits.q, logits.k, need
+    factor = logits.scale.float() / FP16_SCALES.get(dtype_name(q), 1.0)
+    dq, dk = (factor.new_zeros(x.shape if n else 0) for x, n in ((q, need_q), (k, need_k)))
+    sums = factor.new_zeros(3, dtype=torch.float64)
+    C = min(len(k), math.isqrt(BLOCK_BYTES // 2))
+    part = "grad" if any(need) else "loss"
+    for i in spans(len(q), max(1, BLOCK_BYTES // 4 // C)):
+        for j in spans(len(k), C):
+            block_sums, w = weigh(matmul(q[i], k[j].T), logits, i, j, part)
+            sums += block_sums
+            if need_q:
+                dq[i] += matmul(w, k[j])
+            if need_k:
+                dk[j] += matmul(w.T, q[i])
+    return sums, dq.mul_(factor), dk.mul_(factor)
+
+
+def results(logits: Logits, need: Need) -> Results:
+    """As sigmoid_torch.results."""
+    wide = logits.q.shape[1] > FUSED_UP_TO
+    sums, *made = (_by_products if wide else _by_tiles)(logits, need)
+    none = logits.q.new_empty
+    total, dbias, dscale = (x.to(torch.float32, copy=True) for x in sums.unbind())
+    numbers = dscale if need[2] else None, dbias if need[3] else None
+    grads = (none(0, dtype=torch.float32) if g is None else g for g in (*made, *numbers))
+    return Results(total, *grads)
+
+
+TILES = register(Kernel("pairwise_sigmoid_tiles", _tiles, tile_variants(one_side)))
+WEIGH = register(Kernel("pairwise_sigmoid_weigh", _weigh, weigh_variants(weigh)))

@@ -1,0 +1,119 @@
+"""The shape classes of the patches' kernels, and what is worth trying in each.
+
+A class is what is read and written, and a part.  "float32" and "bfloat16" are images and results of
+32 and of 16 bits, "uint8-float32" and "uint8-bfloat16" bytes read and those written; images and
+results of other widths take the class of the images'.  Parts by a patch's values: "P64" to "P4096"
+are held in registers, "long" is not; what needs no moments is "narrow", one block, or "wide".
+Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.tuning import Config, Variant
+
+# (BLOCK_N, BLOCK_P, warps); the first is the safe one.
+MOVES = {"narrow": [(16, 64, 4)], "wide": [(4, 256, 4), (8, 256, 8)]}
+SPREAD = {"narrow": [(16, 64, 4)], "wide": [(4, 256, 4)]}
+HELD = {
+    "P64": [(16, 64, 4)],
+    "P256": [(4, 256, 4)],
+    "P1024": [(1, 1024, 4), (2, 1024, 8)],
+    "P4096": [(1, 4096, 8)],
+}
+MOMENTS = {**HELD, "long": [(1, 2048, 8)]}
+SIDES = {"narrow": 4, "wide": 16, "P64": 4, "P256": 8, "P1024": 16, "P4096": 32, "long": 56}
+LOOKED_AT = 64  # ids at a time
+
+READ = {"float32": "float32", "bfloat16": "bfloat16", "uint8-float32": "uint8"}
+READ |= {"uint8-bfloat16": "uint8"}
+TRITON = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16", "uint8": "*u8:16"}
+TRIAL = (128, 224)  # images, pixels a side: three channels
+
+# What is adjacent; other sizes and strides are taken to be divisible by 16, or named here.
+COLUMNS = {"s_w": 1, "p_p": 1, "g_p": 1}
+FLAGS = {"C": 3, "PT": 1, "WIDE": False, "KIND": 0, "NORM_PIX": True, "NORM": None}
+TYPES = {"NORM": "*fp32:16", "IDS": "*i64:16", "LOSS": "*fp32:16", "STATS": "*fp32:16"}
+TYPES |= {"eps": "fp32", "gh": "i32", "gw": "i32", "K": "i32", "L": "i32"}
+
+Trial = Callable[[str, str, Config, torch.device], Callable[[], Any]]  # of a dtype and a part
+
+
+def shape_class(images: torch.dtype, result: torch.dtype, part: str) -> str:
+    """The name of the class.
+
+    >>> shape_class(torch.uint8, torch.float16, "wide")
+    'uint8-bfloat16-wide'
+    """
+    width = "float32" if result.itemsize == 4 else "bfloat16"
+    if images == torch.uint8:
+        return f"uint8-{width}-{part}"
+    return f"{'float32' if images.itemsize == 4 else 'bfloat16'}-{part}"
+
+
+def moved(P: int) -> str:
+    """The part of kernels that only move P values a patch."""
+    return "narrow" if P <= 64 else "wide"
+
+
+def measured(P: int) -> str:
+    """The part of a kernel that measures P values a patch.
+
+    >>> measured(768), measured(5000)
+    ('P1024', 'long')
+    """
+    return next((part for part in HELD if int(part[1:]) >= P), "long")
+
+
+def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
+    """The classes of a kernel with these parts."""
+    classes = {}
+    for dtypes, read in READ.items():
+        if read == "uint8" and "IMAGES" not in fn.arg_names:
+            continue
+        for part, table in parts.items():
+            name, side = f"{dtypes}-{part}", SIDES[part]
+            constants = {**COLUMNS, **FLAGS, "PH": side, "PW": side, "HELD": part in HELD}
+            constants = {n: value for n, value in constants.items() if n in fn.arg_names}
+            named = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
+            result, loss = dtypes.rpartition("-")[2], "PRED" in fn.arg_names  # G is the loss's
+            types = {n: _type(n, read, result, loss) for n in named}
+            configs = tuple(_config(fn, *sizes) for sizes in table)
+            classes[name] = Variant(
+                name, types, constants, False, configs, configs[0], partial(trial, dtypes, part)
+            )
+    return classes
+
+
+def _type(name: str, read: str, result: str, loss: bool) -> str:
+    if name == "IMAGES":
+        return TRITON[read]
+    if name == "G":
+        return "*fp32:16" if loss else TRITON[result]
+    if name in ("PRED", "D_PRED", "OUT"):
+        return TRITON[result]
+    return TYPES.get(name, "i32:16")
+
+
+def _config(fn: Any, rows: int, values: int, warps: int) -> Config:
+    blocks = {"BLOCK_N": rows, "BLOCK_P": values}
+    if "BLOCK_K" in fn.arg_names:
+        blocks["BLOCK_K"] = LOOKED_AT
+    return Config(blocks, warps, 1)
+
+
+def trial_images(dtypes: str, part: str, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Images, three quarters of their patches, and a patch's side; the same at each call."""
+    B, S = TRIAL
+    side = min(SIDES[part], S)
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.rand(B, 3, S, S, generator=generator, device=device) * 255
+    order = torch.rand(B, (S // side) ** 2, generator=generator, device=device).argsort(1)
+    ids = order[:, : max(1, 3 * order.shape[1] // 4)].contiguous()
+    return images.to(getattr(torch, READ[dtypes])), ids, side
