@@ -2,6 +2,8 @@
 
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fastssl.kernels import (
     pairwise_products,
     pairwise_tiles,
 )
+from tests import covering
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
 FORCED = {
@@ -38,6 +41,20 @@ FORCED = {
     "chamfer_pull": {"BLOCK_N": 8, "BLOCK_M": 4},
 }
 SCHEDULES = {"tiles": pairwise_tiles, "products": pairwise_products}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k, which chooses among the cases that are left
+def pytest_collection_modifyitems(config, items):
+    """A covering array of the cases of each test of this folder, unless --full."""
+    if covering.FULL:
+        return
+    kept = []
+    for (path, _), cases in groupby(items, lambda x: (x.path, getattr(x, "originalname", x.name))):
+        cases = list(cases)
+        few = len(cases) > 1 and path.is_relative_to(Path(__file__).parent)
+        kept += covering.reduced(cases) if few else cases
+    config.hook.pytest_deselected(items=sorted({*items} - {*kept}, key=items.index))
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -242,7 +242,7 @@ def test_sums(shape, dtype):
     assert mixed.dtype == torch.float32
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 6), st.sampled_from([0.0, 1e5]))
 def test_parts_join_to_the_whole(parts, share, D, mean):
     torch.manual_seed(parts * share * D)
