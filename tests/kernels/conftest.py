@@ -48,12 +48,14 @@ def pytest_collection_modifyitems(config, items):
     """A covering array of the cases of each test of this folder, unless --full."""
     if covering.FULL:
         return
-    kept = []
-    for (path, _), cases in groupby(items, lambda x: (x.path, getattr(x, "originalname", x.name))):
+    kept, rest = [], []
+    for _, cases in groupby(items, lambda item: item.nodeid.partition("[")[0]):
         cases = list(cases)
-        few = len(cases) > 1 and path.is_relative_to(Path(__file__).parent)
-        kept += covering.reduced(cases) if few else cases
-    config.hook.pytest_deselected(items=sorted({*items} - {*kept}, key=items.index))
+        here = len(cases) > 1 and cases[0].path.is_relative_to(Path(__file__).parent)
+        few = covering.reduced(cases) if here else cases
+        kept += few
+        rest += [case for case in cases if case not in few]
+    config.hook.pytest_deselected(items=rest)
     items[:] = kept
 
 
