@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OURS := $(filter .venv/bin,$(BIN))
 
-.PHONY: demo test lint bench aot clean
+.PHONY: demo test test-all lint bench aot clean
 .DELETE_ON_ERROR:
 
 demo: $(OURS:bin=train) ## pretrain on real images, evaluate, write runs/simclr-digits/report.html
@@ -14,6 +14,10 @@ test: lint             ## everything CI runs; the last line compiles what is lau
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2 --dist loadfile
 	$(BIN)/python -m fastssl.bench.aot --used > aot.log || (cat aot.log; false)
 	@tail -n 1 aot.log
+
+test-all: lint         ## every case of every product of parameters, and all of `make aot`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --full --benchmark-disable --numprocesses 2 --dist loadfile
+	$(MAKE) aot
 
 lint: $(OURS:bin=dev)
 	$(BIN)/python -m ruff check .

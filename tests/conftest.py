@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 
 import fastssl.kernels  # noqa: E402  after the variable is set
 
+from . import covering  # noqa: E402
+
 # The doctests of kernels/ are collected by the folder's name.  Imported a second time under it, the
 # operators would be registered twice, and the second would not know the masks of the first.
 for name, module in list(sys.modules.items()):
@@ -30,6 +32,15 @@ if find_spec("hypothesis"):  # a GPU machine may be without
     slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
     settings.register_profile("same", derandomize=True, database=None, **slow)
     settings.load_profile("same")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="whole products of parameters")
+
+
+def pytest_configure(config):
+    """On a GPU a case takes next to no time, and there a pair of values may not say it all."""
+    covering.FULL = config.getoption("--full") or torch.cuda.is_available()
 
 
 def pytest_runtest_setup():

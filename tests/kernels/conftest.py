@@ -2,6 +2,8 @@
 
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
 from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
+from tests import covering
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
 FORCED = {
@@ -36,6 +39,22 @@ FORCED = {
     "chamfer_pull": {"BLOCK_N": 8, "BLOCK_M": 4},
 }
 SCHEDULES = {"tiles": pairwise_tiles, "products": pairwise_products}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k, which chooses among the cases that are left
+def pytest_collection_modifyitems(config, items):
+    """A covering array of the cases of each test of this folder, unless --full."""
+    if covering.FULL:
+        return
+    kept, rest = [], []
+    for _, cases in groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        cases = list(cases)
+        here = len(cases) > 1 and cases[0].path.is_relative_to(Path(__file__).parent)
+        few = covering.reduced(cases) if here else cases
+        kept += few
+        rest += [case for case in cases if case not in few]
+    config.hook.pytest_deselected(items=rest)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

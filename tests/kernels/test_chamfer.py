@@ -52,7 +52,7 @@ def test_value_and_gradients(shape, kind, impl):
 def test_dtypes_and_upstream_layouts(dtype, reduce, kind, impl):
     call = partial(chamfer, kind=kind, impl=impl)
     eager = wide(partial(formula, kind=kind))
-    x, y = clouds(2, 9, 5, 3, dtype)
+    x, y = clouds(1, 9, 5, 3, dtype)
     assert_no_worse(call, eager, [x.float(), y.float()], reduce)
     exact = call(x.float(), y.float())  # a 16-bit point is a float32 one: only gradients round
     torch.testing.assert_close(call(x, y), exact, rtol=0, atol=0)
@@ -138,9 +138,9 @@ def test_laws(impl, N, M, D, kind):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_points_and_frozen_sides(impl):
-    wide = torch.randn(3, 14, 12, device=DEVICE)
-    for x in (wide[:, :3].mT, wide[:, ::3, 1:7:2], wide[:1, :, :3].expand(3, 14, 3)):
-        y = torch.randn(3, 6, 3, device=DEVICE).mT.contiguous().mT
+    wide = torch.randn(2, 10, 12, device=DEVICE)
+    for x in (wide[:, :3].mT, wide[:, ::3, 1:7:2], wide[:1, :, :3].expand(2, 10, 3)):
+        y = torch.randn(2, 6, 3, device=DEVICE).mT.contiguous().mT
         assert torch.equal(chamfer(x, y, impl=impl), chamfer(x.contiguous(), y, impl=impl))
         leaf = x.detach().requires_grad_()
         chamfer(leaf, y, impl=impl).sum().backward()
@@ -166,10 +166,10 @@ def test_what_is_not_finite_is_seen_and_stays_in_its_pair(side, at, bad, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_matrix_of_distances_is_held(impl):
-    x, y = (z.requires_grad_() for z in clouds(2, 40, 36, 3))
-    assert saved_elements(lambda: chamfer(x, y, impl=impl)) <= 2 * 76 * 3 + 2 * 76
+    x, y = (z.requires_grad_() for z in clouds(1, 30, 26, 3))
+    assert saved_elements(lambda: chamfer(x, y, impl=impl)) <= 56 * 3 + 56
     run = lambda: chamfer(x, y, impl=impl).sum().backward()  # noqa: E731
-    assert largest_tensor(run) <= 512  # a chunk; all distances are 2880
+    assert largest_tensor(run) <= 512  # a chunk; all distances are 780
 
 
 @pytest.mark.parametrize("impl", IMPLS)

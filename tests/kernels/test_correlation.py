@@ -7,6 +7,7 @@ from fastssl.kernels import correlation_plan, cross_correlation, frobenius_sq
 from fastssl.kernels.correlation import correlation
 from fastssl.kernels.correlation import gram_torch as correlation_torch
 from fastssl.kernels.correlation.plans import PLANS
+from tests.covering import crossed, examples
 from tests.oracle import (
     DEVICE,
     UPSTREAM,
@@ -54,8 +55,7 @@ def terms(plan):
     return call
 
 
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@crossed(dtype={str(x): x for x in DTYPES}, reduce=UPSTREAM)
 @pytest.mark.parametrize("plan", ["auto", *PLANS])
 @pytest.mark.parametrize("N, D, E", SHAPES)
 def test_frobenius_sq(N, D, E, plan, dtype, reduce):
@@ -70,8 +70,7 @@ def test_frobenius_sq_of_one_tensor(N, D, plan):
     assert_no_worse(ours, lambda a: eager(a, a), rows(torch.float32, (N, D)))
 
 
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@crossed(dtype={str(x): x for x in DTYPES}, reduce=UPSTREAM)
 @pytest.mark.parametrize("plan", ["auto", *PLANS])
 @pytest.mark.parametrize("N, D", [(9, 40), (60, 11), (1, 1), (33, 33), (5, 17)])
 def test_cross_correlation(N, D, plan, dtype, reduce):
@@ -101,7 +100,7 @@ def test_small_matrices_go_by_torchs_graph(monkeypatch, N, D, same):
         assert_no_worse(call, formula, rows(torch.float32, *shapes), slack=GRAM_SLACK)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9), st.booleans())
 def test_plans_agree_on_any_shape(N, D, seed, same):
     torch.manual_seed(seed)

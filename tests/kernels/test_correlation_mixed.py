@@ -3,6 +3,7 @@ import torch
 
 from fastssl.kernels import cross_correlation, mixed_correlation
 from fastssl.kernels.correlation.plans import PLANS
+from tests.covering import crossed
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 
@@ -26,8 +27,7 @@ def eager(a, b, r):
     return torch.cat([c.diagonal(), off[None], residual[None]])
 
 
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@crossed(dtype={str(x): x for x in (torch.float32, torch.bfloat16)}, reduce=UPSTREAM)
 @pytest.mark.parametrize("plan", ["auto", *PLANS])
 @pytest.mark.parametrize("N, D", [(1, 1), (9, 40), (60, 11), (33, 33)])
 def test_mixed_correlation(N, D, plan, dtype, reduce):

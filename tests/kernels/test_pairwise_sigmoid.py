@@ -12,6 +12,7 @@ from fastssl.kernels.pairwise.sigmoid import (
     pairwise_sigmoid_reference,
 )
 from fastssl.kernels.pairwise.sigmoid_torch import Logits
+from tests.covering import crossed
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,8 +50,7 @@ def reference(q, k, scale=5.0, bias=-2.0, positive=same_group):
     return pairwise_sigmoid_reference(q, k, scale, bias, positive)
 
 
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@crossed(dtype={str(x): x for x in DTYPES}, reduce=UPSTREAM)
 @pytest.mark.parametrize("M, N, D", [(1, 1, 1), (3, 5, 2), (67, 131, 7), (600, 3, 5), (2, 1100, 4)])
 def test_no_worse_than_eager(M, N, D, dtype, reduce):
     q, k = embeddings(dtype, (M, D), (N, D))

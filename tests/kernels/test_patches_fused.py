@@ -86,7 +86,7 @@ def test_patch_mse(case, norm_pix, reduce):
 @pytest.mark.parametrize("layout", ["transposed", "gaps"])
 def test_predictions_of_any_layout(layout):
     images, ids = IMAGE.problem()
-    pred = torch.randn(7, 5, 24, device=DEVICE)
+    pred = torch.randn(5, 5, 24, device=DEVICE)
     other = (
         pred.mT.contiguous().mT if layout == "transposed" else torch.stack([pred] * 2, -1)[..., 0]
     )
@@ -107,7 +107,7 @@ def test_constant_patches_and_nothing_cancels_far_from_zero():
     images, ids = IMAGE.problem()
     images = 1000 + 0.01 * images
     images[0] = 0.1
-    pred = torch.randn(7, 5, 24, device=DEVICE)
+    pred = torch.randn(5, 5, 24, device=DEVICE)
     got = patch_mse(pred, images, ids, (4, 2), impl="triton")
     truth = mae(pred.double(), images, ids, (4, 2))
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=0)
@@ -118,7 +118,7 @@ def test_a_nan_stays_in_its_patch():
     images, ids = IMAGE.problem()
     every = patchify(torch.arange(96, device=DEVICE).view(1, 1, 12, 8), (4, 2))[0]
     images[2].view(3, -1)[1, every[ids[2, 3], 5]] = torch.nan
-    pred = torch.randn(7, 5, 24, device=DEVICE)
+    pred = torch.randn(5, 5, 24, device=DEVICE)
     for kind in KINDS:
         run = lambda p: patch_mse(p, images, ids, (4, 2), kind=kind, impl="triton")  # noqa: B023, E731
         loss, slope = grads(run, [pred])
@@ -184,7 +184,7 @@ def test_what_no_kernel_is_made_for_is_refused_by_name():
     with pytest.raises(ValueError, match="got dtype in torch.float64"):
         gather_patches(images, ids, (4, 2), dtype=torch.float64, impl="triton")
     with pytest.raises(ValueError, match="got pred in torch.float64"):
-        pred = torch.zeros(7, 5, 24, dtype=torch.float64, device=DEVICE)
+        pred = torch.zeros(5, 5, 24, dtype=torch.float64, device=DEVICE)
         patch_mse(pred, images, ids, (4, 2), impl="triton")
 
 

@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.kernels import Normalized, gather_patches, patch_mse
+from tests.covering import examples
 from tests.kernels.test_patches import IMPLS, Case, by_hand, channels, layouts, mae, patchify, pick
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads
 
-some = settings(max_examples=25)
+some = settings(max_examples=examples(25))
 floats = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
