@@ -20,7 +20,7 @@ ROOMS = {
     "files": "",
     "masking": "random",
     "kernels": "kernels.* distributed triton",
-    "kernels.common": "triton",
+    "kernels.common": "distributed triton",
     "kernels.pairwise": "kernels.common triton",
     "kernels.correlation": "kernels.common distributed triton",
     "kernels.patches": "kernels.common triton",
