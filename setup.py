@@ -13,6 +13,7 @@ setup(
     package_dir={"fastssl.kernels": "kernels", "fastssl.bench": "bench"},
     package_data={
         "fastssl": ["py.typed"],
+        "fastssl.config": ["keys.json"],
         "fastssl.recipes": ["*.yaml"],
         "fastssl.kernels": ["tuned.json"],
     },

@@ -48,7 +48,7 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
     say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
-    from fastssl.config.schema import described, resolve
+    from fastssl.config import described, resolve
 
     cfg = resolve(recipe, overrides)
     if dry_run:
@@ -167,7 +167,7 @@ def pack(
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with fastssl."""
-    from fastssl.config.schema import recipes as known
+    from fastssl.config import recipes as known
 
     table = Table("recipe", "what it does")
     for name, path in known().items():
@@ -227,7 +227,7 @@ def main() -> None:
 
 def _parts(source: str, fraction: float) -> tuple[Any, ...]:
     """The parts to pack: as the source comes, or split by `fraction` (and the seed 0)."""
-    from fastssl.config.schema import resolve
+    from fastssl.config import resolve
     from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
     from fastssl.data.errors import DataError
 
@@ -269,7 +269,7 @@ def _print_plan(cfg: Any) -> None:
 
 
 def _print_bottleneck(recipe: str, overrides: list[str] | None, seconds: float) -> None:
-    from fastssl.config.schema import resolve
+    from fastssl.config import resolve
     from fastssl.data.datasets import open_source
     from fastssl.diagnose.bottleneck import advice, examine, on_cpu, verdict
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastssl.config import schema as config
-from fastssl.config.schema import ConfigError, RunConfig
+from fastssl import config
+from fastssl.config import ConfigError, RunConfig
 from fastssl.data.datasets import (
     DigitsSource,
     FolderSource,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastssl.config.schema import dump
+from fastssl.config import dump
 from fastssl.data.datasets import open_source
 from fastssl.data.sources.digits import DigitsSource
 from fastssl.diagnose import bottleneck

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastssl import cli
-from fastssl.config.schema import ConfigError, dump, recipes
+from fastssl.config import ConfigError, dump, recipes
 from fastssl.data.errors import DataError
 from fastssl.run.train import pretrain
 from tests.runs import tiny

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastssl.config.schema import (
+from fastssl.config import (
     ConfigError,
     RunConfig,
     described,

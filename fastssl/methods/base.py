@@ -11,8 +11,9 @@ units are those of fastssl.data.render.torchvision.PARAMETERS.
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from fastssl.section import Section
 
 Batch = dict[str, Any]
 PARAMETERS = (
@@ -21,10 +22,8 @@ PARAMETERS = (
 )
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Section):
     """Base of the methods' options: each method's own stand in its file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     def check_source(self, classes: int | None) -> None:
         """Raise ValueError for images that do not serve; classes: their number, None unlabelled."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from fastssl import distributed
-from fastssl.config import schema as config
-from fastssl.config.schema import ConfigError, RunConfig
+from fastssl import config
+from fastssl.config import ConfigError, RunConfig
 from fastssl.engine.config import EngineError
 
 

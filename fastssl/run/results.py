@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastssl import distributed
-from fastssl.config.schema import RunConfig
+from fastssl.config import RunConfig
 from fastssl.data.errors import BadItem
 from fastssl.data.seeds import sample_seed
 from fastssl.data.sources.base import Source, Split

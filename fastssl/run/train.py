@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastssl import distributed
-from fastssl.config.schema import ConfigError, RunConfig, load
+from fastssl.config import ConfigError, RunConfig, load
 from fastssl.data.batch.ops import apply_batch_ops, check_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.loader import PretrainLoader

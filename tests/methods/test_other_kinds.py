@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastssl.config.schema import ConfigError
+from fastssl.config import ConfigError
 from fastssl.diagnose.plan import make_plan
 from fastssl.export import export
 from fastssl.models import channels_of
