@@ -15,7 +15,7 @@ try:
     from rich.table import Table
 except ImportError as missing:
     raise SystemExit(
-        f"the command line needs {missing.name}: pip install 'fastssl[train]'"
+        f"the command line needs {missing.name}: pip install 'fastssl-torch[train]'"
     ) from None
 
 EXITS = (
@@ -38,6 +38,23 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dotted: optim.lr=1e-3 data.workers=0")
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run's directory, runs/NAME.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastssl import __version__
+
+        console.print(f"fastssl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """Fast self-supervised pretraining: train an encoder, measure it, use it elsewhere."""
 
 
 @app.command()

@@ -73,4 +73,3 @@ def write() -> None:
     from .schema import RunConfig
 
     FILE.write_text(json.dumps(names_of(RunConfig), indent=1) + "\n")
-

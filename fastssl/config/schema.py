@@ -16,6 +16,7 @@ from fastssl.engine.optim import OptimConfig, check_optimizer
 from fastssl.methods import METHODS, AnyMethodConfig
 from fastssl.section import Section
 
+
 class ModelConfig(Section):
     name: str = Field(
         "vit_small_patch16_224", description="Any timm model; masked methods need a vit_*."

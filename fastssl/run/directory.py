@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from fastssl import distributed
-from fastssl import config
+from fastssl import config, distributed
 from fastssl.config import ConfigError, RunConfig
 from fastssl.engine.config import EngineError
 
