@@ -39,10 +39,7 @@ _REMEDY = "pip install 'fastssl-torch[rivals]'"
 
 
 def library(
-    module: str,
-    build: Callable[[Any], Rival],
-    *,
-    remedy: str = _REMEDY,
+    module: str, build: Callable[[Any], Rival], *, remedy: str = _REMEDY
 ) -> Rival | Absent:
     """The rival that `build(module)` makes, or Absent(remedy) where its package is not installed.
 

@@ -31,7 +31,8 @@ ROOMS = {
     "models": "kernels masking distributed timm",
     "methods": "models losses kernels masking random schedules section pydantic",
     "data": "random distributed files section *",
-    "engine": "models distributed schedules section files deepspeed timm pydantic safetensors numpy",
+    "engine": "models distributed schedules section files "
+    "deepspeed timm pydantic safetensors numpy",
     "evaluate": "data kernels distributed sklearn numpy",
     "report": "masking files *",
     "config": "methods engine data schedules section pydantic yaml",

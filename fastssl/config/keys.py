@@ -5,8 +5,11 @@
 keys.json: {"optim": [its keys], "method": {"simclr": [its keys], ...}, ...}, "" for the run itself.
 """
 
+import difflib
 import json
+import re
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,6 +51,24 @@ def check_keys(mapping: dict[str, Any], path: str = "") -> None:
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, dict) and at in known_keys():
                 check_keys(part, at)
+
+
+def check_model(mapping: dict[str, Any]) -> None:
+    """Raise ConfigError for a model.name that occurs nowhere in timm's models or ours.
+
+    Read from their source, since importing timm takes seconds; what passes, timm looks up itself.
+    """
+    model, timm = mapping.get("model"), find_spec("timm")
+    name = model.get("name") if isinstance(model, dict) else None
+    if not isinstance(name, str) or timm is None or timm.origin is None:
+        return
+    folders = Path(timm.origin).parent / "models", Path(__file__).parents[1] / "models"
+    text = "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.py")))
+    if not re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text):
+        known = re.findall(r"@register_model\s+def (\w+)", text)
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"model.name={name!r} is not a timm model{hint}")
 
 
 def names_of(model: Any, path: str = "") -> dict[str, Any]:

@@ -82,10 +82,11 @@ def probe(model: nn.Module, shape: tuple[int, ...]) -> Any:
     if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad:
         side, patch = shape[-1], max(embed.patch_size)
         if side % patch:
+            fits = max(side // patch, 1) * patch
             raise ValueError(
                 f"{side} is not a multiple of the patches' {patch}, and {side % patch} pixels of "
-                f"each side would never be read: give data.image_size={max(side // patch, 1) * patch} "
-                "or model.kwargs.dynamic_img_pad=true"
+                f"each side would never be read: give data.image_size={fits} or "
+                "model.kwargs.dynamic_img_pad=true"
             )
     training = model.training
     with torch.no_grad():
