@@ -18,7 +18,7 @@ ROOMS = {
     "random": "",
     "schedules": "pydantic",
     "files": "",
-    "section": "pydantic",
+    "section": "pydantic pydantic_core",
     "masking": "random",
     "kernels": "kernels.* distributed triton",
     "kernels.common": "triton",
