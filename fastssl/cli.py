@@ -65,10 +65,12 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
     say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
-    from fastssl.config import described, resolve
+    from fastssl.config import resolve
 
     cfg = resolve(recipe, overrides)
     if dry_run:
+        from fastssl.config import described
+
         say(described(cfg), markup=False)
         return _print_plan(cfg) if os.environ.get("RANK", "0") == "0" else None
     what = f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name}"

@@ -204,8 +204,9 @@ def test_old_names_of_keys_are_read_with_a_warning(monkeypatch):
     module = importlib.import_module("fastssl.config.load")  # the function hides its name
     monkeypatch.setattr(module, "RENAMED", renamed)
     overrides = ["data.shape=8", "data.batch_ops=[{name: mixup, scale: [0, 0.5]}]"]
-    with pytest.warns(FutureWarning, match="data.shape is called data.image_size now"):
+    with pytest.warns(FutureWarning, match="is called") as said:
         cfg = resolve("simclr-digits", overrides)
+    assert str(said[0].message) == "data.shape is called data.image_size now" and len(said) == 2
     assert cfg.data.image_size == 8 and cfg.data.batch_ops[0].alpha == (0, 0.5)
     with pytest.raises(ConfigError, match="data.shape is the old name of"):
         resolve("simclr-digits", ["data.shape=8", "data.image_size=8"])
