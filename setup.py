@@ -14,6 +14,7 @@ setup(
     package_data={
         "fastssl": ["py.typed"],
         "fastssl.config": ["keys.json"],
+        "fastssl.report": ["templates/*.j2"],
         "fastssl.recipes": ["*.yaml"],
         "fastssl.kernels": ["tuned.json"],
     },

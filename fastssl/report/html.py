@@ -3,13 +3,13 @@
 import base64
 import os
 from collections import Counter
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from fastssl.report import _words as words
-from fastssl.report._page import PAGE, STYLE
-from fastssl.report.run_files import RunFiles, read_run
+from fastssl.report.run_files import PICTURES, RunFiles, read_run
 
 _MEASURES = {  # key: column title; shown when any encoder has it
     "knn": "kNN",
@@ -18,12 +18,13 @@ _MEASURES = {  # key: column title; shown when any encoder has it
     "uniformity": "Uniformity",
     "alignment": "Alignment",
 }
+_SHARES = ("knn", "linear")
 _CAPTIONS = {
     "curves": "The run over its steps. Faint lines are raw values, strong ones their moving mean. "
     "Accuracies are on held-out {items}; broken lines, where drawn, are what the same "
     "measure gives without any pretraining. RankMe counts the dimensions the features really use: "
     "a fall towards 1 is collapse.",
-    "embedding": "Held-out {items} on a plane, coloured by class, which the pretraining never "
+    "embedding": "Held-out {items} on a plane, colored by class, which the pretraining never "
     "saw. Islands of one class are what the encoder has found by itself. Distances between "
     "far islands and the axes have no meaning.",
     "embedding_random": "The same {items} through the same encoder before training: what the "
@@ -44,19 +45,7 @@ def write_report(run: Path) -> Path:
     directory.  OSError: it cannot be written to; an older report then stays as it was.
     """
     files = read_run(run)
-    sections = [
-        _head(files),
-        _results(files.results),
-        _training(files.results),
-        _pictures(files.pictures, words.items(files.results)),
-        _events(files.metrics),
-        _reproduce(files),
-    ]
-    page = PAGE.substitute(
-        title=escape(words.title(files.results)),
-        style=STYLE,
-        body="\n".join(section for section in sections if section),
-    )
+    page = _environment().get_template("run.html.j2").render(_values(files))
     path = run / "report.html"
     aside = run / f".report.html.{os.getpid()}"
     try:
@@ -67,51 +56,62 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _head(files: RunFiles) -> str:
-    title, sentence = words.title(files.results), words.headline(files.results)
-    if sentence:
-        title = f'<h1>{escape(title)}</h1>\n<p class="headline">{escape(sentence)}</p>'
-    else:
-        title = f'<h1 class="headline">{escape(title)}</h1>'
-    return title + "".join(f'\n<p class="problem">{escape(p)}</p>' for p in files.problems)
-
-
-def _results(results: dict[str, Any]) -> str:
-    rows = words.rows_of(results)
-    keys = [key for key in _MEASURES if any(words.number(row.get(key)) for row in rows)]
-    if not keys:
-        return ""
-    head = "".join(f'<th scope="col">{_MEASURES[key]}</th>' for key in keys)
-    lines = []
-    for row in rows:
-        name = str(row.get("encoder", ""))
-        ours = ' class="ours"' if name == words.PRETRAINED else ""
-        cells = "".join(f"<td>{_cell(key, row.get(key))}</td>" for key in keys)
-        lines.append(f'<tr{ours}><th scope="row">{escape(name)}</th>{cells}</tr>')
-    notes = [note for row in rows for note in row.get("notes") or [] if isinstance(note, str)]
-    return (
-        '<div class="scroll"><table>\n'
-        f'<thead><tr><th scope="col">Encoder</th>{head}</tr></thead>\n'
-        f"<tbody>{''.join(lines)}</tbody>\n</table></div>"
-        '\n<p class="note">kNN and linear probe: accuracy on held-out '
-        f"{escape(words.items(results))} with frozen features. "
-        "RankMe: dimensions in use; near 1 is collapse.</p>"
-        + "".join(f'\n<p class="note">{escape(note)}</p>' for note in dict.fromkeys(notes))
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fastssl.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["measure"] = _measure
+    environment.tests["finite"] = words.number
+    return environment
 
 
-def _cell(key: str, value: Any) -> str:
+def _values(files: RunFiles) -> dict[str, Any]:
+    """What the template shows of a run."""
+    results, items = files.results, words.items(files.results)
+    blank = {"encoder": "", **dict.fromkeys(_MEASURES)}
+    rows = [blank | row for row in words.rows_of(results)]
+    notes = [note for row in rows for note in row.get("notes") or [] if isinstance(note, str)]
+    named = {"items": items, "item": items.removesuffix("s")}
+    versions = results.get("versions")
+    summary, events = _events(files.metrics)
+    return {
+        "title": words.title(results),
+        "headline": words.headline(results),
+        "problems": files.problems,
+        "measures": {k: v for k, v in _MEASURES.items() if any(words.number(r[k]) for r in rows)},
+        "shares": _SHARES,
+        "ours": words.PRETRAINED,
+        "rows": rows,
+        "notes": list(dict.fromkeys(notes)),
+        "items": items,
+        "facts": _facts(results, items),
+        "captions": {name: caption.format(**named) for name, caption in _CAPTIONS.items()},
+        "pictures": dict.fromkeys(PICTURES)
+        | {name: base64.b64encode(png).decode() for name, png in files.pictures.items()},
+        "summary": summary,
+        "events": events,
+        "command": results.get("command"),
+        "versions": versions if isinstance(versions, dict) else {},
+        "config": files.config,
+    }
+
+
+def _measure(value: Any, key: str) -> str:
     if not words.number(value):
         return "–"
-    if key not in ("knn", "linear"):
-        return f"{value:.1f}" if key == "rankme" else f"{value:.2f}"
-    share = min(max(100 * value, 0), 100)
-    return f'{words.percent(value)}<span class="bar" style="--share: {share:.1f}%"></span>'
+    if key in _SHARES:
+        return words.percent(value)
+    return f"{value:.1f}" if key == "rankme" else f"{value:.2f}"
 
 
-def _training(results: dict[str, Any]) -> str:
+def _facts(results: dict[str, Any], items: str) -> list[tuple[str, str]]:
+    """Label and value of each figure about the training that is there."""
     train = results.get("train")
-    train, items = train if isinstance(train, dict) else {}, words.items(results)
+    train = train if isinstance(train, dict) else {}
     shown = {
         "steps": ("steps", lambda v: f"{v:,.0f}"),
         "epochs": ("epochs", lambda v: f"{v:g}"),
@@ -121,76 +121,23 @@ def _training(results: dict[str, Any]) -> str:
         "loss": ("final loss", lambda v: f"{v:.4g}"),
         "parameters": ("parameters", words.scaled),
         "peak_memory_bytes": ("peak memory", lambda v: words.scaled(v, "B")),
+        "bad_images": (f"unreadable {items}, left out", lambda v: f"{v:,}"),
     }
-    facts = [(label, form(train[key])) for key, (label, form) in shown.items() if _has(train, key)]
-    if _has(train, "bad_images") and train["bad_images"] > 0:
-        facts.append((f"unreadable {items}, left out", f"{train['bad_images']:,}"))
-    if not facts:
-        return ""
-    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
-    return f'<h2>Training</h2>\n<dl class="facts">{tiles}</dl>'
+    return [
+        (label, write(train[key]))
+        for key, (label, write) in shown.items()
+        if words.number(train.get(key)) and not (key == "bad_images" and train[key] <= 0)
+    ]
 
 
-def _has(train: dict[str, Any], key: str) -> bool:
-    return words.number(train.get(key))
-
-
-def _pictures(pictures: dict[str, bytes], items: str) -> str:
-    """items: what the pictures are of, in the plural."""
-    parts = []
-    if "curves" in pictures:
-        parts += ["<h2>Curves</h2>", _figure("curves", pictures["curves"], "chart wide", items)]
-    maps = [name for name in ("embedding", "embedding_random") if name in pictures]
-    if maps:
-        pair = "\n".join(_figure(name, pictures[name], "chart", items) for name in maps)
-        parts += ["<h2>The features as a map</h2>", f'<div class="pair">\n{pair}\n</div>']
-    sheets = (("reconstructions", "Reconstructions", "sheet wide"), ("views", "Views", "sheet"))
-    for name, heading, kind in sheets:
-        if name in pictures:
-            parts += [f"<h2>{heading}</h2>", _figure(name, pictures[name], kind, items)]
-    return "\n".join(parts)
-
-
-def _figure(name: str, png: bytes, kind: str, items: str) -> str:
-    data = base64.b64encode(png).decode()
-    caption = escape(_CAPTIONS[name].format(items=items, item=items.removesuffix("s")))
-    alt = f"{name.replace('_', ' ')}: {caption.split('. ')[0]}"
-    return (
-        f'<figure><div class="scroll"><img class="{kind}" alt="{alt}" '
-        f'src="data:image/png;base64,{data}"></div><figcaption>{caption}</figcaption></figure>'
-    )
-
-
-def _events(rows: list[dict[str, Any]], limit: int = 100) -> str:
+def _events(rows: list[dict[str, Any]], limit: int = 100) -> tuple[str, list[str]]:
     """What happened besides training: all but the checkpoints, which are routine."""
     events = [r for r in rows if r.get("kind") == "event" and r.get("what") != "checkpoint"]
-    if not events:
-        return ""
     counts = Counter(str(event.get("what")) for event in events)
-    summary = ", ".join(f"{n} × {what}" for what, n in counts.items())
     lines = [
         f"step {event.get('step')}  {event.get('what')}  {event.get('detail', '')}"
         for event in events[:limit]
     ]
     if len(events) > limit:
         lines.append(f"... and {len(events) - limit} more in metrics.jsonl")
-    text = escape("\n".join(lines))
-    return (
-        f"<h2>Events</h2>\n<details><summary>{escape(summary)}</summary><pre>{text}</pre></details>"
-    )
-
-
-def _reproduce(files: RunFiles) -> str:
-    parts = []
-    if command := files.results.get("command"):
-        parts.append(f'<pre class="command">{escape(str(command))}</pre>')
-    versions = files.results.get("versions")
-    if isinstance(versions, dict) and versions:
-        items = "".join(f"<li>{escape(str(k))} {escape(str(v))}</li>" for k, v in versions.items())
-        parts.append(f'<ul class="versions">{items}</ul>')
-    if files.config:
-        config = escape(files.config)
-        parts.append(
-            f"<details><summary>Configuration (config.yaml)</summary><pre>{config}</pre></details>"
-        )
-    return "\n".join(["<h2>To repeat this run</h2>", *parts]) if parts else ""
+    return ", ".join(f"{n} × {what}" for what, n in counts.items()), lines
