@@ -13,6 +13,7 @@ setup(
     package_dir={"fastssl.kernels": "kernels", "fastssl.bench": "bench"},
     package_data={
         "fastssl": ["py.typed"],
+        "fastssl.config": ["keys.json"],
         "fastssl.report": ["templates/*.j2"],
         "fastssl.recipes": ["*.yaml"],
         "fastssl.kernels.common": ["tuned.json"],

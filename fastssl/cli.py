@@ -15,7 +15,7 @@ try:
     from rich.table import Table
 except ImportError as missing:
     raise SystemExit(
-        f"the command line needs {missing.name}: pip install 'fastssl[train]'"
+        f"the command line needs {missing.name}: pip install 'fastssl-torch[train]'"
     ) from None
 
 EXITS = (
@@ -40,6 +40,23 @@ Overrides = Annotated[
 RunPath = Annotated[Path, typer.Argument(help="A run's directory, runs/NAME.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastssl import __version__
+
+        console.print(f"fastssl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """Fast self-supervised pretraining: train an encoder, measure it, use it elsewhere."""
+
+
 @app.command()
 def pretrain(
     recipe: Recipe,
@@ -48,10 +65,12 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
     say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
-    from fastssl.config.schema import described, resolve
+    from fastssl.config import resolve
 
     cfg = resolve(recipe, overrides)
     if dry_run:
+        from fastssl.config import described
+
         say(described(cfg), markup=False)
         return _print_plan(cfg) if os.environ.get("RANK", "0") == "0" else None
     what = f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name}"
@@ -167,7 +186,7 @@ def pack(
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with fastssl."""
-    from fastssl.config.schema import recipes as known
+    from fastssl.config import recipes as known
 
     table = Table("recipe", "what it does")
     for name, path in known().items():
@@ -227,7 +246,7 @@ def main() -> None:
 
 def _parts(source: str, fraction: float) -> tuple[Any, ...]:
     """The parts to pack: as the source comes, or split by `fraction` (and the seed 0)."""
-    from fastssl.config.schema import resolve
+    from fastssl.config import resolve
     from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
     from fastssl.data.errors import DataError
 
@@ -269,7 +288,7 @@ def _print_plan(cfg: Any) -> None:
 
 
 def _print_bottleneck(recipe: str, overrides: list[str] | None, seconds: float) -> None:
-    from fastssl.config.schema import resolve
+    from fastssl.config import resolve
     from fastssl.data.datasets import open_source
     from fastssl.diagnose.bottleneck import advice, examine, on_cpu, verdict
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastssl.config import schema as config
-from fastssl.config.schema import ConfigError, RunConfig
+from fastssl import config
+from fastssl.config import ConfigError, RunConfig
 from fastssl.data.datasets import (
     DigitsSource,
     FolderSource,
@@ -49,8 +49,11 @@ def load_encoder(run: Path, *, device: str = "auto") -> tuple[Encoder, RunConfig
     ValueError when a single tensor is missing or does not fit.
     """
     cfg, path = config.load(run), encoder_file(run)
-    weights = load_file(path)
-    backbone, channels = _matching_backbone(cfg, weights)
+    weights, (name, kwargs) = load_file(path), (cfg.model.name, cfg.model.kwargs)
+    channels = json.loads(path.with_name("trainer.json").read_text()).get("channels")
+    if channels is None:  # of a run before it was written down
+        channels = channels_of(name, kwargs, weights, lambda c: cfg.views().shapes(c)[0])
+    backbone = build_backbone(name, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
     backbone.load_state_dict(weights, strict=True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +64,8 @@ def export(run: Path, out: Path, fmt: str) -> Path:
     """Write the encoder to `out` and read it back: every tensor must be there and equal.
 
     fmt "safetensors": one file.  fmt "timm": a directory that
-    `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names.
+    `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names; with
+    num_classes=10 it gets a fresh classifier, and in_chans=4 adapts what reads 3 channels.
     Raises ConfigError for another fmt, "timm" of a model that timm has not, or an `out` that exists
     and is something else.
     """
@@ -149,18 +153,14 @@ def _source(data: str, cfg: RunConfig) -> SourceConfig:
     return FolderSource(path=Path(data))
 
 
-def _matching_backbone(cfg: RunConfig, weights: dict[str, Tensor]) -> tuple[nn.Module, int]:
-    """The run's backbone, and the channels of what it reads."""
-    channels = channels_of(weights)
-    shape = cfg.views().shapes(channels)[0]
-    return build_backbone(cfg.model.name, shape=shape, kwargs=cfg.model.kwargs), channels
-
-
 def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
     """The config.json beside timm's weights: how to build the model, how to prepare its images."""
     views = cfg.views()
     shape = views.shapes(channels)[0]
+    known = timm.models.get_pretrained_cfg(cfg.model.name)
     prepared: dict[str, Any] = {"num_classes": 0, "input_size": list(shape)}
+    for fact in ("classifier", "first_conv"):  # what timm replaces and adapts for fine-tuning
+        prepared[fact] = getattr(known, fact, None)
     if isinstance(views, Views):
         mean, std = views.normalisation(channels)
         prepared |= {"mean": list(mean), "std": list(std)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.config.schema import RunConfig, from_mapping
+from fastssl.config import RunConfig, from_mapping
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch.distributed.run import get_args_parser
 
-from fastssl.config.schema import resolve
+from fastssl.config import resolve
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fastssl.config.schema import dump
+from fastssl.config import dump
 from fastssl.data.loader import PretrainLoader
 from fastssl.report import read_metrics
 from fastssl.run.train import pretrain

@@ -1,23 +1,11 @@
-"""A run's configuration: the whole schema, YAML recipes, dotted overrides, and clear refusals.
+"""Every key of a run: described here, or in the file of the part that it configures."""
 
-    resolve("simclr-digits", ["optim.lr=1e-3", "epochs=5"]) -> RunConfig
-
-Every key is described here or in the file of the part it configures; unknown keys are refused.
-"""
-
-import difflib
 import json
-import re
-import types
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from pydantic import BaseModel, Field, model_validator
 
 from fastssl.data.batch.ops import AnyBatchOp
 from fastssl.data.datasets import SourceConfig
@@ -25,21 +13,11 @@ from fastssl.data.render.backend import Backend
 from fastssl.data.views.spec import ViewSpec, view_spec
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import OptimConfig, check_optimizer
-from fastssl.methods import METHODS, AnyMethodConfig
+from fastssl.methods.configs import AnyMethodConfig
+from fastssl.section import Section
 
-SWITCHED = ("method", "model", "data.source", "optim.schedule")
-_SOURCE = tuple(f"data.source.{key}" for key in ("path", "val", "cache", "image", "label"))
-VERBATIM = ("name", "output", "model.name", *_SOURCE)
-
-
-class ConfigError(ValueError):
-    """A configuration to be mended: one sentence naming the key, the value and what is allowed."""
-
-    exit_code, on_every_rank = 2, True
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+if TYPE_CHECKING:
+    from fastssl.methods import Method
 
 
 class ModelConfig(Section):
@@ -125,9 +103,15 @@ class RunConfig(Section):
     def directory(self) -> Path:
         return self.output.expanduser() / self.name
 
+    @property
+    def method_class(self) -> "type[Method]":
+        from fastssl.methods import METHODS  # imports timm, which takes seconds
+
+        return METHODS[self.method.name]
+
     def views(self) -> ViewSpec:
         """The augmentation: the method's preset or the one named, with the overrides."""
-        name = self.data.augment or METHODS[self.method.name].preset
+        name = self.data.augment or self.method_class.preset
         if "size" in self.data.overrides:
             raise ValueError("data.overrides has a size: give it as data.image_size")
         return view_spec(name, self.data.image_size, **self.data.overrides)
@@ -135,13 +119,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         check_optimizer(self.optim.name, self.engine.zero_stage)
-        views, wanted = self.views(), METHODS[self.method.name].views
+        views, wanted = self.views(), self.method_class.views
         if views.count != wanted:
             raise ValueError(
                 f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
                 f"data.augment={self.data.augment} makes {views.count}"
             )
-        if METHODS[self.method.name].told_parameters and views.kind != "image":
+        if self.method_class.told_parameters and views.kind != "image":
             raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
         if self.batch_size % self.engine.accumulation:
             raise ValueError(
@@ -151,46 +135,6 @@ class RunConfig(Section):
         if Path(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name:
             raise ValueError(f"name={self.name!r} must be a plain directory name")
         return self
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    folder = Path(str(files("fastssl") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def resolve(recipe: str, overrides: list[str] | None = None) -> RunConfig:
-    """A recipe's name or a YAML file, with `key=value` overrides, checked.
-
-    Raises ConfigError, one sentence: an unknown recipe or key (with the closest valid one), a value
-    of the wrong type or out of range, a combination that cannot run.
-    """
-    known = recipes()
-    path = known.get(recipe, Path(recipe))
-    if not path.is_file():
-        hint = _closest(recipe, known)
-        raise ConfigError(f"no recipe or file {recipe!r}{hint}; there are: {', '.join(known)}")
-    return from_mapping(_merge(path, overrides or []))
-
-
-def load(run: Path) -> RunConfig:
-    """The configuration a run was made with."""
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run} holds no run: there is no {path}")
-    return from_mapping(_merge(path, []))
-
-
-def from_mapping(mapping: dict[str, Any]) -> RunConfig:
-    try:
-        return RunConfig.model_validate(mapping)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
-
-
-def dump(cfg: RunConfig) -> str:
-    """YAML that `load` reads back to the same configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json")))
 
 
 def described(cfg: RunConfig) -> str:
@@ -229,106 +173,6 @@ def differences(saved: RunConfig, now: RunConfig) -> list[str]:
         for k in keys
         if old.get(k) != new.get(k)
     ]
-
-
-def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
-    for text in overrides:
-        if "=" not in text or not text.split("=", 1)[0]:
-            raise ConfigError(f"override {text!r} is not of the form key=value")
-    try:
-        read = OmegaConf.load(path)
-        if not isinstance(read, DictConfig):
-            raise ConfigError(f"{path} holds {type(read).__name__}, not a mapping of keys")
-        chosen = _dotted(overrides)
-        for section in SWITCHED:  # another method, source ... has nothing of the recipe's options
-            name = OmegaConf.select(chosen, f"{section}.name")
-            if name is not None and name != OmegaConf.select(read, f"{section}.name"):
-                OmegaConf.update(read, section, {}, merge=False)
-        merged = OmegaConf.merge(read, chosen)
-        unset = sorted(OmegaConf.missing_keys(merged))
-        if unset:
-            raise ConfigError(f"{path.stem} leaves {unset[0]} to you: add {unset[0]}=...")
-        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{path} with {overrides} does not read as YAML: {first}") from None
-
-
-def _dotted(overrides: list[str]) -> DictConfig:
-    """The overrides as a tree.  A value is YAML, but for the texts in VERBATIM, where a `#` or a
-    number is what it looks like."""
-    tree = OmegaConf.create({})
-    for text in overrides:
-        key, value = text.split("=", 1)
-        if key in VERBATIM:
-            OmegaConf.update(tree, key, value)
-        else:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([text]))
-    return tree  # type: ignore[return-value]
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first refusal of a validation, as one sentence a user can act on."""
-    first = error.errors()[0]
-    model, key = _locate(first["loc"])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "value_error" and (not key or re.match(r"[\w.]+=", message)):
-        return message
-    if first["type"] == "extra_forbidden":
-        name = str(first["loc"][-1])
-        names = list(model.model_fields) if model else []
-        hint = f"{_closest(name, names)}; there are: {', '.join(names)}"
-        return f"unknown key {key}={first['input']!r}{hint}"
-    if first["type"] == "missing":
-        return f"{key} is required and missing"
-    if first["type"] == "union_tag_invalid":
-        context = first.get("ctx", {})
-        return f"{key}.name={context.get('tag')!r} is not one of {context.get('expected_tags')}"
-    if first["type"] == "union_tag_not_found":
-        return f"{key}.name is required and missing: it says which {key} is meant"
-    return f"{key}={first['input']!r} is refused: {message[0].lower()}{message[1:]}"
-
-
-def _locate(loc: tuple) -> tuple[type[BaseModel] | None, str]:
-    """The model that holds a refused key, and the key as a user writes it (union tags left out)."""
-    model: type[BaseModel] | None = RunConfig
-    parts: list[str] = []
-    for part in loc:
-        tagged = next((m for m in _members(model) if _tag(m) == part), None)
-        if tagged is not None:
-            model = tagged
-            continue
-        parts.append(str(part))
-        if isinstance(part, int) and get_origin(model) is tuple:
-            model = get_args(model)[0]
-            continue
-        field = model.model_fields.get(str(part)) if _is_model(model) else None  # type: ignore
-        if field is not None:
-            model = field.annotation  # type: ignore[assignment]
-    return (model if _is_model(model) else None), ".".join(parts)  # type: ignore[return-value]
-
-
-def _members(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else []
-
-
-def _tag(model: Any) -> Any:
-    return (
-        model.model_fields["name"].default
-        if _is_model(model) and "name" in model.model_fields
-        else None
-    )
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _closest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fastssl import distributed
-from fastssl.config.schema import RunConfig
+from fastssl.config import RunConfig
 from fastssl.data.batch.ops import apply_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.errors import BadItem

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastssl.config.schema import RunConfig
+from fastssl.config import RunConfig
 from fastssl.methods.base import PARAMETERS
 from fastssl.run.results import count_parameters
 from fastssl.run.train import build

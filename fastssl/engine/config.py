@@ -2,17 +2,15 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from fastssl.section import Section
 
 
 class EngineError(ValueError):
     """This machine cannot run what was asked for.  The message says what to do."""
 
     exit_code, on_every_rank = 2, True
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class EngineConfig(Section):

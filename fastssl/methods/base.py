@@ -11,7 +11,6 @@ units are those of fastssl.data.render.torchvision.PARAMETERS.
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
@@ -19,15 +18,6 @@ PARAMETERS = (
     *("left", "top", "width", "height", "flip", "cos", "sin", "shift_x", "shift_y"),
     *("brightness", "contrast", "saturation", "hue", "grayscale", "sigma", "solarise"),
 )
-
-
-class MethodConfig(BaseModel):
-    """Base of the methods' options: each method's own stand in its file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def check_source(self, classes: int | None) -> None:
-        """Raise ValueError for images that do not serve; classes: their number, None unlabelled."""
 
 
 class Method(nn.Module):

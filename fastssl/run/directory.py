@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from fastssl import distributed
-from fastssl.config import schema as config
-from fastssl.config.schema import ConfigError, RunConfig
+from fastssl import config, distributed
+from fastssl.config import ConfigError, RunConfig
 from fastssl.engine.config import EngineError
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastssl import distributed
-from fastssl.config.schema import ConfigError, RunConfig, load
+from fastssl.config import ConfigError, RunConfig, load
 from fastssl.data.batch.ops import apply_batch_ops, check_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.loader import PretrainLoader
@@ -29,7 +29,7 @@ from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine, Step
 from fastssl.methods import Method, build_method
-from fastssl.models import build_backbone
+from fastssl.models import build_backbone, probe
 from fastssl.run.directory import forget_replaced, prepared
 from fastssl.run.log import RunLog, Silent, Watch
 from fastssl.run.results import Evaluator, finish
@@ -79,9 +79,7 @@ def build(cfg: RunConfig, channels: int) -> Method:
 def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
     """Raise ValueError where the encoder does not take images of the side that batch_ops make."""
     try:
-        with torch.no_grad():
-            encoder.eval()(torch.zeros(1, channels, side, side))
-        encoder.train()
+        probe(encoder, (channels, side, side))
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"data.batch_ops make images of {side} pixels, which the model does not take: choose a "
@@ -272,7 +270,8 @@ class Run:
         due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
         if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
             self.log_bad()
-            self.checkpoints.save(self.engine, state.step, vars(state).copy(), best=best)
+            known = {**vars(state), "channels": self.split.train.channels}
+            self.checkpoints.save(self.engine, state.step, known, best=best)
         if stop and not last:
             raise Interrupted(
                 f"stopped at step {state.step} of {self.total}; the state is saved in "

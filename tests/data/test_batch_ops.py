@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from fastssl.config.schema import ConfigError, resolve
+from fastssl.config import ConfigError, resolve
 from fastssl.data.batch import math as bm
 from fastssl.data.batch.ops import (
     AnyBatchOp,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastssl.config.schema import resolve
+from fastssl.config import resolve
 from fastssl.data.views.image import View, preset
 from fastssl.data.views.presets import MULTI_CROP, PRESETS
 from fastssl.methods import METHODS

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastssl.config.schema import ConfigError
+from fastssl.config import ConfigError
 from fastssl.diagnose.plan import make_plan
 from fastssl.export import export
 from fastssl.models import channels_of
@@ -41,7 +41,9 @@ def test_a_run_learns_and_shows_itself(name, tmp_path):
     assert shown & PICTURES == (set() if name == "tjepa" else PICTURES)
     out = export(cfg.directory, tmp_path / "encoder.safetensors", "safetensors")
     weights = load_file(out)
-    assert channels_of(weights) == open_source(cfg.data.source, cfg.seed).train.channels
+    model, of = cfg.model, lambda channels: cfg.views().shapes(channels)[0]
+    channels = open_source(cfg.data.source, cfg.seed).train.channels
+    assert channels_of(model.name, model.kwargs, weights, of) == channels
     with pytest.raises(ConfigError, match="timm is for timm's models"):
         export(cfg.directory, tmp_path / "timm", "timm")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.config.schema import dump, load
+from fastssl.config import dump, load
 from fastssl.report import read_metrics
 from fastssl.run.train import pretrain
 from tests.data.photos import folder

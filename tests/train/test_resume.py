@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from fastssl.config.schema import load
+from fastssl.config import load
 from fastssl.engine.engine import Engine
 from fastssl.run.log import Silent
 from fastssl.run.train import Interrupted, pretrain

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.config.schema import ConfigError, load
+from fastssl.config import ConfigError, load
 from fastssl.data.errors import DataError
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.config import EngineError

@@ -15,26 +15,26 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.batch import math as batch_math
 from fastssl.data.views.image import Strength, check_order
 from fastssl.random import hashes, uniform
+from fastssl.section import Section
 
 Batch = dict[str, Any]
 Share = Annotated[float, Field(ge=0, le=1)]
 _TAG = 0x6261746368  # apart from what methods draw from the same seeds
 
 
-class BatchOp(BaseModel):
+class BatchOp(Section):
     """Base of the operations.  A subclass says what becomes of one view of the batch.
 
     pixels: whether `changed` is to have values in [0, 1], the normalisation undone.
     dims: how many dimensions a view must have without the batch; None: any.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     pixels: ClassVar[bool] = False
     dims: ClassVar[int | None] = None
 

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from fastssl.section import Section
 
 
 class Source(Protocol):
@@ -63,10 +65,8 @@ class Split(NamedTuple):
     test: Source
 
 
-class SourceOptions(BaseModel):
+class SourceOptions(Section):
     """Base of the sources' options.  A subclass has a `name` and opens itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     test_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="part of each class held out for evaluation"

@@ -1,0 +1,184 @@
+"""Reading a configuration: a recipe or a YAML file, dotted overrides, and what is refused.
+
+    resolve("simclr-digits", ["optim.lr=1e-3", "epochs=5"]) -> RunConfig
+
+What stands in a file or an override is data: `${...}` is text, YAML's aliases are refused, and
+nothing is taken from the environment, so that a stranger's run can be opened.
+"""
+
+import re
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .errors import ConfigError, closest, sentence
+from .keys import check_keys, check_model, tagged
+
+if TYPE_CHECKING:
+    from .schema import RunConfig
+
+SWITCHED = ("method", "model", "data.source", "optim.schedule")
+_SOURCE = tuple(f"data.source.{key}" for key in ("path", "val", "cache", "image", "label"))
+VERBATIM = ("name", "output", "model.name", *_SOURCE)
+RENAMED: dict[str, str] = {}  # a key's old dotted name -> its new one, in the same section
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    folder = Path(str(files("fastssl") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def resolve(recipe: str, overrides: list[str] | None = None) -> "RunConfig":
+    """A recipe's name or a YAML file, with `key=value` overrides, checked.
+
+    Raises ConfigError, one sentence: an unknown recipe or key (with the closest valid one), a value
+    of the wrong type or out of range, a combination that cannot run.
+    """
+    known = recipes()
+    path = known.get(recipe, Path(recipe))
+    if not path.is_file():
+        hint = closest(recipe, known)
+        raise ConfigError(f"no recipe or file {recipe!r}{hint}; there are: {', '.join(known)}")
+    return from_mapping(_merged(path, overrides or []))
+
+
+def load(run: Path) -> "RunConfig":
+    """The configuration a run was made with."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} holds no run: there is no {path}")
+    return from_mapping(_merged(path, []))
+
+
+def from_mapping(mapping: dict[str, Any]) -> "RunConfig":
+    """A configuration from nested dicts, checked.  Raises ConfigError."""
+    check_keys(mapping)
+    check_model(mapping)
+    from pydantic import ValidationError
+
+    from .schema import RunConfig
+
+    try:
+        return RunConfig.model_validate(mapping)
+    except ValidationError as error:
+        raise ConfigError(sentence(error, tagged())) from None
+
+
+def dump(cfg: "RunConfig") -> str:
+    """YAML that `load` reads back to the same configuration."""
+    values = cfg.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=True)
+
+
+class _Reader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-3 is a number, a date a text; no aliases, no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not read, and there is *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes what `_Reader` would take for a number."""
+
+
+for _each in (_Reader, _Writer):
+    _each.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
+
+
+def _merged(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """What a file says, with the overrides over it."""
+    try:
+        read = yaml.load(path.read_text(encoding="utf-8"), _Reader)
+        if not isinstance(read, dict):
+            raise ConfigError(f"{path} holds {type(read).__name__}, not a mapping of keys")
+        chosen: dict[str, Any] = {}
+        for text in overrides:
+            _put(chosen, text)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path} with {overrides} does not read as YAML: {first}") from None
+    read, chosen = _renamed(read), _renamed(chosen)
+    for section in SWITCHED:  # another method, source ... has nothing of the recipe's options
+        name = _at(chosen, f"{section}.name")
+        if name is not None and name != _at(read, f"{section}.name"):
+            *above, last = section.split(".")
+            holder = _at(read, ".".join(above)) if above else read
+            if isinstance(holder, dict):
+                holder[last] = {}
+    merged = _over(read, chosen)
+    unset = sorted(_unset(merged))
+    if unset:
+        raise ConfigError(f"{path.stem} leaves {unset[0]} to you: add {unset[0]}=...")
+    return merged
+
+
+def _put(tree: dict[str, Any], override: str) -> None:
+    """Write `key=value` into a tree.  A value is YAML, but for the texts in VERBATIM, where a `#`
+    or a number is what it looks like."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section} was given as a value before")
+    tree[last] = text if key in VERBATIM else yaml.load(text, _Reader)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """`above` laid over `below`: mappings are merged, all else is replaced."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{k: _over(below.get(k), v) for k, v in above.items()}}
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _unset(tree: Any, path: str = "") -> list[str]:
+    if isinstance(tree, dict):
+        return [k for key, v in tree.items() for k in _unset(v, f"{path}.{key}".lstrip("."))]
+    return [path] if tree == "???" else []
+
+
+def _renamed(tree: Any, path: str = "") -> Any:
+    """The tree with old keys under their new names; a list's entries are its section's."""
+    if isinstance(tree, list):
+        return [_renamed(part, path) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        at = f"{path}.{key}".lstrip(".")
+        new = RENAMED.get(at)
+        if new is not None:
+            key = new.rpartition(".")[2]
+            if key in tree:
+                raise ConfigError(f"{at} is the old name of {new}, and both are given")
+            warnings.warn(f"{at} is called {new} now", FutureWarning, stacklevel=2)
+        found[key] = _renamed(value, at if new is None else new)
+    return found
