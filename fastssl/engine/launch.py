@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .config import EngineError
+from .peers import watched
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets
 
@@ -33,7 +34,8 @@ def session(device: str) -> Iterator[torch.device]:
         torch.cuda.set_device(place)
     deepspeed().init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
     try:
-        yield place
+        with contextlib.nullcontext() if found else watched():
+            yield place
     finally:
         if not found:
             deepspeed().comm.destroy_process_group()

@@ -1,12 +1,12 @@
 """A run as one self-contained HTML page: result, pictures, configuration, how to repeat it."""
 
 import base64
-import os
 from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastssl.files import write_atomically
 from fastssl.report import _words as words
 from fastssl.report._page import PAGE, STYLE
 from fastssl.report.run_files import RunFiles, read_run
@@ -58,12 +58,7 @@ def write_report(run: Path) -> Path:
         body="\n".join(section for section in sections if section),
     )
     path = run / "report.html"
-    aside = run / f".report.html.{os.getpid()}"
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomically(path, page)
     return path
 
 
