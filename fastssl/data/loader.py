@@ -7,10 +7,12 @@ state, and to resume is to start at another step.
 """
 
 import atexit
+import queue
 import signal
+import threading
 import warnings
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -34,6 +36,9 @@ from fastssl.data.worker import (
 )
 
 _BAD_AFTER = 200  # samples, before a share of bad ones means anything
+_SLICE = 0.5  # seconds: how long a wait for data goes on before it asks whether to stop
+_PATIENCE = 2.0  # seconds that workers have to end by themselves
+ShouldStop = Callable[[], bool] | None
 
 
 def _same(batch: Any) -> Any:
@@ -56,12 +61,24 @@ def _ended(batches: Any) -> Iterator[None]:
 
     Python itself ends them by a SIGTERM, which they ignore, and would wait for them for ever.  A
     stream that Python finds still open on its way out is left when modules are empty already.
+    One that is stuck, in a read from a disk that does not answer, is killed.
     """
-    unregister = atexit.unregister
-    end = getattr(batches, "_shutdown_workers", None)
-    if end is None:  # no workers
+    unregister, shutdown = atexit.unregister, getattr(batches, "_shutdown_workers", None)
+    if shutdown is None:  # no workers
         yield
         return
+
+    def end() -> None:
+        if batches._shutdown:  # and Python may be too far on its way out to start a thread
+            return
+        force = threading.Timer(_PATIENCE, lambda: [worker.kill() for worker in batches._workers])
+        force.start()
+        try:
+            with suppress(RuntimeError):  # torch's handler of SIGCHLD tells of those killed
+                shutdown()
+        finally:
+            force.cancel()
+
     atexit.register(end)
     try:
         yield
@@ -70,7 +87,9 @@ def _ended(batches: Any) -> Iterator[None]:
         end()
 
 
-def _run(fetch: Fetch, batches: Any, workers: int) -> Generator[Batch, None, None]:
+def _run(
+    fetch: Fetch, batches: Any, workers: int, should_stop: ShouldStop = None
+) -> Generator[Batch, None, None]:
     """One DataLoader over all of `batches`: no pause between epochs, workers started once."""
     loader = DataLoader(
         fetch,
@@ -80,6 +99,7 @@ def _run(fetch: Fetch, batches: Any, workers: int) -> Generator[Batch, None, Non
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global one
         worker_init_fn=_outlive_signals,
+        timeout=_SLICE if workers else 0,
     )
     with (
         warnings.catch_warnings()
@@ -87,10 +107,53 @@ def _run(fetch: Fetch, batches: Any, workers: int) -> Generator[Batch, None, Non
         warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
         batches = iter(loader)
     with _ended(batches):
-        for batch in batches:
+        if workers == 0 and should_stop is not None:
+            batches = _read_by_thread(batches, should_stop)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if should_stop is not None and should_stop():
+                    return
+                continue
+            if batch is None:
+                return
             if "error" in batch:
                 raise DataError(batch["error"])
             yield batch
+
+
+def _read_by_thread(batches: Iterator[Batch], should_stop: Callable[[], bool]) -> Iterator[Batch]:
+    """The same batches, read one at a time by a thread, so that this one can leave a stuck read."""
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    read: queue.SimpleQueue[tuple[Batch | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while asked.get():
+            try:
+                read.put((next(batches, None), None))
+            except BaseException as error:
+                read.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            asked.put(True)
+            while True:
+                with suppress(queue.Empty):
+                    batch, error = read.get(timeout=_SLICE)
+                    break
+                if should_stop():
+                    return
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        asked.put(False)
 
 
 def _check_split(rank: int, world: int, workers: int) -> None:
@@ -191,8 +254,13 @@ class PretrainLoader:
         whole, rest = divmod(len(self.source), self.batch_size)
         return whole + (self.last == "pad" and rest > 0)
 
-    def stream(self, start_step: int, end_step: int) -> Iterator[Batch]:
+    def stream(
+        self, start_step: int, end_step: int, should_stop: ShouldStop = None
+    ) -> Iterator[Batch]:
         """The batches of steps start_step to end_step - 1, counted over all epochs.
+
+        should_stop() is asked every half second while a batch is waited for, and ends the stream
+        early where it says so, on this rank alone; a batch that is ready is given in any case.
 
         Each is {"views": [(b, ...) float32 for each view], "index": (b,) int64 into the
         source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
@@ -205,22 +273,22 @@ class PretrainLoader:
         """
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps: want 0 <= start <= end, got {start_step} and {end_step}")
-        batches = _watched(self._made(_Steps(self, start_step, end_step)), self.max_bad)
+        batches = _watched(self._made(_Steps(self, start_step, end_step), should_stop), self.max_bad)
         if self.last == "drop":
             return batches
         steps = enumerate(batches, start_step)
         return ({**batch, "padding": _padding(self, step)} for step, batch in steps)
 
-    def _made(self, steps: _Steps) -> Generator[Batch, None, None]:
+    def _made(self, steps: _Steps, should_stop: ShouldStop) -> Generator[Batch, None, None]:
         given: Any = (self.source, self.views, self.seed, self.parameters)
         if self.rendering is None:
-            return _run(PretrainFetch(*given), steps, self.workers)
+            return _run(PretrainFetch(*given), steps, self.workers, should_stop)
         from fastssl.data.render.dali import Renderer  # DALI takes a second to import
 
         assert isinstance(self.views, Views), "choose_backend refuses other kinds"
         fetch, share = EncodedFetch(*given), self.batch_size // self.world
         renderer = Renderer(self.views, self.rendering, share, fetch.again)
-        return renderer.rendered(_run(fetch, steps, self.rendering.readers))
+        return renderer.rendered(_run(fetch, steps, self.rendering.readers, should_stop))
 
 
 @dataclass(frozen=True)

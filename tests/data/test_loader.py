@@ -328,3 +328,30 @@ def test_eval_of_other_shapes_is_the_centred_square():
 def test_eval_settings_are_checked():
     with pytest.raises(ValueError, match="batch_size: want 1 or more, got 0"):
         EvalLoader(Images(), PLAIN, 0)
+
+
+class Stalled(Images):
+    """Images of which one is on a disk that does not answer."""
+
+    def __init__(self, fifo):
+        super().__init__()
+        self.fifo = fifo
+
+    def item(self, i):
+        if i == 5:
+            open(self.fifo).close()  # waits for a writer that never comes
+        return super().item(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stalled_disk_does_not_keep_a_run_from_leaving(workers, tmp_path):
+    """Fault 11: what was read before is given, and no process is left behind."""
+    os.mkfifo(tmp_path / "fifo")
+    whole = list(loader().stream(0, 5))
+    before = next(s for s, batch in enumerate(whole) if 5 in batch["index"])
+    asked = []
+    stream = loader(Stalled(tmp_path / "fifo"), workers=workers).stream(
+        0, 5, should_stop=lambda: asked.append(1) or len(asked) > 1
+    )
+    assert_same_stream(list(stream), whole[:before])
+    assert not multiprocessing.active_children()
