@@ -33,7 +33,5 @@ def test_a_file_is_replaced_whole_and_synced_or_stays(tmp_path, monkeypatch):
 def test_what_a_terminal_would_obey_is_escaped():
     """Fault 45: control characters, turned writing, and bytes that are no Unicode."""
     assert printable("dögs/😀 1.png") == "dögs/😀 1.png"
-    assert printable("\x1b]0;x\x07\r\n\x9b\u202e\udcff") == (
-        r"\x1b]0;x\x07\r\n\x9b\u202e\udcff"
-    )
+    assert printable("\x1b]0;x\x07\r\n\x9b\u202e\udcff") == (r"\x1b]0;x\x07\r\n\x9b\u202e\udcff")
     assert printable("a\n\t", keep="\n") == "a\n\\t"

@@ -8,11 +8,12 @@ A value that is not finite is null, and texts hold no control characters.
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastssl.distributed import gather_objects
-from fastssl.files import printable, sync, write_atomically
+from fastssl.files import printable, write_atomically
 from fastssl.report import read_metrics
 
 
@@ -66,7 +67,8 @@ class RunLog:
         if not self.writing:
             return
         try:
-            sync(self.path)
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
         except OSError as error:
             raise LogError(f"cannot write {self.path} at step {step}: {error}") from error
 

@@ -211,6 +211,10 @@ class Run:
         try:
             with _Signals(self):
                 self.train()
+        except OSError as error:  # of TensorBoard, which opens its file anew each time
+            if self.directory.is_dir():
+                raise
+            raise LogError(f"{self.directory} has gone while the run went on: {error}") from error
         finally:
             self.watch.end()
         return finish(self, command)
@@ -270,7 +274,7 @@ class Run:
         row = {**metrics, "lr": lr, "images_per_s": images / seconds}
         row["data_wait"] = min(waited / seconds, 1.0)
         epoch = state.step / self.steps_per_epoch
-        self.write_scalars("train", row, state.step)
+        self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
         return self.log.row("train", state.step, epoch=round(epoch, 4), **row)
 
     def after(self, ends_epoch: bool, stop: bool) -> None:
@@ -325,14 +329,8 @@ class Run:
         self.log.bad_images(step, self.evaluator.bad)
         epoch = round(step / self.steps_per_epoch, 4)
         self.log.row("eval", step, epoch=epoch, **metrics)
-        self.write_scalars("eval", metrics, step)
+        self.engine.write_scalars({f"eval/{k}": v for k, v in metrics.items()}, step)
         return metrics
-
-    def write_scalars(self, kind: str, values: dict[str, float], step: int) -> None:
-        try:
-            self.engine.write_scalars({f"{kind}/{k}": v for k, v in values.items()}, step)
-        except OSError as error:
-            raise LogError(f"cannot write {self.directory}/tensorboard: {error}") from error
 
     def refuse(self, step: Step, batch: dict[str, Any]) -> None:
         """A step that was not finite: skip it by leave of the configuration, or end the run."""
