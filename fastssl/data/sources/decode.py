@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from fastssl.data.errors import BadItem
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2".split()
+    (
+        ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2"
+        + " .avif" * features.check("avif")
+    ).split()
 )
 _ORIENTATION = 0x0112  # the EXIF tag
 # What fails for want of files, memory or a disk says nothing of the image.
