@@ -212,6 +212,11 @@ def samples(found: Iterable[tuple[str, int, int]], *, last: bool = False) -> Ite
         yield sample
 
 
+def is_index(head: bytes) -> bool:
+    """Whether a file that begins so is an index of a tar file, whole or not."""
+    return head.startswith((b"v1.1 ", b"v1.2 "))
+
+
 def index_text(found: list[Sample]) -> bytes:
     """The index of a tar file's samples, as this file's head says."""
     plain = [

@@ -98,7 +98,7 @@ def _scanned(files: Files, k: int, told: Status) -> list[Sample]:
     if cut:
         log.warning("%s is cut off in its member %s", files.paths[k], cut[0])
     elif found:
-        write_beside(tars.index_path(files.paths[k]), tars.index_text(found))
+        write_beside(tars.index_path(files.paths[k]), tars.index_text(found), tars.is_index)
     return found
 
 
