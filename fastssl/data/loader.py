@@ -7,6 +7,7 @@ state, and to resume is to start at another step.
 """
 
 import atexit
+import logging
 import queue
 import signal
 import threading
@@ -26,23 +27,24 @@ from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec
 from fastssl.data.worker import (
+    FEW_FILES,
     Batch,
     EncodedFetch,
     EvalFetch,
     Fetch,
     Items,
+    Parcel,
     PretrainFetch,
     mostly_bad,
+    sent,
 )
+
+log = logging.getLogger(__name__)
 
 _BAD_AFTER = 200  # samples, before a share of bad ones means anything
 _SLICE = 0.5  # seconds: how long a wait for data goes on before it asks whether to stop
 _PATIENCE = 2.0  # seconds that workers have to end by themselves
 ShouldStop = Callable[[], bool] | None
-
-
-def _same(batch: Any) -> Any:
-    return batch
 
 
 def _outlive_signals(worker: int) -> None:
@@ -94,7 +96,7 @@ def _run(
     loader = DataLoader(
         fetch,
         batch_sampler=batches,
-        collate_fn=_same,
+        collate_fn=sent,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global one
@@ -105,8 +107,9 @@ def _run(
         warnings.catch_warnings()
     ):  # Python 3.12 on warns of any fork beside threads; torch has some
         warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-        batches = iter(loader)
+        batches = _started(loader)
     with _ended(batches):
+        processes, told = getattr(batches, "_workers", ()), False
         if workers == 0 and should_stop is not None:
             batches = _read_by_thread(batches, should_stop)
         while True:
@@ -114,15 +117,57 @@ def _run(
                 batch = next(batches, None)
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):
-                    raise
+                    raise _told(error, processes) from error
                 if should_stop is not None and should_stop():
                     return
                 continue
             if batch is None:
                 return
+            if isinstance(batch, Parcel):
+                batch = batch.opened() | {"reason": batch.reason}
             if "error" in batch:
                 raise DataError(batch["error"])
+            reason = batch.pop("reason", "")
+            if reason and not told:
+                told = True
+                log.warning(
+                    "batches come from their loader processes by a pipe, which is slower, for want "
+                    "of shared memory or open files (%s): give /dev/shm more room (docker run "
+                    "--shm-size=8g), or raise ulimit -n",
+                    reason,
+                )
             yield batch
+
+
+def _started(loader: DataLoader) -> Any:
+    """Its iterator, with workers started.
+
+    torch would tell of a worker's death by an exception wherever this process is just then, be it
+    in the midst of a checkpoint: it is left to the wait for a batch, which looks after them.
+    """
+    try:
+        batches: Any = iter(loader)
+    except OSError as error:
+        raise DataError(
+            f"loader processes cannot be started ({error}): give /dev/shm room, {FEW_FILES}"
+        ) from error
+    if getattr(batches, "_worker_pids_set", False):
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+    return batches
+
+
+def _told(error: RuntimeError, workers: Any) -> Exception:
+    """What to raise for an error of torch's loader: a sentence, where a worker was killed."""
+    dead = [worker for worker in workers if worker.exitcode]
+    if not dead:
+        return error
+    code = dead[0].exitcode
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return DataError(
+        f"a loader process ({dead[0].pid}) ended by {how}, by which the system frees memory when it "
+        "runs out: lower data.workers or batch_size, or give more memory; resume=auto goes on"
+    )
 
 
 def _read_by_thread(batches: Iterator[Batch], should_stop: Callable[[], bool]) -> Iterator[Batch]:

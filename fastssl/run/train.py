@@ -174,7 +174,16 @@ def check_source(cfg: RunConfig, source: Source) -> None:
 
 
 def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
-    """Raise ConfigError for a schedule that does not fit the run's number of steps."""
+    """Raise ConfigError for a schedule that does not fit the run's number of steps, and for batches
+    that only fill-ins make whole: no method leaves those out of its loss yet."""
+    count, size, world = len(loader.source), loader.batch_size, loader.world
+    if loader.last == "pad" and count % size:
+        fits = max((k for k in range(world, size, world) if count % k == 0), default=None)
+        hint = f", or batch_size={fits}, which divides the {count} training images" if fits else ""
+        raise ConfigError(
+            f"data.last=pad would train on the {size - count % size} samples that fill up an "
+            f"epoch's last batch as if they were new: give data.last=drop{hint}"
+        )
     try:
         cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)
     except ValueError as error:
