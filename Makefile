@@ -33,7 +33,7 @@ clean:
 
 .venv/pip:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77'
 	@touch $@
 
 .venv/train: .venv/pip setup.py pyproject.toml
@@ -81,6 +81,6 @@ gpu-install:           ## this tree, and the wheels, into GPU_PYTHON's environme
 gpu-wheels:            ## 8 MB for a GPU machine with Python GPU_VERSION on x86-64
 	rm -rf $(GPU_WHEELS)
 	$(DOWNLOAD) pydantic
-	$(DOWNLOAD) --no-deps lightly open_clip_torch ftfy wcwidth pytorch-metric-learning \
+	$(DOWNLOAD) --no-deps setuptools lightly open_clip_torch ftfy wcwidth pytorch-metric-learning \
 		siglip-kernel cut-cross-entropy hjson
 	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(GPU_WHEELS) deepspeed

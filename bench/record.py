@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("fastssl", "triton", "timm", "lightly", "open_clip_torch", "pytorch-metric-learning")
+from fastssl import __version__
+
+PACKAGES = ("triton", "timm", "lightly", "open_clip_torch", "pytorch-metric-learning")
 PACKAGES += ("siglip-kernel", "cut-cross-entropy", "deepspeed", "torchvision", "numpy")
 STATUSES = ("ok", "wrong", "failed", "out of memory", "absent")
 
@@ -228,7 +230,7 @@ def _with_line(run: Run | None, kind: str, fields: dict[str, Any]) -> Run:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"fastssl": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -35,8 +35,11 @@ class Late:
         return self.rival(*inputs)
 
 
+_REMEDY = "pip install 'fastssl-torch[rivals]'"
+
+
 def library(
-    module: str, build: Callable[[Any], Rival], *, remedy: str = "pip install 'fastssl[rivals]'"
+    module: str, build: Callable[[Any], Rival], *, remedy: str = _REMEDY
 ) -> Rival | Absent:
     """The rival that `build(module)` makes, or Absent(remedy) where its package is not installed.
 
@@ -46,7 +49,7 @@ def library(
     >>> library("math", lambda math: math.sqrt)(4.0)
     2.0
     >>> library("no_such_package", lambda module: module.loss)
-    Absent(why="pip install 'fastssl[rivals]'")
+    Absent(why="pip install 'fastssl-torch[rivals]'")
     """
     if not installed(module):
         return Absent(remedy)

@@ -15,7 +15,7 @@ try:
     from rich.table import Table
 except ImportError as missing:
     raise SystemExit(
-        f"the command line needs {missing.name}: pip install 'fastssl[train]'"
+        f"the command line needs {missing.name}: pip install 'fastssl-torch[train]'"
     ) from None
 
 from fastssl.files import printable
@@ -53,6 +53,23 @@ Overrides = Annotated[
 RunPath = Annotated[Path, typer.Argument(help="A run's directory, runs/NAME.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastssl import __version__
+
+        console.print(f"fastssl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """Fast self-supervised pretraining: train an encoder, measure it, use it elsewhere."""
+
+
 @app.command()
 def pretrain(
     recipe: Recipe,
@@ -61,10 +78,12 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
     say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
-    from fastssl.config import described, resolve
+    from fastssl.config import resolve
 
     cfg = resolve(recipe, overrides)
     if dry_run:
+        from fastssl.config import described
+
         say(described(cfg), markup=False)
         return _print_plan(cfg) if os.environ.get("RANK", "0") == "0" else None
     what = f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name}"

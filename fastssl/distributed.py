@@ -28,6 +28,8 @@ LOCAL: Literal["local"] = "local"  # the group of this rank alone
 Group = Any  # ProcessGroup | None | LOCAL; ProcessGroup is absent from builds without distributed
 
 _host_groups: dict[Any, Any] = {}
+_MOST_TENSORS = 127  # that one check compares
+_DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
 def _initialised(group: Group) -> bool:
@@ -69,29 +71,46 @@ def _host_group(group: Group) -> Any:
 
 
 def require_even(x: Tensor, group: Group = None, name: str = "x") -> None:
-    """Raise the same ValueError on every rank unless x has one shape on all of them.
+    """Raise the same ValueError on every rank unless x has one shape and dtype on all of them.
 
-    A collective over uneven rows would hang or mix samples up.  The shapes travel between hosts,
-    so this never waits for a device.  Ask it before any test that one rank alone may fail.
+    A collective over uneven rows, or rows of unequal size in memory, would hang or mix samples up.
+    What is compared travels between hosts, so this never waits for a device.  Ask it before any
+    test that one rank alone may fail.
     """
     require_all_even(group, **{name: x})
 
 
-def require_all_even(group: Group = None, **tensors: Tensor) -> None:
-    """`require_even` of several tensors by their names, in one message."""
+def require_all_even(group: Group = None, **tensors: Tensor | None) -> None:
+    """`require_even` of several tensors by their names, in one message.
+
+    None, an optional tensor that is left out, must be None on every rank.
+    """
     if world_size(group) == 1:
         return
-    mine = torch.tensor([[x.ndim, *x.shape[:7], *[0] * (7 - x.ndim)] for x in tensors.values()])
-    host = _host_group(group)
-    shapes = [torch.empty_like(mine) for _ in range(world_size(group))]
-    dist.all_gather(shapes, mine, group=host)
-    for i, name in enumerate(tensors):
-        rows = [s[i].tolist() for s in shapes]
-        seen = [tuple(row[1 : 1 + row[0]]) for row in rows]
+    if len(tensors) > _MOST_TENSORS:
+        raise ValueError(f"at most {_MOST_TENSORS} tensors can be compared, got {len(tensors)}")
+    # Of one size whatever the ranks have: a collective of unequal ones would hang itself.
+    mine = torch.full((_MOST_TENSORS + 1, 9), -1)
+    mine[0, 0] = len(tensors)
+    for i, x in enumerate(tensors.values(), 1):
+        if x is not None:
+            mine[i, :2] = torch.tensor([x.ndim, _DTYPES.index(x.dtype)])
+            mine[i, 2 : 2 + x.ndim] = torch.tensor(x.shape[:7])
+    ranks = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(ranks, mine, group=_host_group(group))
+    counts = [int(seen[0, 0]) for seen in ranks]
+    if len(set(counts)) > 1:
+        raise ValueError(f"every rank must give as many tensors, got {counts} by rank")
+    for i, name in enumerate(tensors, 1):
+        rows = [seen[i].tolist() for seen in ranks]
+        shapes = [None if row[0] < 0 else tuple(row[2 : 2 + row[0]]) for row in rows]
         if any(row[0] > 7 for row in rows):
-            raise ValueError(f"{name} must have at most 7 dimensions, got {seen} ... by rank")
-        if any(shape != seen[0] for shape in seen):
-            raise ValueError(f"{name} must have the same shape on every rank, got {seen} by rank")
+            raise ValueError(f"{name} must have at most 7 dimensions, got {shapes} ... by rank")
+        if len(set(shapes)) > 1:
+            raise ValueError(f"{name} must have the same shape on every rank, got {shapes} by rank")
+        if len({row[1] for row in rows}) > 1:
+            dtypes = ", ".join(str(_DTYPES[row[1]]) for row in rows)
+            raise ValueError(f"{name} must have the same dtype on every rank, got {dtypes} by rank")
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -159,7 +178,7 @@ def all_gather_rows(x: Tensor, group: Group = None, *, check: bool = True) -> Te
 
     Backward: reduce-scatter with a sum (in float32 for 16-bit tensors): row i of rank r gets the
     sum of the gradients that all ranks have for it.  First order only.
-    Raises ValueError, on every rank alike, when the ranks' shapes differ; for a 0-d tensor.
+    Raises ValueError, on every rank alike, when the ranks' shapes or dtypes differ; for a 0-d tensor.
     check=False leaves out the comparison of shapes, for a caller that has just made it.
 
     >>> all_gather_rows(torch.arange(3)).tolist()

@@ -49,8 +49,11 @@ def load_encoder(run: Path, *, device: str = "auto") -> tuple[Encoder, RunConfig
     Raises ConfigError when `run` is none, CheckpointError when it has no intact checkpoint, or a
     single tensor is missing or does not fit.
     """
-    cfg, weights = config.load(run), encoder_weights(run)
-    backbone, channels = _matching_backbone(cfg, weights)
+    cfg, (weights, channels) = config.load(run), encoder_weights(run)
+    name, kwargs = cfg.model.name, cfg.model.kwargs
+    if channels is None:  # of a run before it was written down
+        channels = channels_of(name, kwargs, weights, lambda c: cfg.views().shapes(c)[0])
+    backbone = build_backbone(name, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
     try:
         backbone.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -64,7 +67,8 @@ def export(run: Path, out: Path, fmt: str) -> Path:
     """Write the encoder to `out` and read it back: every tensor must be there and equal.
 
     fmt "safetensors": one file.  fmt "timm": a directory that
-    `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names.
+    `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names; with
+    num_classes=10 it gets a fresh classifier, and in_chans=4 adapts what reads 3 channels.
     Raises ConfigError for another fmt, "timm" of a model that timm has not, or an `out` that exists
     and is something else.
     """
@@ -152,18 +156,14 @@ def _source(data: str, cfg: RunConfig) -> SourceConfig:
     return FolderSource(path=Path(data))
 
 
-def _matching_backbone(cfg: RunConfig, weights: dict[str, Tensor]) -> tuple[nn.Module, int]:
-    """The run's backbone, and the channels of what it reads."""
-    channels = channels_of(weights)
-    shape = cfg.views().shapes(channels)[0]
-    return build_backbone(cfg.model.name, shape=shape, kwargs=cfg.model.kwargs), channels
-
-
 def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
     """The config.json beside timm's weights: how to build the model, how to prepare its images."""
     views = cfg.views()
     shape = views.shapes(channels)[0]
+    known = timm.models.get_pretrained_cfg(cfg.model.name)
     prepared: dict[str, Any] = {"num_classes": 0, "input_size": list(shape)}
+    for fact in ("classifier", "first_conv"):  # what timm replaces and adapts for fine-tuning
+        prepared[fact] = getattr(known, fact, None)
     if isinstance(views, Views):
         mean, std = views.normalisation(channels)
         prepared |= {"mean": list(mean), "std": list(std)}

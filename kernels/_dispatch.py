@@ -47,14 +47,15 @@ class Primitive:
             return run(*args)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look inside
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+# Asked once, here: torch 2.11's compiler cannot look inside, and torch.compiler's decorator for
+# that imports all of torch._dynamo, which costs more than torch itself.
+_DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+_HAVE_AUTOCAST = frozenset(d for d in _DEVICES if torch.amp.is_autocast_available(d))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Outside autocast, where one is on; devices such as meta have none to leave."""
-    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in _HAVE_AUTOCAST and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -121,7 +121,7 @@ def test_the_back_end_and_colour_are_advised(folder, tmp_path, monkeypatch):
     assert said[0].startswith("data.overrides.colour=linear")
     monkeypatch.setattr("fastssl.data.render.backend.find_spec", lambda name: None)
     cfg = of_photos(folder, tmp_path, data__backend="torch")
-    assert "pip install 'fastssl[dali]'" in advice(cfg, [RANK], source_of(cfg))[0]
+    assert "pip install 'fastssl-torch[dali]'" in advice(cfg, [RANK], source_of(cfg))[0]
 
 
 def test_large_images_are_to_be_packed(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import fastssl
 from fastssl import cli
 from fastssl.config import ConfigError, dump, recipes
 from fastssl.data.errors import DataError
@@ -166,6 +167,40 @@ def test_mistakes_end_in_a_sentence_and_a_code(monkeypatch, capsys, tmp_path, ru
         path.write_bytes(b"")
     code, said = mistake(monkeypatch, capsys, "eval", run.directory)
     assert code == 4 and "no intact checkpoint" in said
+
+
+QUICK = """
+import sys
+import fastssl
+from fastssl import cli
+
+def said(*words):
+    sys.argv = ["fastssl", *words]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print("exit", end.code)
+
+said("--version")
+said("recipes")
+said("pretrain", "simclr-digits", "optim.lrr=1")
+said("pretrain", "simclr-digits", "method.name=simclir")
+said("pretrain", "simclr-digits", "model.name=resnet1888")
+print("torch" in sys.modules)
+import fastssl.config.schema
+print([n for n in ("torchvision", "timm", "deepspeed", "nvidia.dali") if n in sys.modules])
+"""
+
+
+def test_a_line_is_printed_without_importing_what_trains():
+    """Faults 19 and 27: lists, versions and misspelt keys or models took 7 to 11 s of CPU."""
+    command = [sys.executable, "-c", QUICK]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    out = run.stdout.splitlines()
+    assert out[0] == f"fastssl {fastssl.__version__}" and "simclr-digits" in run.stdout
+    assert out[-5:] == ["exit 2"] * 3 + ["False", "[]"], run.stdout + run.stderr
+    for word in ("optim.lrr=1 (did you mean lr?)", "mean simclr?", "did you mean resnet18 or"):
+        assert word in run.stderr
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):

@@ -1,5 +1,7 @@
 """Configuration: recipes resolve, reload equal, and refusals say what to do."""
 
+import importlib
+
 import pytest
 
 from fastssl.config import (
@@ -12,6 +14,7 @@ from fastssl.config import (
     recipes,
     resolve,
 )
+from fastssl.config.keys import known_keys, names_of
 from tests.runs import tiny
 
 
@@ -81,6 +84,11 @@ def test_a_schedule_without_a_name_is_the_cosine():
         ("data.source.path=x", r"unknown key data.source.path='x'; there are: test_fraction, name"),
         ("epochs=0", "epochs=0 is refused: input should be greater than or equal to 1"),
         ("epochs=ten", "epochs='ten' is refused: input should be a valid integer"),
+        ("optim.lr=.inf", "optim.lr=inf is refused: input should be a finite number"),  # fault 17
+        ("evaluate.every=yes", "evaluate.every=True is refused: a number is wanted, not yes or"),
+        ("optim.betas=[on, 0.9]", "optim.betas=.True, 0.9. is refused: a number is wanted"),
+        ("model.name=resnet8", "model.name='resnet8' is not a timm model; did you mean resnet18"),
+        ("data.batch_ops=[{name: mixup, alhpa: 1}]", r"unknown key data.batch_ops.alhpa=1 \(did"),
         ("optim.lr=-1", "optim.lr=-1 is refused: input should be greater than 0"),
         ("engine.zero_stage=4", "engine.zero_stage=4 is refused: input should be 0, 1, 2 or 3"),
         ("method.name=simclir", "method.name='simclir' is not one of 'simclr', 'dcl'"),
@@ -177,3 +185,56 @@ def test_every_key_is_described():
                 assert field.description, f"{path}{name} has no description"
 
     walk(RunConfig)
+
+
+def test_the_names_of_all_keys_are_those_of_the_schema():
+    """Fault 19: keys.json refuses a misspelt key before torch is imported."""
+    mend = 'python -c "from fastssl.config.keys import write; write()"'
+    assert known_keys() == names_of(RunConfig), f"a key has come or gone: {mend}"
+
+
+def test_nothing_in_a_configuration_is_interpolated(tmp_path, monkeypatch):
+    """Faults 17 and 31: a `${...}` is text, in an override and in a stranger's run."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    text = "/a/${oc.env:SECRET}/${b/x"
+    cfg = resolve("simclr-digits", [f"output={text}", "model.kwargs={act: '${seed}'}"])
+    assert str(cfg.output) == text and cfg.model.kwargs == {**cfg.model.kwargs, "act": "${seed}"}
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    assert load(tmp_path) == cfg
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("a: &a [1]\nb: [*a, *a]", r"aliases are not read, and there is \*a"),
+        ("name: x\nname: y", "name is given twice"),
+        ("a: " + "[" * 5000, "recursion"),
+    ],
+)
+def test_yaml_that_is_a_trap_is_refused(text, sentence, tmp_path):
+    """Kin of faults 30 and 31: bombs of anchors, keys that hide one another, endless nesting."""
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"does not read as YAML: .*{sentence}"):
+        resolve(str(tmp_path / "a.yaml"))
+
+
+def test_numbers_dates_and_texts_survive_yaml(tmp_path):
+    kwargs = {"a": 1e-3, "b": "1e-3", "c": "2024-01-01", "d": "yes", "e": None, "f": [1, 2.5]}
+    cfg = tiny("mae", tmp_path, model__kwargs=kwargs, optim__lr=1e-05, name="1e5")
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    assert load(tmp_path) == cfg
+    read = resolve("simclr-digits", ["model.kwargs={a: 1e-3, b: 2024-01-01}"]).model.kwargs
+    assert (read["a"], read["b"]) == (1e-3, "2024-01-01")
+
+
+def test_old_names_of_keys_are_read_with_a_warning(monkeypatch):
+    renamed = {"data.shape": "data.image_size", "data.batch_ops.scale": "data.batch_ops.alpha"}
+    module = importlib.import_module("fastssl.config.load")  # the function hides its name
+    monkeypatch.setattr(module, "RENAMED", renamed)
+    overrides = ["data.shape=8", "data.batch_ops=[{name: mixup, scale: [0, 0.5]}]"]
+    with pytest.warns(FutureWarning, match="is called") as said:
+        cfg = resolve("simclr-digits", overrides)
+    assert str(said[0].message) == "data.shape is called data.image_size now" and len(said) == 2
+    assert cfg.data.image_size == 8 and cfg.data.batch_ops[0].alpha == (0, 0.5)
+    with pytest.raises(ConfigError, match="data.shape is the old name of"):
+        resolve("simclr-digits", ["data.shape=8", "data.image_size=8"])

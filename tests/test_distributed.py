@@ -93,6 +93,13 @@ def each_rank(rank, world):
     seen["flat"].append(refusal(lambda: D.all_gather_rows(scalar)))
     deep = torch.zeros([1] * (8 if rank == 1 else 2))
     seen["deep"] = refusal(lambda: D.require_even(deep))
+    mixed = x.double() if rank == 1 else x
+    seen["mixed"] = [refusal(lambda: call(mixed)) for call in calls]  # noqa: B023
+    optional = {"labels": None if rank == 1 else torch.arange(B)}
+    seen["optional"] = refusal(lambda: D.require_all_even(z=x, **optional))
+    views = {f"views[{i}]": x for i in range(2 + (rank == 1))}
+    seen["views"] = refusal(lambda: D.require_all_even(**views))
+    D.require_all_even(z=x, labels=None)
     return seen
 
 
@@ -216,6 +223,16 @@ def test_other_numbers_of_dimensions_are_refused_on_every_rank(ranks):
         assert len(seen["flat"]) == 6
         assert all("must have the same shape on every rank" in words for words in seen["flat"])
         assert "x must have at most 7 dimensions" in seen["deep"]
+
+
+def test_dtypes_options_and_counts_that_differ_are_refused_on_every_rank(ranks):  # fault 35
+    dtypes = ["torch.float32"] * len(ranks)
+    dtypes[1] = "torch.float64"
+    for seen in ranks:
+        for words in seen["mixed"]:
+            assert f"the same dtype on every rank, got {', '.join(dtypes)} by rank" in words
+        assert "labels must have the same shape on every rank, got [(3,), None" in seen["optional"]
+        assert "every rank must give as many tensors, got [2, 3" in seen["views"]
 
 
 def test_checks_of_a_group_without_a_cpu_backend(ranks):

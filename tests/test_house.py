@@ -18,7 +18,7 @@ ROOMS = {
     "random": "",
     "schedules": "pydantic",
     "files": "",
-    "section": "pydantic",
+    "section": "pydantic pydantic_core",
     "masking": "random",
     "kernels": "kernels.* distributed triton",
     "kernels.common": "triton",
@@ -31,7 +31,8 @@ ROOMS = {
     "models": "kernels masking distributed timm",
     "methods": "models losses kernels masking random schedules section pydantic",
     "data": "random distributed files section *",
-    "engine": "models distributed schedules section files deepspeed timm pydantic safetensors numpy",
+    "engine": "models distributed schedules section files "
+    "deepspeed timm pydantic safetensors numpy",
     "evaluate": "data kernels distributed sklearn numpy",
     "report": "masking files *",
     "config": "methods engine data schedules section pydantic yaml",

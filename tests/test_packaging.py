@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import fastssl
+
 ROOT = Path(__file__).parents[1]
 TORCH_ONLY = ["fastssl", "fastssl.kernels", "fastssl.losses", "fastssl.distributed"]
 TORCH_ONLY += [
@@ -68,7 +70,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(out), str(ROOT)], check=True, cwd=out)
-    (found,) = out.glob("fastssl-*.whl")
+    (found,) = out.glob("fastssl_torch-*.whl")
     return found
 
 
@@ -83,6 +85,36 @@ def test_the_wheel_holds_every_module_and_recipe(wheel):
             if path.suffix in (".py", ".yaml", ".typed"):
                 assert f"{inside}/{path.relative_to(ROOT / top)}" in names
     assert not [name for name in names if name.startswith(("kernels/", "bench/", "tests/"))]
+
+
+def test_the_wheel_says_what_it_is(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    said = zipfile.ZipFile(wheel).read(metadata).decode()
+    want = ("Name: fastssl-torch", f"Version: {fastssl.__version__}", "License-File: LICENSE")
+    want += ("License-Expression: Apache-2.0", "Author: the fastssl authors")
+    for line in (*want, 'Requires-Dist: deepspeed>=0.19.8; extra == "train"'):
+        assert f"{line}\n" in said
+    assert metadata.replace("METADATA", "licenses/LICENSE") in names
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {fastssl.__version__}\n" in citation and "license: Apache-2.0\n" in citation
+
+
+def test_nobody_is_sent_to_another_package():
+    """fastssl on PyPI is an SDK for SSL certificates; ours is fastssl-torch."""
+    wrong = re.compile(r"pip install[^\n;`]*\bfastssl(?!-torch)\b")
+    tops = ("fastssl", "kernels", "bench", "tests", "docs", "docker", "*.md", "Makefile", "*.toml")
+    files = [
+        f for top in tops for p in ROOT.glob(top) for f in ([p] if p.is_file() else p.rglob("*"))
+    ]
+    texts = (".py", ".md", ".sh", ".yaml", ".toml", ".cpu", ".html", "")
+    found = [
+        f"{file.relative_to(ROOT)}: {match[0]}"
+        for file in files
+        if file.is_file() and file.suffix in texts
+        for match in wrong.finditer(file.read_text(errors="replace"))
+    ]
+    assert not found
 
 
 def test_the_wheel_works_with_torch_alone(wheel, torch_and_its_needs, tmp_path):

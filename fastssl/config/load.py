@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .errors import ConfigError, closest, sentence
-from .keys import check_keys, tagged
+from .keys import check_keys, check_model, tagged
 
 if TYPE_CHECKING:
     from .schema import RunConfig
@@ -61,6 +61,7 @@ def load(run: Path) -> "RunConfig":
 def from_mapping(mapping: dict[str, Any]) -> "RunConfig":
     """A configuration from nested dicts, checked.  Raises ConfigError."""
     check_keys(mapping)
+    check_model(mapping)
     from pydantic import ValidationError
 
     from .schema import RunConfig

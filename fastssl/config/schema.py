@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -13,8 +13,12 @@ from fastssl.data.render.backend import Backend
 from fastssl.data.views.spec import ViewSpec, view_spec
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import OptimConfig, check_optimizer
-from fastssl.methods import METHODS, AnyMethodConfig
+from fastssl.methods.configs import AnyMethodConfig
 from fastssl.section import Section
+
+if TYPE_CHECKING:
+    from fastssl.methods import Method
+
 
 class ModelConfig(Section):
     name: str = Field(
@@ -100,9 +104,15 @@ class RunConfig(Section):
     def directory(self) -> Path:
         return self.output.expanduser() / self.name
 
+    @property
+    def method_class(self) -> "type[Method]":
+        from fastssl.methods import METHODS  # imports timm, which takes seconds
+
+        return METHODS[self.method.name]
+
     def views(self) -> ViewSpec:
         """The augmentation: the method's preset or the one named, with the overrides."""
-        name = self.data.augment or METHODS[self.method.name].preset
+        name = self.data.augment or self.method_class.preset
         if "size" in self.data.overrides:
             raise ValueError("data.overrides has a size: give it as data.image_size")
         return view_spec(name, self.data.image_size, **self.data.overrides)
@@ -110,13 +120,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         check_optimizer(self.optim.name, self.engine.zero_stage)
-        views, wanted = self.views(), METHODS[self.method.name].views
+        views, wanted = self.views(), self.method_class.views
         if views.count != wanted:
             raise ValueError(
                 f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
                 f"data.augment={self.data.augment} makes {views.count}"
             )
-        if METHODS[self.method.name].told_parameters and views.kind != "image":
+        if self.method_class.told_parameters and views.kind != "image":
             raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
         if self.batch_size % self.engine.accumulation:
             raise ValueError(

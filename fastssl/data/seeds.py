@@ -11,7 +11,7 @@ Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generat
 import numpy as np
 import numpy.typing as npt
 
-ORDER, SAMPLE, REPLACE, SPLIT = 1, 2, 3, 4  # the tags
+ORDER, SAMPLE, REPLACE, SPLIT, EVALUATE = 1, 2, 3, 4, 5  # the tags
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 

@@ -9,8 +9,8 @@ import torch
 
 from fastssl.kernels._dispatch import implementations
 
-TRAIN, DALI = "pip install 'fastssl[train]'", "pip install 'fastssl[dali]'"
-FORMATS = "pip install 'fastssl[formats]'"
+TRAIN, DALI = "pip install 'fastssl-torch[train]'", "pip install 'fastssl-torch[dali]'"
+FORMATS = "pip install 'fastssl-torch[formats]'"
 # distribution, module that proves it, what it is for, how to get it
 PARTS = [
     (

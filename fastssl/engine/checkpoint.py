@@ -294,14 +294,15 @@ def encoder_file(run: Path) -> Path:
     raise CheckpointError(f"{run} holds no intact checkpoint {reasons or ''}".rstrip())
 
 
-def encoder_weights(run: Path) -> dict[str, torch.Tensor]:
-    """The encoder's weights in a run's newest intact checkpoint.
+def encoder_weights(run: Path) -> tuple[dict[str, torch.Tensor], int | None]:
+    """The encoder's weights in a run's newest intact checkpoint, and its channels if they are told.
 
     Raises CheckpointError when there is none, or the file is no safetensors.
     """
     path = encoder_file(run)
+    channels = json.loads(path.with_name("trainer.json").read_text()).get("channels")
     try:
-        return load_file(path)
+        return load_file(path), channels if type(channels) is int and channels > 0 else None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} holds no weights: {error}") from error
 

@@ -10,6 +10,8 @@ import torch
 from .config import EngineError
 from .peers import watched
 
+# What starts several processes without saying where they find each other -> how many it started.
+STARTERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets
 
 
@@ -19,7 +21,8 @@ def session(device: str) -> Iterator[torch.device]:
 
     device: "auto", "cpu" or "cuda".  Under torchrun the ranks it made; alone, a world of one.
     Back end: nccl on CUDA, gloo on CPU.  A process group that is there already is used and left.
-    Raises EngineError when CUDA is asked for and absent, and in half of a launcher's environment.
+    Raises EngineError when CUDA is asked for and absent, in half of a launcher's environment, and
+    where Slurm or MPI started several processes that would each train alone.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
@@ -61,6 +64,14 @@ def _launched() -> bool:
         raise EngineError(
             f"RANK is set, but {', '.join(missing)} not: start with torchrun, or unset RANK"
         )
+    if missing:
+        several = next((s for s in STARTERS if os.environ.get(s, "1") not in ("", "1")), None)
+        if several:
+            raise EngineError(
+                f"{several}={os.environ[several]}, but these processes know nothing of each other "
+                "and would train the same run: start one task a node, and its ranks with torchrun "
+                f"(or unset {several} to train in this process alone)"
+            )
     return not missing
 
 

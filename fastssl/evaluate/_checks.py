@@ -1,19 +1,31 @@
 """What every measure asks of its input before it computes anything."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def checked_features(name: str, x: Tensor) -> Tensor:
-    """`x` as float32 without gradient; ValueError unless it is (N >= 2, D >= 1) and finite."""
+    """`x` as float32 without gradient; ValueError unless (N >= 2, D >= 1) and finite as such."""
     if x.ndim != 2 or x.shape[1] < 1 or not x.is_floating_point():
         raise ValueError(f"{name} must be a float tensor (N, D), got {x.dtype} {tuple(x.shape)}")
     if x.shape[0] < 2:
         raise ValueError(f"{name} must hold at least 2 samples, got {x.shape[0]}")
+    x = x.detach().float()
     broken = int((~torch.isfinite(x)).any(dim=1).sum())
     if broken:
         raise ValueError(f"{name} has non-finite values in {broken} of {x.shape[0]} rows")
-    return x.detach().float()
+    return x
+
+
+def directions(x: Tensor) -> Tensor:
+    """The rows of `x` (N, D) float32 at length 1, however short or long; a row of zeros stays.
+
+    Squares of values below 1e-23 or above 1e19 leave float32, so each row is first divided by its
+    largest value.
+    """
+    largest = x.abs().amax(1, keepdim=True)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1.0), dim=1)
 
 
 def checked_labels(name: str, y: Tensor, x: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ Source: Wang & Isola 2020, arXiv:2005.10242, section 4.1 (alpha = 2, t = 2).
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.evaluate._checks import checked_features, same_width
+from fastssl.evaluate._checks import checked_features, directions, same_width
 from fastssl.kernels import exclude_self, pairwise_lse
 
 
@@ -34,7 +33,7 @@ def alignment(a: Tensor, b: Tensor, alpha: float = 2.0) -> float:
     same_width("a", a, "b", b)
     if len(a) != len(b):
         raise ValueError(f"a and b must hold the same samples, got {len(a)} and {len(b)}")
-    distance = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).double().norm(dim=1)
+    distance = (directions(a) - directions(b)).double().norm(dim=1)
     return float(distance.pow(alpha).mean())
 
 
@@ -53,7 +52,7 @@ def uniformity(x: Tensor, t: float = 2.0) -> float:
         raise ValueError(f"t must be > 0, got {t}")
     x = checked_features("x", x)
     zero = (x == 0).all(1, keepdim=True).to(x.dtype)
-    x = torch.cat([F.normalize(x, dim=1), zero], dim=1)
+    x = torch.cat([directions(x), zero], dim=1)
     # On the sphere -t |x_i - x_j|^2 = 2t (x_i . x_j - 1): each row is one streamed log-sum-exp.
     rows = pairwise_lse(x, x, 2 * t, mask=exclude_self).double()
     return float(rows.logsumexp(0)) - 2 * t - math.log(len(x) * (len(x) - 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastssl import distributed
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.loader import EvalLoader
-from fastssl.data.seeds import sample_seed
+from fastssl.data.seeds import EVALUATE, mix, sample_seed
 from fastssl.data.sources.base import Source
 from fastssl.data.views.spec import ViewSpec, apply, blank
 
@@ -44,12 +44,12 @@ class Embedded:
 
 
 def embed(features: Features, source: Source, cfg: EmbedConfig) -> Embedded:
-    """Every item of `source`, or `cfg.limit` evenly spaced ones.  Collective.
+    """Every item of `source`, or a `subset` of `cfg.limit`.  Collective.
 
     Raises DataError when no item can be read.
     """
     if len(source) > cfg.limit:
-        source = source.select((np.arange(cfg.limit) * len(source)) // cfg.limit)
+        source = source.select(subset(source.labels, len(source), cfg.limit))
     batches = EvalLoader(
         source,
         cfg.views,
@@ -71,6 +71,21 @@ def embed(features: Features, source: Source, cfg: EmbedConfig) -> Embedded:
     return _join(source, distributed.gather_objects((parts, bad)))
 
 
+def subset(labels: Tensor | None, count: int, limit: int) -> np.ndarray:
+    """At most `limit` of `count` indices, sorted: of every class its share, and one at least where
+    there is room; which ones, a hash of the index says.  Always the same.
+
+    labels (count,) int64, None: all of one class.  Where classes outnumber `limit`, the first ones.
+    """
+    order = np.argsort(mix(EVALUATE, 0, np.arange(count)), kind="stable")
+    groups = np.zeros(count, np.int64) if labels is None else labels.numpy()
+    by_class = order[np.argsort(groups[order], kind="stable")]
+    sizes = np.bincount(groups)
+    first, own = (np.cumsum(sizes) - sizes)[groups[by_class]], sizes[groups[by_class]]
+    place = (np.arange(count) - first) / own  # within its class, in [0, 1)
+    return np.sort(by_class[np.argsort(place, kind="stable")[:limit]])
+
+
 def _join(source: Source, gathered) -> Embedded:
     parts = [part for rank_parts, _ in gathered for part in rank_parts]
     bad = [entry for _, rank_bad in gathered for entry in rank_bad]
@@ -90,7 +105,7 @@ def two_views(features: Features, source: Source, views: ViewSpec, seed: int, co
     Both are drawn by the first entry of `views`.  Collective under ZeRO-3.
     """
     pairs: list[list[Tensor]] = []
-    for i in range(0, len(source), max(1, -(-len(source) // count))):
+    for i in subset(source.labels, len(source), count).tolist():
         try:
             item = source.item(i)
         except BadItem:  # embed has counted and named it

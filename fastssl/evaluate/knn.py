@@ -7,10 +7,9 @@ Source: Wu et al. 2018, instance discrimination, arXiv:1805.01978, section 3.4 (
 M test rows, N train rows, C classes.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.evaluate._checks import checked_features, checked_labels, same_width
+from fastssl.evaluate._checks import checked_features, checked_labels, directions, same_width
 from fastssl.kernels.topk import pairwise_topk
 
 _ROWS = 4096  # test rows voting at once: bounds the (rows, C) tally, whatever M is
@@ -46,10 +45,10 @@ def knn_accuracy(
     train_y = checked_labels("train_y", train_y, train_x)
     test_y = checked_labels("test_y", test_y, test_x)
     classes, train_class = train_y.unique(return_inverse=True)
-    keys = F.normalize(train_x, dim=1)
+    keys = directions(train_x)
     right = 0
     for rows, labels in zip(test_x.split(_ROWS), test_y.split(_ROWS), strict=True):
-        s_Mk, nearest_Mk = pairwise_topk(F.normalize(rows, dim=1), keys, min(k, len(keys)))
+        s_Mk, nearest_Mk = pairwise_topk(directions(rows), keys, min(k, len(keys)))
         # Only the ratios of the weights matter: taking the best similarity off keeps exp finite.
         weights_Mk = ((s_Mk - s_Mk.amax(1, keepdim=True)) / temperature).exp()
         votes_MC = weights_Mk.new_zeros(len(rows), len(classes))

@@ -68,7 +68,7 @@ class DenseInfoNCELoss(ContrastiveLoss):
 
     def forward(self, z0: Tensor, z1: Tensor, match: Tensor | None = None) -> Tensor:
         group = self.process_group
-        require_all_even(group, z0=z0, z1=z1, **{} if match is None else {"match": match})
+        require_all_even(group, z0=z0, z1=z1, match=match)
         _check(z0, z1, match)
         q, k = unit(z0), unit(z1)
         B, L, _ = q.shape

@@ -67,7 +67,7 @@ class SupConLoss(ContrastiveLoss):
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         group = self.process_group
-        require_all_even(group, features=features, **{} if labels is None else {"labels": labels})
+        require_all_even(group, features=features, labels=labels)
         check_embeddings("B, V, D", features=features)
         z = unit(features)
         B, V, _ = z.shape

@@ -1,80 +1,34 @@
-"""The methods, by name.  A new one is a file, its config in the union and a line in METHODS."""
+"""The methods, by name (`registry`), and what each can be told (`configs`).
 
-from typing import Annotated
+The methods, and with them the encoders of timm, are imported when one is first asked for.
+"""
 
-from pydantic import Field
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
-from .barlow_twins import BarlowTwins, BarlowTwinsConfig
-from .base import Batch, Method, MethodConfig
-from .clip import CLIP, CLIPConfig
-from .cropmae import CropMAE, CropMAEConfig
-from .data2vec import Data2Vec, Data2VecConfig
-from .dcl import DCL, DCLConfig
-from .gmml import GMML, GMMLConfig
-from .ijepa import IJEPA, IJEPAConfig
-from .mae import MAE, MAEConfig
-from .mixed_barlow_twins import MixedBarlowTwins, MixedBarlowTwinsConfig
-from .mocov3 import MoCoV3, MoCoV3Config
-from .nnclr import NNCLR, NNCLRConfig
-from .point_mae import PointMAE, PointMAEConfig
-from .sie import SIE, SIEConfig
-from .signal_mae import SignalMAE, SignalMAEConfig
-from .simclr import SimCLR, SimCLRConfig
-from .simmim import SimMIM, SimMIMConfig
-from .tjepa import TJEPA, TJEPAConfig
-from .vicreg import VICReg, VICRegConfig
-from .videomae import VideoMAE, VideoMAEConfig
+from .configs import AnyMethodConfig, MethodConfig
 
-METHODS: dict[str, type[Method]] = {
-    "simclr": SimCLR,
-    "dcl": DCL,
-    "mocov3": MoCoV3,
-    "nnclr": NNCLR,
-    "clip": CLIP,
-    "barlow_twins": BarlowTwins,
-    "mixed_barlow_twins": MixedBarlowTwins,
-    "vicreg": VICReg,
-    "sie": SIE,
-    "mae": MAE,
-    "simmim": SimMIM,
-    "gmml": GMML,
-    "cropmae": CropMAE,
-    "ijepa": IJEPA,
-    "data2vec": Data2Vec,
-    "videomae": VideoMAE,
-    "signal_mae": SignalMAE,
-    "tjepa": TJEPA,
-    "point_mae": PointMAE,
-}
-AnyMethodConfig = Annotated[
-    SimCLRConfig
-    | DCLConfig
-    | MoCoV3Config
-    | NNCLRConfig
-    | CLIPConfig
-    | BarlowTwinsConfig
-    | MixedBarlowTwinsConfig
-    | VICRegConfig
-    | SIEConfig
-    | MAEConfig
-    | SimMIMConfig
-    | GMMLConfig
-    | CropMAEConfig
-    | IJEPAConfig
-    | Data2VecConfig
-    | VideoMAEConfig
-    | SignalMAEConfig
-    | TJEPAConfig
-    | PointMAEConfig,
-    Field(discriminator="name"),
-]
-
-
-def build_method(encoder: nn.Module, cfg: AnyMethodConfig) -> Method:
-    """The method `cfg.name` over `encoder`.  Raises ValueError for an encoder it cannot train."""
-    return METHODS[cfg.name](encoder, cfg)  # type: ignore[call-arg]
-
+if TYPE_CHECKING:
+    from .barlow_twins import BarlowTwins
+    from .base import Batch, Method
+    from .clip import CLIP
+    from .cropmae import CropMAE
+    from .data2vec import Data2Vec
+    from .dcl import DCL
+    from .gmml import GMML
+    from .ijepa import IJEPA
+    from .mae import MAE
+    from .mixed_barlow_twins import MixedBarlowTwins
+    from .mocov3 import MoCoV3
+    from .nnclr import NNCLR
+    from .point_mae import PointMAE
+    from .registry import METHODS, build_method
+    from .sie import SIE
+    from .signal_mae import SignalMAE
+    from .simclr import SimCLR
+    from .simmim import SimMIM
+    from .tjepa import TJEPA
+    from .vicreg import VICReg
+    from .videomae import VideoMAE
 
 __all__ = [
     "CLIP",
@@ -103,3 +57,11 @@ __all__ = [
     "VideoMAE",
     "build_method",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import base, registry
+
+    return getattr(base if name == "Batch" else registry, name)

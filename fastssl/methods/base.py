@@ -13,20 +13,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastssl.section import Section
-
 Batch = dict[str, Any]
 PARAMETERS = (
     *("left", "top", "width", "height", "flip", "cos", "sin", "shift_x", "shift_y"),
     *("brightness", "contrast", "saturation", "hue", "grayscale", "sigma", "solarise"),
 )
-
-
-class MethodConfig(Section):
-    """Base of the methods' options: each method's own stand in its file."""
-
-    def check_source(self, classes: int | None) -> None:
-        """Raise ValueError for images that do not serve; classes: their number, None unlabelled."""
 
 
 class Method(nn.Module):

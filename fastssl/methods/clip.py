@@ -6,39 +6,18 @@ Source: Radford et al. 2021, arXiv:2103.00020, figure 3 and section 2.5 (the sca
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import CLIPLoss
 from fastssl.models import feature_dim
 
-from .base import Batch, Method, MethodConfig
+from .base import Batch, Method
+from .configs import CLIPConfig
 
 _MOST = math.log(100)  # of the scale's logarithm
-
-
-class CLIPConfig(MethodConfig):
-    name: Literal["clip"] = "clip"
-    captions: int = Field(10, ge=1, description="Captions known: at least as many as classes.")
-    temperature: float = Field(0.07, gt=0, description="Of the learned scale, at first.")
-    projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
-    hidden_dim: int = Field(256, ge=1, description="Width inside the caption tower.")
-
-    def check_source(self, classes: int | None) -> None:
-        if classes is None:
-            raise ValueError(
-                "method.name=clip captions images with their classes, and this data.source has "
-                "no labels: give it one with labels (of a folder, one folder a class)"
-            )
-        if classes > self.captions:
-            raise ValueError(
-                f"method.captions={self.captions} leaves some of the {classes} classes of "
-                f"this data.source without a caption: give method.captions={classes}"
-            )
 
 
 class CLIP(Method):

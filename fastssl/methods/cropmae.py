@@ -10,29 +10,18 @@ by their own moments); the siamese form is SiamMAE's, arXiv:2305.14344, and cros
 CroCo's, arXiv:2210.10716.  The second crop lies within the first (preset `crop_mae`).
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import MAELoss
 from fastssl.masking import Masking, random_masking
 from fastssl.models import CrossDecoder, MaskedViT
 
-from .base import Batch, Method, MethodConfig
+from .base import Batch, Method
+from .configs import CropMAEConfig
 from .paint import repainted
-from .places import MaskSchedule, Ratio, patch_values, ratio_field
-
-
-class CropMAEConfig(MethodConfig):
-    name: Literal["cropmae"] = "cropmae"
-    mask_ratio: Ratio = ratio_field(0.985)
-    norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
-    decoder_dim: int = Field(256, ge=1, description="Width of the decoder.")
-    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
-    decoder_heads: int = Field(8, ge=1, description="Attention heads of the decoder.")
+from .places import MaskSchedule, patch_values
 
 
 class CropMAE(Method):

@@ -12,11 +12,10 @@ decoder is convolutional and blocks are taken before their last residual; here i
 for grids of any dimensions, and whole blocks are taken, each normalised token by token.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens
@@ -25,30 +24,9 @@ from fastssl.models import EMA, MAEDecoder, MaskedViT
 from fastssl.random import hashes
 from fastssl.schedules import linear
 
-from .base import Batch, Method, MethodConfig
-from .places import Kind, MaskSchedule, Ratio, draw_mask, kind_field, ratio_field
-
-
-class Data2VecConfig(MethodConfig):
-    name: Literal["data2vec"] = "data2vec"
-    mask_ratio: Ratio = ratio_field(0.8)
-    masking: Kind = kind_field()
-    masks: int = Field(1, ge=1, description="Masks of an image, for one pass of the teacher.")
-    layers: int = Field(10, ge=1, description="Of the teacher's last blocks, so many averaged.")
-    momentum: float = Field(0.9998, ge=0, le=1, description="Of the teacher at first.")
-    momentum_end: float = Field(0.99999, ge=0, le=1, description="Of the teacher from `until` on.")
-    until: float = Field(0.3, gt=0, le=1, description="Share of training its momentum rises for.")
-    error: Literal["l2", "smooth_l1"] = Field("l2", description="Of a predicted feature.")
-    decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
-    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
-    decoder_heads: int = Field(12, ge=1, description="Attention heads of the decoder.")
-
-    @model_validator(mode="after")
-    def _rises(self) -> "Data2VecConfig":
-        if self.momentum_end < self.momentum:
-            given = f"momentum_end={self.momentum_end} is below momentum={self.momentum}"
-            raise ValueError(f"the teacher's momentum may not fall, got {given}")
-        return self
+from .base import Batch, Method
+from .configs import Data2VecConfig
+from .places import MaskSchedule, draw_mask
 
 
 class Data2Vec(Method):

@@ -3,19 +3,12 @@
 Source: Yeh et al. 2021, Decoupled Contrastive Learning, arXiv:2110.06848.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import nn
 
 from fastssl.losses import DCLLoss, DCLWLoss
 
-from .simclr import SimCLR, SimCLRConfig
-
-
-class DCLConfig(SimCLRConfig):
-    name: Literal["dcl"] = "dcl"  # type: ignore[assignment]
-    weighted: bool = Field(False, description="Weigh positives by how unlike they are (DCLW).")
+from .configs import DCLConfig
+from .simclr import SimCLR
 
 
 class DCL(SimCLR):

@@ -10,10 +10,7 @@ SiT, arXiv:2104.03602.  There the share corrupted is random up to 70 %; here it 
 from the first to the last of a pair.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens
@@ -21,20 +18,10 @@ from fastssl.losses import MAELoss
 from fastssl.masking import Masking, connected_masking, corrupt
 from fastssl.models import MaskedViT
 
-from .base import Batch, Method, MethodConfig
+from .base import Batch, Method
+from .configs import GMMLConfig
 from .paint import paint
-from .places import MaskSchedule, Ratio, patch_values, ratio_field
-
-
-class GMMLConfig(MethodConfig):
-    name: Literal["gmml"] = "gmml"
-    mask_ratio: Ratio = ratio_field(0.7)
-    groups: int = Field(4, ge=1, description="Places that the corrupted groups grow from.")
-    corruption: Literal["noise", "zeros", "swap", "mixed"] = Field(
-        "mixed", description="What replaces a patch: swap takes another image's, mixed draws."
-    )
-    everywhere: bool = Field(False, description="Take the error over all patches, not the hidden.")
-    error: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="Of a pixel's prediction.")
+from .places import MaskSchedule, patch_values
 
 
 class GMML(Method):

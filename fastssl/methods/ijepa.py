@@ -11,11 +11,8 @@ Source: Assran et al. 2023, I-JEPA, arXiv:2301.08243, section 3.  There the teac
 evaluated and positions are sine waves; here the student's are, and positions the encoder's own.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens
@@ -23,19 +20,8 @@ from fastssl.masking import Blocks, multi_block_masking
 from fastssl.models import EMA, LatentPredictor, MaskedViT
 from fastssl.schedules import linear
 
-from .base import Batch, Method, MethodConfig
-
-
-class IJEPAConfig(MethodConfig):
-    name: Literal["ijepa"] = "ijepa"
-    context: float = Field(0.3, gt=0, lt=1, description="Share of patches the student reads.")
-    target: float = Field(0.175, gt=0, lt=1, description="Share of patches in a target block.")
-    blocks: int = Field(4, ge=1, description="Target blocks of an image.")
-    momentum: float = Field(0.996, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
-    error: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="Of a predicted feature.")
-    decoder_dim: int = Field(384, ge=1, description="Width of the predictor.")
-    decoder_depth: int = Field(6, ge=1, description="Blocks of the predictor.")
-    decoder_heads: int = Field(12, ge=1, description="Attention heads of the predictor.")
+from .base import Batch, Method
+from .configs import IJEPAConfig
 
 
 class IJEPA(Method):

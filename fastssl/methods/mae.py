@@ -8,29 +8,17 @@ Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:
 of filtered noise: Hinojosa et al. 2024, ColorMAE, arXiv:2407.13036; blocks: BEiT, arXiv:2106.08254.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import MAELoss
 from fastssl.masking import Masking
 from fastssl.models import MAEDecoder, MaskedViT
 
-from .base import Batch, Method, MethodConfig
+from .base import Batch, Method
+from .configs import MAEConfig
 from .paint import repainted
-from .places import Kind, MaskSchedule, Ratio, draw_mask, kind_field, patch_values, ratio_field
-
-
-class MAEConfig(MethodConfig):
-    name: Literal["mae"] = "mae"
-    mask_ratio: Ratio = ratio_field(0.75)
-    masking: Kind = kind_field()
-    norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
-    decoder_dim: int = Field(512, ge=1, description="Width of the decoder.")
-    decoder_depth: int = Field(8, ge=1, description="Blocks of the decoder.")
-    decoder_heads: int = Field(16, ge=1, description="Attention heads of the decoder.")
+from .places import MaskSchedule, draw_mask, patch_values
 
 
 class MAE(Method):

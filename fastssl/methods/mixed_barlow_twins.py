@@ -6,21 +6,14 @@ Source: Bandara et al. 2023, Guarding Barlow Twins Against Overfitting with Mixe
 arXiv:2312.02151, algorithm 1.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor
 
 from fastssl.losses import MixedBarlowTwinsLoss
 from fastssl.random import uniform
 
-from .barlow_twins import BarlowTwins, BarlowTwinsConfig
+from .barlow_twins import BarlowTwins
 from .base import Batch
-
-
-class MixedBarlowTwinsConfig(BarlowTwinsConfig):
-    name: Literal["mixed_barlow_twins"] = "mixed_barlow_twins"  # pyright: ignore[reportIncompatibleVariableOverride]
-    mixup: float = Field(5.0, ge=0, description="Weight of the mixture's terms, beside lambda.")
+from .configs import MixedBarlowTwinsConfig
 
 
 class MixedBarlowTwins(BarlowTwins):

@@ -4,25 +4,14 @@ Source: Chen, Xie & He 2021, An Empirical Study of Training Self-Supervised Visi
 arXiv:2104.02057, algorithm 1; the momentum rises to 1 over half a cosine (section 4.1).
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import MoCoV3Loss
 from fastssl.models import EMA, feature_dim, projection_head
 from fastssl.schedules import cosine
 
-from .base import Batch, Method, MethodConfig
-
-
-class MoCoV3Config(MethodConfig):
-    name: Literal["mocov3"] = "mocov3"
-    temperature: float = Field(0.2, gt=0, description="Divides the cosine similarities.")
-    momentum: float = Field(0.99, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
-    hidden_dim: int = Field(4096, ge=1, description="Width inside both heads.")
-    projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
-    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+from .base import Batch, Method
+from .configs import MoCoV3Config
 
 
 class MoCoV3(Method):

@@ -3,25 +3,13 @@
 Source: Dwibedi et al. 2021, With a Little Help from My Friends, arXiv:2104.14548, section 3.2.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import NNCLRLoss
 from fastssl.models import feature_dim, projection_head
 
-from .base import Batch, Method, MethodConfig
-
-
-class NNCLRConfig(MethodConfig):
-    name: Literal["nnclr"] = "nnclr"
-    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
-    queue_size: int = Field(65536, ge=1, description="Past projections kept as neighbours.")
-    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
-    projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
-    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
-    prediction_hidden_dim: int = Field(4096, ge=1, description="Width inside the prediction head.")
+from .base import Batch, Method
+from .configs import NNCLRConfig
 
 
 class NNCLR(Method):

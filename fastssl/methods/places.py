@@ -1,10 +1,8 @@
 """Which patches a masked method hides, and how many as training goes on."""
 
 from math import prod
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.masking import (
@@ -18,23 +16,7 @@ from fastssl.masking import (
 )
 from fastssl.models import MaskedViT
 
-Ratio = float | tuple[float, float]
-Kind = Literal["random", "block", "grid", "noise"]
-
-
-def ratio_field(default: float) -> Ratio:
-    """The field `mask_ratio` of a method's options."""
-    return Field(  # type: ignore[return-value]
-        default,
-        description="Share of patches hidden; a pair: at first and at the end, linear between.",
-    )
-
-
-def kind_field() -> Kind:
-    """The field `masking` of a method's options."""
-    return Field(  # type: ignore[return-value]
-        "random", description="Which are hidden: single patches, blocks, a grid, filtered noise."
-    )
+from .configs import Kind, Ratio
 
 
 def draw_mask(kind: Kind, seeds: Tensor, grid: tuple[int, ...], keep: int) -> Masking:

@@ -9,10 +9,7 @@ Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 3 (random masking
 distance of squared lengths).
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.kernels import chamfer, gather_tokens
@@ -20,16 +17,9 @@ from fastssl.masking import Masking, random_masking
 from fastssl.models import PointDecoder, PointTransformer
 from fastssl.models.point import Groups
 
-from .base import Batch, Method, MethodConfig
-from .places import MaskSchedule, Ratio, ratio_field
-
-
-class PointMAEConfig(MethodConfig):
-    name: Literal["point_mae"] = "point_mae"
-    mask_ratio: Ratio = ratio_field(0.6)
-    decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
-    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
-    decoder_heads: int = Field(6, ge=1, description="Attention heads of the decoder.")
+from .base import Batch, Method
+from .configs import PointMAEConfig
+from .places import MaskSchedule
 
 
 class PointMAE(Method):

@@ -7,16 +7,14 @@ Source: Garrido et al. 2023, SIE, arXiv:2302.10283, section 4: features split, a
 part, regularised together; one direction, from the first view to the second.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import SIELoss
 from fastssl.models import HypernetworkPredictor, feature_dim, projection_head
 
-from .base import PARAMETERS, Batch, Method, MethodConfig
+from .base import PARAMETERS, Batch, Method
+from .configs import SIEConfig
 
 _AT = {name: i for i, name in enumerate(PARAMETERS)}
 
@@ -69,25 +67,6 @@ def relation(first: Tensor, second: Tensor, *kinds: str) -> Tensor:
 
 
 _NUMBERS = {"rotation": 4, "geometry": 6, "colour": 7}
-Kind = Literal["rotation", "geometry", "colour"]
-
-
-class SIEConfig(MethodConfig):
-    name: Literal["sie"] = "sie"
-    follows: tuple[Kind, ...] = Field(
-        ("rotation",), min_length=1, description="What the equivariant part is to follow."
-    )
-    share: float = Field(0.5, gt=0, lt=1, description="Of the features that are equivariant.")
-    lambda_inv: float = Field(10.0, ge=0, description="Weight of the invariant parts' agreement.")
-    lambda_equi: float = Field(4.5, ge=0, description="Weight of the prediction's error.")
-    lambda_var: float = Field(10.0, ge=0, description="Weight of the variances' hinge.")
-    lambda_cov: float = Field(1.0, ge=0, description="Weight of the squared covariances.")
-    hidden_dim: int = Field(2048, ge=2, description="Width inside both projection heads together.")
-    projection_dim: int = Field(2048, ge=2, description="Width D of the whole embeddings.")
-    layers: int = Field(3, ge=1, description="Linear layers of the projection heads.")
-    reader: tuple[int, ...] = Field(
-        (), description="Hidden widths of the network that reads the relation; none: linear."
-    )
 
 
 class SIE(Method):

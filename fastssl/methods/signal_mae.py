@@ -10,21 +10,12 @@ arXiv:2007.06028, section 3.2; MAE on sound, Huang et al. 2022, arXiv:2207.06405
 spectrograms where this reads the waveform.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.masking import Masking, span_masking
 
-from .mae import MAE, MAEConfig
-from .places import Ratio, ratio_field
-
-
-class SignalMAEConfig(MAEConfig):
-    name: Literal["signal_mae"] = "signal_mae"  # type: ignore[assignment]
-    mask_ratio: Ratio = ratio_field(0.6)
-    span: int = Field(4, ge=1, description="Neighbouring patches hidden together; 1: single ones.")
+from .configs import SignalMAEConfig
+from .mae import MAE
 
 
 class SignalMAE(MAE):

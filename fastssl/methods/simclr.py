@@ -4,23 +4,13 @@ Source: Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual 
 arXiv:2002.05709, algorithm 1.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import NTXentLoss
 from fastssl.models import feature_dim, projection_head
 
-from .base import Batch, Method, MethodConfig
-
-
-class SimCLRConfig(MethodConfig):
-    name: Literal["simclr"] = "simclr"
-    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
-    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
-    projection_dim: int = Field(128, ge=1, description="Width of the embeddings the loss compares.")
-    layers: int = Field(2, ge=1, description="Linear layers of the projection head.")
+from .base import Batch, Method
+from .configs import SimCLRConfig
 
 
 class SimCLR(Method):

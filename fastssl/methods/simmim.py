@@ -10,10 +10,8 @@ Source: Xie et al. 2022, SimMIM, arXiv:2111.09886, sections 3.2 to 3.5 (random m
 """
 
 from math import prod
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens, restore_tokens
@@ -21,16 +19,10 @@ from fastssl.losses import MAELoss
 from fastssl.masking import Masking, unit_masking
 from fastssl.models import MaskedViT
 
-from .base import Batch, Method, MethodConfig
+from .base import Batch, Method
+from .configs import SimMIMConfig
 from .paint import repainted
-from .places import MaskSchedule, Ratio, patch_values, ratio_field
-
-
-class SimMIMConfig(MethodConfig):
-    name: Literal["simmim"] = "simmim"
-    mask_ratio: Ratio = ratio_field(0.6)
-    unit: int = Field(2, ge=1, description="Patches are hidden in squares of so many a side.")
-    error: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="Of a pixel's prediction.")
+from .places import MaskSchedule, patch_values
 
 
 class SimMIM(Method):

@@ -13,11 +13,8 @@ and of the targets are drawn for each batch, and targets are not normalised; her
 and targets are layer-normed as I-JEPA's (arXiv:2301.08243) unless `norm_targets` is false.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens
@@ -26,19 +23,8 @@ from fastssl.models import EMA, LatentPredictor, TableTransformer
 from fastssl.random import hashes
 from fastssl.schedules import linear
 
-from .base import Batch, Method, MethodConfig
-
-
-class TJEPAConfig(MethodConfig):
-    name: Literal["tjepa"] = "tjepa"
-    context: float = Field(0.4, gt=0, lt=1, description="Share of columns the student reads.")
-    target: float = Field(0.2, gt=0, lt=1, description="Share of columns in a target set.")
-    blocks: int = Field(4, ge=1, description="Target sets of a row.")
-    momentum: float = Field(0.996, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
-    norm_targets: bool = Field(True, description="Layer-norm the teacher's features.")
-    decoder_dim: int = Field(64, ge=1, description="Width of the predictor.")
-    decoder_depth: int = Field(2, ge=1, description="Blocks of the predictor.")
-    decoder_heads: int = Field(4, ge=1, description="Attention heads of the predictor.")
+from .base import Batch, Method
+from .configs import TJEPAConfig
 
 
 class _Columns(nn.Module):

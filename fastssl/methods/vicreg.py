@@ -3,25 +3,13 @@
 Source: Bardes et al. 2022, VICReg, arXiv:2105.04906, algorithm 1 and section 4.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import VICRegLoss
 from fastssl.models import feature_dim, projection_head
 
-from .base import Batch, Method, MethodConfig
-
-
-class VICRegConfig(MethodConfig):
-    name: Literal["vicreg"] = "vicreg"
-    lambda_param: float = Field(25.0, ge=0, description="Weight of the views' agreement.")
-    mu_param: float = Field(25.0, ge=0, description="Weight of the variances' hinge.")
-    nu_param: float = Field(1.0, ge=0, description="Weight of the squared covariances.")
-    hidden_dim: int = Field(8192, ge=1, description="Width inside the projection head.")
-    projection_dim: int = Field(8192, ge=1, description="Width D of the embeddings.")
-    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+from .base import Batch, Method
+from .configs import VICRegConfig
 
 
 class VICReg(Method):

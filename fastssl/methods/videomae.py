@@ -11,31 +11,17 @@ tubelets, and the loss taken at those that the encoder does not see, a count tha
 hidden ones are taken, and counts are fixed.  Positions of the decoder are learned.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastssl.losses import MAELoss
 from fastssl.masking import Dual, dual_masking, keep_of
 from fastssl.models import LatentPredictor, MaskedViT
 
-from .base import Batch, Method, MethodConfig
+from .base import Batch, Method
+from .configs import VideoMAEConfig
 from .paint import repainted
 from .places import patch_values
-
-
-class VideoMAEConfig(MethodConfig):
-    name: Literal["videomae"] = "videomae"
-    mask_ratio: float = Field(0.9, description="Share of a frame's tubelets hidden.")
-    decode_ratio: float = Field(
-        0.5, gt=0, le=1, description="Share of the hidden tubelets that are predicted."
-    )
-    norm_pix: bool = Field(True, description="Predict each tubelet normalised by its own moments.")
-    decoder_dim: int = Field(192, ge=1, description="Width of the decoder.")
-    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
-    decoder_heads: int = Field(3, ge=1, description="Attention heads of the decoder.")
 
 
 class VideoMAE(Method):

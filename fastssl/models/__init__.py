@@ -1,6 +1,14 @@
 """Encoders and heads: timm backbones by name, MaskedViT over a timm ViT, projection heads."""
 
-from .backbones import OWN, backbone_arguments, build_backbone, channels_of, feature_dim, is_vit
+from .backbones import (
+    OWN,
+    backbone_arguments,
+    build_backbone,
+    channels_of,
+    feature_dim,
+    is_vit,
+    probe,
+)
 from .decoders import CrossDecoder, LatentPredictor, MAEDecoder
 from .directpred import DirectPred
 from .ema import EMA
@@ -31,6 +39,7 @@ __all__ = [
     "channels_of",
     "feature_dim",
     "is_vit",
+    "probe",
     "projection_head",
     "sincos_positions",
     "vit_signal",

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -26,50 +27,109 @@ OWN: dict[str, Callable[[tuple[int, ...]], dict[str, Any]]] = {
 }
 
 
+# Arguments of timm.create_model that are not the user's to give, and why.
+_REFUSED = {
+    **dict.fromkeys(
+        ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+        "a run starts from random weights",
+    ),
+    "num_classes": "the encoder has no classifier",
+    **dict.fromkeys(("features_only", "out_indices"), "the encoder gives pooled features"),
+}
+
+
 def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any]):
     """The timm model `name`, randomly initialised, `num_classes=0`.
 
     shape: of what it reads, without the batch: (C, H, W) of images, which are square.
     kwargs: anything the timm model takes (embed_dim, depth, patch_size, drop_path_rate ...).
-    Raises ValueError for a name timm does not know (with the closest) and for arguments it refuses.
+    Raises ValueError for a name timm does not know (with the closest), for arguments it refuses,
+    and for patches that leave a part of each view unread.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model.name={name!r} is not a timm model{hint}")
+    for key, value in kwargs.items():
+        if key in _REFUSED and value not in (False, None, *([0] if key == "num_classes" else [])):
+            raise ValueError(f"model.kwargs.{key}={value!r}: {_REFUSED[key]}, leave {key} out")
     arguments = backbone_arguments(name, shape, kwargs)
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
-        with torch.no_grad():  # a model of another image size is found out here, not in a worker
-            model.eval()(torch.zeros(1, *shape))
-        return model.train()
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        features = probe(model, shape)  # another image size is found out here, not in a worker
+    except (TypeError, AssertionError, RuntimeError, ValueError, LookupError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         read = f"{shape[-1]}-pixel images" if len(shape) == 3 else f"a view of shape {shape}"
         raise ValueError(
             f"{name} with model.kwargs={kwargs} does not take {read}: {first}"
         ) from error
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        got = f"{tuple(features.shape)}" if isinstance(features, torch.Tensor) else "a list"
+        raise ValueError(
+            f"{name} with model.kwargs={kwargs} gives {got} for one view, not pooled features "
+            "(1, F): leave global_pool and the like as they are"
+        )
+    return model
+
+
+def probe(model: nn.Module, shape: tuple[int, ...]) -> Any:
+    """What the model makes of a view of zeros.
+
+    Raises ValueError for an image size that patches do not fill (timm drops the rest in silence),
+    and whatever the model raises for a shape that it does not take.
+    """
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad:
+        side, patch = shape[-1], max(embed.patch_size)
+        if side % patch:
+            fits = max(side // patch, 1) * patch
+            raise ValueError(
+                f"{side} is not a multiple of the patches' {patch}, and {side % patch} pixels of "
+                f"each side would never be read: give data.image_size={fits} or "
+                "model.kwargs.dynamic_img_pad=true"
+            )
+    training = model.training
+    with torch.no_grad():
+        features = model.eval()(torch.zeros(1, *shape))
+    model.train(training)
+    return features
 
 
 def backbone_arguments(name: str, shape: tuple[int, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What `timm.create_model` is given besides the name: our defaults, then `kwargs`."""
+    given = {k: v for k, v in kwargs.items() if k not in _REFUSED}
     family: dict[str, Any] = dict(_VIT_DEFAULTS) if is_vit(name) else {}
     if name in OWN:
-        return {"num_classes": 0, **family, **OWN[name](shape), **kwargs}
+        return {"num_classes": 0, **family, **OWN[name](shape), **given}
     fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
     if fixed or is_vit(name):
         family["img_size"] = shape[-1]
-    return {"num_classes": 0, "in_chans": shape[0], **family, **kwargs}
+    return {"num_classes": 0, "in_chans": shape[0], **family, **given}
 
 
-def channels_of(weights: dict[str, torch.Tensor]) -> int:
-    """How many channels a backbone of these weights reads: those of its first convolution, or the
-    columns of a table; 3 of a cloud's points."""
-    if "weight" in weights:  # one row a column
+def channels_of(
+    name: str,
+    kwargs: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    shape_of: Callable[[int], tuple[int, ...]],
+) -> int:
+    """How many channels (a table's columns) a backbone of these weights reads: those with which
+    every tensor has its shape.  For runs that have not written it down.
+
+    shape_of(channels): of what it reads.  Raises ValueError where none fits.
+    """
+    if name == "table_transformer":
         return len(weights["weight"])
-    patches = weights.get("patch_embed.proj.weight")
-    first = next((w for w in weights.values() if w.ndim == 4), None) if patches is None else patches
-    return 3 if first is None or first.ndim < 3 else int(first.shape[1])
+    shapes = {key: value.shape for key, value in weights.items()}
+    for channels in (3, 1, 2, *range(4, 33)):
+        with torch.device("meta"):
+            arguments = backbone_arguments(name, shape_of(channels), kwargs)
+            model = timm.create_model(name, pretrained=False, **arguments)
+        if {key: value.shape for key, value in model.state_dict().items()} == shapes:
+            return channels
+    raise ValueError(
+        f"the weights are of no {name} with model.kwargs={kwargs} and 1 to 32 channels"
+    )
 
 
 def is_vit(name: str) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl import distributed
+from fastssl import __version__, distributed
 from fastssl.config import RunConfig
 from fastssl.data.errors import BadItem
 from fastssl.data.seeds import sample_seed
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fastssl.run.train import Run
 
 MEASURES = ("knn", "linear", "rankme", "uniformity", "alignment")
-PACKAGES = ("fastssl", "torch", "deepspeed", "timm", "torchvision", "triton", "scikit-learn")
+PACKAGES = ("torch", "deepspeed", "timm", "torchvision", "triton", "scikit-learn")
 
 
 class EvaluationError(ValueError):
@@ -243,7 +243,7 @@ def peak_memory() -> int:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "fastssl": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -31,7 +31,7 @@ from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine, Step
 from fastssl.methods import Method, build_method
-from fastssl.models import build_backbone
+from fastssl.models import build_backbone, probe
 from fastssl.run.directory import forget_replaced, prepared
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
 from fastssl.run.results import Evaluator, finish
@@ -81,9 +81,7 @@ def build(cfg: RunConfig, channels: int) -> Method:
 def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
     """Raise ValueError where the encoder does not take images of the side that batch_ops make."""
     try:
-        with torch.no_grad():
-            encoder.eval()(torch.zeros(1, channels, side, side))
-        encoder.train()
+        probe(encoder, (channels, side, side))
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"data.batch_ops make images of {side} pixels, which the model does not take: choose a "
@@ -309,7 +307,8 @@ class Run:
         self.log_bad()
         self.log.sync(step)
         if best or step > self.saved_step:
-            self.checkpoints.save(self.engine, step, vars(self.progress).copy(), best=best)
+            known = {**vars(self.progress), "channels": self.split.train.channels}
+            self.checkpoints.save(self.engine, step, known, best=best)
             self.saved_step = step
 
     def interrupted(self) -> Interrupted:

@@ -105,7 +105,7 @@ def test_without_dali_the_other_back_end_stands_and_says_so(monkeypatch):
     rivals = make(dict(SHAPE), torch.float32, CPU).rivals
     ours = rivals[OURS]
     assert isinstance(ours, Absent)
-    assert ours.why == "pip install 'fastssl[dali]'; fastssl torchvision runs without"
+    assert ours.why == "pip install 'fastssl-torch[dali]'; fastssl torchvision runs without"
     assert [v.shape[0] for v in rivals["fastssl torchvision"]()] == [4, 4]
 
 

@@ -145,6 +145,14 @@ def test_half_of_a_launchers_environment_is_refused(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_that_know_nothing_of_each_other_are_refused(name, monkeypatch):
+    """Fault 23: two tasks of Slurm trained the same run twice."""
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(EngineError, match=f"{name}=2, but .* torchrun"), launch.session("cpu"):
+        pass
+
+
 @pytest.mark.parametrize("kind", [(0, "fp32"), (1, "fp32"), (0, "bf16")])
 def test_an_infinite_loss_with_finite_gradients_moves_nothing(kind, monkeypatch):
     forward = MAE.forward

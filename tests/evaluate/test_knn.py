@@ -77,6 +77,8 @@ def test_scale_of_features_and_small_temperatures_change_nothing():
     nearest = knn_accuracy(train_x, train_y, test_x, test_y, k=1)
     scaled = (1e4 * train_x, train_y, 1e-3 * test_x, test_y)
     assert knn_accuracy(*scaled, k=5, temperature=1e-6) == nearest
+    for train, test in ((1e-20, 1e25), (1e30, 1e-38)):  # fault 9: their squares leave float32
+        assert knn_accuracy(train * train_x, train_y, test * test_x, test_y, k=1) == nearest
 
 
 def test_a_label_the_train_set_lacks_is_a_mistake():

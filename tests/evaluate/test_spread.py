@@ -79,6 +79,9 @@ def test_alignment_is_the_mean_distance_on_the_sphere():
         assert alignment(a, b, alpha) == pytest.approx(expected, rel=1e-5)
     assert alignment(a, 3 * a) == pytest.approx(0, abs=1e-9)
     assert alignment(a, -a) == pytest.approx(4)
+    assert alignment(1e-25 * a, 1e25 * a) == pytest.approx(0, abs=1e-9)  # fault 9
+    with pytest.raises(ValueError, match="non-finite values in 30 of 30"):  # as float32
+        alignment(1e300 * a.double(), b)
 
 
 def test_uniformity_agrees_with_the_paper():
@@ -88,6 +91,8 @@ def test_uniformity_agrees_with_the_paper():
     assert uniformity(x) == pytest.approx(float(expected), rel=1e-5)
     expected = F.pdist(F.normalize(x).double()).square().mul(-0.5).exp().mean().log()
     assert uniformity(x, t=0.5) == pytest.approx(float(expected), rel=1e-5)
+    for scale in (1e-25, 1e25):  # fault 9: their squares leave float32
+        assert uniformity(scale * x, t=0.5) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_known_uniformities():

@@ -129,15 +129,18 @@ def run(loss, take, model, data):
     return {"value": value.detach(), "grads": grads, "state": state}
 
 
-def refusal(name, rank, world):
+def refusals(name, rank, world):
     """What a rank hears when rank 1's views are not the others': nobody may be left waiting."""
     x, labels, index = (given[0] for given in batch(rank, world))
-    rows = 3 if rank == 1 else B
-    try:
-        CASES[name][1](new_loss(name), x[:, :rows, :OUTPUT], labels[:rows], index[:rows])
-    except (ValueError, RuntimeError) as error:
-        return str(error)
-    return "not refused"
+    rows, heard = 3 if rank == 1 else B, []
+    mixed = x.double() if rank == 1 else x  # fault 35
+    for given in [(x[:, :rows], labels[:rows], index[:rows]), (mixed, labels, index)]:
+        try:
+            CASES[name][1](new_loss(name), *given)
+            heard.append("not refused")
+        except (ValueError, RuntimeError) as error:
+            heard.append(str(error))
+    return heard
 
 
 def each_rank(rank, world):
@@ -149,7 +152,7 @@ def each_rank(rank, world):
         ddp = DistributedDataParallel(network())
         seen["ddp " + name] = run(new_loss(name), take, ddp, data)["grads"]
         if not name.startswith("dense"):
-            seen["refusal " + name] = refusal(name, rank, world)
+            seen["refusals " + name] = refusals(name, rank, world)
     groups = [dist.new_group([r, r + 1]) for r in range(0, world, 2)]  # every rank makes them all
     for name in CASES:
         loss = new_loss(name, process_group=groups[rank // 2])
@@ -229,7 +232,9 @@ def test_each_rank_keeps_its_share_of_the_temperatures(ranks):
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("dense")])
 def test_views_that_differ_are_refused_on_every_rank(ranks, name):
     for seen in ranks:
-        assert "must have the same shape on every rank" in seen["refusal " + name]
+        shape, dtype = seen["refusals " + name]
+        assert "must have the same shape on every rank" in shape
+        assert "must have the same dtype on every rank" in dtype
 
 
 @pytest.mark.parametrize("name", CASES)

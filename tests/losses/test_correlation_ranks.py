@@ -105,6 +105,7 @@ def refusals(rank):
     grid = torch.ones(B, 1, 1, 2)
     cases = {"uneven": z[: B - other], "empty": z[: B * (not other)]}
     cases["flat"] = z.flatten() if other else z
+    cases["mixed"] = z.double() if other else z  # fault 35
     seen = {}
     for name, mine in cases.items():
         seen["vicreg " + name] = refusal(VICRegLoss(), z, mine)
@@ -207,9 +208,10 @@ def test_one_state_on_every_rank(ranks):
 
 def test_views_that_differ_are_refused_on_every_rank(ranks):
     for seen in ranks:
-        assert len(seen["refusals"]) == 15
+        assert len(seen["refusals"]) == 20
         for case, words in seen["refusals"].items():
-            assert "must have the same shape on every rank" in words, case
+            what = "dtype" if case.endswith("mixed") else "shape"
+            assert f"must have the same {what} on every rank" in words, case
 
 
 def test_one_row_on_each_rank(ranks):

@@ -90,6 +90,7 @@ def refusals(rank):
         "empty": [z[: B * (not other)]] * 2,
         "flat": [z.flatten() if other else z] * 2,
         "second": [z, z[: B - other]],
+        "mixed": [z.double() if other else z] * 2,  # fault 35
     }
     losses = {"ntxent": NTXentLoss(), "barlow": BarlowTwinsLoss()}
     return {f"{n} {c}": refusal(losses[n], *zs) for n in losses for c, zs in cases.items()}
@@ -164,9 +165,10 @@ def test_barlow_has_one_value_on_every_rank(ranks, name):
 
 def test_views_that_differ_are_refused_on_every_rank(ranks):
     for seen in ranks:
-        assert len(seen["refusals"]) == 8
+        assert len(seen["refusals"]) == 10
         for case, words in seen["refusals"].items():
-            assert "must have the same shape on every rank" in words, case
+            what = "dtype" if case.endswith("mixed") else "shape"
+            assert f"must have the same {what} on every rank" in words, case
 
 
 def test_each_group_contrasts_within_itself(ranks):

@@ -41,7 +41,9 @@ def test_a_run_learns_and_shows_itself(name, tmp_path):
     assert shown & PICTURES == (set() if name == "tjepa" else PICTURES)
     out = export(cfg.directory, tmp_path / "encoder.safetensors", "safetensors")
     weights = load_file(out)
-    assert channels_of(weights) == open_source(cfg.data.source, cfg.seed).train.channels
+    model, of = cfg.model, lambda channels: cfg.views().shapes(channels)[0]
+    channels = open_source(cfg.data.source, cfg.seed).train.channels
+    assert channels_of(model.name, model.kwargs, weights, of) == channels
     with pytest.raises(ConfigError, match="timm is for timm's models"):
         export(cfg.directory, tmp_path / "timm", "timm")
 

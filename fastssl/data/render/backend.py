@@ -40,7 +40,7 @@ def _not_installed() -> str:
         found = find_spec("nvidia.dali")
     except ModuleNotFoundError:  # nothing of nvidia's is installed
         found = None
-    return "" if found else "nvidia-dali is not installed: pip install 'fastssl[dali]'"
+    return "" if found else "nvidia-dali is not installed: pip install 'fastssl-torch[dali]'"
 
 
 def _unfit(views: ViewSpec, source: Source) -> str:

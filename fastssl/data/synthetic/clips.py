@@ -20,7 +20,6 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from fastssl.data.render.torchvision import draw, render
 from fastssl.data.synthetic.generated import GeneratedOptions
 from fastssl.data.views.image import (
     Area,
@@ -209,6 +208,8 @@ class ClipViews(ItemViews):
         return View.model_validate({name: getattr(self, name) for name in shared})
 
     def view(self, item: Tensor, key: int) -> Tensor:
+        from fastssl.data.render.torchvision import draw, render  # seconds, which a recipe need not
+
         T, H, W = item.shape[1:]
         look = self.look
         slack = max(0, T - (self.frames - 1) * self.stride - 1)

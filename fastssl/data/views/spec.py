@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fastssl.data.render import torchvision
 from fastssl.data.sources.tables import table_views
 from fastssl.data.synthetic.clips import clip_views
 from fastssl.data.synthetic.clouds import cloud_views
@@ -79,6 +78,8 @@ def apply(spec: ViewSpec, item: Tensor, seed: int) -> list[Tensor]:
     seed: a non-negative integer.  Raises ValueError for an item of another kind.
     """
     if isinstance(spec, Views):
+        from fastssl.data.render import torchvision  # seconds to import, which a recipe need not
+
         return torchvision.apply(spec, item, seed)
     return spec.apply(item, seed)  # type: ignore[attr-defined]
 

@@ -1,0 +1,264 @@
+"""What each method can be told.
+
+Apart from the methods, so that a configuration is read without their encoders (timm).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fastssl.section import Section
+
+Ratio = float | tuple[float, float]
+Kind = Literal["random", "block", "grid", "noise"]
+
+
+def ratio_field(default: float) -> Ratio:
+    """The field `mask_ratio` of a method's options."""
+    return Field(  # type: ignore[return-value]
+        default,
+        description="Share of patches hidden; a pair: at first and at the end, linear between.",
+    )
+
+
+def kind_field() -> Kind:
+    """The field `masking` of a method's options."""
+    return Field(  # type: ignore[return-value]
+        "random", description="Which are hidden: single patches, blocks, a grid, filtered noise."
+    )
+
+
+class MethodConfig(Section):
+    """Base of the methods' options."""
+
+    def check_source(self, classes: int | None) -> None:
+        """Raise ValueError for images that do not serve; classes: their number, None unlabelled."""
+
+
+class SimCLRConfig(MethodConfig):
+    name: Literal["simclr"] = "simclr"
+    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings the loss compares.")
+    layers: int = Field(2, ge=1, description="Linear layers of the projection head.")
+
+
+class DCLConfig(SimCLRConfig):
+    name: Literal["dcl"] = "dcl"  # type: ignore[assignment]
+    weighted: bool = Field(False, description="Weigh positives by how unlike they are (DCLW).")
+
+
+class MoCoV3Config(MethodConfig):
+    name: Literal["mocov3"] = "mocov3"
+    temperature: float = Field(0.2, gt=0, description="Divides the cosine similarities.")
+    momentum: float = Field(0.99, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    hidden_dim: int = Field(4096, ge=1, description="Width inside both heads.")
+    projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+
+
+class NNCLRConfig(MethodConfig):
+    name: Literal["nnclr"] = "nnclr"
+    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
+    queue_size: int = Field(65536, ge=1, description="Past projections kept as neighbours.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+    prediction_hidden_dim: int = Field(4096, ge=1, description="Width inside the prediction head.")
+
+
+class CLIPConfig(MethodConfig):
+    name: Literal["clip"] = "clip"
+    captions: int = Field(10, ge=1, description="Captions known: at least as many as classes.")
+    temperature: float = Field(0.07, gt=0, description="Of the learned scale, at first.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
+    hidden_dim: int = Field(256, ge=1, description="Width inside the caption tower.")
+
+    def check_source(self, classes: int | None) -> None:
+        if classes is None:
+            raise ValueError(
+                "method.name=clip captions images with their classes, and this data.source has "
+                "no labels: give it one with labels (of a folder, one folder a class)"
+            )
+        if classes > self.captions:
+            raise ValueError(
+                f"method.captions={self.captions} leaves some of the {classes} classes of "
+                f"this data.source without a caption: give method.captions={classes}"
+            )
+
+
+class BarlowTwinsConfig(MethodConfig):
+    name: Literal["barlow_twins"] = "barlow_twins"
+    lambda_param: float = Field(5e-3, gt=0, description="Weight of the off-diagonal terms.")
+    hidden_dim: int = Field(8192, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(8192, ge=1, description="Width D of the embeddings correlated.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+
+
+class MixedBarlowTwinsConfig(BarlowTwinsConfig):
+    name: Literal["mixed_barlow_twins"] = "mixed_barlow_twins"  # pyright: ignore[reportIncompatibleVariableOverride]
+    mixup: float = Field(5.0, ge=0, description="Weight of the mixture's terms, beside lambda.")
+
+
+class VICRegConfig(MethodConfig):
+    name: Literal["vicreg"] = "vicreg"
+    lambda_param: float = Field(25.0, ge=0, description="Weight of the views' agreement.")
+    mu_param: float = Field(25.0, ge=0, description="Weight of the variances' hinge.")
+    nu_param: float = Field(1.0, ge=0, description="Weight of the squared covariances.")
+    hidden_dim: int = Field(8192, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(8192, ge=1, description="Width D of the embeddings.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+
+
+Followed = Literal["rotation", "geometry", "colour"]
+
+
+class SIEConfig(MethodConfig):
+    name: Literal["sie"] = "sie"
+    follows: tuple[Followed, ...] = Field(
+        ("rotation",), min_length=1, description="What the equivariant part is to follow."
+    )
+    share: float = Field(0.5, gt=0, lt=1, description="Of the features that are equivariant.")
+    lambda_inv: float = Field(10.0, ge=0, description="Weight of the invariant parts' agreement.")
+    lambda_equi: float = Field(4.5, ge=0, description="Weight of the prediction's error.")
+    lambda_var: float = Field(10.0, ge=0, description="Weight of the variances' hinge.")
+    lambda_cov: float = Field(1.0, ge=0, description="Weight of the squared covariances.")
+    hidden_dim: int = Field(2048, ge=2, description="Width inside both projection heads together.")
+    projection_dim: int = Field(2048, ge=2, description="Width D of the whole embeddings.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection heads.")
+    reader: tuple[int, ...] = Field(
+        (), description="Hidden widths of the network that reads the relation; none: linear."
+    )
+
+
+class MAEConfig(MethodConfig):
+    name: Literal["mae"] = "mae"
+    mask_ratio: Ratio = ratio_field(0.75)
+    masking: Kind = kind_field()
+    norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
+    decoder_dim: int = Field(512, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(8, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(16, ge=1, description="Attention heads of the decoder.")
+
+
+class SimMIMConfig(MethodConfig):
+    name: Literal["simmim"] = "simmim"
+    mask_ratio: Ratio = ratio_field(0.6)
+    unit: int = Field(2, ge=1, description="Patches are hidden in squares of so many a side.")
+    error: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="Of a pixel's prediction.")
+
+
+class GMMLConfig(MethodConfig):
+    name: Literal["gmml"] = "gmml"
+    mask_ratio: Ratio = ratio_field(0.7)
+    groups: int = Field(4, ge=1, description="Places that the corrupted groups grow from.")
+    corruption: Literal["noise", "zeros", "swap", "mixed"] = Field(
+        "mixed", description="What replaces a patch: swap takes another image's, mixed draws."
+    )
+    everywhere: bool = Field(False, description="Take the error over all patches, not the hidden.")
+    error: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="Of a pixel's prediction.")
+
+
+class CropMAEConfig(MethodConfig):
+    name: Literal["cropmae"] = "cropmae"
+    mask_ratio: Ratio = ratio_field(0.985)
+    norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
+    decoder_dim: int = Field(256, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(8, ge=1, description="Attention heads of the decoder.")
+
+
+class IJEPAConfig(MethodConfig):
+    name: Literal["ijepa"] = "ijepa"
+    context: float = Field(0.3, gt=0, lt=1, description="Share of patches the student reads.")
+    target: float = Field(0.175, gt=0, lt=1, description="Share of patches in a target block.")
+    blocks: int = Field(4, ge=1, description="Target blocks of an image.")
+    momentum: float = Field(0.996, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    error: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="Of a predicted feature.")
+    decoder_dim: int = Field(384, ge=1, description="Width of the predictor.")
+    decoder_depth: int = Field(6, ge=1, description="Blocks of the predictor.")
+    decoder_heads: int = Field(12, ge=1, description="Attention heads of the predictor.")
+
+
+class Data2VecConfig(MethodConfig):
+    name: Literal["data2vec"] = "data2vec"
+    mask_ratio: Ratio = ratio_field(0.8)
+    masking: Kind = kind_field()
+    masks: int = Field(1, ge=1, description="Masks of an image, for one pass of the teacher.")
+    layers: int = Field(10, ge=1, description="Of the teacher's last blocks, so many averaged.")
+    momentum: float = Field(0.9998, ge=0, le=1, description="Of the teacher at first.")
+    momentum_end: float = Field(0.99999, ge=0, le=1, description="Of the teacher from `until` on.")
+    until: float = Field(0.3, gt=0, le=1, description="Share of training its momentum rises for.")
+    error: Literal["l2", "smooth_l1"] = Field("l2", description="Of a predicted feature.")
+    decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(12, ge=1, description="Attention heads of the decoder.")
+
+    @model_validator(mode="after")
+    def _rises(self) -> "Data2VecConfig":
+        if self.momentum_end < self.momentum:
+            given = f"momentum_end={self.momentum_end} is below momentum={self.momentum}"
+            raise ValueError(f"the teacher's momentum may not fall, got {given}")
+        return self
+
+
+class VideoMAEConfig(MethodConfig):
+    name: Literal["videomae"] = "videomae"
+    mask_ratio: float = Field(0.9, description="Share of a frame's tubelets hidden.")
+    decode_ratio: float = Field(
+        0.5, gt=0, le=1, description="Share of the hidden tubelets that are predicted."
+    )
+    norm_pix: bool = Field(True, description="Predict each tubelet normalised by its own moments.")
+    decoder_dim: int = Field(192, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(3, ge=1, description="Attention heads of the decoder.")
+
+
+class SignalMAEConfig(MAEConfig):
+    name: Literal["signal_mae"] = "signal_mae"  # type: ignore[assignment]
+    mask_ratio: Ratio = ratio_field(0.6)
+    span: int = Field(4, ge=1, description="Neighbouring patches hidden together; 1: single ones.")
+
+
+class TJEPAConfig(MethodConfig):
+    name: Literal["tjepa"] = "tjepa"
+    context: float = Field(0.4, gt=0, lt=1, description="Share of columns the student reads.")
+    target: float = Field(0.2, gt=0, lt=1, description="Share of columns in a target set.")
+    blocks: int = Field(4, ge=1, description="Target sets of a row.")
+    momentum: float = Field(0.996, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    norm_targets: bool = Field(True, description="Layer-norm the teacher's features.")
+    decoder_dim: int = Field(64, ge=1, description="Width of the predictor.")
+    decoder_depth: int = Field(2, ge=1, description="Blocks of the predictor.")
+    decoder_heads: int = Field(4, ge=1, description="Attention heads of the predictor.")
+
+
+class PointMAEConfig(MethodConfig):
+    name: Literal["point_mae"] = "point_mae"
+    mask_ratio: Ratio = ratio_field(0.6)
+    decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(6, ge=1, description="Attention heads of the decoder.")
+
+
+AnyMethodConfig = Annotated[
+    SimCLRConfig
+    | DCLConfig
+    | MoCoV3Config
+    | NNCLRConfig
+    | CLIPConfig
+    | BarlowTwinsConfig
+    | MixedBarlowTwinsConfig
+    | VICRegConfig
+    | SIEConfig
+    | MAEConfig
+    | SimMIMConfig
+    | GMMLConfig
+    | CropMAEConfig
+    | IJEPAConfig
+    | Data2VecConfig
+    | VideoMAEConfig
+    | SignalMAEConfig
+    | TJEPAConfig
+    | PointMAEConfig,
+    Field(discriminator="name"),
+]
