@@ -18,9 +18,12 @@ except ImportError as missing:
         f"the command line needs {missing.name}: pip install 'fastssl-torch[train]'"
     ) from None
 
+from fastssl.files import printable
+
 EXITS = (
-    "Exit codes: 0 done; 2 a mistake in the command, the configuration or the data; 3 the loss was "
-    "not finite; 4 a checkpoint could not be written or read; 5 stopped on request, state saved. "
+    "Exit codes: 0 done; 1 another rank was lost; 2 a mistake in the command, the configuration or "
+    "the data; 3 the loss was not finite; 4 a checkpoint could not be written or read; 5 stopped "
+    "on request, state saved. "
     "FASTSSL_TRACEBACK=1 shows the traceback behind a message."
 )
 app = typer.Typer(
@@ -30,7 +33,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, soft_wrap=True)
+
+
+class _Console(Console):
+    """Shows the names of files as text: a terminal does not obey what is in them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        shown = (printable(o, keep="\n") if isinstance(o, str) else o for o in objects)
+        super().print(*shown, **options)
+
+
+console = _Console(highlight=False, soft_wrap=True)
 Recipe = Annotated[
     str, typer.Argument(help="A recipe's name (see `fastssl recipes`) or a YAML file.")
 ]
@@ -240,7 +253,7 @@ def main() -> None:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not getattr(error, "on_every_rank", False):
             who = "fastssl" if rank == "0" else f"fastssl, rank {rank}"
-            Console(stderr=True, soft_wrap=True).print(f"{who}: {error}", markup=False)
+            _Console(stderr=True, soft_wrap=True).print(f"{who}: {error}", markup=False)
         sys.exit(code)
 
 
@@ -323,7 +336,7 @@ def _print_results(results: dict[str, Any]) -> None:
     if train["data_wait"] is not None:
         speed += f"{100 * train['data_wait']:.0f} % of the time waiting for data, "
     console.print(
-        f"loss {train['loss']:.4f}, {speed}{train['seconds']:.0f} s of training, "
+        f"loss {_number('loss', train['loss'])}, {speed}{train['seconds']:.0f} s of training, "
         f"peak memory {train['peak_memory_bytes'] / 2**20:,.0f} MiB, "
         f"unreadable images {train['bad_images']}"
     )
@@ -332,4 +345,6 @@ def _print_results(results: dict[str, Any]) -> None:
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return "-"
+    if name == "loss":
+        return f"{value:.4f}"
     return f"{100 * value:.1f} %" if name in ("knn", "linear") else f"{value:.2f}"

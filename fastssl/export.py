@@ -24,8 +24,9 @@ from fastssl.data.datasets import (
 )
 from fastssl.data.errors import DataError
 from fastssl.data.views.image import Views
-from fastssl.engine.checkpoint import encoder_file
+from fastssl.engine.checkpoint import CheckpointError, encoder_weights
 from fastssl.evaluate.embed import EmbedConfig, embed
+from fastssl.files import write_atomically
 from fastssl.models import OWN, backbone_arguments, build_backbone, channels_of, feature_dim
 
 
@@ -45,16 +46,18 @@ class Encoder(nn.Module):
 def load_encoder(run: Path, *, device: str = "auto") -> tuple[Encoder, RunConfig, int]:
     """The encoder of a run's newest intact checkpoint, its configuration, and its channels.
 
-    Raises ConfigError when `run` is none, CheckpointError when it has no intact checkpoint,
-    ValueError when a single tensor is missing or does not fit.
+    Raises ConfigError when `run` is none, CheckpointError when it has no intact checkpoint, or a
+    single tensor is missing or does not fit.
     """
-    cfg, path = config.load(run), encoder_file(run)
-    weights, (name, kwargs) = load_file(path), (cfg.model.name, cfg.model.kwargs)
-    channels = json.loads(path.with_name("trainer.json").read_text()).get("channels")
+    cfg, (weights, channels) = config.load(run), encoder_weights(run)
+    name, kwargs = cfg.model.name, cfg.model.kwargs
     if channels is None:  # of a run before it was written down
         channels = channels_of(name, kwargs, weights, lambda c: cfg.views().shapes(c)[0])
     backbone = build_backbone(name, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
-    backbone.load_state_dict(weights, strict=True)
+    try:
+        backbone.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {run} are not of its model: {error}") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(backbone.eval().to(device)), cfg, channels
@@ -89,7 +92,7 @@ def export(run: Path, out: Path, fmt: str) -> Path:
             out.mkdir(exist_ok=True)
             save_file(weights, out / "model.safetensors", metadata=facts)
             text = json.dumps(_timm_config(cfg, backbone, channels), indent=1)
-            (out / "config.json").write_text(text)
+            write_atomically(out / "config.json", text)
             back = timm.create_model(f"local-dir:{out}", pretrained=True).state_dict()
     different = [k for k in weights.keys() | back.keys() if not _equal(weights, back, k)]
     if different:

@@ -113,6 +113,34 @@ def test_refusals_are_one_sentence(override, sentence):
     assert "\n" not in str(caught.value)
 
 
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(24))
+
+
+# fault 30, and of fault 44 that the file is named
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        (BOMB, "config.yaml .*does not read as YAML: aliases are not read"),
+        ("a: " + "[" * 5000 + "]" * 5000, "config.yaml .*does not read as YAML"),
+        ("", "config.yaml holds NoneType, not a mapping"),
+        ("epochs: 3", "config.yaml: .* is required and missing"),
+    ],
+)
+def test_a_runs_configuration_that_is_damaged_or_hostile(text, sentence, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        load(tmp_path)
+
+
+def test_no_configuration_reads_the_environment(tmp_path, monkeypatch):
+    """Fault 31, and of fault 17 the braces in a path: a file's and an override's are text."""
+    monkeypatch.setenv("SECRET", "of mine")
+    for path in ("http:/x/${oc.env:SECRET}", "/data/${x", "/data/${x}", "/data/$SECRET"):
+        cfg = resolve("simclr-digits", [f"output={path}"])
+        (tmp_path / "config.yaml").write_text(dump(cfg))
+        assert str(load(tmp_path).output) == str(cfg.output) == path
+
+
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(
         ConfigError, match=r"no recipe or file 'simclr-digit' \(did you mean simclr"

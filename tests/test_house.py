@@ -40,7 +40,7 @@ ROOMS = {
     "run": "config engine data methods evaluate report models distributed export files *",
     "diagnose": "run config engine data methods kernels models distributed *",
     "bench": "methods models losses kernels masking engine data *",
-    "cli": "config run diagnose data export bench *",
+    "cli": "config run diagnose data export files bench *",
     "__main__": "cli",
     "__init__": "",
 }

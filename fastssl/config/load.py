@@ -51,7 +51,11 @@ def load(run: Path) -> "RunConfig":
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run} holds no run: there is no {path}")
-    return from_mapping(_merged(path, []))
+    mapping = _merged(path, [])
+    try:
+        return from_mapping(mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def from_mapping(mapping: dict[str, Any]) -> "RunConfig":

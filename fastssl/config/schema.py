@@ -56,7 +56,8 @@ class DataConfig(Section):
     channels_last: bool = Field(False, description="With DALI: batches in that memory format.")
     last: Literal["drop", "pad"] = Field(
         "drop",
-        description="An epoch's short batch: dropped, or filled with marked samples of its own.",
+        description="An epoch's short batch: dropped, or filled with marked samples of its own, "
+        "which no method leaves out yet: pad wants a batch_size that divides the data.",
     )
     max_bad: float = Field(
         0.5, ge=0, le=1, description="Share of unreadable samples above which a run stops."

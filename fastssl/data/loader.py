@@ -7,10 +7,13 @@ state, and to resume is to start at another step.
 """
 
 import atexit
+import logging
+import queue
 import signal
+import threading
 import warnings
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -24,20 +27,24 @@ from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec
 from fastssl.data.worker import (
+    FEW_FILES,
     Batch,
     EncodedFetch,
     EvalFetch,
     Fetch,
     Items,
+    Parcel,
     PretrainFetch,
     mostly_bad,
+    sent,
 )
 
+log = logging.getLogger(__name__)
+
 _BAD_AFTER = 200  # samples, before a share of bad ones means anything
-
-
-def _same(batch: Any) -> Any:
-    return batch
+_SLICE = 0.5  # seconds: how long a wait for data goes on before it asks whether to stop
+_PATIENCE = 2.0  # seconds that workers have to end by themselves
+ShouldStop = Callable[[], bool] | None
 
 
 def _outlive_signals(worker: int) -> None:
@@ -56,12 +63,24 @@ def _ended(batches: Any) -> Iterator[None]:
 
     Python itself ends them by a SIGTERM, which they ignore, and would wait for them for ever.  A
     stream that Python finds still open on its way out is left when modules are empty already.
+    One that is stuck, in a read from a disk that does not answer, is killed.
     """
-    unregister = atexit.unregister
-    end = getattr(batches, "_shutdown_workers", None)
-    if end is None:  # no workers
+    unregister, shutdown = atexit.unregister, getattr(batches, "_shutdown_workers", None)
+    if shutdown is None:  # no workers
         yield
         return
+
+    def end() -> None:
+        if batches._shutdown:  # and Python may be too far on its way out to start a thread
+            return
+        force = threading.Timer(_PATIENCE, lambda: [worker.kill() for worker in batches._workers])
+        force.start()
+        try:
+            with suppress(RuntimeError):  # torch's handler of SIGCHLD tells of those killed
+                shutdown()
+        finally:
+            force.cancel()
+
     atexit.register(end)
     try:
         yield
@@ -70,27 +89,116 @@ def _ended(batches: Any) -> Iterator[None]:
         end()
 
 
-def _run(fetch: Fetch, batches: Any, workers: int) -> Generator[Batch, None, None]:
+def _run(
+    fetch: Fetch, batches: Any, workers: int, should_stop: ShouldStop = None
+) -> Generator[Batch, None, None]:
     """One DataLoader over all of `batches`: no pause between epochs, workers started once."""
     loader = DataLoader(
         fetch,
         batch_sampler=batches,
-        collate_fn=_same,
+        collate_fn=sent,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global one
         worker_init_fn=_outlive_signals,
+        timeout=_SLICE if workers else 0,
     )
     with (
         warnings.catch_warnings()
     ):  # Python 3.12 on warns of any fork beside threads; torch has some
         warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-        batches = iter(loader)
+        batches = _started(loader)
     with _ended(batches):
-        for batch in batches:
+        processes, told = getattr(batches, "_workers", ()), False
+        if workers == 0 and should_stop is not None:
+            batches = _read_by_thread(batches, should_stop)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise _told(error, processes) from error
+                if should_stop is not None and should_stop():
+                    return
+                continue
+            if batch is None:
+                return
+            if isinstance(batch, Parcel):
+                batch = batch.opened() | {"reason": batch.reason}
             if "error" in batch:
                 raise DataError(batch["error"])
+            reason = batch.pop("reason", "")
+            if reason and not told:
+                told = True
+                log.warning(
+                    "batches come from their loader processes by a pipe, which is slower, for want "
+                    "of shared memory or open files (%s): give /dev/shm more room (docker run "
+                    "--shm-size=8g), or raise ulimit -n",
+                    reason,
+                )
             yield batch
+
+
+def _started(loader: DataLoader) -> Any:
+    """Its iterator, with workers started.
+
+    torch would tell of a worker's death by an exception wherever this process is just then, be it
+    in the midst of a checkpoint: it is left to the wait for a batch, which looks after them.
+    """
+    try:
+        batches: Any = iter(loader)
+    except OSError as error:
+        raise DataError(
+            f"loader processes cannot be started ({error}): give /dev/shm room, {FEW_FILES}"
+        ) from error
+    if getattr(batches, "_worker_pids_set", False):
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+    return batches
+
+
+def _told(error: RuntimeError, workers: Any) -> Exception:
+    """What to raise for an error of torch's loader: a sentence, where a worker was killed."""
+    dead = [worker for worker in workers if worker.exitcode]
+    if not dead:
+        return error
+    code = dead[0].exitcode
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return DataError(
+        f"a loader process ({dead[0].pid}) ended by {how}, by which the system frees memory when it "
+        "runs out: lower data.workers or batch_size, or give more memory; resume=auto goes on"
+    )
+
+
+def _read_by_thread(batches: Iterator[Batch], should_stop: Callable[[], bool]) -> Iterator[Batch]:
+    """The same batches, read one at a time by a thread, so that this one can leave a stuck read."""
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    read: queue.SimpleQueue[tuple[Batch | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while asked.get():
+            try:
+                read.put((next(batches, None), None))
+            except BaseException as error:
+                read.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            asked.put(True)
+            while True:
+                with suppress(queue.Empty):
+                    batch, error = read.get(timeout=_SLICE)
+                    break
+                if should_stop():
+                    return
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        asked.put(False)
 
 
 def _check_split(rank: int, world: int, workers: int) -> None:
@@ -191,8 +299,13 @@ class PretrainLoader:
         whole, rest = divmod(len(self.source), self.batch_size)
         return whole + (self.last == "pad" and rest > 0)
 
-    def stream(self, start_step: int, end_step: int) -> Iterator[Batch]:
+    def stream(
+        self, start_step: int, end_step: int, should_stop: ShouldStop = None
+    ) -> Iterator[Batch]:
         """The batches of steps start_step to end_step - 1, counted over all epochs.
+
+        should_stop() is asked every half second while a batch is waited for, and ends the stream
+        early where it says so, on this rank alone; a batch that is ready is given in any case.
 
         Each is {"views": [(b, ...) float32 for each view], "index": (b,) int64 into the
         source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
@@ -205,22 +318,24 @@ class PretrainLoader:
         """
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps: want 0 <= start <= end, got {start_step} and {end_step}")
-        batches = _watched(self._made(_Steps(self, start_step, end_step)), self.max_bad)
+        batches = _watched(
+            self._made(_Steps(self, start_step, end_step), should_stop), self.max_bad
+        )
         if self.last == "drop":
             return batches
         steps = enumerate(batches, start_step)
         return ({**batch, "padding": _padding(self, step)} for step, batch in steps)
 
-    def _made(self, steps: _Steps) -> Generator[Batch, None, None]:
+    def _made(self, steps: _Steps, should_stop: ShouldStop) -> Generator[Batch, None, None]:
         given: Any = (self.source, self.views, self.seed, self.parameters)
         if self.rendering is None:
-            return _run(PretrainFetch(*given), steps, self.workers)
+            return _run(PretrainFetch(*given), steps, self.workers, should_stop)
         from fastssl.data.render.dali import Renderer  # DALI takes a second to import
 
         assert isinstance(self.views, Views), "choose_backend refuses other kinds"
         fetch, share = EncodedFetch(*given), self.batch_size // self.world
         renderer = Renderer(self.views, self.rendering, share, fetch.again)
-        return renderer.rendered(_run(fetch, steps, self.rendering.readers))
+        return renderer.rendered(_run(fetch, steps, self.rendering.readers, should_stop))
 
 
 @dataclass(frozen=True)

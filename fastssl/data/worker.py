@@ -4,13 +4,19 @@ An item is asked for by (epoch, index), and all its randomness is keyed by (seed
 worker holds no state.
 """
 
+import errno
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.render.encoded import Encoded, drawn_columns, encoded_item, packed, union
@@ -49,9 +55,78 @@ class Fetch(Dataset):
                 return self.batch(items)
         except DataError as error:  # raised again by the loader: a worker's own is a traceback
             return {"error": str(error)}
+        except (OSError, MemoryError) as error:
+            return {"error": f"the data cannot be read ({error}): {machine_advice(error)}"}
 
     def batch(self, items: Items) -> Batch:
         raise TypeError(f"{type(self).__name__} does not define batch(items)")
+
+
+FEW_FILES = "raise the limit of open files (ulimit -n), or lower data.workers"
+_SPARE = 16  # descriptors that sending a batch may take for a moment
+_no_room: list[str] = []  # of a worker: why its batches go as bytes
+
+
+def machine_advice(error: Exception) -> str:
+    """What to do about a failure of the machine."""
+    code = error.errno if isinstance(error, OSError) else errno.ENOMEM
+    if code in (errno.EMFILE, errno.ENFILE):
+        return FEW_FILES
+    if code == errno.ENOMEM:
+        return "memory ran out: lower data.workers or batch_size"
+    return "see that its disk answers, then go on with resume=auto"
+
+
+class Parcel:
+    """A batch on its way from a worker: its tensors in shared memory, or as bytes where there is no
+    room for them.  `reason` says why, or is empty.
+
+    Pickled here: what fails in the thread that multiprocessing sends by is lost without a word.
+    """
+
+    def __init__(self, batch: Batch):
+        self.reason = ""
+        if not _no_room:
+            try:
+                self.data = _shared(batch)
+                return
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch's own
+                _no_room.append(" ".join(str(error).split()))
+        self.data, self.reason = pickle.dumps(batch), _no_room[0]
+
+    def opened(self) -> Batch:
+        """Raises DataError where file descriptors are too few to receive it."""
+        try:
+            return pickle.loads(self.data)
+        except (OSError, EOFError, RuntimeError) as error:
+            raise DataError(
+                f"a batch could not be received from its loader process ({error}): {FEW_FILES}"
+            ) from error
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader's thread."""
+        try:
+            return pin_memory(self.opened()) | {"reason": self.reason}  # type: ignore[operator]
+        except DataError as error:
+            return {"error": str(error)}
+
+
+def _shared(batch: Batch) -> bytes:
+    for tensor in tree_leaves(batch):
+        if isinstance(tensor, torch.Tensor):
+            tensor.share_memory_()
+    spare = []
+    try:
+        spare += [os.dup(0) for _ in range(_SPARE)]
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
+    return bytes(ForkingPickler.dumps(batch))
+
+
+def sent(batch: Batch) -> Batch | Parcel:
+    """A batch as it leaves a worker; where there is none, as it is."""
+    return batch if get_worker_info() is None else Parcel(batch)
 
 
 class _TrainFetch(Fetch):

@@ -4,7 +4,8 @@
       step-00000123/     manifest.json (sha256 of every file), trainer.json, rng-0.pt ...,
                          encoder.safetensors (float32, timm's names), deepspeed/ (its own state)
       latest             the newest name, moved last;  best: the best one's name
-Nothing is unpickled before the manifest's checksums match.
+A file is opened only where the manifest names it and nothing else lies there; what is unpickled are
+tensors and plain values alone, so that a stranger's checkpoint cannot run code.
 """
 
 import contextlib
@@ -12,30 +13,57 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastssl import distributed
+from fastssl.files import sync, write_atomically
 
 from .config import CheckpointConfig
 from .engine import Engine
+from .launch import deepspeed
 
 # A full disk is an OSError to Python, and these to torch.save and safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 TAG = "deepspeed"
+_STATES = re.compile(
+    rf"{TAG}/((bf16_)?zero_pp_rank_\d+_)?mp_rank_00_(model|optim)_states\.pt|rng-\d+\.pt"
+)
+_SWAPPED = re.compile(rf"{TAG}/offloaded_tensors/[^\0]+")  # with NVMe offload; never unpickled
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; says which, why, and what is still good."""
 
     exit_code, on_every_rank = 4, True
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """While a checkpoint is written, a dead reader is no error: the next batch tells of it.
+
+    Torch raises it at once, wherever the main thread is, and DeepSpeed's half of a save is lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 @dataclass
@@ -58,6 +86,15 @@ class Checkpoints:
         names = self.names()
         return names[0] if names else None
 
+    def check(self) -> None:
+        """Raise OSError where something else stands in the place of a file or a folder of ours."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is not a directory")
+        for name in ("best", "latest"):
+            if (self.folder / name).is_dir():
+                raise IsADirectoryError(f"{self.folder / name} is a directory")
+
+    @_undisturbed()
     def save(self, engine: Engine, step: int, trainer: dict[str, Any], *, best: bool) -> Path:
         """Write the state after `step` steps; collective.  trainer: what resume needs, JSON.
 
@@ -80,28 +117,37 @@ class Checkpoints:
         if distributed.rank() == 0:
             _try(errors, lambda: save_file(encoder, aside / "encoder.safetensors"))
             text = json.dumps({"step": step, "world": distributed.world_size(), **trainer})
-            _try(errors, lambda: _write_text(aside / "trainer.json", text))
+            _try(errors, lambda: write_atomically(aside / "trainer.json", text))
         self._all_ok(errors, aside)
         self._seal(aside, name, errors, best)
         self._all_ok(errors, aside)
         return self.folder / name
 
-    def load(self, engine: Engine, notes: list[str]) -> dict[str, Any] | None:
+    def load(
+        self, engine: Engine, notes: list[str], parse: Callable[[dict[str, Any]], T]
+    ) -> T | None:
         """Restore the newest intact checkpoint, RNG included; None when there is none; collective.
 
         notes: receives a sentence for each damaged checkpoint that was passed over.
-        Raises CheckpointError when it was written by another number of processes.
+        parse: makes of what `save` was given what is returned, or raises ValueError.
+        Raises CheckpointError when it was written by another number of processes, or does not fit.
         """
         for name in distributed.broadcast_object(self.names()):
             path = self.folder / name
-            damage = [d for d in distributed.gather_objects(damaged(path, share=True)) if d]
+            reason = damaged(path, share=True) or _unreadable(path, share=True)
+            damage = [d for d in distributed.gather_objects(reason) if d]
+            try:
+                trainer = json.loads((path / "trainer.json").read_text())
+                parsed = parse(trainer)
+            except (OSError, ValueError, RecursionError) as error:
+                damage.append(f"trainer.json: {str(error).splitlines()[0]}")
             if damage:
                 notes.append(f"checkpoint {name} is damaged ({damage[0]}): passed over")
                 if distributed.rank() == 0:  # it must not count among those that are kept
                     shutil.rmtree(self.folder / f".damaged-{name}", ignore_errors=True)
                     os.replace(path, self.folder / f".damaged-{name}")
+                distributed.barrier()
                 continue
-            trainer = json.loads((path / "trainer.json").read_text())
             world = distributed.world_size()
             if trainer["world"] != world:
                 raise CheckpointError(
@@ -109,9 +155,19 @@ class Checkpoints:
                     f"has {world}: start {trainer['world']} (torchrun --nproc-per-node), or "
                     f"resume=never with another name"
                 )
-            engine.ds.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
-            _set_rng_state(torch.load(path / f"rng-{distributed.rank()}.pt", weights_only=True))
-            return trainer
+            try:
+                with _unpickling_plain_values(engine):
+                    engine.ds.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+                _set_rng_state(_load_state(path / f"rng-{distributed.rank()}.pt"))
+            except Exception as error:  # whole and harmless, and yet of something else
+                refusal = CheckpointError(
+                    f"checkpoint {path} does not fit this run ({type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else ''}): move it away, and the "
+                    f"one before it is taken up"
+                )
+                refusal.on_every_rank = False
+                raise refusal from error
+            return parsed
         return None
 
     def _seal(self, aside: Path, name: str, errors: list[str], best: bool) -> None:
@@ -122,13 +178,15 @@ class Checkpoints:
 
         def finish() -> None:
             text = json.dumps({"files": merged}, indent=1, sort_keys=True)
-            _write_text(aside / "manifest.json", text)
+            write_atomically(aside / "manifest.json", text)
+            sync(aside / TAG)
             whole = self.folder / name
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(aside, whole)
+            sync(self.folder)
             if best:
-                _write_text(self.folder / "best", name)
-            _write_text(self.folder / "latest", name)
+                write_atomically(self.folder / "best", name)
+            write_atomically(self.folder / "latest", name)
             self._prune()
 
         if distributed.rank() == 0 and not errors:
@@ -159,22 +217,70 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
     """Why a checkpoint cannot be trusted, or None.  share: this rank checks its share of files."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"manifest.json: {error}"
-    names = sorted(manifest)
-    for name in names[_my_share()] if share else names:
-        file = path / name
-        if not file.is_file():
+        trainer = json.loads((path / "trainer.json").read_text())
+        step, world = trainer["step"], trainer["world"]
+        sums = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"manifest.json or trainer.json: {type(error).__name__} {error}"
+    if type(step) is not int or type(world) is not int or path.name != f"step-{step:08d}":
+        return f"trainer.json is of step {step!r} and {world!r} processes"
+    there = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_symlink() or not f.is_dir()}
+    strange = sorted(there - {"manifest.json", *sums})
+    wanted = {"trainer.json", "encoder.safetensors", *(f"rng-{rank}.pt" for rank in range(world))}
+    if strange:
+        return f"the manifest does not name {strange[0]}"
+    if wanted - sums.keys() or not any(name.endswith("model_states.pt") for name in sums):
+        return f"the manifest does not name {min(wanted - sums.keys(), default='any weights')}"
+    for name in sorted(sums)[_my_share()] if share else sorted(sums):
+        file, (size, checksum) = path / name, sums[name]
+        if name not in there:
             return f"{name} is missing"
-        if file.stat().st_size != manifest[name]["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {manifest[name]['bytes']}"
-        if _sha256(file) != manifest[name]["sha256"]:
+        if name not in wanted and not (_STATES.fullmatch(name) or _SWAPPED.fullmatch(name)):
+            return f"{name} is no file of a checkpoint"
+        if file.is_symlink() or not file.is_file():
+            return f"{name} is no plain file"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _sha256(file) != checksum:
             return f"{name} does not match its checksum"
     return None
 
 
+def _unreadable(path: Path, *, share: bool) -> str | None:
+    """Which state of an undamaged checkpoint holds more than tensors and plain values, or None."""
+    states = [name for name in _files(path) if _STATES.fullmatch(name)]
+    for name in states[_my_share()] if share else states:
+        try:
+            _load_state(path / name)
+        except Exception as error:  # torch's unpickler raises what the bytes bring about
+            return f"{name} holds more than tensors and plain values ({type(error).__name__})"
+    return None
+
+
+def _load_state(path: str | Path, map_location: Any = "cpu") -> Any:
+    """Unpickle tensors, plain values, and the few classes that DeepSpeed saves; nothing else."""
+    deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@contextlib.contextmanager
+def _unpickling_plain_values(engine: Engine) -> Iterator[None]:
+    """DeepSpeed reads its states by `_load_state`; its own way runs what they say."""
+    reader = engine.ds.checkpoint_engine
+    reader.load = _load_state
+    try:
+        yield
+    finally:
+        del reader.load
+
+
 def encoder_file(run: Path) -> Path:
-    """The encoder's weights in a run's newest intact checkpoint.
+    """Where the encoder's weights in a run's newest intact checkpoint are.
 
     Raises CheckpointError when there is none.
     """
@@ -186,6 +292,19 @@ def encoder_file(run: Path) -> Path:
             return checkpoints.folder / name / "encoder.safetensors"
         reasons.append(f"{name}: {reason}")
     raise CheckpointError(f"{run} holds no intact checkpoint {reasons or ''}".rstrip())
+
+
+def encoder_weights(run: Path) -> tuple[dict[str, torch.Tensor], int | None]:
+    """The encoder's weights in a run's newest intact checkpoint, and its channels if they are told.
+
+    Raises CheckpointError when there is none, or the file is no safetensors.
+    """
+    path = encoder_file(run)
+    channels = json.loads(path.with_name("trainer.json").read_text()).get("channels")
+    try:
+        return load_file(path), channels if type(channels) is int and channels > 0 else None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} holds no weights: {error}") from error
 
 
 @contextlib.contextmanager
@@ -211,7 +330,9 @@ def _try(errors: list[str], action) -> None:
 
 def _fresh_directory(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
-    (path / TAG).mkdir(parents=True)
+    path.parent.mkdir(exist_ok=True)  # not its parent: a run that was deleted is not begun anew
+    path.mkdir()
+    (path / TAG).mkdir()
 
 
 def _files(path: Path) -> list[str]:
@@ -238,16 +359,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _rng_state() -> dict[str, Any]:

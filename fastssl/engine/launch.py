@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .config import EngineError
+from .peers import watched
 
 # What starts several processes without saying where they find each other -> how many it started.
 STARTERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -36,7 +37,8 @@ def session(device: str) -> Iterator[torch.device]:
         torch.cuda.set_device(place)
     deepspeed().init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
     try:
-        yield place
+        with contextlib.nullcontext() if found else watched():
+            yield place
     finally:
         if not found:
             deepspeed().comm.destroy_process_group()

@@ -3,7 +3,7 @@
 matplotlib's object interface only: no pyplot, no backend choice, nothing kept between calls.
 """
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastssl.files import write_atomically
 
 # Okabe and Ito's palette: told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072b2", "#d55e00", "#009e73", "#c2185b", "#7b4fa0"
@@ -41,12 +43,9 @@ def tidy(axes: Axes, title: str) -> None:
 
 def save(figure: Figure, path: Path, *, transparent: bool = False) -> None:
     """Write the PNG beside `path` and move it there, so that nobody ever reads half a picture."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(aside, format="png", transparent=transparent)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", transparent=transparent)
+    write_atomically(path, picture.getvalue())
 
 
 def plot_sheet(

@@ -1,13 +1,13 @@
 """A run as one self-contained HTML page: result, pictures, configuration, how to repeat it."""
 
 import base64
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fastssl.files import write_atomically
 from fastssl.report import _words as words
 from fastssl.report.run_files import PICTURES, RunFiles, read_run
 
@@ -47,12 +47,7 @@ def write_report(run: Path) -> Path:
     files = read_run(run)
     page = _environment().get_template("run.html.j2").render(_values(files))
     path = run / "report.html"
-    aside = run / f".report.html.{os.getpid()}"
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomically(path, page)
     return path
 
 

@@ -24,16 +24,28 @@ class RunFiles:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; lines that are no JSON object (a killed write) are left out."""
+    """The rows of a metrics.jsonl; lines that are none (a killed write, a stranger's) are left out.
+
+    A row has a step, and a kind; an event says what and a detail; what else is measured is a
+    number, or None where it was not finite.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and _is_row(row):
             rows.append(row)
     return rows
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    if type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return False
+    if row["kind"] == "event":
+        return isinstance(row.get("what"), str) and isinstance(row.get("detail"), str)
+    return all(isinstance(v, int | float | None) for k, v in row.items() if k != "kind")
 
 
 def read_run(run: Path) -> RunFiles:
@@ -45,7 +57,7 @@ def read_run(run: Path) -> RunFiles:
     if (run / "results.json").is_file():
         try:
             loaded = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"results.json could not be read: {error}.")
         else:
             results = loaded if isinstance(loaded, dict) else {}

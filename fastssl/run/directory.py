@@ -6,15 +6,17 @@ OUTPUT/.NAME.replaced/   the run that overwrite=true replaces, until the new one
 
 import contextlib
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from fastssl import config, distributed
 from fastssl.config import ConfigError, RunConfig
+from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.config import EngineError
+from fastssl.files import sync, write_atomically
 
 
 @contextlib.contextmanager
@@ -31,8 +33,7 @@ def prepared(cfg: RunConfig) -> Iterator[Path]:
             try:
                 output = cfg.directory.parent
                 output.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(output / f".{cfg.name}.lock", "w"))
-                _lock(lock)
+                stack.enter_context(_locked(output / f".{cfg.name}.lock"))
                 problem = _prepare(cfg)
             except ConfigError as error:
                 problem = str(error)
@@ -52,19 +53,36 @@ def prepared(cfg: RunConfig) -> Iterator[Path]:
             raise
 
 
-def _lock(file: IO[str], seconds: float = 10.0) -> None:
-    """Lock `file`.  The loader processes of a run that was killed hold its lock a little longer.
+@contextlib.contextmanager
+def _locked(path: Path, seconds: float = 10.0) -> Iterator[None]:
+    """Hold the lock file `path`, which goes when it is released.
 
-    Raises BlockingIOError when another process keeps it.
+    The loader processes of a run that was killed hold its lock a little longer.  Raises
+    BlockingIOError when another process keeps it.
     """
     deadline = time.monotonic() + seconds
     while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = _is_at(file.fileno(), path)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+                continue
+            if held:  # else its last holder has removed it since it was opened
+                try:
+                    return (yield)
+                finally:
+                    path.unlink(missing_ok=True)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _replaced(cfg: RunConfig) -> Path:
@@ -92,9 +110,9 @@ def _prepare(cfg: RunConfig) -> str | None:
         shutil.rmtree(_replaced(cfg), ignore_errors=True)
         directory.rename(_replaced(cfg))
     directory.mkdir(exist_ok=True)
-    aside = directory / ".config.partial"
+    sync(directory.parent)
+    Checkpoints(directory, cfg.checkpoint).check()
     # What was said of an earlier run is not said of the next one that reads this file.
     kept = cfg.model_copy(update={"overwrite": False, "resume": "never"})
-    aside.write_text(config.dump(kept))
-    aside.replace(saved)
+    write_atomically(saved, config.dump(kept))
     return None

@@ -3,14 +3,17 @@
 {"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", ...}
 {"kind": "eval",  "step", "epoch", "knn", "linear", "rankme", "uniformity", "alignment", ...}
 {"kind": "event", "step", "what", "detail"}
+A value that is not finite is null, and texts hold no control characters.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastssl.distributed import gather_objects
+from fastssl.files import printable, write_atomically
 from fastssl.report import read_metrics
 
 
@@ -50,10 +53,24 @@ class RunLog:
         if self.writing:
             try:
                 with open(self.path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(_line(row))
             except OSError as error:
                 raise LogError(f"cannot write {self.path} at step {step}: {error}") from error
         return row
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was logged, as far as it can be read."""
+        return read_metrics(self.path) if self.path.is_file() else []
+
+    def sync(self, step: int) -> None:
+        """Bring to the disk what was logged so far, as a checkpoint's run without it is none."""
+        if not self.writing:
+            return
+        try:
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise LogError(f"cannot write {self.path} at step {step}: {error}") from error
 
     def event(self, step: int, what: str, detail: str) -> None:
         self.row("event", step, what=what, detail=detail)
@@ -61,20 +78,30 @@ class RunLog:
 
     def bad_images(self, step: int, found: list[tuple[str, str]]) -> None:
         """Count the unreadable images that any rank found, and name each once.  Collective."""
-        for name, reason in (entry for part in gather_objects(found) for entry in part):
+        for name, reason in (map(printable, e) for part in gather_objects(found) for e in part):
             if name not in self.bad:
                 self.bad[name] = reason
                 self.event(step, "bad_image", f"skipped {name}: {reason}")
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`, which a resumed run does again."""
-        rows = read_metrics(self.path) if self.path.is_file() else []
-        rows = [row for row in rows if row["step"] <= step]
+        rows = [row for row in self.rows() if row["step"] <= step]
         for row in rows:
             if row["kind"] == "event" and row["what"] == "bad_image":
                 name, _, reason = row["detail"].removeprefix("skipped ").partition(": ")
                 self.bad[name] = reason
         if self.writing:
-            aside = self.path.with_suffix(".partial")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(aside, self.path)
+            try:
+                write_atomically(self.path, "".join(map(_line, rows)))
+            except OSError as error:
+                raise LogError(f"cannot write {self.path} at step {step}: {error}") from error
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The same, with None for each number that is not finite, which JSON does not know."""
+    broken = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    return values | broken
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(finite(row), allow_nan=False) + "\n"

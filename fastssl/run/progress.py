@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastssl.files import printable
+
 QUIET_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -32,7 +34,7 @@ class RichWatch:
         self.first = 0
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(printable(text), markup=False, highlight=False)
 
     def begin(self, total: int, done: int) -> None:
         self.total, self.first, self.started = total, done, time.monotonic()

@@ -26,6 +26,7 @@ from fastssl.data.views.spec import ViewSpec, apply
 from fastssl.engine.engine import Engine
 from fastssl.evaluate import Evaluation, evaluate_features
 from fastssl.evaluate.embed import EmbedConfig, Embedded, Features, embed, raw_input, two_views
+from fastssl.files import printable, write_atomically
 from fastssl.report import (
     PICTURED,
     plot_curves,
@@ -79,7 +80,8 @@ class Evaluator:
         painted = self._reconstructions()
         if distributed.rank() > 0:
             return
-        rows = read_metrics(directory / "metrics.jsonl")
+        path = directory / "metrics.jsonl"  # a log that was deleted is no reason to fail
+        rows = read_metrics(path) if path.is_file() else []
         rows += [{"kind": "baseline", **row} for row in baselines]
         plot_curves(rows, directory / "curves.png")
         if painted is not None:
@@ -88,7 +90,7 @@ class Evaluator:
         test, path = self.test, directory / "embedding.png"
         if test is not None and len(test.index) > 2:
             title = f"{len(test.index)} {self.views.kind}s, {self.cfg.method.name} features"
-            classes = self.split.train.classes or ()
+            classes = tuple(map(printable, self.split.train.classes or ()))
             plot_embedding(test.features, test.labels, classes, path, title)
 
     def _reconstructions(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -161,7 +163,7 @@ def scores(measured: Evaluation | None) -> dict[str, float]:
 
 def finish(run: "Run", command: str) -> dict[str, Any]:
     """Evaluate at the end if the loop did not, write results.json, the pictures and report.html."""
-    rows = read_metrics(run.directory / "metrics.jsonl")
+    rows = run.log.rows()
     evals = {row["step"]: row for row in rows if row["kind"] == "eval"}
     trained = evals.get(run.total)
     if trained is None or run.evaluator.test is None:
@@ -192,9 +194,7 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
     }
     with first_rank_writes("the run is complete and saved, but its report is not written"):
         if distributed.rank() == 0:
-            aside = run.directory / ".results.partial"
-            aside.write_text(json.dumps(results, indent=1))
-            aside.replace(run.directory / "results.json")
+            write_atomically(run.directory / "results.json", json.dumps(results, indent=1))
         run.evaluator.pictures_after(run.directory, results["rows"][1:])
         if distributed.rank() == 0:
             write_report(run.directory)

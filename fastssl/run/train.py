@@ -7,6 +7,7 @@ and the step alone, so that a run that was killed and resumed ends with the same
 """
 
 import math
+import os
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig, load
@@ -31,7 +33,7 @@ from fastssl.engine.engine import Engine, Step
 from fastssl.methods import Method, build_method
 from fastssl.models import build_backbone, probe
 from fastssl.run.directory import forget_replaced, prepared
-from fastssl.run.log import RunLog, Silent, Watch
+from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
 from fastssl.run.results import Evaluator, finish
 
 
@@ -57,7 +59,7 @@ class Progress:
     seconds: float = 0.0  # spent training, over all resumptions
     images: int = 0  # trained on in those seconds
     waited: float = 0.0  # of those seconds, for data, on average over ranks
-    last: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
 
 
 def build(cfg: RunConfig, channels: int) -> Method:
@@ -170,7 +172,16 @@ def check_source(cfg: RunConfig, source: Source) -> None:
 
 
 def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
-    """Raise ConfigError for a schedule that does not fit the run's number of steps."""
+    """Raise ConfigError for a schedule that does not fit the run's number of steps, and for batches
+    that only fill-ins make whole: no method leaves those out of its loss yet."""
+    count, size, world = len(loader.source), loader.batch_size, loader.world
+    if loader.last == "pad" and count % size:
+        fits = max((k for k in range(world, size, world) if count % k == 0), default=None)
+        hint = f", or batch_size={fits}, which divides the {count} training images" if fits else ""
+        raise ConfigError(
+            f"data.last=pad would train on the {size - count % size} samples that fill up an "
+            f"epoch's last batch as if they were new: give data.last=drop{hint}"
+        )
     try:
         cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)
     except ValueError as error:
@@ -193,7 +204,7 @@ class Run:
         self.norm = views.normalisation(channels) if isinstance(views, Views) else None
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
-        self.asked_to_stop = False
+        self.asked_to_stop, self.saved_step = False, 0
         self.bad: list[tuple[str, str]] = []  # unreadable images not yet logged
         torch.manual_seed((cfg.seed << 20) + distributed.rank())  # each rank its own dropout
 
@@ -207,6 +218,10 @@ class Run:
         try:
             with _Signals(self):
                 self.train()
+        except OSError as error:  # of TensorBoard, which opens its file anew each time
+            if self.directory.is_dir():
+                raise
+            raise LogError(f"{self.directory} has gone while the run went on: {error}") from error
         finally:
             self.watch.end()
         return finish(self, command)
@@ -215,8 +230,9 @@ class Run:
         """The loop.  A window of steps is timed as one, since the device runs behind the host."""
         state, engine = self.progress, self.engine
         window, since = 0, time.perf_counter()
-        batches = self.waits = _Waits(self.loader.stream(state.step, self.total))
-        for batch in batches:
+        stream = self.loader.stream(state.step, self.total, should_stop=lambda: self.asked_to_stop)
+        batches = self.waits = _Waits(stream)
+        for batch in self.agreed(batches):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             at = state.step / self.total
             batch = apply_batch_ops(self.cfg.data.batch_ops, batch, at, self.norm, engine.device)
@@ -237,6 +253,17 @@ class Run:
             if row is not None:
                 window, since, batches.seconds = 0, time.perf_counter(), 0.0
 
+    def agreed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches, until some rank that is asked to stop has none: then all save and leave."""
+        while self.progress.step < self.total:
+            batch = next(batches, None)
+            if not distributed.all_agree(batch is not None):
+                self.save(best=False)
+                raise self.interrupted()
+            assert batch is not None
+            yield batch
+        next(batches, None)  # the stream ends, and its workers with it
+
     def report(self, step: Step, lr: float, window: int, since: float) -> dict[str, Any]:
         """Averages over ranks of the step's metrics, logged; the only wait for the device."""
         state = self.progress
@@ -247,10 +274,11 @@ class Run:
         images, seconds = window * self.cfg.batch_size, time.perf_counter() - since
         state.waited += waited
         state.images, state.seconds = state.images + images, state.seconds + seconds
-        state.last = dict(zip(names, values, strict=True))
-        if math.isfinite(state.last["loss"]):
-            state.epoch_losses.append(state.last["loss"])
-        row = {**state.last, "lr": lr, "images_per_s": images / seconds}
+        metrics = dict(zip(names, values, strict=True))
+        state.last = finite(metrics)
+        if math.isfinite(metrics["loss"]):
+            state.epoch_losses.append(metrics["loss"])
+        row = {**metrics, "lr": lr, "images_per_s": images / seconds}
         row["data_wait"] = min(waited / seconds, 1.0)
         epoch = state.step / self.steps_per_epoch
         self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
@@ -269,14 +297,25 @@ class Run:
         best = self.improves(metrics)
         due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
         if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
-            self.log_bad()
-            known = {**vars(state), "channels": self.split.train.channels}
-            self.checkpoints.save(self.engine, state.step, known, best=best)
+            self.save(best=best)
         if stop and not last:
-            raise Interrupted(
-                f"stopped at step {state.step} of {self.total}; the state is saved in "
-                f"{self.checkpoints.folder}: resume=auto continues"
-            )
+            raise self.interrupted()
+
+    def save(self, *, best: bool) -> None:
+        """Write a checkpoint of the last finished step, unless there is one; the log before it."""
+        step = self.progress.step
+        self.log_bad()
+        self.log.sync(step)
+        if best or step > self.saved_step:
+            known = {**vars(self.progress), "channels": self.split.train.channels}
+            self.checkpoints.save(self.engine, step, known, best=best)
+            self.saved_step = step
+
+    def interrupted(self) -> Interrupted:
+        step, folder = self.progress.step, self.checkpoints.folder
+        saved = f"the state is saved in {folder}: resume=auto continues" if step else "nothing done"
+        code = " (torchrun itself ends with code 1)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        return Interrupted(f"stopped at step {step} of {self.total}; {saved}{code}")
 
     def log_bad(self) -> None:
         self.log.bad_images(self.progress.step, self.bad)
@@ -331,18 +370,18 @@ class Run:
         if self.cfg.resume != "auto":
             return
         notes: list[str] = []
-        saved = self.checkpoints.load(self.engine, notes)
+        saved = self.checkpoints.load(self.engine, notes, TypeAdapter(Progress).validate_python)
         if saved is None:
             self.log.cut(-1)  # of a run that died before its first checkpoint
             for note in notes:
                 self.log.event(0, "damaged", note)
             return
-        if saved["step"] > self.total:
+        if saved.step > self.total:
             raise ConfigError(
                 f"epochs={self.cfg.epochs} is {self.total} steps, and the run is at step "
-                f"{saved['step']} already: give more epochs"
+                f"{saved.step} already: give more epochs"
             )
-        self.progress = Progress(**{k: saved[k] for k in vars(self.progress) if k in saved})
+        self.progress, self.saved_step = saved, saved.step
         self.log.cut(self.progress.step)
         for note in notes:
             self.log.event(self.progress.step, "damaged", note)
@@ -367,9 +406,10 @@ class _Waits:
 
 
 class _Signals:
-    """While training, SIGTERM and the first Ctrl-C end the step, save, and leave.
+    """While training, these signals and the first Ctrl-C end the step, save, and leave.
 
-    In a thread other than the main one, which gets no signals, this does nothing.
+    SIGHUP that is ignored, as by nohup, stays so.  In a thread other than the main one, which gets
+    no signals, this does nothing.
     """
 
     def __init__(self, run: Run):
@@ -378,8 +418,9 @@ class _Signals:
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self.ask)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: object) -> None:
         self.run.asked_to_stop = True

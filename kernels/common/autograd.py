@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 # Asked once, here: torch 2.11's compiler cannot look inside, and torch.compiler's decorator for
 # that imports all of torch._dynamo, which costs more than torch itself.
 _DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")

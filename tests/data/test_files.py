@@ -22,6 +22,10 @@ from fastssl.data.sources.files import (
 from fastssl.data.sources.remote import filesystem
 
 
+def ours(head):
+    return head == b"one"
+
+
 def put(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,10 +97,10 @@ def test_a_failing_disk_is_not_a_bad_item(tmp_path, monkeypatch):
     put(tmp_path, "a")
 
     def fail(*args):
-        raise OSError(5, "Input/output error")
+        raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(room.os, "pread", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="Stale file"):
         Files([str(tmp_path / "a")]).record(0, 0, 1, "x")
 
 
@@ -142,7 +146,7 @@ def test_remote_files_are_read_in_part():
     files = Files([url])
     assert files.read(0, 3, 4) == b"3456" and files.record(0, 8, 2, "x") == b"89"
     assert read_all(url) == b"0123456789" and status(url).size == 10
-    assert not write_beside(url, b"") and files.name(0) == "a.tar"
+    assert not write_beside(url, b"", str) and files.name(0) == "a.tar"
     with pytest.raises(OSError):
         status("memory://kept/none")
 
@@ -166,6 +170,8 @@ def test_what_to_install_for_a_url(monkeypatch):
 
 def test_writing_beside_leaves_no_halves(tmp_path):
     target = tmp_path / "a.idx"
-    assert write_beside(str(target), b"one") and write_beside(str(target), b"two")
+    assert write_beside(str(target), b"one", ours) and write_beside(str(target), b"two", ours)
     assert target.read_bytes() == b"two" and os.listdir(tmp_path) == ["a.idx"]
-    assert not write_beside(str(tmp_path / "none" / "a.idx"), b"")
+    assert not write_beside(str(tmp_path / "none" / "a.idx"), b"", ours)
+    assert not write_beside(str(target), b"three", ours)  # fault 45: it is another's by now
+    assert target.read_bytes() == b"two"

@@ -14,6 +14,8 @@ from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.names import Names
 from fastssl.data.sources.wavs import WavsSource
 
+TRAIN_VAL = ("train", "val")
+
 
 def put(root, *names):
     for k, name in enumerate(names):
@@ -67,10 +69,66 @@ def test_own_split_shares_its_classes(tmp_path, test):
     assert train.labels.tolist() == [0, 1] and held_out.labels.tolist() == [1, 2]
 
 
-def test_own_split_with_a_flat_half_has_no_labels(tmp_path):
-    put(tmp_path, "train/a/1.png", "val/1.png")
+@pytest.mark.parametrize("train, val", [("Train", "Val"), ("TRAINING", "Test")])
+def test_own_split_in_capitals(tmp_path, train, val):
+    """Fault 7: they were two classes, and the second was trained on."""
+    put(tmp_path, f"{train}/a/1.png", f"{val}/b/2.png")
+    first, second = open_source(FolderSource(path=tmp_path), seed=0)
+    assert names(first) == [f"{train}/a/1.png"] and names(second) == [f"{val}/b/2.png"]
+    assert first.classes == ("a", "b")
+
+
+def test_a_part_alone_is_the_data(tmp_path):
+    """Fault 7: it was the one class `train`."""
+    (whole,) = scan_folder(put(tmp_path, "train/a/1.png", "train/b/2.png"))
+    assert whole.classes == ("a", "b") and names(whole) == ["train/a/1.png", "train/b/2.png"]
+
+
+def test_a_folder_beside_both_parts_is_named(tmp_path, caplog):
+    scan_folder(put(tmp_path, "train/a/1.png", "val/a/1.png", "more/a/1.png"))
+    assert "beside train/ and val/, more/ is left out" in caplog.text
+
+
+@pytest.mark.parametrize("flat", ["train", "val"])
+def test_own_split_with_one_flat_part_is_refused(tmp_path, flat):
+    """Fault 7: both parts lost their labels, and nothing said why there was no kNN."""
+    put(tmp_path, *(f"{part}/1.png" if part == flat else f"{part}/a/1.png" for part in TRAIN_VAL))
+    with pytest.raises(DataError, match=f"{flat}' has no class folders and the other part has"):
+        scan_folder(tmp_path)
+    assert [part.labels for part in scan_folder(tmp_path, flat=True)] == [None, None]
+
+
+def test_own_split_flat_in_both_parts_has_no_labels(tmp_path):
+    put(tmp_path, "train/1.png", "val/1.png")
     train, held_out = open_source(FolderSource(path=tmp_path), seed=0)
     assert train.labels is None and held_out.labels is None
+
+
+def test_images_are_known_without_a_suffix(tmp_path):
+    """Fault 7: their class vanished."""
+    put(tmp_path, "a/1.png", "b/2.png", "c/3.avif")
+    (tmp_path / "b/2.png").rename(tmp_path / "b/2")
+    (tmp_path / "b/README").write_text("no image")
+    (whole,) = scan_folder(tmp_path)
+    assert names(whole) == ["a/1.png", "b/2", "c/3.avif"] and whole.item(1)[0, 0, 0] == 1
+    assert whole.classes == ("a", "b", "c") and whole.item(2).shape == (3, 5, 6)
+
+
+def test_images_of_kinds_that_are_not_read_are_told(tmp_path, caplog):
+    """Fault 7: their class vanished."""
+    put(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "b/2.HEIC").write_bytes(b"heic")
+    assert len(scan_folder(tmp_path)[0]) == 2 and "1 images such as 'b/2.HEIC'" in caplog.text
+    (tmp_path / "b/1.png").unlink()
+    with pytest.raises(DataError, match="such as 'b/2.HEIC' are of a kind that is not read: conv"):
+        scan_folder(tmp_path)
+
+
+def test_a_class_whose_name_is_not_utf8(tmp_path):
+    """Fault 42: the name is text that can be written."""
+    odd = os.fsdecode(b"caf\xe9")
+    (whole,) = scan_folder(put(tmp_path, f"{odd}/1.png", "a/1.png"))
+    assert whole.classes == ("a", "caf\\xe9") and whole.item(1).shape == (3, 5, 6)
 
 
 def test_hidden_files_are_passed_over(tmp_path):

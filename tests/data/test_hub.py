@@ -90,6 +90,15 @@ def test_whole_numbers_and_labels_kept_back(tmp_path):
         opened(tmp_path / "d")
 
 
+def test_null_labels_are_told(tmp_path):
+    """Fault 17: they were called no whole numbers."""
+    labels = ["dog", None, "cat", None]
+    data = rows().add_column("label", labels)
+    data.save_to_disk(str(tmp_path / "a"))
+    with pytest.raises(DataError, match="column label='label' is null in 2 rows, and not in other"):
+        opened(tmp_path / "a")
+
+
 def test_parquet_files(tmp_path):
     (tmp_path / "a/data").mkdir(parents=True)
     rows(label=NAMED).to_parquet(str(tmp_path / "a/data/train-00000.parquet"))

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastssl.data.errors import BadItem
 from fastssl.data.render.jpeg import plain_jpeg_size
+from fastssl.data.sources.decode import decode_bytes
 from tests.data.photos import jpeg, photo
 
 PIXELS = photo(0, 37, 50)
@@ -92,3 +94,30 @@ def test_a_changed_byte_is_answered(at, value):
     changed = PLAIN[:at] + bytes([value]) + PLAIN[at + 1 :]
     size = plain_jpeg_size(changed)
     assert size is None or (0 < size[0] < 65536 and 0 < size[1] < 65536)
+
+
+def test_an_image_that_xmp_turns_is_not_plain():
+    """Fault 9: DALI left it lying."""
+    packet = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    turned = jpeg(PIXELS, xmp=packet)
+    assert plain_jpeg_size(turned) is None
+    assert plain_jpeg_size(jpeg(PIXELS, xmp=b"<x:xmpmeta/>")) == (37, 50)
+    assert decode_bytes(turned, "x").shape == (3, 50, 37)
+
+
+def test_a_scrambled_scan_is_not_plain():
+    """Fault 9: DALI reads over markers within a scan, which Pillow refuses."""
+    draw, refused = np.random.default_rng(0), 0
+    for options in ({}, {"quality": 95}, {"restart_marker_blocks": 3}):
+        data = jpeg(PIXELS, **options)
+        start = data.index(b"\xff\xda") + 12
+        for _ in range(60):
+            scrambled = bytearray(data)
+            for at in draw.integers(start, len(data) - 2, 30):
+                scrambled[at] = draw.integers(256)
+            try:
+                decode_bytes(bytes(scrambled), "x")
+            except BadItem:
+                refused += 1
+                assert plain_jpeg_size(bytes(scrambled)) is None
+    assert refused > 10

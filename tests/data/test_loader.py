@@ -328,3 +328,99 @@ def test_eval_of_other_shapes_is_the_centred_square():
 def test_eval_settings_are_checked():
     with pytest.raises(ValueError, match="batch_size: want 1 or more, got 0"):
         EvalLoader(Images(), PLAIN, 0)
+
+
+class Stalled(Images):
+    """Images of which one is on a disk that does not answer."""
+
+    def __init__(self, fifo):
+        super().__init__()
+        self.fifo = fifo
+
+    def item(self, i):
+        if i == 5:
+            open(self.fifo).close()  # waits for a writer that never comes
+        return super().item(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stalled_disk_does_not_keep_a_run_from_leaving(workers, tmp_path):
+    """Fault 11: what was read before is given, and no process is left behind."""
+    os.mkfifo(tmp_path / "fifo")
+    whole = list(loader().stream(0, 5))
+    before = next(s for s, batch in enumerate(whole) if 5 in batch["index"])
+    asked = []
+    stream = loader(Stalled(tmp_path / "fifo"), workers=workers).stream(
+        0, 5, should_stop=lambda: asked.append(1) or len(asked) > 1
+    )
+    assert_same_stream(list(stream), whole[:before])
+    assert not multiprocessing.active_children()
+
+
+CRAMPED = """
+import logging, resource, sys
+from tests.data.test_loader import assert_same_stream, loader
+logging.basicConfig(format="%(message)s")
+if sys.argv[1] == "room":  # as a full /dev/shm: what is larger than a semaphore has no room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256))
+    assert_same_stream(loader(workers=2).stream(0, 7), loader().stream(0, 7))
+else:
+    import os
+    stream = loader(workers=1).stream(0, 7)
+    next(stream)
+    kept = []
+    try:
+        while True:
+            kept.append(os.dup(0))
+    except OSError:
+        pass
+    list(stream)
+"""
+
+
+@pytest.mark.parametrize("kind", ["room", "files"])
+def test_without_shared_memory_or_descriptors(kind):
+    """Fault 10: the one has another way, the other ends in a sentence; neither waits for ever."""
+    command = f"ulimit -n 100; exec {sys.executable} -c '{CRAMPED}' {kind}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if kind == "room":
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("batches come from their loader processes by a pipe") == 1
+    else:
+        assert "DataError: a batch could not be received" in done.stderr, done.stderr
+        assert "ulimit -n" in done.stderr
+
+
+def test_a_killed_worker_is_one_sentence():
+    """Fault 43: a traceback, wherever the process was when its worker died."""
+    stream = loader(workers=1).stream(0, 100)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    time.sleep(0.01)  # torch's handler would speak here
+    with pytest.raises(DataError, match=r"ended by SIGKILL, .* lower data.workers or batch_size"):
+        list(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError("a lot")])
+def test_a_failure_of_the_machine_is_one_sentence(workers, error):
+    """Fault 42: it was a traceback."""
+    with pytest.raises(DataError, match="the data cannot be read .*(Stale|a lot).*: (see|memory)"):
+        list(loader(Failing(error), workers=workers).stream(0, 1))
+
+
+class Failing(Images):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def item(self, i):
+        raise self.error

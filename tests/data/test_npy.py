@@ -67,3 +67,12 @@ def test_a_folder_of_classes(tmp_path):
     assert train.labels is not None
     with pytest.raises(DataError, match="npy file"):
         open_source(NpySource(path=tmp_path / "none"), seed=0)
+
+
+def test_a_header_that_claims_too_much_is_a_bad_item(tmp_path):
+    """Fault 42: it was a MemoryError."""
+    head = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000, 100000, 10000), }"
+    data = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + head.ljust(117).encode() + b"\n"
+    (tmp_path / "a.npy").write_bytes(data + bytes(64))
+    with pytest.raises(BadItem, match="a.npy: .*(length|size)"):
+        decode_npy(tmp_path / "a.npy", "a.npy")

@@ -84,6 +84,7 @@ def test_csv_with_labels(tmp_path):
         ("x,y\n1,two\n", None, r"line 2, column 'y' holds 'two', which is no number"),
         ("x,y\n1,inf\n", None, "give a finite number"),
         ("x,y\n1,2\n\n3\n", None, "line 4 has 1 cells, the header 2"),
+        ("5.1,3.5\n4.9,3.0\n", None, "first line .* is numbers, and no header: put"),  # fault 9
         ("x,y\n", None, "no rows"),
         ("x,y\n1,2\n", "z", "no column 'z' for the labels; there are: x, y"),
         ("x\n1\n", "x", "no column but its labels"),

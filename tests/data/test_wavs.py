@@ -1,6 +1,5 @@
 """WAV files: every width of PCM, mono mix, resampling; unreadable ones are named, not fatal."""
 
-import struct
 import wave
 
 import numpy as np
@@ -78,12 +77,9 @@ def test_a_folder_may_come_split_or_flat(tmp_path):
 
 
 def test_unreadable_files_are_bad_items(tmp_path):
-    floats = b"RIFF" + struct.pack("<I", 36 + 8) + b"WAVEfmt "
-    floats += struct.pack("<IHHIIHH", 16, 3, 1, 8000, 32000, 4, 32) + b"data" + struct.pack("<I", 8)
     bad = {
         "text.wav": b"not a wave file",
         "none.wav": b"",
-        "float.wav": floats + bytes(8),
         "empty.wav": write(tmp_path / "e.wav", []).read_bytes(),
     }
     for name, data in bad.items():
@@ -107,3 +103,21 @@ def test_a_folder_without_signals_is_refused(tmp_path):
         WavsSource(path=tmp_path).open()
     with pytest.raises(DataError, match="does not exist: give the path of a folder of WAV files"):
         WavsSource(path=tmp_path / "gone").open()
+
+
+def test_floats_are_samples(tmp_path):
+    """Fault 17: Python 3.11's own reader knows none."""
+    from scipy.io import wavfile
+
+    x = np.linspace(-1, 1, 40, dtype=np.float32).reshape(20, 2)
+    wavfile.write(tmp_path / "a.wav", 8000, x)
+    assert np.allclose(decode_wav(tmp_path / "a.wav", "a")[0], x.mean(1))
+
+
+def test_a_rate_beyond_measure_is_a_bad_item(tmp_path):
+    """Fault 42: resampling asked for 320 GiB."""
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 2**31 - 1, 0, "NONE", ""))
+        file.writeframes(bytes(40))
+    with pytest.raises(BadItem, match="a rate of 2147483647 samples a second"):
+        decode_wav(tmp_path / "a.wav", "a", rate=16000)

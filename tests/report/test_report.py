@@ -169,5 +169,7 @@ def test_numbers_round_into_the_next_prefix():
 
 def test_metrics_survive_a_killed_write(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n"text"\n{"step": 3, "wh\xff')
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    rows = [{"kind": "train", "step": 1, "loss": None}, {"kind": "eval", "step": 2}]
+    lines = b"\n".join(json.dumps(row).encode() for row in rows)
+    path.write_bytes(lines + b'\n"text"\n{"kind": "train", "step": "1"}\n{"step": 3, "wh\xff')
+    assert read_metrics(path) == rows

@@ -2,14 +2,19 @@
 
 import os
 import signal
+import threading
 
 import pytest
 import torch
 
+from fastssl import distributed
 from fastssl.config import load
+from fastssl.data.sources.arrays import ArrayImages
+from fastssl.engine.checkpoint import damaged
 from fastssl.engine.engine import Engine
 from fastssl.run.log import Silent
-from fastssl.run.train import Interrupted, pretrain
+from fastssl.run.results import Evaluator
+from fastssl.run.train import Interrupted, Progress, Run, pretrain
 from tests.data.photos import folder
 from tests.runs import final, tiny
 
@@ -24,14 +29,18 @@ def saved_method(cfg):
 
 
 @pytest.mark.parametrize(
-    "method, stage, precision",
+    "method, stage, precision, number",
     [
-        *[(method, 0, "fp32") for method in ("simclr", "mae", "clip", "sie")],
-        *[(method, 2, "fp32") for method in ("mocov3", "nnclr")],
-        ("mocov3", 3, "bf16"),
+        *[(method, 0, "fp32", signal.SIGTERM) for method in ("simclr", "sie")],
+        ("mae", 0, "fp32", signal.SIGUSR1),  # fault 46
+        ("clip", 0, "fp32", signal.SIGHUP),
+        *[(method, 2, "fp32", signal.SIGINT) for method in ("mocov3", "nnclr")],
+        ("mocov3", 3, "bf16", signal.SIGTERM),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_never_stopped(method, stage, precision, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_never_stopped(
+    method, stage, precision, number, tmp_path, monkeypatch
+):
     engine = {"engine__zero_stage": stage, "engine__precision": precision}
     others = {"model__kwargs__proj_drop_rate": 0.1, "evaluate__max_images": 40}
     whole = tiny(method, tmp_path, name="whole", epochs=2, **engine, **others)
@@ -41,7 +50,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(method, stage, precision, tmp
 
     def step_and_ask(self, *args, **options):
         if self.ds.global_steps == 6:  # in mid-epoch
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(self, *args, **options)
 
     monkeypatch.setattr(Engine, "step", step_and_ask)
@@ -56,6 +65,45 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(method, stage, precision, tmp
     assert weights[0].read_bytes() == weights[1].read_bytes()
     kept, other = saved_method(whole), saved_method(parted)
     assert [k for k in kept.keys() | other.keys() if not torch.equal(kept[k], other[k])] == []
+
+
+def test_a_run_that_waits_for_data_saves_and_leaves(tmp_path, monkeypatch):
+    """Fault 11: a disk that does not answer, and SIGTERM meanwhile."""
+    cfg = tiny("mae", tmp_path, log__every=100)
+    item, read = ArrayImages.item, []
+
+    def stall(self, index):
+        read.append(index)
+        if len(read) == 3 * cfg.batch_size + 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(60)
+        return item(self, index)
+
+    monkeypatch.setattr(Run, "evaluate", lambda self, step: {})
+    monkeypatch.setattr(Evaluator, "pictures_before", lambda self, directory: None)
+    monkeypatch.setattr(ArrayImages, "item", stall)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 10; the state is saved"):
+        pretrain(cfg)
+    assert damaged(cfg.directory / "checkpoints/step-00000003") is None
+
+
+def test_a_rank_leaves_with_another_that_was_asked_to_stop(monkeypatch):
+    """Fault 11: it has a batch, and the other, which waits for data, has none."""
+    saved = []
+
+    class Stub:
+        total, progress = 10, Progress(step=4)
+
+        def save(self, *, best):
+            saved.append(best)
+
+        def interrupted(self):
+            return Interrupted("together")
+
+    monkeypatch.setattr(distributed, "all_agree", lambda has_batch: False)
+    with pytest.raises(Interrupted, match="together"):
+        next(Run.agreed(Stub(), iter([{}])))
+    assert saved == [False]
 
 
 class Heard(Silent):

@@ -1,13 +1,18 @@
 """Whole runs in one process: they learn, they are reproducible, and bad luck is handled."""
 
+import io
 import json
+import os
 import resource
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from fastssl.config import ConfigError, load
 from fastssl.data.errors import DataError
@@ -18,6 +23,7 @@ from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
 from fastssl.run.directory import prepared
 from fastssl.run.log import LogError, Silent
+from fastssl.run.progress import RichWatch
 from fastssl.run.results import EvaluationError
 from fastssl.run.train import NonFinite, Progress, Run, pretrain
 from tests.runs import METHODS, final, losses, tiny
@@ -107,6 +113,9 @@ def test_a_nonfinite_step_can_be_skipped(stage, precision, tmp_path, monkeypatch
         engine__on_nonfinite="skip",
     )
     results = pretrain(cfg)
+    lines = (cfg.directory / "metrics.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # fault 37
+    assert [r["loss"] for r in strict if r["kind"] == "train" and r["step"] == 4] == [None]
     events = [r for r in read_metrics(cfg.directory / "metrics.jsonl") if r["kind"] == "event"]
     assert [e["step"] for e in events if e["what"] == "nonfinite"] == [4]
     assert np.isfinite(results["train"]["loss"]) and results["train"]["steps"] == 10
@@ -142,9 +151,42 @@ def test_a_place_that_takes_no_checkpoint_stops_the_run(tmp_path):
     cfg = tiny("mae", tmp_path)
     cfg.directory.mkdir()
     (cfg.directory / "checkpoints").write_text("a file stands where the folder should")
-    with pytest.raises(CheckpointError, match="could not write.*there is no earlier one"):
+    with pytest.raises(ConfigError, match="checkpoints is not a directory"):
         pretrain(cfg)
-    assert losses(cfg)
+    assert not (cfg.directory / "metrics.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("board, said", [(False, "cannot write .*at step 3"), (True, "has gone")])
+def test_a_run_whose_directory_goes_ends_in_a_sentence(board, said, tmp_path, monkeypatch):
+    """Fault 34: it is not begun anew, without its configuration and its log."""
+    cfg = tiny("mae", tmp_path, log__every=100, checkpoint__every_steps=3, log__tensorboard=board)
+    step = Engine.step
+
+    def delete(self, *args, **options):
+        if self.ds.global_steps == 1:
+            shutil.rmtree(cfg.directory)
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "step", delete)
+    with pytest.raises(LogError, match=f"{said}.*No such file"):
+        pretrain(cfg)
+    assert not cfg.directory.exists()
+
+
+def test_a_checkpoint_comes_after_its_log_and_configuration(tmp_path, monkeypatch):
+    """Fault 44: what is needed with a checkpoint is on the disk before it."""
+    synced, fsync = [], os.fsync
+
+    def noting(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split(".")[:2])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    pretrain(tiny("mae", tmp_path, epochs=1))
+    order = [["", "config"], ["run"], ["metrics", "jsonl"], ["", "manifest"], ["checkpoints"]]
+    places = [synced.index(name) for name in order]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +297,7 @@ def test_a_run_that_is_going_on_is_left_alone(tmp_path):
     with prepared(cfg), pytest.raises(ConfigError, match="is being trained by another process"):
         pretrain(rival)
     pretrain(rival)
+    assert not (tmp_path / ".run.lock").exists()  # fault 27
 
 
 def test_accumulating_a_joint_loss_is_said(tmp_path):
@@ -310,6 +353,27 @@ def test_captions_are_asked_for_before_the_training(photos, tmp_path):
     with pytest.raises(ConfigError, match="method.captions=9 .*10 classes.*method.captions=10"):
         pretrain(tiny("clip", tmp_path, method__captions=9))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.pictures
+def test_names_that_are_no_text_are_shown_escaped(tmp_path):
+    """Faults 13 and 45: of the data, of a class, and of a file that cannot be read."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff photos"))
+    for label in ("a", os.fsdecode(b"b\xff")):
+        (folder / label).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(folder / label / f"{i}.png")
+    (folder / "a/\x1b[2J\udcff.png").write_bytes(b"no image")
+    source = {"name": "folder", "path": str(folder), "test_fraction": 0.25}
+    cfg = tiny("mae", tmp_path, data__source=source, batch_size=12, evaluate__neighbours=2)
+    shown = io.StringIO()
+    results = pretrain(cfg, RichWatch(Console(file=shown), 1), f"fastssl {folder}")
+    assert (
+        results["train"]["bad_images"] == 1 and load(cfg.directory).data.source == cfg.data.source
+    )
+    assert "\\x1b[2J\\udcff.png" in shown.getvalue() and "\x1b" not in shown.getvalue()
+    page = (cfg.directory / "report.html").read_text(encoding="utf-8")
+    assert "\\x1b[2J\\udcff.png" in page and "\x1b" not in page
 
 
 def test_too_few_readable_images_to_measure(tmp_path):

@@ -87,6 +87,10 @@ def _load(path: Path, mode: Literal["r"] | None = None) -> Any:
     """A .npy as an array, mapped for mode "r"; a .npz as a mapping.  Raises DataError."""
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
+    except MemoryError as error:
+        raise DataError(
+            f"{str(path)!r} does not fit into memory, or is damaged: {error}"
+        ) from error
     except Exception as error:  # a damaged header is read by Python's own parser
         if of_the_machine(error):
             raise
@@ -102,6 +106,9 @@ def _member(path: Path, mapping: Any, key: str) -> np.ndarray:
     except KeyError as error:
         known = ", ".join(mapping.files) or "nothing"
         raise DataError(f"{str(path)!r} has no array {key!r}: it has {known}") from error
+    except MemoryError as error:
+        what = f"array {key!r} of {str(path)!r}"
+        raise DataError(f"{what} does not fit into memory, or is damaged: {error}") from error
     except Exception as error:  # or the decompressor's
         if of_the_machine(error):
             raise

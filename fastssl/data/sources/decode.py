@@ -12,17 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from fastssl.data.errors import BadItem
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2".split()
+    (
+        ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2"
+        + " .avif" * features.check("avif")
+    ).split()
 )
 _ORIENTATION = 0x0112  # the EXIF tag
-# What fails for want of files, memory or a disk says nothing of the image.
-_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE)
+# What fails for want of files, memory or a server says nothing of the image.  An I/O error is of the
+# place where the file lies, and a disk that fails everywhere is one of mostly bad items.
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
 
 

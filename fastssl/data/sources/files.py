@@ -4,10 +4,11 @@ A path is the local disk's; a text with `://` (s3, gs, https, ...) is read as re
 """
 
 import glob
+import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -17,8 +18,10 @@ from typing import Any
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources import remote
 from fastssl.data.sources.base import absolute
-from fastssl.data.sources.decode import MOST_BYTES
+from fastssl.data.sources.decode import MOST_BYTES, of_the_machine
 from fastssl.data.sources.remote import Remote, Status
+
+log = logging.getLogger(__name__)
 
 _OPEN = 64  # descriptors that one process keeps of one set of files
 _MOST_FILES = 1_000_000
@@ -49,10 +52,25 @@ def read_all(path: str) -> bytes:
     return remote.read_all(path) if is_remote(path) else Path(path).read_bytes()
 
 
-def write_beside(path: str, data: bytes) -> bool:
-    """Write a local file aside and put it in its place; False where that cannot be done."""
+def write_beside(path: str, data: bytes, own: Callable[[bytes], bool]) -> bool:
+    """Write a local file aside and put it in its place; False where that cannot be done.
+
+    own(first bytes) -> whether a file that is there is of this kind: another's is left as it is.
+    """
     if is_remote(path):
         return False
+    with suppress(FileNotFoundError):
+        try:
+            with open(path, "rb") as file:
+                head = file.read(64)
+            ours = not head or own(head)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            ours = False
+        if not ours:
+            log.warning("%s is another's file and left as it is: no index is kept there", path)
+            return False
     aside = f"{path}.{os.getpid()}.partial"
     try:
         try:
@@ -211,7 +229,9 @@ class Files:
             raise BadItem(name, f"{size} bytes are too many for one item")
         try:
             data = self.read(k, offset, size)
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        except OSError as error:
+            if of_the_machine(error):
+                raise
             raise BadItem(name, error.strerror or "No such file") from error
         if len(data) < size:
             raise BadItem(name, f"its file ends {size - len(data)} bytes before it does")

@@ -1,5 +1,6 @@
 """Images in a folder: one folder a class, or flat; with its own train/ and val/ or without."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor
 from typing_extensions import Self
@@ -14,9 +16,13 @@ from typing_extensions import Self
 from fastssl.data.errors import DataError
 from fastssl.data.sources.base import Source, SourceOptions, absolute
 from fastssl.data.sources.decode import SUFFIXES, decode, decode_bytes, read_bytes
-from fastssl.data.sources.names import Names
+from fastssl.data.sources.names import Names, printable
 
+log = logging.getLogger(__name__)
+
+_TRAIN_NAMES = ("train", "training")
 _TEST_NAMES = ("val", "test", "valid", "validation")
+_OTHER_IMAGES = frozenset(".avif .heic .heif .jxl .hif .cr2 .nef .arw .dng".split())
 
 
 class Format(NamedTuple):
@@ -83,6 +89,15 @@ class _Found(NamedTuple):
     folders: list[str | None]  # the class folder of each, None directly in the scanned folder
 
 
+def _is_image(path: str) -> bool:
+    """Whether a file without a suffix begins as an image does."""
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # readers of many formats raise what the bytes lead them to
+        return False
+
+
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
@@ -100,11 +115,15 @@ def _leads_to(entry: os.DirEntry[str], *, folder: bool) -> bool:
 
 
 def walk(
-    folder: Path, suffixes: frozenset[str], ancestors: tuple[tuple[int, int], ...] = ()
+    folder: Path,
+    suffixes: frozenset[str],
+    others: list[str] | None = None,
+    ancestors: tuple[tuple[int, int], ...] = (),
 ) -> Iterator[str]:
     """Files of these suffixes below a folder, depth first.
 
-    A link back to an ancestor is not followed.
+    A link back to an ancestor is not followed.  others: where images are looked for, those without
+    a suffix are given as well, and those of a kind that is not read are added to this list.
     """
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
@@ -112,17 +131,34 @@ def walk(
         return
     for entry in _entries(folder):
         if _leads_to(entry, folder=True):
-            yield from walk(Path(entry.path), suffixes, (*ancestors, here))
-        elif os.path.splitext(entry.name)[1].lower() in suffixes:
-            if _leads_to(entry, folder=False):
+            yield from walk(Path(entry.path), suffixes, others, (*ancestors, here))
+            continue
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix in suffixes or (others is not None and not suffix):
+            if _leads_to(entry, folder=False) and (suffix or _is_image(entry.path)):
                 yield entry.path
+        elif others is not None and suffix in _OTHER_IMAGES:
+            others.append(entry.path)
 
 
 def _scan(root: Path, folder: Path, kind: Format) -> _Found:
-    names = [os.path.relpath(path, root) for path in walk(folder, kind.suffixes)]
+    """Raises DataError for a class folder whose images are all of a kind that is not read."""
+    others: list[str] | None = [] if kind is IMAGE else None
     depth = len(folder.relative_to(root).parts)
-    parts = [name.split(os.sep) for name in names]
-    return _Found(names, [p[depth] if len(p) > depth + 1 else None for p in parts])
+
+    def class_of(name: str) -> str | None:
+        parts = name.split(os.sep)
+        return parts[depth] if len(parts) > depth + 1 else None
+
+    names = [os.path.relpath(path, root) for path in walk(folder, kind.suffixes, others)]
+    folders = [class_of(name) for name in names]
+    lost = [os.path.relpath(path, root) for path in others or ()]
+    if lost:
+        told = f"{len(lost)} images such as {lost[0]!r} are of a kind that is not read"
+        if not {class_of(name) for name in lost} <= set(folders):
+            raise DataError(f"{told}: convert them to jpg, png or webp, or remove them")
+        log.warning("%s: %s, and left out", folder, told)
+    return _Found(names, folders)
 
 
 def _mixed(path: Path, found: _Found, kind: Format) -> None:
@@ -140,17 +176,23 @@ def _build(root: Path, found: list[_Found], flat: bool, kind: Format) -> list[Fo
     folders = [folder for part in found for folder in part.folders]
     if flat or None in folders:
         return [made(root, Names(part.names), kind=kind) for part in found]
-    classes = tuple(sorted({str(folder) for folder in folders}))
-    number = {name: k for k, name in enumerate(classes)}
+    known = sorted({str(folder) for folder in folders})
+    number = {name: k for k, name in enumerate(known)}
+    classes = tuple(map(printable, known))
     return [
         made(root, Names(p.names), torch.tensor([number[str(f)] for f in p.folders]), classes, kind)
         for p in found
     ]
 
 
+def _named(folders: list[str], names: tuple[str, ...]) -> str | None:
+    """The first of these folders that is called so, in capitals or not."""
+    return next((f for name in names for f in folders if f.lower() == name), None)
+
+
 def split_folders(path: Path, what: str) -> tuple[Path, list[Path]]:
     """The folder itself, absolute, and [it], or [train, test] where it has train/ and one of val,
-    test, valid, validation/.
+    test, valid, validation/, in capitals or not.  One of these alone in it is the data.
 
     Raises DataError for a path that is missing or not a folder.
     """
@@ -163,9 +205,15 @@ def split_folders(path: Path, what: str) -> tuple[Path, list[Path]]:
         )
     if not path.is_dir():
         raise DataError(f"{str(path)!r} is a file: give the folder that holds the {what}")
-    test = next((name for name in _TEST_NAMES if (path / name).is_dir()), None)
-    split = test is not None and (path / "train").is_dir()
-    return path, [path / "train", path / test] if split and test else [path]
+    folders = [entry.name for entry in _entries(path) if _leads_to(entry, folder=True)]
+    train, test = _named(folders, _TRAIN_NAMES), _named(folders, _TEST_NAMES)
+    if train and test:
+        others = [f for f in folders if f.lower() not in (*_TRAIN_NAMES, *_TEST_NAMES)]
+        if others:
+            log.warning("%s: beside %s/ and %s/, %s/ is left out", path, train, test, others[0])
+        return path, [path / train, path / test]
+    alone = len(folders) == 1 and (train or test)
+    return path, [path / alone] if alone else [path]
 
 
 def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list[FolderFiles]:
@@ -173,9 +221,10 @@ def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list
 
     kind: files of another format than images.
     Labels are the first-level folders, sorted by name and numbered over both parts; there are none
-    if `flat`, or if images lie directly in either part.  Hidden files and folders are passed over.
+    if `flat`, or if images lie directly in both parts.  Hidden files and folders are passed over.
     Raises DataError, saying what to do, for a path that is missing or not a folder, for a folder
-    without images, and for images both inside and beside class folders.
+    without images, for images both inside and beside class folders, and where one part alone has
+    class folders.
     """
     path, parts = split_folders(path, f"{kind.what}s")
     found = [_scan(path, part, kind) for part in parts]
@@ -185,6 +234,13 @@ def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list
             raise DataError(f"no {kind.what} in folder {str(part)!r}: put some there ({kinds})")
         if not flat:
             _mixed(part, images, kind)
+    plain = [str(part) for part, images in zip(parts, found, strict=True) if None in images.folders]
+    if not flat and 0 < len(plain) < len(parts):
+        raise DataError(
+            f"{plain[0]!r} has no class folders and the other part has: sort its {kind.what}s into "
+            "such folders, give the path of the one with classes alone, or set flat=true to use "
+            f"every {kind.what} unlabelled"
+        )
     return _build(path, found, flat, kind)
 
 

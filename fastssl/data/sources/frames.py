@@ -14,7 +14,7 @@ from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources.base import Source, SourceOptions, absolute
 from fastssl.data.sources.decode import MOST_BYTES, SUFFIXES, decode, of_the_machine
 from fastssl.data.sources.folder import split_folders, walk
-from fastssl.data.sources.names import Names
+from fastssl.data.sources.names import Names, printable
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -132,5 +132,6 @@ class FramesSource(SourceOptions):
         for names, own in found:
             labels = None if plain else torch.tensor([number[str(k)] for k in own])
             known = (root, Names(names), self.stride, self.max_frames)
-            sources.append(FrameFolders(*known, labels, classes))
+            printed = classes and tuple(map(printable, classes))
+            sources.append(FrameFolders(*known, labels, printed))
         return tuple(sources)

@@ -122,6 +122,12 @@ def _labels(splits: list[Any], column: str) -> tuple[list[np.ndarray], tuple[str
     if any(all(value in (None, -1) for value in values) for values in found):  # -1: not published
         return None
     kinds = {type(value) for values in found for value in values}
+    if type(None) in kinds:
+        lost = sum(value is None for values in found for value in values)
+        raise DataError(
+            f"column label={column!r} is null in {lost} rows, and not in others: give them labels, "
+            "leave the rows out, or set data.source.labels=false to use none"
+        )
     if not kinds <= {int, str}:
         raise DataError(f"column label={column!r} is {features[0]}: want whole numbers or texts")
     names = getattr(features[0], "names", None)

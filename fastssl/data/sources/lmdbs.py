@@ -13,7 +13,7 @@ from torch import Tensor
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources.base import Source, SourceOptions, absolute
 from fastssl.data.sources.decode import decode_bytes
-from fastssl.data.sources.names import Names
+from fastssl.data.sources.names import Names, printable
 
 _OPENED: dict[tuple[int, str], Any] = {}  # by process and path: one may not open a database twice
 
@@ -125,7 +125,7 @@ def _numbered(texts: list[str]) -> tuple[Tensor, tuple[str, ...]]:
     plain = all(text.isdecimal() for text in set(texts))
     classes = tuple(sorted(set(texts), key=(lambda t: (int(t), t)) if plain else None))
     number = {name: k for k, name in enumerate(classes)}
-    return torch.tensor([number[text] for text in texts]), classes
+    return torch.tensor([number[text] for text in texts]), tuple(map(printable, classes))
 
 
 class LmdbSource(SourceOptions):

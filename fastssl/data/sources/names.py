@@ -7,6 +7,15 @@ from collections.abc import Iterable
 import numpy as np
 
 
+def printable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 are written out.
+
+    >>> printable(os.fsdecode(b"caf\\xe9"))
+    'caf\\\\xe9'
+    """
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 class Names:
     """Many strings as one block of bytes.
 

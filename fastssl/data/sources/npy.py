@@ -21,7 +21,11 @@ from fastssl.data.sources.folder import Format, scan_folder
 
 def _read(path: Path, channels: int) -> np.ndarray:
     with path.open("rb") as file:
-        x = np.lib.format.read_array(file, allow_pickle=False)
+        try:
+            x = np.lib.format.read_array(file, allow_pickle=False)
+        except MemoryError:
+            np.lib.format.open_memmap(path, mode="r")  # ValueError for more than the file has
+            raise
     if x.dtype.kind not in "uif":
         raise ValueError(f"an array of {x.dtype}, want integers or floats")
     x = x[None] if x.ndim == 3 else x

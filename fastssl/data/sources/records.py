@@ -195,6 +195,10 @@ def labels_text(labels: list[Label], size: int) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
+def _is_labels(head: bytes) -> bool:
+    return head.startswith(b"labels ")
+
+
 def _parsed(line: str) -> Label:
     if line.isdigit():
         return int(line)
@@ -225,7 +229,7 @@ def kept_labels(
     if labels is None:
         labels = find()
         if any(label is not None for label in labels):
-            write_beside(path + SUFFIX, labels_text(labels, told.size))
+            write_beside(path + SUFFIX, labels_text(labels, told.size), _is_labels)
     return labels
 
 

@@ -89,6 +89,13 @@ def _shipped(name: str) -> Table:
     return Table(np.asarray(found.data, np.float64), columns, labels, classes)
 
 
+def _is_number(cell: str) -> bool:
+    try:
+        return bool(cell) and float(cell) is not None
+    except ValueError:
+        return False
+
+
 def _number(cell: str, where: str) -> float:
     cell = cell.strip()
     try:
@@ -116,6 +123,11 @@ def read_csv(path: Path, label: str | None) -> Table:
     if len(lines) < 2:
         raise DataError(f"the table {str(path)!r} has no rows below its header: add some")
     header = [name.strip() for name in lines.pop(0)[1]]
+    if all(map(_is_number, header)):
+        raise DataError(
+            f"the first line of the table {str(path)!r} is numbers, and no header: put a line with "
+            "the columns' names above it"
+        )
     if label is not None and label not in header:
         raise DataError(f"no column {label!r} for the labels; there are: {', '.join(header)}")
     at = None if label is None else header.index(label)

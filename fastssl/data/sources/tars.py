@@ -12,6 +12,7 @@ Sources: POSIX.1-2008, pax, "ustar Interchange Format"; NVIDIA DALI, tools/wds2i
 
 import logging
 import os
+import posixpath
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
@@ -26,6 +27,7 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _WITHOUT_DATA = b"123456"  # links, devices, folders
 _LONGEST_NAME = 2**20
+_LARGEST = 2**62  # bytes: what a damaged header says beyond is no size
 INDEX = "v1.2"
 
 
@@ -62,6 +64,7 @@ class _Header(NamedTuple):
     kind: bytes
     name: bytes
     size: int
+    target: bytes  # of a link
 
 
 def _header(block: bytes) -> _Header | None:
@@ -78,7 +81,8 @@ def _header(block: bytes) -> _Header | None:
         return None
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    return _Header(block[156:157], name, size) if size >= 0 else None
+    target = block[157:257].split(b"\0", 1)[0]
+    return _Header(block[156:157], name, size, target) if 0 <= size < _LARGEST else None
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
@@ -110,12 +114,19 @@ def _next_header(window: Window, start: int) -> int | None:
     return None
 
 
+def _linked(kind: bytes, name: bytes, target: bytes) -> bytes:
+    """The member that a link stands for: a hard link has its name, a symbolic one the way to it."""
+    way = os.path.join(os.path.dirname(name), target) if kind == b"2" else target
+    return posixpath.normpath(way)
+
+
 def _members(window: Window, title: str) -> Iterator[Member]:
-    at, before = 0, {}
+    at, before, left_out = 0, {}, []
+    places: dict[bytes, tuple[int, int]] = {}  # of the data of each name, for links to it
     while at + BLOCK <= window.end:
         block = window.read(at, BLOCK)
         if block == _ZEROS:
-            return
+            break
         header = _header(block)
         if header is None:
             if at == 0:
@@ -123,22 +134,34 @@ def _members(window: Window, title: str) -> Iterator[Member]:
             found = _next_header(window, at + BLOCK)
             log.warning("%s is damaged at byte %d; next member at %s", title, at, found)
             if found is None:
-                return
+                break
             at, before = found, {}
             continue
-        kind, name, size = header
+        kind, name, size, target = header
         data = at + BLOCK
-        if kind in (b"L", b"x") and size <= _LONGEST_NAME:
-            text = window.read(data, size)
-            before |= {b"path": text.rstrip(b"\0")} if kind == b"L" else _pax(text)
+        if kind in (b"L", b"K", b"x") and size <= _LONGEST_NAME:
+            text, key = window.read(data, size), b"path" if kind == b"L" else b"linkpath"
+            before |= _pax(text) if kind == b"x" else {key: text.rstrip(b"\0")}
         elif kind not in (b"g", b"K", b"L", b"x"):
-            name = before.get(b"path", name)
+            name, target = before.get(b"path", name), before.get(b"linkpath", target)
             told = before.get(b"size", b"")
-            size = int(told) if told.isdigit() else size
-            if kind in (b"0", b"\0", b"7") and not any(k.startswith(b"GNU.sparse") for k in before):
-                yield Member(os.fsdecode(name), data, size)
+            size = min(int(told[:20]), _LARGEST) if told.isdigit() else size
+            sparse = any(k.startswith(b"GNU.sparse") for k in before)
+            place = (data, size) if kind in (b"0", b"\0", b"7") and not sparse else None
+            if kind in (b"1", b"2"):
+                place = places.get(_linked(kind, name, target))
+            if place is not None:
+                places[posixpath.normpath(name)] = place
+                yield Member(os.fsdecode(name), *place)
+            elif kind not in (b"3", b"4", b"5", b"6"):  # devices and folders have no data
+                left_out.append(os.fsdecode(name))
             before = {}
         at = data + (0 if kind in _WITHOUT_DATA else _padded(size))
+    if left_out:
+        log.warning(
+            "%s: %d members are left out, such as %r: sparse files, or links to what is not there",
+            *(title, len(left_out), left_out[0]),
+        )
 
 
 def members(files: Files, k: int, size: int) -> Iterator[Member]:
@@ -155,30 +178,43 @@ def members(files: Files, k: int, size: int) -> Iterator[Member]:
     return _members(Window(files, k, size), title)
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_name(name: str, *, last: bool = False) -> tuple[str, str]:
     """The sample that a member belongs to and its extension, from the base name's first dot on.
 
-    >>> split_name("a.b/c.seg.png")
-    ('a.b/c', 'seg.png')
+    last: from its last dot on.
+
+    >>> split_name("a.b/c.seg.png"), split_name("c.seg.png", last=True)
+    (('a.b/c', 'seg.png'), ('c.seg', 'png'))
     """
-    dot = name.find(".", name.rfind("/") + 1)
+    base = name.rfind("/") + 1
+    dot = name.rfind(".", base) if last else name.find(".", base)
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
-def samples(found: Iterable[Member]) -> Iterator[Sample]:
-    """Members in a row of one key, grouped.  Hidden files are passed over."""
-    sample, last = [], None
+def samples(found: Iterable[tuple[str, int, int]], *, last: bool = False) -> Iterator[Sample]:
+    """Members in a row of one key, grouped.  Hidden files are passed over.
+
+    found: name, offset and size of each.  A name that comes again begins another sample.
+    last: keys end at the last dot.
+    """
+    sample, extensions, before = [], set(), None
     for name, offset, size in found:
-        key, extension = split_name(name)
+        key, extension = split_name(name, last=last)
         if not key or key.endswith("/"):
             continue
-        if key != last and sample:
+        if (key != before or extension in extensions) and sample:
             yield sample
-            sample = []
-        last = key
+            sample, extensions = [], set()
+        before = key
+        extensions.add(extension)
         sample.append(Component(extension, offset, size, name))
     if sample:
         yield sample
+
+
+def is_index(head: bytes) -> bool:
+    """Whether a file that begins so is an index of a tar file, whole or not."""
+    return head.startswith((b"v1.1 ", b"v1.2 "))
 
 
 def index_text(found: list[Sample]) -> bytes:
@@ -216,7 +252,10 @@ def parse_index(text: bytes) -> list[Sample]:
         for i in range(0, len(words), width):
             name = words[i + 3] if width == 4 else ""
             extension = words[i] if words[i] != "." else ""
-            sample.append(Component(extension, int(words[i + 1]), int(words[i + 2]), name))
+            offset, size = int(words[i + 1]), int(words[i + 2])
+            if not (0 <= offset < _LARGEST and 0 <= size < _LARGEST):
+                raise ValueError(f"a member of {size} bytes at {offset}")
+            sample.append(Component(extension, offset, size, name))
         found.append(sample)
     if len(found) != int(count):
         raise ValueError(f"{len(found)} samples of {int(count)}")
@@ -228,7 +267,7 @@ def _fits(found: list[Sample], files: Files, k: int, size: int) -> bool:
     every = [c for sample in (found[:1] + found[-1:]) for c in sample]
     middle = found[len(found) // 2] if found else []
     for part in (*every, *middle):
-        if part.offset % BLOCK or part.offset < BLOCK or part.size < 0:
+        if part.offset % BLOCK or part.offset < BLOCK:
             return False
         if part.offset <= size:
             header = _header(files.read(k, part.offset - BLOCK, BLOCK))

@@ -176,6 +176,10 @@ def example_label(data: Any, size: int, key: str) -> Label:
     return None
 
 
+def _is_index(head: bytes) -> bool:
+    return not head.strip(b"0123456789 \n")
+
+
 def _scanned(files: Files, k: int, size: int) -> list[Span]:
     """The records of file k by their lengths; behind a damaged one the rest counts as one."""
     window, found, at = Window(files, k, size), [], 0
@@ -190,7 +194,7 @@ def _scanned(files: Files, k: int, size: int) -> list[Span]:
         log.warning("%s is cut off in its record %d", files.paths[k], len(found) - 1)
     else:
         text = "".join(f"{offset} {length}\n" for offset, length in found)
-        write_beside(files.paths[k] + ".idx", text.encode())
+        write_beside(files.paths[k] + ".idx", text.encode(), _is_index)
     return found
 
 

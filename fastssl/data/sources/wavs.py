@@ -1,9 +1,10 @@
-"""Signals from .wav files: uncompressed PCM of 8, 16, 24 or 32 bits, by the standard library.
+"""Signals from .wav files: PCM of 8, 16, 24 or 32 bits by the standard library, floats by scipy.
 
 Samples are brought to [-1, 1) and channels averaged to one.  Files of other rates than the one
 asked for are resampled by a polyphase filter: a view of W samples lasts equally long in each.
 """
 
+import warnings
 import wave
 from functools import partial
 from math import gcd
@@ -19,6 +20,8 @@ from fastssl.data.errors import BadItem
 from fastssl.data.sources.base import Source, SourceOptions, absolute
 from fastssl.data.sources.decode import of_the_machine
 from fastssl.data.sources.folder import Format, scan_folder
+
+_MOST_RATE = 10**6  # a filter from or to more would fill the memory
 
 
 def _samples(data: bytes, width: int) -> np.ndarray:
@@ -40,18 +43,44 @@ def _resampled(x: np.ndarray, have: int, want: int) -> np.ndarray:
     return resample_poly(x, want // common, have // common)
 
 
-def _decode(path: Path, rate: int | None) -> np.ndarray:
+def _floats(path: Path) -> tuple[np.ndarray, int]:
+    """Samples (n, channels) and rate of a file that the standard library does not know."""
+    from scipy.io import wavfile  # half a second to import, for this case alone
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pieces that are no sound
+        rate, x = wavfile.read(path)
+    if x.dtype.kind == "u":
+        x = x / 128.0 - 1
+    elif x.dtype.kind == "i":
+        x = x / 2.0 ** (8 * x.itemsize - 1)
+    if not np.isfinite(x).all():
+        raise ValueError("samples that are not finite")
+    return x.reshape(len(x), -1), rate
+
+
+def _pcm(path: Path) -> tuple[np.ndarray, int]:
     with wave.open(str(path), "rb") as file:
-        channels, width, have = file.getnchannels(), file.getsampwidth(), file.getframerate()
+        channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
         if width not in (1, 2, 3, 4):
             raise ValueError(f"{8 * width} bits a sample: want 8, 16, 24 or 32")
-        if have < 1:
-            raise ValueError(f"a rate of {have} samples a second")
         data = file.readframes(file.getnframes())
     frame = channels * width
-    x = _samples(data[: len(data) // frame * frame], width).reshape(-1, channels).mean(1)
+    return _samples(data[: len(data) // frame * frame], width).reshape(-1, channels), rate
+
+
+def _decode(path: Path, rate: int | None) -> np.ndarray:
+    try:
+        x, have = _pcm(path)
+    except wave.Error as error:
+        if "unknown format" not in str(error):
+            raise
+        x, have = _floats(path)
+    if not 1 <= have <= _MOST_RATE:
+        raise ValueError(f"a rate of {have} samples a second")
     if len(x) == 0:
         raise ValueError("no samples")
+    x = x.mean(1, dtype=np.float64)
     return x if rate in (None, have) else _resampled(x, have, rate)  # type: ignore[arg-type]
 
 
@@ -79,7 +108,10 @@ class WavsSource(SourceOptions):
     )
     flat: bool = Field(default=False, description="take every file below path, without labels")
     rate: int | None = Field(
-        default=None, ge=1, le=10**6, description="samples a second to resample to; None: as it is"
+        default=None,
+        ge=1,
+        le=_MOST_RATE,
+        description="samples a second to resample to; None: as it is",
     )
 
     def open(self) -> tuple[Source, ...]:

@@ -1,8 +1,9 @@
 """WebDataset shards: tar files whose members of one key are a sample, read at random.
 
-A sample's image is its first member with an image's extension (`seg.png` after `jpg`, whatever the
-order), its label the whole number in its `cls` or the "label" in its `json`.  An index of each
-shard (tars.py) is read from beside it, or made and left there: any order costs one read an image.
+A key ends at the first dot of a file's name.  A sample's image is its one member with an image's
+extension (`jpg` before `seg.png`, whatever the order), its label the number or text in its `cls` or
+the "label" in its `json`, wherever in the shard that is.  An index of each shard (tars.py) is read
+from beside it, or made and left there: any order costs one read an image.
 """
 
 import json
@@ -44,23 +45,33 @@ _EXTENSIONS = frozenset(suffix[1:] for suffix in SUFFIXES)
 _LONGEST_LABEL = 2**24
 
 
-def _image(sample: Sample) -> Component | None:
-    """The image among a sample's members; one of a plain extension before one such as seg.png."""
-    second = None
-    for part in sample:
-        plain, _, last = part.extension.rpartition(".")
-        if last.lower() in _EXTENSIONS:
-            if not plain:
-                return part
-            second = second or part
-    return second
+def _image(sample: Sample, path: str, chosen: str | None) -> Component | None:
+    """The image among a sample's members: the one of extension `chosen`, if that is given; else the
+    one of a plain extension, or of one such as seg.png.
+
+    Raises DataError where there are several.
+    """
+    if chosen is not None:
+        return next((part for part in sample if part.extension == chosen), None)
+    split = [(part, part.extension.lower().rpartition(".")) for part in sample]
+    found = [(part, plain) for part, (plain, _, last) in split if last in _EXTENSIONS]
+    images = [part for part, plain in found if not plain] or [part for part, _ in found]
+    if len(images) > 1:
+        names = ", ".join(repr(part.name or part.extension) for part in images[:3])
+        raise DataError(
+            f"{path!r}: a sample has {len(images)} images ({names}{' ...' * (len(images) > 3)}), "
+            "for a name up to its first dot is a sample's key: data.source.key=last takes names up "
+            f"to their last dot, data.source.image={images[0].extension} one image of each sample"
+        )
+    return images[0] if images else None
 
 
 def parse_label(extension: str, data: bytes) -> Label:
     """The label in a member called .cls or .json; None where there is none to be read."""
     try:
         if extension == "cls":
-            return int(data)
+            text = data.decode().strip()
+            return int(text) if text.lstrip("+-").isdecimal() else text or None
         label = json.loads(data)["label"]
         return label if isinstance(label, str) or type(label) is int else None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -87,33 +98,56 @@ def _scanned(files: Files, k: int, told: Status) -> list[Sample]:
     if cut:
         log.warning("%s is cut off in its member %s", files.paths[k], cut[0])
     elif found:
-        write_beside(tars.index_path(files.paths[k]), tars.index_text(found))
+        write_beside(tars.index_path(files.paths[k]), tars.index_text(found), tars.is_index)
     return found
 
 
-def _shard(files: Files, k: int, labelled: bool) -> Iterator[tuple[int, Found]]:
-    path = files.paths[k]
+def _by_last_dot(found: list[Sample]) -> list[Sample]:
+    return list(tars.samples(((c.name, c.offset, c.size) for s in found for c in s), last=True))
+
+
+def _joined(found: list[Sample], images: list[Component | None], last: bool) -> None:
+    """Give members without an image, as where all labels follow all images, to that of their key."""
+    own: dict[str, Sample] = {}
+    for sample, image in zip(found, images, strict=True):
+        if image is not None:
+            own.setdefault(tars.split_name(image.name, last=last)[0], sample)
+    for sample, image in zip(found, images, strict=True):
+        to = own.get(tars.split_name(sample[0].name, last=last)[0]) if image is None else None
+        if to is not None and sample[0].name:  # an index of version 1.1 has no names
+            to += sample
+            sample.clear()
+
+
+def _shard(files: Files, k: int, cfg: "WebDatasetSource") -> Iterator[tuple[int, Found]]:
+    path, last = files.paths[k], cfg.key == "last"
     told, _ = checked(files, k, "shard")
     found = tars.read_index(files, k, told, status_or_none(tars.index_path(path)))
-    if found is None:
+    repeated = found and any(len({c.extension for c in s}) < len(s) for s in found)
+    if found is None or repeated or (last and not all(c.name for s in found for c in s)):
         found = _scanned(files, k, told)
-    images = [(n, image) for n, s in enumerate(found) if (image := _image(s)) is not None]
-    if len(images) < len(found):
-        log.warning("%d samples of %s have no image", len(found) - len(images), path)
+    found = _by_last_dot(found) if last else found
+    every = [_image(sample, path, cfg.image) for sample in found]
+    if None in every:
+        _joined(found, every, last)
+        lost = sum(image is None and bool(s) for s, image in zip(found, every, strict=True))
+        if lost:
+            log.warning("%d samples of %s have no image", lost, path)
+    images = [(n, image) for n, image in enumerate(every) if image is not None]
     labels: list[Label] = [None] * len(images)
-    if labelled:
+    if cfg.labels:
         labels = kept_labels(
             path, len(images), told, lambda: [_label(files, k, found[n]) for n, _ in images]
         )
     for (n, image), label in zip(images, labels, strict=True):
-        name = tars.split_name(image.name)[0] or str(n)
+        name = tars.split_name(image.name, last=last)[0] or str(n)
         yield k, Found(name, image.offset, image.size, label)
 
 
-def _part(paths: list[str], labelled: bool) -> Part:
+def _part(paths: list[str], cfg: "WebDatasetSource") -> Part:
     files = Files(paths)
     part = Part(files)
-    part.add_all(pair for k in range(len(files)) for pair in _shard(files, k, labelled))
+    part.add_all(pair for k in range(len(files)) for pair in _shard(files, k, cfg))
     if not len(part.names):
         raise DataError(
             f"no image in {len(paths)} shards such as {paths[0]!r}: a sample has a member with an "
@@ -171,8 +205,15 @@ class WebDatasetSource(SourceOptions):
         default=None, description="the test part's, like path; None: its val/, or split by a seed"
     )
     labels: bool = Field(default=True, description="whether to read labels")
+    key: Literal["first", "last"] = Field(
+        default="first", description="the dot of a file's name that ends its sample's key"
+    )
+    image: str | None = Field(
+        default=None,
+        description="extension of the image, such as left.jpg, where there are several",
+    )
 
     def open(self) -> tuple[Source, ...]:
         found = shards(self.path, self.val, (".tar",))
-        parts = [_part(paths, self.labels) for paths in found]
+        parts = [_part(paths, self) for paths in found]
         return build(parts, _classes(found[0]))

@@ -1,0 +1,70 @@
+"""Ranks that end when another one has died, wherever they wait (faults 32 and 46)."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from fastssl.engine.peers import watched
+
+
+def rank_of_two(rank, folder, how):
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with watched():
+        if how == "leaves":
+            return
+        if rank == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1:
+            raise ValueError("of this rank alone")
+        dist.distributed_c10d._get_default_store().get("as the making of a group waits")
+
+
+@pytest.mark.parametrize(
+    "how, codes", [("killed", [1, -signal.SIGKILL]), ("fails", [1, 1]), ("leaves", [0, 0])]
+)
+def test_a_rank_does_not_wait_for_a_dead_one(how, codes, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=rank_of_two, args=(r, str(tmp_path), how)) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(200)  # without the watch: half an hour
+    ended = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert ended == codes
+
+
+def worker(told):
+    os.environ["TORCHELASTIC_RUN_ID"] = "one"
+    signal.signal(signal.SIGTERM, lambda *_: told.touch())
+    with watched():
+        (told.parent / "ready").touch()
+        for _ in range(2000):
+            if told.exists():
+                return
+            time.sleep(0.1)
+
+
+def launcher(told):
+    multiprocessing.get_context("fork").Process(target=worker, args=(told,)).start()
+    while not (told.parent / "ready").exists():
+        time.sleep(0.05)
+    os._exit(0)  # without waiting for its worker, as kill -9 would
+
+
+def test_an_orphan_of_torchrun_is_told_to_stop(tmp_path):
+    told = tmp_path / "told"
+    launched = multiprocessing.get_context("forkserver").Process(target=launcher, args=(told,))
+    launched.start()
+    launched.join(200)
+    for _ in range(2000):
+        if told.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the orphan was not told")
