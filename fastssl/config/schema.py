@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from fastssl.data.batch.ops import AnyBatchOp
 from fastssl.data.datasets import SourceConfig
 from fastssl.data.render.backend import Backend
 from fastssl.data.views.spec import ViewSpec, view_spec
-from fastssl.engine.config import CheckpointConfig, EngineConfig
+from fastssl.engine.config import CheckpointConfig, EngineConfig, Section
 from fastssl.engine.optim import OptimConfig, check_optimizer
 from fastssl.methods import METHODS, AnyMethodConfig
 
@@ -36,10 +36,6 @@ class ConfigError(ValueError):
     """A configuration to be mended: one sentence naming the key, the value and what is allowed."""
 
     exit_code, on_every_rank = 2, True
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Section):
@@ -132,6 +128,17 @@ class RunConfig(Section):
             raise ValueError("data.overrides has a size: give it as data.image_size")
         return view_spec(name, self.data.image_size, **self.data.overrides)
 
+    def notes(self) -> list[str]:
+        """What a user might not expect of these keys, a sentence each."""
+        made_for = self.optim.lr_batch
+        if made_for in (None, self.batch_size):
+            return []
+        return [
+            f"optim.lr={self.optim.lr} was chosen for batches of {made_for} and batch_size is "
+            f"{self.batch_size}: the rate is not scaled (in proportion it would be "
+            f"{self.optim.lr * self.batch_size / made_for:.3g})"
+        ]
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         check_optimizer(self.optim.name, self.engine.zero_stage)
@@ -141,7 +148,7 @@ class RunConfig(Section):
                 f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
                 f"data.augment={self.data.augment} makes {views.count}"
             )
-        if METHODS[self.method.name].told_parameters and views.kind != "image":
+        if METHODS[self.method.name].needs_view_params and views.kind != "image":
             raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
         if self.batch_size % self.engine.accumulation:
             raise ValueError(
@@ -220,6 +227,8 @@ def differences(saved: RunConfig, now: RunConfig) -> list[str]:
     free_leaves = {
         *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),
         "engine.activation_checkpointing",
+        "engine.max_skipped",
+        "optim.lr_batch",
     }
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
         free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.final"}
@@ -245,6 +254,10 @@ def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
             if name is not None and name != OmegaConf.select(read, f"{section}.name"):
                 OmegaConf.update(read, section, {}, merge=False)
         merged = OmegaConf.merge(read, chosen)
+        if OmegaConf.select(read, "optim.lr") and "batch_size" in read:  # they belong together
+            own = OmegaConf.select(chosen, "optim.lr") is None
+            batch = OmegaConf.select(read, "optim.lr_batch") or read.batch_size
+            OmegaConf.update(merged, "optim.lr_batch", batch if own else None)
         unset = sorted(OmegaConf.missing_keys(merged))
         if unset:
             raise ConfigError(f"{path.stem} leaves {unset[0]} to you: add {unset[0]}=...")

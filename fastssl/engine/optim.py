@@ -11,11 +11,12 @@ import fnmatch
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from fastssl.schedules import infinite, warmup_cosine
 
+from .config import Section
 from .layerwise import LAMB, LARS, bind_fragments
 
 # Those that treat every element alike, so that slices of tensors change nothing.  Not here:
@@ -30,11 +31,7 @@ ELEMENTWISE = frozenset(
 _OURS = {"lars": ("momentum", "eps", "trust_coefficient"), "lamb": ("betas", "eps")}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ConstantSchedule(_Section):
+class ConstantSchedule(Section):
     """The peak rate, after a warm-up."""
 
     name: Literal["constant"] = "constant"
@@ -47,7 +44,7 @@ class ConstantSchedule(_Section):
         return infinite(step + 0.5, 1.0, warmup=self.warmup * total_steps, cooldown=0, constant=1.0)
 
 
-class CosineSchedule(_Section):
+class CosineSchedule(Section):
     """A linear warm-up, then half a cosine."""
 
     name: Literal["cosine"] = "cosine"
@@ -67,7 +64,7 @@ class CosineSchedule(_Section):
         return warmup_cosine(progress, 1.0, warmup=self.warmup, final=self.final)
 
 
-class InfiniteSchedule(_Section):
+class InfiniteSchedule(Section):
     """No planned end: warm-up, cool-down, constant; annealed only when a finished model is due."""
 
     name: Literal["infinite"] = "infinite"
@@ -112,7 +109,7 @@ Schedule = Annotated[
 ]
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """How parameters are updated.  An option left null is the optimizer's own default."""
 
     name: str = Field(
@@ -120,6 +117,9 @@ class OptimConfig(_Section):
     )
     lr: float = Field(
         default=1e-3, gt=0, description="Peak learning rate, for the whole batch size."
+    )
+    lr_batch: int | None = Field(
+        default=None, ge=1, description="Batch size that lr was chosen for: another one is said."
     )
     weight_decay: float = Field(
         default=0.05,

@@ -36,7 +36,7 @@ class CropMAEConfig(MethodConfig):
 
 
 class CropMAE(Method):
-    preset, views, joint = "crop_mae", 2, False
+    preset, views, couples_batch = "crop_mae", 2, False
 
     def __init__(self, encoder: nn.Module, cfg: CropMAEConfig):
         super().__init__()

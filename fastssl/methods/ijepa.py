@@ -39,7 +39,7 @@ class IJEPAConfig(MethodConfig):
 
 
 class IJEPA(Method):
-    preset, views, joint = "ijepa", 1, False
+    preset, views, couples_batch = "ijepa", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: IJEPAConfig):
         super().__init__()

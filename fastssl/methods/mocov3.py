@@ -26,7 +26,7 @@ class MoCoV3Config(MethodConfig):
 
 
 class MoCoV3(Method):
-    preset, views, joint = "mocov3", 2, True
+    preset, views, couples_batch = "mocov3", 2, True
 
     def __init__(self, encoder: nn.Module, cfg: MoCoV3Config):
         super().__init__()

@@ -34,7 +34,7 @@ class SimMIMConfig(MethodConfig):
 
 
 class SimMIM(Method):
-    preset, views, joint = "simmim", 1, False
+    preset, views, couples_batch = "simmim", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: SimMIMConfig):
         super().__init__()

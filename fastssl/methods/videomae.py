@@ -39,7 +39,7 @@ class VideoMAEConfig(MethodConfig):
 
 
 class VideoMAE(Method):
-    preset, views, joint = "clips", 1, False
+    preset, views, couples_batch = "clips", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: VideoMAEConfig):
         super().__init__()

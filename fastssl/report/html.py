@@ -120,11 +120,13 @@ def _training(results: dict[str, Any]) -> str:
         "data_wait": ("waiting for data", words.percent),
         "loss": ("final loss", lambda v: f"{v:.4g}"),
         "parameters": ("parameters", words.scaled),
-        "peak_memory_bytes": ("peak memory", lambda v: words.scaled(v, "B")),
+        "peak_memory_bytes": ("peak memory", lambda v: f"{v / 2**20:,.0f} MiB"),
     }
     facts = [(label, form(train[key])) for key, (label, form) in shown.items() if _has(train, key)]
     if _has(train, "bad_images") and train["bad_images"] > 0:
         facts.append((f"unreadable {items}, left out", f"{train['bad_images']:,}"))
+    if _has(train, "skipped_steps") and train["skipped_steps"] > 0:
+        facts.append(("steps skipped, not finite", f"{train['skipped_steps']:,}"))
     if not facts:
         return ""
     tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)

@@ -258,7 +258,7 @@ def test_the_loss_is_that_of_the_split_embeddings(follows, share, split):
 
 
 def test_only_sie_asks_for_the_parameters():
-    assert [name for name, method in METHODS.items() if method.told_parameters] == ["sie"]
+    assert [name for name, method in METHODS.items() if method.needs_view_params] == ["sie"]
 
 
 def test_a_share_that_leaves_no_part_is_refused():
