@@ -254,10 +254,9 @@ def _merge(path: Path, overrides: list[str]) -> dict[str, Any]:
             if name is not None and name != OmegaConf.select(read, f"{section}.name"):
                 OmegaConf.update(read, section, {}, merge=False)
         merged = OmegaConf.merge(read, chosen)
-        if OmegaConf.select(read, "optim.lr") and "batch_size" in read:  # they belong together
-            own = OmegaConf.select(chosen, "optim.lr") is None
-            batch = OmegaConf.select(read, "optim.lr_batch") or read.batch_size
-            OmegaConf.update(merged, "optim.lr_batch", batch if own else None)
+        rates, own = read.get("optim") or {}, chosen.get("optim") or {}
+        if "lr" in rates and not ({"lr_batch"} & {*rates, *own} or "lr" in own):
+            OmegaConf.update(merged, "optim.lr_batch", read.get("batch_size"))
         unset = sorted(OmegaConf.missing_keys(merged))
         if unset:
             raise ConfigError(f"{path.stem} leaves {unset[0]} to you: add {unset[0]}=...")

@@ -73,7 +73,7 @@ class Engine:
             _checkpoint_activations(method.encoder)  # type: ignore[arg-type]
         self.notes: list[str] = []
         if distributed.world_size() > 1:
-            self._join_batch_norms(method)
+            self._join_batch_norms(method, batch_size // shares)
         if cfg.precision == "bf16":
             widen_batch_norms(method)
         try:
@@ -178,12 +178,17 @@ class Engine:
                     return master.detach()
         return tensor.detach().float()
 
-    def _join_batch_norms(self, method: nn.Module) -> None:
+    def _join_batch_norms(self, method: nn.Module, micro: int) -> None:
         W = distributed.world_size()
         if self.cfg.sync_batchnorm:
             if count := synchronize_batch_norms(method):
                 self.notes.append(f"{count} batch norms share their statistics over {W} processes")
         elif any(name.endswith("running_mean") for name, _ in method.encoder.named_buffers()):  # type: ignore
+            if micro < 2:
+                raise EngineError(
+                    "engine.sync_batchnorm=false, but a process has micro-batches of one image to "
+                    "normalize: give a larger batch_size, or engine.sync_batchnorm=true"
+                )
             self.notes.append(
                 f"engine.sync_batchnorm=false: each of {W} processes normalizes with the "
                 "statistics of its own images; the running ones are averaged"

@@ -29,8 +29,12 @@ def engine(name: str, encoder: str, batch: int, **options: Any) -> Engine:
     kwargs = VIT if encoder.startswith("vit") else {}
     side = 16 if kwargs else 32
     backbone = build_backbone(encoder, shape=(1, side, side), kwargs=kwargs)
+    method = build_method(backbone, tiny(name, ".").method)  # type: ignore[arg-type]
+    for key, parameter in method.named_parameters():
+        if key.endswith("bias"):  # else adding it would never round
+            torch.nn.init.normal_(parameter, std=0.5)
     return Engine(
-        build_method(backbone, tiny(name, ".").method),  # type: ignore[arg-type]
+        method,
         OptimConfig(name="momentum", momentum=0.0, lr=1e-2, weight_decay=0.0),  # type: ignore
         EngineConfig(**options),
         device=torch.device("cpu"),
@@ -63,6 +67,13 @@ def norms(rank: int, world: int) -> dict[str, Any]:
         seen = e.features(batch(0, 2, 1, 32, 9)["views"][0])
         found[str(kind)] = [loss, seen, e.notes]
     return found
+
+
+def halves(rank: int, world: int) -> list[float]:
+    """The first loss in bfloat16 at stages 1 and 3."""
+    options = {"precision": "bf16", "deepspeed": CUT}
+    engines = (engine("mae", "vit_tiny_patch16_224", 8, zero_stage=s, **options) for s in (1, 3))
+    return [e.step(batch(rank, world, 1, 16), 1e-3).metrics["loss"].item() for e in engines]
 
 
 def skipped(rank: int, world: int) -> list[str]:
