@@ -84,7 +84,7 @@ class BatchNorm1d(nn.BatchNorm1d):
 
 
 def synchronize_batch_norms(model: nn.Module) -> int:
-    """Let torch's and timm's batch norms train on the joined batch of all ranks; how many there are.
+    """Let torch's and timm's batch norms train on the batch of all ranks; how many there are.
 
     Names, parameters and state_dict stay as they are.
     """
