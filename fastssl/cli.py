@@ -281,7 +281,7 @@ def _parts(source: str, fraction: float) -> tuple[Any, ...]:
 def _print_plan(cfg: Any) -> None:
     from fastssl.data.datasets import open_source
     from fastssl.data.loader import PretrainLoader
-    from fastssl.diagnose.plan import make_plan
+    from fastssl.diagnose.plan import NOT_COUNTED, make_plan
     from fastssl.run.train import check_source, check_steps
 
     split = open_source(cfg.data.source, cfg.seed)
@@ -289,7 +289,7 @@ def _print_plan(cfg: Any) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plan = make_plan(cfg, split.train.channels, world)
     table = Table("per device", "MiB")
-    for name in ("weights", "gradients", "optimiser", "activations", "total"):
+    for name in ("weights", "gradients", "optimizer", "activations", "process", "total"):
         table.add_row(name, f"{getattr(plan, name) / 2**20:,.1f}")
     given: dict[str, Any] = {"batch_size": cfg.batch_size, "seed": cfg.seed, "world": world}
     loader = PretrainLoader(split.train, cfg.views(), last=cfg.data.last, **given)
@@ -298,6 +298,9 @@ def _print_plan(cfg: Any) -> None:
     console.print(f"{images:,} training images, {held:,} held out; {steps:,} steps")
     console.print(f"{plan.parameters:,} parameters, {world} process(es)")
     console.print(table)
+    console.print(f"Not counted: {NOT_COUNTED}.")
+    for note in cfg.notes():
+        console.print(note)
 
 
 def _print_bottleneck(recipe: str, overrides: list[str] | None, seconds: float) -> None:
@@ -338,7 +341,7 @@ def _print_results(results: dict[str, Any]) -> None:
     console.print(
         f"loss {_number('loss', train['loss'])}, {speed}{train['seconds']:.0f} s of training, "
         f"peak memory {train['peak_memory_bytes'] / 2**20:,.0f} MiB, "
-        f"unreadable images {train['bad_images']}"
+        f"unreadable images {train['bad_images']}, steps skipped {train['skipped_steps']}"
     )
 
 

@@ -28,13 +28,23 @@ def test_every_recipe_is_complete_and_described(name):
     assert first.startswith("# ") and len(first) > 20
 
 
+# fault 23
+def test_a_rate_chosen_for_another_batch_size_is_said():
+    path = "data.source.path=/images"
+    (note,) = resolve("simclr-resnet50", [path, "batch_size=320"]).notes()
+    assert "optim.lr=4.8 was chosen for batches of 4096 and batch_size is 320" in note
+    assert "0.375" in note
+    for chosen in ([], ["batch_size=320", "optim.lr=0.4"]):
+        assert resolve("simclr-resnet50", [path, *chosen]).notes() == []
+
+
 def test_a_recipe_says_what_it_leaves_to_the_user():
     with pytest.raises(ConfigError, match="mae-vitb16 leaves data.source.path to you: add data"):
         resolve("mae-vitb16")
 
 
 def test_dump_reloads_to_the_same(tmp_path):
-    cfg = tiny("mae", tmp_path, optim__betas=[0.9, 0.95], engine__deepspeed={"a": {"b": 1}})
+    cfg = tiny("mae", tmp_path, optim__betas=[0.9, 0.95], engine__deepspeed={"aio": {"b": 1}})
     cfg.directory.mkdir(parents=True)
     (cfg.directory / "config.yaml").write_text(dump(cfg))
     assert load(cfg.directory) == cfg

@@ -5,6 +5,7 @@ import torch
 
 from fastssl.diagnose.plan import make_plan
 from fastssl.methods.base import PARAMETERS
+from fastssl.run.results import peak_memory
 from fastssl.run.train import build
 from tests.runs import METHODS, tiny
 
@@ -46,9 +47,16 @@ def test_zero_divides_what_it_shards(tmp_path):
     for (precision, stage), bytes_each in want.items():
         cfg = tiny("mae", tmp_path, engine__zero_stage=stage, engine__precision=precision)
         plan = make_plan(cfg, channels=1, world=4)
-        got = [b / plan.parameters for b in (plan.weights, plan.gradients, plan.optimiser)]
+        got = [b / plan.parameters for b in (plan.weights, plan.gradients, plan.optimizer)]
         assert got == pytest.approx(bytes_each, rel=1e-3), (precision, stage)
-        assert plan.total == plan.weights + plan.gradients + plan.optimiser + plan.activations
+        parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.process)
+        assert plan.total == sum(parts)
+
+
+# fault 24
+def test_the_total_is_within_a_factor_of_two_of_the_peak(tmp_path):
+    plan = make_plan(tiny("mae", tmp_path), channels=1, world=1)
+    assert plan.total / 2 < peak_memory() < 2 * plan.total
 
 
 def test_a_teacher_has_no_gradient_and_in_16_bits_a_float32_mean(tmp_path):
@@ -58,10 +66,10 @@ def test_a_teacher_has_no_gradient_and_in_16_bits_a_float32_mean(tmp_path):
         trained = sum(p.numel() for p in build(tiny("mocov3", tmp_path), 1).student.parameters())
         own = plan.parameters - trained
         student = {("fp32", 0): (4, 4, 8), ("bf16", 0): (2, 2, 12), ("bf16", 3): (0.5, 0.5, 3)}
-        weights, gradients, optimiser = student[precision, stage]
+        weights, gradients, optimizer = student[precision, stage]
         assert plan.weights == pytest.approx(weights * own + teachers * trained, rel=1e-3)
-        got = [plan.gradients / own, plan.optimiser / own]
-        assert got == pytest.approx([gradients, optimiser], rel=1e-3)
+        got = [plan.gradients / own, plan.optimizer / own]
+        assert got == pytest.approx([gradients, optimizer], rel=1e-3)
 
 
 def test_activation_checkpointing_and_accumulation_show(tmp_path):

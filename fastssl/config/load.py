@@ -130,6 +130,12 @@ def _merged(path: Path, overrides: list[str]) -> dict[str, Any]:
             if isinstance(holder, dict):
                 holder[last] = {}
     merged = _over(read, chosen)
+    rates, own = (tree.get("optim") for tree in (read, chosen))
+    own = own if isinstance(own, dict) else {}
+    if (
+        isinstance(rates, dict) and "lr" in rates and "lr" not in own
+    ):  # for this batch it was chosen
+        merged["optim"].setdefault("lr_batch", read.get("batch_size"))
     unset = sorted(_unset(merged))
     if unset:
         raise ConfigError(f"{path.stem} leaves {unset[0]} to you: add {unset[0]}=...")

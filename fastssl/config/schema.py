@@ -117,6 +117,17 @@ class RunConfig(Section):
             raise ValueError("data.overrides has a size: give it as data.image_size")
         return view_spec(name, self.data.image_size, **self.data.overrides)
 
+    def notes(self) -> list[str]:
+        """What a user might not expect of these keys, a sentence each."""
+        made_for = self.optim.lr_batch
+        if made_for in (None, self.batch_size):
+            return []
+        return [
+            f"optim.lr={self.optim.lr} was chosen for batches of {made_for} and batch_size is "
+            f"{self.batch_size}: the rate is not scaled (in proportion it would be "
+            f"{self.optim.lr * self.batch_size / made_for:.3g})"
+        ]
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         check_optimizer(self.optim.name, self.engine.zero_stage)
@@ -126,7 +137,7 @@ class RunConfig(Section):
                 f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
                 f"data.augment={self.data.augment} makes {views.count}"
             )
-        if self.method_class.told_parameters and views.kind != "image":
+        if self.method_class.needs_view_params and views.kind != "image":
             raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
         if self.batch_size % self.engine.accumulation:
             raise ValueError(
@@ -165,6 +176,8 @@ def differences(saved: RunConfig, now: RunConfig) -> list[str]:
     free_leaves = {
         *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),
         "engine.activation_checkpointing",
+        "engine.max_skipped",
+        "optim.lr_batch",
     }
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
         free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.final"}

@@ -112,7 +112,7 @@ def examine(cfg: RunConfig, seconds: float = 5.0) -> tuple[RunConfig, list[Measu
     cfg, _ = with_backend(cfg, source)
     method = build(cfg, source.channels)
     with launch.session(cfg.device) as device:
-        loader = build_loader(cfg, source, device, parameters=method.told_parameters)
+        loader = build_loader(cfg, source, device, parameters=method.needs_view_params)
         first, data, batch = _pipeline(loader.stream(0, _NEVER), seconds)
         read, decode, side = _ceilings(source, seconds / 10)
         engine = Engine(method, cfg.optim, cfg.engine, device=device, batch_size=cfg.batch_size)

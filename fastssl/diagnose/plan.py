@@ -1,9 +1,10 @@
 """What a run will need before it starts: parameters, and memory on each device.
 
-Weights, gradients and optimiser state follow ZeRO's arithmetic (Rajbhandari et al. 2020,
+Weights, gradients and optimizer state follow ZeRO's arithmetic (Rajbhandari et al. 2020,
 arXiv:1910.02054, figure 1).  Activations are counted, not guessed: the method runs once on fake
 tensors, which have shapes but no memory and take the paths that real ones take, and every tensor
-that autograd keeps for backward is added up.
+that autograd keeps for backward is added up.  On a CPU the process itself comes on top: what Python
+and the libraries take before a model is there, measured in the process that plans.
 """
 
 from dataclasses import dataclass
@@ -13,30 +14,41 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
 from fastssl.methods.base import PARAMETERS
-from fastssl.run.results import count_parameters
+from fastssl.run.results import count_parameters, peak_memory
 from fastssl.run.train import build
 
-# float32 values an optimiser keeps for each parameter; two where it is not listed (the Adam family)
+NOT_COUNTED = (
+    "DeepSpeed's buffers for reduction and gathering, copies made in the optimizer's step, "
+    "evaluation, loader processes"
+)
+# float32 values an optimizer keeps for each parameter; two where it is not listed (the Adam family)
 STATES = {"sgd": 1, "momentum": 1, "lars": 1, "lion": 1, "muon": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each device; `parameters` is a count, over all devices."""
+    """Bytes on each device, NOT_COUNTED left out; `parameters` is a count, over all devices.
+
+    process: resident memory before the model is built; 0 on CUDA, whose allocator has none of it.
+    """
 
     parameters: int
     weights: int
     gradients: int
-    optimiser: int
+    optimizer: int
     activations: int
+    process: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimiser + self.activations
+        held = self.weights + self.gradients + self.optimizer
+        return held + self.activations + self.process
 
 
 def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
     """The plan of `cfg` on `world` devices, for items of `channels` channels."""
+    device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
+    process = peak_memory() if device == "cpu" else 0
     with torch.device("meta"):
         method = build(cfg, channels)
     P, stage, half = count_parameters(method), cfg.engine.zero_stage, cfg.engine.precision == "bf16"
@@ -53,15 +65,17 @@ def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
         parameters=P,
         weights=int((width * P + means) / (world if stage == 3 else 1)),
         gradients=int(width * T / (world if stage >= 2 else 1)),
-        optimiser=int((masters + states) * T / (world if stage >= 1 else 1)),
-        activations=_activations(method, cfg, channels, world),
+        optimizer=int((masters + states) * T / (world if stage >= 1 else 1)),
+        activations=_activations(method, cfg, channels, world, device),
+        process=process,
     )
 
 
-def _activations(method: torch.nn.Module, cfg: RunConfig, channels: int, world: int) -> int:
+def _activations(
+    method: torch.nn.Module, cfg: RunConfig, channels: int, world: int, device: str
+) -> int:
     """Bytes kept for backward on a micro-batch: linear in its size, measured at 4 and 8 images."""
     micro = cfg.batch_size // (world * cfg.engine.accumulation)
-    device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device=device)
         small, large = (_kept(method, cfg, channels, n, device) for n in (4, 8))

@@ -1,10 +1,32 @@
 """What the engine and its checkpoints can be told."""
 
+import difflib
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fastssl.section import Section
+
+# What the run's own keys say, by the DeepSpeed key that would say it a second time.
+_OWN_KEYS = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size and engine.accumulation",
+    "gradient_accumulation_steps": "engine.accumulation",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp", "torch_autocast"), "engine.precision"),
+    "tensorboard": "log.tensorboard",
+}
+_SECTIONS = (
+    "zero_optimization activation_checkpointing aio checkpoint comet comms_logger compile "
+    "csv_monitor data_types flops_profiler timers wandb"
+).split()
+_VALUES = (
+    "communication_data_type disable_allgather disable_python_gc dump_state gradient_allreduce_op "
+    "gradient_predivide_factor log_level memory_breakdown prescale_gradients sparse_gradients "
+    "steps_per_print use_node_local_storage wall_clock_breakdown"
+).split()
 
 
 class EngineError(ValueError):
@@ -25,12 +47,42 @@ class EngineConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A non-finite loss or gradient ends the run, or only skips its step."
     )
+    max_skipped: int = Field(
+        10, ge=1, description="Steps skipped in a row, with on_nonfinite=skip, that end the run."
+    )
+    sync_batchnorm: bool = Field(
+        True,
+        description="The encoder's batch norms train on the joined batch of all ranks; false: each "
+        "rank's on its own images, and their running statistics are averaged.",
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute the backbone's blocks in backward: less memory, more time."
     )
     deepspeed: dict[str, Any] = Field(
         {}, description="Raw DeepSpeed keys, merged last (offload, bucket sizes ...)."
     )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _known_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for key, value in given.items():
+            name = f"engine.deepspeed.{key}={value!r}"
+            if key in _OWN_KEYS:
+                raise ValueError(f"{name} is set by the run itself: use {_OWN_KEYS[key]}")
+            if key not in _SECTIONS + _VALUES:
+                close = difflib.get_close_matches(key, [*_SECTIONS, *_VALUES, *_OWN_KEYS], n=1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                known = ", ".join(_SECTIONS + _VALUES)
+                raise ValueError(f"{name} is no key of DeepSpeed's served here{hint}; use {known}")
+            if key in _SECTIONS and not isinstance(value, dict):
+                raise ValueError(f"{name} must be a section of keys, as engine.deepspeed.{key}.x=1")
+        if "stage" in given.get("zero_optimization", {}):
+            stage = given["zero_optimization"]["stage"]
+            raise ValueError(
+                f"engine.deepspeed.zero_optimization.stage={stage} is set by the run itself: use "
+                f"engine.zero_stage"
+            )
+        return given
 
 
 class CheckpointConfig(Section):

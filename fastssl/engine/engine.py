@@ -2,19 +2,25 @@
 
 It knows `Method` (forward(batch) -> {"loss": ...}) and nothing of what a method does.  The learning
 rate is set from outside at each step; gradients are averaged over ranks and micro-batches; a step
-whose loss or gradient is not finite is never applied, at any stage.
+whose loss or gradient is not finite is never applied, at any stage, and leaves no trace in buffers.
 """
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastssl import distributed
-from fastssl.models import widen_batch_norms
+from fastssl.models import (
+    average_running_statistics,
+    synchronize_batch_norms,
+    widen_batch_norms,
+)
 
 from .config import EngineConfig, EngineError
 from .launch import deepspeed
@@ -41,6 +47,7 @@ class Engine:
 
     batch_size: images in an optimiser step over all ranks and micro-batches.
     monitor: directory of TensorBoard events, or None.
+    notes: sentences that the user of a run should read.
     Raises EngineError when the batch does not divide among ranks and micro-batches,
     for activation checkpointing of an encoder without it, and for what DeepSpeed refuses.
     """
@@ -64,6 +71,9 @@ class Engine:
             )
         if cfg.activation_checkpointing:
             _checkpoint_activations(method.encoder)  # type: ignore[arg-type]
+        self.notes: list[str] = []
+        if distributed.world_size() > 1:
+            self._join_batch_norms(method, batch_size // shares)
         if cfg.precision == "bf16":
             widen_batch_norms(method)
         try:
@@ -73,6 +83,8 @@ class Engine:
                 config=self._deepspeed_config(optim.clip, batch_size // shares, monitor),
                 dist_init_required=False,
             )
+        except ValidationError as error:
+            raise EngineError(_refusal(error)) from error
         except (AssertionError, ValueError, TypeError, KeyError) as error:
             raise EngineError(f"DeepSpeed or the optimiser refuses this: {error}") from error
         after_initialize(self.ds)
@@ -91,22 +103,31 @@ class Engine:
             group["lr"] = lr
         if not self.method.training:
             self.method.train()
+        keep = self.cfg.on_nonfinite == "skip"
+        before = {n: b.clone() for n, b in self.method.named_buffers()} if keep else {}
         finite = torch.ones((), device=self.device, dtype=torch.bool)
         sums: dict[str, Tensor] = {}
+        event = None
         for i, micro in enumerate(self._split(batch)):
             out = self.ds(micro)
             finite = finite & torch.isfinite(out["loss"].detach())
             last = i == self.cfg.accumulation - 1
-            event = self._agree(finite, stop) if last else None
+            if last:
+                event = self._agree(finite, stop)
             # A loss of infinity may have finite gradients: make sure that the step is refused.
             self.ds.backward(out["loss"] * torch.where(finite, 1.0, float("nan")))
             for key, value in out.items():
                 share = value.detach().float() / self.cfg.accumulation
                 sums[key] = sums[key] + share if key in sums else share
-            if last:
-                return self._finish(sums, event)
-            self.ds.step()
-        raise AssertionError("a batch has at least one micro-batch")
+            if not last:
+                self.ds.step()
+        step = self._finish(sums, event)
+        if step.applied:
+            average_running_statistics(self.method)
+        else:
+            for name, buffer in self.method.named_buffers() if keep else ():
+                buffer.copy_(before[name])
+        return step
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode."""
@@ -157,6 +178,22 @@ class Engine:
                     return master.detach()
         return tensor.detach().float()
 
+    def _join_batch_norms(self, method: nn.Module, micro: int) -> None:
+        W = distributed.world_size()
+        if self.cfg.sync_batchnorm:
+            if count := synchronize_batch_norms(method):
+                self.notes.append(f"{count} batch norms share their statistics over {W} processes")
+        elif any(name.endswith("running_mean") for name, _ in method.encoder.named_buffers()):  # type: ignore
+            if micro < 2:
+                raise EngineError(
+                    "engine.sync_batchnorm=false, but a process has micro-batches of one image to "
+                    "normalize: give a larger batch_size, or engine.sync_batchnorm=true"
+                )
+            self.notes.append(
+                f"engine.sync_batchnorm=false: each of {W} processes normalizes with the "
+                "statistics of its own images; the running ones are averaged"
+            )
+
     def _deepspeed_config(self, clip: float, micro: int, monitor: Path | None) -> dict[str, Any]:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro,
@@ -168,6 +205,9 @@ class Engine:
             "bf16": {"enabled": self.cfg.precision == "bf16"},
             "steps_per_print": NEVER,
         }
+        if self.cfg.zero_stage == 3:
+            # DeepSpeed's own linear rounds twice in bf16, once more after the bias: another loss.
+            config["zero_optimization"]["memory_efficient_linear"] = False
         if monitor is not None:
             config["tensorboard"] = {
                 "enabled": True,
@@ -236,6 +276,19 @@ def _checkpoint_activations(encoder: nn.Module) -> None:
         raise EngineError(
             f"engine.activation_checkpointing=True, which {name} does not offer"
         ) from error
+
+
+def _refusal(error: ValidationError) -> str:
+    """DeepSpeed's refusal of a section of engine.deepspeed, as one sentence."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    close = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
+    if first["type"] == "extra_forbidden":
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"engine.deepspeed: {error.title} has no key {key}={first['input']!r}{hint}"
+    return f"engine.deepspeed: {error.title} refuses {key}={first['input']!r}: {first['msg']}"
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

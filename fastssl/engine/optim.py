@@ -118,6 +118,9 @@ class OptimConfig(Section):
     lr: float = Field(
         default=1e-3, gt=0, description="Peak learning rate, for the whole batch size."
     )
+    lr_batch: int | None = Field(
+        default=None, ge=1, description="Batch size that lr was chosen for: another one is said."
+    )
     weight_decay: float = Field(
         default=0.05,
         ge=0,

@@ -9,7 +9,7 @@ M test rows, N train rows, C classes.
 
 from torch import Tensor
 
-from fastssl.evaluate._checks import checked_features, checked_labels, same_width
+from fastssl.evaluate._checks import checked_features, checked_labels, directions, same_width
 from fastssl.kernels.pairwise import pairwise_topk
 
 _ROWS = 4096  # test rows voting at once: bounds the (rows, C) tally, whatever M is

@@ -13,7 +13,7 @@ from .configs import BarlowTwinsConfig
 
 
 class BarlowTwins(Method):
-    preset, views, joint = "barlow_twins", 2, True
+    preset, views, couples_batch = "barlow_twins", 2, True
 
     def __init__(self, encoder: nn.Module, cfg: BarlowTwinsConfig):
         super().__init__()

@@ -26,14 +26,14 @@ class Method(nn.Module):
     forward(batch) -> {"loss": 0-d float32, ...}: other entries are logged as they are.
     after_step(progress): called after each optimiser step, progress in [0, 1].
     preset: the augmentation preset of the method's paper.  views: how many views it reads.
-    joint: its loss couples the samples of a batch, so gradient accumulation changes it.
-    told_parameters: it reads "params", which batches have only where they are asked for.
+    couples_batch: a sample's loss depends on the others of its batch, so accumulation changes it.
+    needs_view_params: it reads "params", which batches have only where they are asked for.
     """
 
     preset: ClassVar[str]
     views: ClassVar[int]
-    joint: ClassVar[bool]
-    told_parameters: ClassVar[bool] = False
+    couples_batch: bool
+    needs_view_params: ClassVar[bool] = False
     encoder: nn.Module
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

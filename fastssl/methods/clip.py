@@ -23,7 +23,7 @@ _MOST = math.log(100)  # of the scale's logarithm
 class CLIP(Method):
     """One text tower, evaluated once a caption instead of once an image."""
 
-    preset, views, joint = "clip", 1, True
+    preset, views, couples_batch = "clip", 1, True
     captions: Tensor
 
     def __init__(self, encoder: nn.Module, cfg: CLIPConfig):

@@ -25,7 +25,7 @@ from .places import MaskSchedule, patch_values
 
 
 class CropMAE(Method):
-    preset, views, joint = "crop_mae", 2, False
+    preset, views, couples_batch = "crop_mae", 2, False
 
     def __init__(self, encoder: nn.Module, cfg: CropMAEConfig):
         super().__init__()

@@ -30,7 +30,7 @@ from .places import MaskSchedule, draw_mask
 
 
 class Data2Vec(Method):
-    preset, views, joint = "mae", 1, False
+    preset, views, couples_batch = "mae", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: Data2VecConfig):
         super().__init__()

@@ -27,11 +27,11 @@ from .places import MaskSchedule, patch_values
 class GMML(Method):
     """Swapped patches come from the next image of the batch, on each rank from its own part."""
 
-    preset, views, joint = "mae", 1, False
+    preset, views, couples_batch = "mae", 1, True
 
     def __init__(self, encoder: nn.Module, cfg: GMMLConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.couples_batch = cfg, cfg.corruption in ("swap", "mixed")
         self.masked = MaskedViT(encoder)
         self.schedule = MaskSchedule(cfg.mask_ratio, self.masked.num_patches)
         width, values = self.masked.width, patch_values(self.masked)

@@ -25,7 +25,7 @@ from .configs import IJEPAConfig
 
 
 class IJEPA(Method):
-    preset, views, joint = "ijepa", 1, False
+    preset, views, couples_batch = "ijepa", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: IJEPAConfig):
         super().__init__()

@@ -22,7 +22,7 @@ from .places import MaskSchedule, draw_mask, patch_values
 
 
 class MAE(Method):
-    preset, views, joint = "mae", 1, False
+    preset, views, couples_batch = "mae", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: MAEConfig):
         super().__init__()

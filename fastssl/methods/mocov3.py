@@ -15,7 +15,7 @@ from .configs import MoCoV3Config
 
 
 class MoCoV3(Method):
-    preset, views, joint = "mocov3", 2, True
+    preset, views, couples_batch = "mocov3", 2, True
 
     def __init__(self, encoder: nn.Module, cfg: MoCoV3Config):
         super().__init__()

@@ -13,7 +13,7 @@ from .configs import NNCLRConfig
 
 
 class NNCLR(Method):
-    preset, views, joint = "simclr", 2, True
+    preset, views, couples_batch = "simclr", 2, True
 
     def __init__(self, encoder: nn.Module, cfg: NNCLRConfig):
         super().__init__()

@@ -23,7 +23,7 @@ from .places import MaskSchedule
 
 
 class PointMAE(Method):
-    preset, views, joint = "clouds", 1, False
+    preset, views, couples_batch = "clouds", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: PointMAEConfig):
         super().__init__()

@@ -72,7 +72,7 @@ _NUMBERS = {"rotation": 4, "geometry": 6, "colour": 7}
 class SIE(Method):
     """features(): the first `split` are the invariant ones, the others the equivariant ones."""
 
-    preset, views, joint, told_parameters = "simclr", 2, True, True
+    preset, views, couples_batch, needs_view_params = "simclr", 2, True, True
 
     def __init__(self, encoder: nn.Module, cfg: SIEConfig):
         super().__init__()

@@ -19,7 +19,7 @@ from .mae import MAE
 
 
 class SignalMAE(MAE):
-    preset, views, joint = "signals", 1, False
+    preset, views, couples_batch = "signals", 1, False
     cfg: SignalMAEConfig
 
     def __init__(self, encoder: nn.Module, cfg: SignalMAEConfig):

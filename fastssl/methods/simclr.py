@@ -14,7 +14,7 @@ from .configs import SimCLRConfig
 
 
 class SimCLR(Method):
-    preset, views, joint = "simclr", 2, True
+    preset, views, couples_batch = "simclr", 2, True
 
     def __init__(self, encoder: nn.Module, cfg: SimCLRConfig):
         super().__init__()

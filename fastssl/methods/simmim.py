@@ -26,7 +26,7 @@ from .places import MaskSchedule, patch_values
 
 
 class SimMIM(Method):
-    preset, views, joint = "simmim", 1, False
+    preset, views, couples_batch = "simmim", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: SimMIMConfig):
         super().__init__()

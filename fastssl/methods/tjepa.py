@@ -39,7 +39,7 @@ class _Columns(nn.Module):
 
 
 class TJEPA(Method):
-    preset, views, joint = "table", 1, False
+    preset, views, couples_batch = "table", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: TJEPAConfig):
         super().__init__()

@@ -15,7 +15,7 @@ from .configs import VICRegConfig
 class VICReg(Method):
     """Its views are BYOL's, whose protocol the paper takes over."""
 
-    preset, views, joint = "vicreg", 2, True
+    preset, views, couples_batch = "vicreg", 2, True
 
     def __init__(self, encoder: nn.Module, cfg: VICRegConfig):
         super().__init__()

@@ -25,7 +25,7 @@ from .places import patch_values
 
 
 class VideoMAE(Method):
-    preset, views, joint = "clips", 1, False
+    preset, views, couples_batch = "clips", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: VideoMAEConfig):
         super().__init__()

@@ -12,7 +12,13 @@ from .backbones import (
 from .decoders import CrossDecoder, LatentPredictor, MAEDecoder
 from .directpred import DirectPred
 from .ema import EMA
-from .heads import BatchNorm1d, projection_head, widen_batch_norms
+from .heads import (
+    BatchNorm1d,
+    average_running_statistics,
+    projection_head,
+    synchronize_batch_norms,
+    widen_batch_norms,
+)
 from .hypernetwork import HypernetworkPredictor
 from .masked_vit import MaskedViT
 from .patch_embed import PatchEmbed1d, PatchEmbed3d, sincos_positions, vit_signal, vit_video
@@ -34,6 +40,7 @@ __all__ = [
     "PointDecoder",
     "PointTransformer",
     "TableTransformer",
+    "average_running_statistics",
     "backbone_arguments",
     "build_backbone",
     "channels_of",
@@ -42,6 +49,7 @@ __all__ = [
     "probe",
     "projection_head",
     "sincos_positions",
+    "synchronize_batch_norms",
     "vit_signal",
     "vit_video",
     "widen_batch_norms",

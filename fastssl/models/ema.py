@@ -41,7 +41,7 @@ class EMA(nn.Module):
         halves = [_piece(p) for p in self.model.parameters() if p.dtype in _HALVES]
         if not self._means:
             self._means = [half.float() for half in halves]
-        means = iter(self._means)
+        means, whole = iter(self._means), []
         for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
             piece = _piece(mine)
             if piece.dtype in _HALVES:
@@ -49,9 +49,11 @@ class EMA(nn.Module):
                 piece.copy_(mean.lerp_(_piece(theirs).float(), 1 - momentum))
             else:
                 piece.lerp_(_piece(theirs), 1 - momentum)
-            _forget_whole(mine)
+            if hasattr(mine, "ds_tensor") and mine.numel() == mine.ds_numel:
+                whole.append(mine)
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
+        _renew(whole)
 
     def get_extra_state(self) -> list[Tensor]:
         return self._means
@@ -66,7 +68,14 @@ def _piece(parameter: Tensor) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter).data
 
 
-def _forget_whole(parameter: Any) -> None:
-    """ZeRO-3 keeps small parameters whole beside their pieces: have it gather this one anew."""
-    if hasattr(parameter, "ds_tensor") and parameter.numel() == parameter.ds_numel:
+def _renew(parameters: list[Any]) -> None:
+    """Gather anew the parameters that ZeRO-3 keeps whole beside their pieces.
+
+    They must not be left cut: DeepSpeed has recorded in which order it fetches parameters, and
+    raises an error where one that it takes for whole has to be fetched.
+    """
+    for parameter in parameters:
         parameter.partition()
+    kept = [parameter for parameter in parameters if parameter.ds_persist]
+    if kept:
+        kept[0].all_gather(kept)

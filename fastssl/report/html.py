@@ -115,13 +115,15 @@ def _facts(results: dict[str, Any], items: str) -> list[tuple[str, str]]:
         "data_wait": ("waiting for data", words.percent),
         "loss": ("final loss", lambda v: f"{v:.4g}"),
         "parameters": ("parameters", words.scaled),
-        "peak_memory_bytes": ("peak memory", lambda v: words.scaled(v, "B")),
+        "peak_memory_bytes": ("peak memory", lambda v: f"{v / 2**20:,.0f} MiB"),
         "bad_images": (f"unreadable {items}, left out", lambda v: f"{v:,}"),
+        "skipped_steps": ("steps skipped, not finite", lambda v: f"{v:,}"),
     }
     return [
         (label, write(train[key]))
         for key, (label, write) in shown.items()
-        if words.number(train.get(key)) and not (key == "bad_images" and train[key] <= 0)
+        if words.number(train.get(key))
+        and (train[key] > 0 or key not in ("bad_images", "skipped_steps"))
     ]
 
 

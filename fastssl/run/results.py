@@ -188,6 +188,7 @@ def finish(run: "Run", command: str) -> dict[str, Any]:
             "epochs": run.cfg.epochs,
             "parameters": count_parameters(run.engine.method),
             "bad_images": len(run.log.bad),
+            "skipped_steps": state.skipped,
         },
         "versions": versions(),
         "command": command,

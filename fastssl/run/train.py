@@ -58,6 +58,8 @@ class Progress:
     epoch_losses: list[float] = field(default_factory=list)  # logged in the current epoch
     seconds: float = 0.0  # spent training, over all resumptions
     images: int = 0  # trained on in those seconds
+    skipped: int = 0  # steps that were not finite, and not applied
+    skipped_in_row: int = 0  # of those, the last ones
     waited: float = 0.0  # of those seconds, for data, on average over ranks
     last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
 
@@ -73,9 +75,15 @@ def build(cfg: RunConfig, channels: int) -> Method:
         encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
         for side in check_batch_ops(cfg.data.batch_ops, shapes):
             check_side(encoder, channels, side)
-        return build_method(encoder, cfg.method)
+        method = build_method(encoder, cfg.method)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:
+        raise ConfigError(
+            f"engine.accumulation={cfg.engine.accumulation} cuts batch_size={cfg.batch_size} into "
+            f"micro-batches of one image, and {cfg.method.name} needs two or more to compare"
+        )
+    return method
 
 
 def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
@@ -104,7 +112,7 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
             watch = Silent()
         if note:
             watch.say(note)
-        loader = build_loader(cfg, split.train, device, parameters=method.told_parameters)
+        loader = build_loader(cfg, split.train, device, parameters=method.needs_view_params)
         check_steps(cfg, loader)
         with prepared(cfg) as directory:
             engine = Engine(
@@ -240,9 +248,11 @@ class Run:
             state.step += 1
             window += 1
             self.bad += batch["bad"]
-            if not step.finite:
-                self.refuse(step, batch)
-            engine.method.after_step(state.step / self.total)
+            if step.finite:
+                state.skipped_in_row = 0
+                engine.method.after_step(state.step / self.total)
+            else:
+                self.refuse(batch)
             ends_epoch = state.step % self.steps_per_epoch == 0
             row = None
             if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
@@ -340,7 +350,7 @@ class Run:
         self.engine.write_scalars({f"eval/{k}": v for k, v in metrics.items()}, step)
         return metrics
 
-    def refuse(self, step: Step, batch: dict[str, Any]) -> None:
+    def refuse(self, batch: dict[str, Any]) -> None:
         """A step that was not finite: skip it by leave of the configuration, or end the run."""
         state = self.progress
         indices = [i for part in distributed.gather_objects(batch["index"].tolist()) for i in part]
@@ -350,20 +360,27 @@ class Run:
             some += f" and {len(indices) - 16} more, all in metrics.jsonl"
         self.log.row("event", state.step, what="nonfinite", detail=where, images=indices)
         if self.cfg.engine.on_nonfinite == "skip":
+            state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
             self.watch.say(f"{where}: step skipped ({some})")
-            return
+            if state.skipped_in_row < min(self.cfg.engine.max_skipped, self.total):
+                return
+            where += f", as in {state.skipped_in_row} steps in a row (engine.max_skipped)"
         last = self.checkpoints.latest()
         good = self.checkpoints.folder / last if last else "none yet"
         raise NonFinite(f"{where}; {some}; last good checkpoint: {good}")
 
     def warn(self) -> None:
-        parts, method = self.cfg.engine.accumulation, self.cfg.method.name
-        if parts > 1 and self.engine.method.joint:
+        """Say what a user might not expect of this configuration."""
+        cfg, method = self.cfg, self.cfg.method.name
+        parts = cfg.engine.accumulation
+        if parts > 1 and self.engine.method.couples_batch:
             self.watch.say(
-                f"engine.accumulation={parts}: {method} compares images of one micro-batch "
-                f"({self.cfg.batch_size // parts}) only, so this is not a batch of "
-                f"{self.cfg.batch_size}"
+                f"engine.accumulation={parts}: {method} compares or mixes images of one "
+                f"micro-batch ({cfg.batch_size // parts}) only, so this is not a batch of "
+                f"{cfg.batch_size}"
             )
+        for note in [*self.engine.notes, *cfg.notes()]:
+            self.watch.say(note)
 
     def resume(self) -> None:
         """Take up the newest intact checkpoint, if the configuration says so and there is one."""

@@ -11,6 +11,7 @@ from fastssl.engine.engine import Engine
 from fastssl.engine.optim import OptimConfig
 from fastssl.methods import MAE, build_method
 from fastssl.models import build_backbone
+from tests.engine import state_worker
 from tests.ranks import run_ranks
 from tests.runs import VIT, tiny
 
@@ -42,8 +43,11 @@ def engine(stage, precision, **options):
     return Engine(method(), optim, cfg, device=torch.device("cpu"), batch_size=8)
 
 
-def steps(rank, world):
-    """For each kind: the encoder's weights before and after a step, features, and the flags."""
+def steps(rank, world, folder):
+    """For each kind: the encoder's weights before and after a step, features, and the flags.
+
+    Besides, what state_worker finds out.
+    """
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     found = {}
@@ -61,12 +65,18 @@ def steps(rank, world):
             flags = [first.finite, first.applied, first.stop, second.finite, second.applied]
             norm = first.metrics["grad_norm"].float()
             found[str(kind)] = [before, after, e.encoder_state(), features, flags, norm]
+        found["norms"] = state_worker.norms(rank, world)
+        found["halves"] = state_worker.halves(rank, world)
+        found["skipped"] = state_worker.skipped(rank, world)
+        for name in ("ijepa", "data2vec"):
+            found[f"resumed {name}"] = state_worker.resumed(rank, world, folder, name)
     return found
 
 
 @pytest.fixture(scope="module")
-def ran():
-    return run_ranks(steps, 1), run_ranks(steps, 2)
+def ran(tmp_path_factory):
+    folders = [str(tmp_path_factory.mktemp(f"of-{world}")) for world in (1, 2)]
+    return run_ranks(steps, 1, folders[0]), run_ranks(steps, 2, folders[1])
 
 
 @pytest.mark.parametrize("kind", [str(kind) for kind in KINDS])
@@ -93,6 +103,44 @@ def test_two_ranks_step_as_one(ran, kind):
     torch.testing.assert_close(
         norms, [one["(0, 'fp32')"][5]] * 3, rtol=1e-4 if exact else 0.05, atol=0
     )
+
+
+# fault 3
+@pytest.mark.parametrize("kind", [str(kind) for kind in state_worker.NORMED])
+def test_batch_norms_of_two_ranks_are_those_of_one(ran, kind):
+    (one,), two = ran
+    (whole, wanted, silent), (a, b) = one["norms"][kind], (rank["norms"][kind] for rank in two)
+    assert torch.equal(a[1], b[1]), "features of one image differ between ranks"
+    mean = (a[0] + b[0]) / 2
+    close = dict(rtol=2e-5, atol=1e-4) if "fp32" in kind else dict(rtol=0.02, atol=0.1)
+    if kind.endswith("True)"):
+        torch.testing.assert_close(mean, whole, **close)
+        torch.testing.assert_close(a[1], wanted, **close)
+        assert "batch norms share their statistics over 2 processes" in a[2][0]
+    else:
+        assert abs(mean - whole) > 1e-3 and "sync_batchnorm=false" in a[2][0]
+    assert not silent
+
+
+# fault 40
+def test_a_skipped_step_changes_no_buffer(ran):
+    assert [rank["skipped"] for ranks in ran for rank in ranks] == [[]] * 3
+
+
+# fault 36
+@pytest.mark.parametrize("name", ["ijepa", "data2vec"])
+def test_a_teacher_whose_parameters_zero_3_keeps_whole_resumes(ran, name):
+    for ranks in ran:
+        for rank in ranks:
+            whole, again = rank[f"resumed {name}"]
+            assert whole == again and len(set(whole)) == 4
+
+
+# fault 39
+def test_stages_have_one_loss_in_bfloat16(ran):
+    for ranks in ran:
+        for rank in ranks:
+            assert rank["halves"][0] == rank["halves"][1]
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -135,6 +183,40 @@ def test_raw_deepspeed_keys_are_merged_last():
         e = engine(2, "fp32")
         zero = e.ds.config["zero_optimization"]
         assert zero == {"stage": 2, "stage3_param_persistence_threshold": 0}
+
+
+# fault 12
+@pytest.mark.parametrize(
+    "given, refusal",
+    [
+        ({"gradient_accumulation_steps": 2}, "use engine.accumulation"),
+        ({"fp16": {"enabled": True}}, "use engine.precision"),
+        ({"optimizer": {"type": "Adam"}}, "use optim"),
+        ({"scheduler": {"type": "WarmupLR"}}, "use optim.schedule"),
+        ({"train_micro_batch_size_per_gpu": 2}, "use batch_size"),
+        ({"zero_optimisation": {}}, "did you mean zero_optimization"),
+        ({"zero_optimization": 3}, "must be a section"),
+        ({"zero_optimization": {"stage": 2}}, "use engine.zero_stage"),
+    ],
+)
+def test_deepspeed_keys_of_the_runs_own_or_unknown_are_refused(given, refusal):
+    with pytest.raises(ValueError, match=f"engine.deepspeed.{next(iter(given))}.*{refusal}"):
+        EngineConfig(deepspeed=given)
+
+
+# fault 12
+def test_a_misspelt_key_within_a_deepspeed_section_is_refused():
+    cfg = EngineConfig(deepspeed={"zero_optimization": {"overlap_com": True}})
+    with launch.session("cpu"), pytest.raises(EngineError, match="did you mean overlap_comm"):
+        Engine(method(), OptimConfig(), cfg, device=torch.device("cpu"), batch_size=8)
+
+
+# fault 17
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "clip", "eps", "betas"])
+def test_numbers_that_are_not_finite_are_refused(key):
+    value = (0.9, float("nan")) if key == "betas" else float("inf")
+    with pytest.raises(ValueError, match="finite"):
+        OptimConfig(**{key: value})
 
 
 def test_half_of_a_launchers_environment_is_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """Each method computes its paper's loss on what its own parts produce."""
 
+import copy
 import math
 
 import lightly.loss
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastssl.config.schema import ConfigError
 from fastssl.losses import NNCLRLoss
 from fastssl.losses.sie import SIELoss
 from fastssl.methods import METHODS, SIE, build_method
@@ -15,6 +17,7 @@ from fastssl.methods.base import PARAMETERS
 from fastssl.methods.clip import CLIPConfig
 from fastssl.methods.sie import SIEConfig, relation
 from fastssl.models import build_backbone
+from fastssl.run.train import build
 from tests.runs import METHODS as OPTIONS
 from tests.runs import OTHERS, VIT, tiny
 
@@ -257,8 +260,35 @@ def test_the_loss_is_that_of_the_split_embeddings(follows, share, split):
     assert all(parameter.grad is not None for parameter in ours.parameters())
 
 
+# fault 38
+@pytest.mark.parametrize("name", [*OPTIONS, "gmml of zeros"])
+def test_the_flag_says_whether_accumulation_changes_the_loss(name, tmp_path):
+    zeros = {"method__corruption": "zeros"} if name == "gmml of zeros" else {}
+    cfg = tiny(name.split()[0], tmp_path, **zeros)
+    method, g = build(cfg, 1), torch.Generator().manual_seed(0)
+    views = [torch.randn(8, 1, 16, 16, generator=g) for _ in range(method.views)]
+    params = [torch.rand(8, len(PARAMETERS), generator=g) for _ in views]
+    each = torch.arange(8)
+
+    def loss(part):
+        own = {"views": [v[part] for v in views], "params": [p[part] for p in params]}
+        own |= {"index": each[part], "seeds": each[part], "label": each[part]}
+        return copy.deepcopy(method)(own)["loss"].item()
+
+    apart = abs((loss(slice(4)) + loss(slice(4, 8))) / 2 - loss(slice(8)))
+    assert apart > 1e-3 if method.couples_batch else apart < 1e-5
+
+
+# fault 14
+def test_micro_batches_of_one_image_are_refused_where_images_are_compared(tmp_path):
+    one_each = {"batch_size": 8, "engine__accumulation": 8}
+    with pytest.raises(ConfigError, match="engine.accumulation=8 cuts batch_size=8 into.*simclr"):
+        build(tiny("simclr", tmp_path, **one_each), 1)
+    build(tiny("mae", tmp_path, **one_each), 1)
+
+
 def test_only_sie_asks_for_the_parameters():
-    assert [name for name, method in METHODS.items() if method.told_parameters] == ["sie"]
+    assert [name for name, method in METHODS.items() if method.needs_view_params] == ["sie"]
 
 
 def test_a_share_that_leaves_no_part_is_refused():

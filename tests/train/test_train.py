@@ -19,6 +19,7 @@ from fastssl.data.errors import DataError
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.config import EngineError
 from fastssl.engine.engine import Engine
+from fastssl.methods import MAE
 from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
 from fastssl.run.directory import prepared
@@ -82,8 +83,6 @@ def test_a_finished_run_resumed_only_reports(tmp_path):
 
 def poison(monkeypatch, step):
     """Make the loss of one step infinite, as a bad batch would."""
-    from fastssl.methods import MAE
-
     forward, seen = MAE.forward, []
 
     def bad(self, batch):
@@ -105,6 +104,8 @@ def test_a_nonfinite_loss_stops_the_run(stage, precision, tmp_path, monkeypatch)
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (3, "bf16")])
 def test_a_nonfinite_step_can_be_skipped(stage, precision, tmp_path, monkeypatch):
     poison(monkeypatch, 4)
+    moved: list[float] = []
+    monkeypatch.setattr(MAE, "after_step", lambda self, progress: moved.append(progress))
     cfg = tiny(
         "mae",
         tmp_path,
@@ -119,6 +120,19 @@ def test_a_nonfinite_step_can_be_skipped(stage, precision, tmp_path, monkeypatch
     events = [r for r in read_metrics(cfg.directory / "metrics.jsonl") if r["kind"] == "event"]
     assert [e["step"] for e in events if e["what"] == "nonfinite"] == [4]
     assert np.isfinite(results["train"]["loss"]) and results["train"]["steps"] == 10
+    assert results["train"]["skipped_steps"] == 1 and len(moved) == 9 and 0.4 not in moved
+
+
+# fault 41
+def test_skipping_ends_after_so_many_steps_in_a_row(tmp_path, monkeypatch):
+    forward = MAE.forward
+    monkeypatch.setattr(
+        MAE, "forward", lambda self, batch: {"loss": forward(self, batch)["loss"] * torch.inf}
+    )
+    cfg = tiny("mae", tmp_path, engine__on_nonfinite="skip", engine__max_skipped=3)
+    with pytest.raises(NonFinite, match="step 3, as in 3 steps in a row .engine.max_skipped") as e:
+        pretrain(cfg)
+    assert e.value.exit_code == 3
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

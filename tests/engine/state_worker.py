@@ -1,0 +1,109 @@
+"""What ranks share and what a step leaves behind, for test_engine: run on one rank and on two."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.engine.config import EngineConfig
+from fastssl.engine.engine import Engine
+from fastssl.engine.optim import OptimConfig
+from fastssl.methods import build_method
+from fastssl.models import build_backbone
+from tests.runs import VIT, tiny
+
+# (encoder, stage, precision, synchronized); the second encoder has timm's BatchNormAct2d
+NORMED = [
+    ("test_resnet", 0, "fp32", True),
+    ("test_efficientnet", 1, "fp32", True),
+    ("test_resnet", 3, "fp32", True),
+    ("test_resnet", 2, "bf16", True),
+    ("test_resnet", 1, "fp32", False),
+]
+CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def engine(name: str, encoder: str, batch: int, **options: Any) -> Engine:
+    """Method `name` over a small encoder, by plain SGD: weights differ by what gradients do."""
+    torch.manual_seed(0)
+    kwargs = VIT if encoder.startswith("vit") else {}
+    side = 16 if kwargs else 32
+    backbone = build_backbone(encoder, shape=(1, side, side), kwargs=kwargs)
+    method = build_method(backbone, tiny(name, ".").method)  # type: ignore[arg-type]
+    for key, parameter in method.named_parameters():
+        if key.endswith("bias"):  # else adding it would never round
+            torch.nn.init.normal_(parameter, std=0.5)
+    return Engine(
+        method,
+        OptimConfig(name="momentum", momentum=0.0, lr=1e-2, weight_decay=0.0),  # type: ignore
+        EngineConfig(**options),
+        device=torch.device("cpu"),
+        batch_size=batch,
+    )
+
+
+def batch(rank: int, world: int, views: int, side: int, step: int = 0) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(step)
+    images = [torch.randn(8, 1, side, side, generator=g).chunk(world)[rank] for _ in range(views)]
+    index = torch.arange(8).chunk(world)[rank]
+    return {"views": images, "index": index, "seeds": index + 3}
+
+
+def norms(rank: int, world: int) -> dict[str, Any]:
+    """For each of NORMED: the first loss, features of four images after two steps, the notes."""
+    found = {}
+    for kind in NORMED:
+        encoder, stage, precision, sync = kind
+        e = engine(
+            "simclr",
+            encoder,
+            8,
+            **{"zero_stage": stage, "precision": precision, "sync_batchnorm": sync},
+            deepspeed=CUT,
+        )
+        loss, *_ = (
+            e.step(batch(rank, world, 2, 32, step), 1e-2).metrics["loss"] for step in range(2)
+        )
+        seen = e.features(batch(0, 2, 1, 32, 9)["views"][0])
+        found[str(kind)] = [loss, seen, e.notes]
+    return found
+
+
+def halves(rank: int, world: int) -> list[float]:
+    """The first loss in bfloat16 at stages 1 and 3."""
+    options = {"precision": "bf16", "deepspeed": CUT}
+    engines = (engine("mae", "vit_tiny_patch16_224", 8, zero_stage=s, **options) for s in (1, 3))
+    return [e.step(batch(rank, world, 1, 16), 1e-3).metrics["loss"].item() for e in engines]
+
+
+def skipped(rank: int, world: int) -> list[str]:
+    """Names of buffers that a step with one NaN on rank 0 has changed: norms' and the queue's."""
+    e = engine("nnclr", "test_resnet", 8, zero_stage=1, on_nonfinite="skip")
+    e.step(batch(rank, world, 2, 32), 1e-2)
+    before: dict[str, Tensor] = {n: b.clone() for n, b in e.method.named_buffers()}
+    bad = batch(rank, world, 2, 32, 1)
+    if rank == 0:
+        bad["views"][0][0, 0, 0, 0] = float("nan")
+    assert not e.step(bad, 1e-2).applied
+    changed = [n for n, b in e.method.named_buffers() if not torch.equal(b, before[n])]
+    return changed if len(before) > 10 else ["there are too few buffers"]
+
+
+def resumed(rank: int, world: int, folder: str, name: str) -> tuple[list[float], list[float]]:
+    """Losses of steps 2 to 5 under ZeRO-3 with parameters kept whole, and as resumed at 2."""
+
+    def steps(e: Engine, start: int, end: int) -> list[float]:
+        losses = []
+        for step in range(start, end):
+            done = e.step(batch(rank, world, 1, 16, step), 1e-1)
+            e.method.after_step(step / 8)
+            losses.append(done.metrics["loss"].item())
+        return losses
+
+    first = engine(name, "vit_tiny_patch16_224", 8, zero_stage=3)
+    first.features(torch.zeros(2, 1, 16, 16))  # a run is evaluated before its first step
+    steps(first, 0, 2)
+    first.ds.save_checkpoint(folder, tag=name, save_latest=False)
+    second = engine(name, "vit_tiny_patch16_224", 8, zero_stage=3)
+    second.ds.load_checkpoint(folder, tag=name)
+    return steps(first, 2, 6), steps(second, 2, 6)
