@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl.config.schema import ConfigError
+from fastssl.config import ConfigError
 from fastssl.losses import NNCLRLoss
 from fastssl.losses.sie import SIELoss
 from fastssl.methods import METHODS, SIE, build_method
