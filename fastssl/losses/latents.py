@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.kernels import chamfer, scaled_cosine_error
@@ -27,8 +29,8 @@ class ScaledCosineLoss(nn.Module):
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
-        if not gamma >= 1:
-            raise ValueError(f"gamma must be >= 1, got {gamma}")
+        if not 1 <= gamma < float("inf"):
+            raise ValueError(f"gamma must be >= 1 and finite, got {gamma}")
         self.gamma = gamma
 
     def forward(self, pred: Tensor, target: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -76,3 +78,18 @@ class ChamferLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"
+
+
+def scaled_cosine_reference(pred: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """The formula, of rows (N, D) that all count."""
+    return (1 - F.cosine_similarity(pred, target, dim=-1)).pow(gamma).mean()
+
+
+def chamfer_reference(pred: Tensor, target: Tensor, kind: str) -> Tensor:
+    """The formula, all (G, N, M) distances at once."""
+    differences = pred[:, :, None] - target[:, None]
+    if kind == "l2":
+        far = differences.square().sum(-1)
+        return far.amin(2).mean() + far.amin(1).mean()
+    far = torch.linalg.vector_norm(differences, dim=-1)
+    return (far.amin(2).mean() + far.amin(1).mean()) / 2

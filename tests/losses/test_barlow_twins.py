@@ -128,7 +128,7 @@ def test_mixed_refuses(change, words):
 @pytest.mark.parametrize("kind", ["random", "rank-deficient", "alike"])
 def test_16_bit_rows_harm_the_gradient_less_than_autocast(monkeypatch, kind):
     """What a GPU multiplies: the rows rounded to bfloat16, sums in float32."""
-    monkeypatch.setattr(module, "widened", lambda z: z)
+    monkeypatch.setattr(module, "widen", lambda z: z)
     torch.manual_seed(0)
     x = torch.randn(64, 4) @ torch.randn(4, 96) if kind == "rank-deficient" else torch.randn(64, 96)
     noise = 0.03 if kind == "alike" else 0.5
