@@ -205,8 +205,8 @@ def check_rows(least: int, group: Group, **tensors: Tensor) -> None:
         require_all_even(group, **tensors)
     require_float(**tensors)
     for name, x in tensors.items():
-        if x.ndim != 2:
-            raise ValueError(f"{name} must be (N, D), got {tuple(x.shape)}")
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise ValueError(f"{name} must be (N, D), D > 0, got {tuple(x.shape)}")
         if x.shape[0] * W < least:
             got = x.shape[0] * W
             raise ValueError(f"{name} must have at least {least} rows in all, got {got}")

@@ -24,8 +24,8 @@ def gathered(source: Tensor, ids: Tensor) -> Tensor:
         return source[0].index_select(0, ids.flatten()).view(*ids.shape, source.shape[2])
     if not source.is_contiguous():
         return source[torch.arange(len(ids), device=ids.device)[:, None], ids]
-    rows = source.view(-1, source.shape[2]).index_select(0, rows_of(ids, source.shape[1]))
-    return rows.view(*ids.shape, -1)
+    rows = source.flatten(0, 1).index_select(0, rows_of(ids, source.shape[1]))
+    return rows.view(*ids.shape, source.shape[2])
 
 
 def rows_of(ids: Tensor, length: int) -> Tensor:
@@ -90,7 +90,7 @@ def scattered(x: Tensor, ids: Tensor, length: int) -> Tensor:
 
 def _summed(x: Tensor, rows: Tensor, length: int) -> Tensor:
     """x's rows added up at their places: (length, D)."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.flatten(0, -2)
     return torch.ops.aten.embedding_dense_backward(flat, rows, length, -1, False)
 
 

@@ -14,15 +14,22 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def check_positive(**numbers: float) -> None:
     """Raise ValueError, naming the first of them, unless all numbers are > 0 and finite."""
     for name, value in numbers.items():
-        if not (_is_finite(value) and value > 0):
+        if not (is_finite(value) and value > 0):
             raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
 
 def check_not_negative(**numbers: float) -> None:
     """Raise ValueError, naming the first of them, unless all numbers are >= 0 and finite."""
     for name, value in numbers.items():
-        if not (_is_finite(value) and value >= 0):
+        if not (is_finite(value) and value >= 0):
             raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+
+
+def check_within(low: float, high: float, **numbers: float) -> None:
+    """Raise ValueError, naming the first of them, unless all numbers lie in [low, high]."""
+    for name, value in numbers.items():
+        if not (is_finite(value) and low <= value <= high):
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 
 
 def check_counts(least: int = 1, **counts: int) -> None:
@@ -32,7 +39,8 @@ def check_counts(least: int = 1, **counts: int) -> None:
             raise ValueError(f"{name} must be at least {least} and an integer, got {count}")
 
 
-def _is_finite(value: float) -> bool:
+def is_finite(value: float) -> bool:
+    """Whether value is a number, and a finite one."""
     try:
         return math.isfinite(value)
     except (TypeError, ValueError, OverflowError):  # no number, or an integer past every float

@@ -54,9 +54,9 @@ class HCLLoss(ContrastiveLoss):
         strategy: str = "gather",
     ) -> None:
         super().__init__(temperature, gather_distributed, process_group, strategy)
-        if not 0 <= tau_plus < 1:
+        check_not_negative(tau_plus=tau_plus, beta=beta)
+        if tau_plus >= 1:
             raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}")
-        check_not_negative(beta=beta)
         self.tau_plus, self.beta = tau_plus, beta
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:

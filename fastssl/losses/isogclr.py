@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
 from fastssl.kernels._dispatch import may_look
-from fastssl.losses._checks import check_counts, check_not_negative
+from fastssl.losses._checks import check_counts, check_not_negative, check_positive
 from fastssl.losses._contrastive import ContrastiveLoss, twice
 from fastssl.losses._unit import unit
 
@@ -70,6 +70,7 @@ class ISogCLRLoss(ContrastiveLoss):
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:
+        check_positive(tau_init=tau_init)
         super().__init__(tau_init, process_group=process_group, strategy=strategy)
         check_counts(size=size)
         if not 0 < tau_range[0] <= tau_init <= tau_range[1] < math.inf:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.kernels import chamfer, scaled_cosine_error
+from fastssl.losses._checks import check_positive
 
 
 class ScaledCosineLoss(nn.Module):
@@ -29,8 +30,9 @@ class ScaledCosineLoss(nn.Module):
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
-        if not 1 <= gamma < float("inf"):
-            raise ValueError(f"gamma must be >= 1 and finite, got {gamma}")
+        check_positive(gamma=gamma)
+        if gamma < 1:
+            raise ValueError(f"gamma must be >= 1, got {gamma}")
         self.gamma = gamma
 
     def forward(self, pred: Tensor, target: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -82,7 +84,8 @@ class ChamferLoss(nn.Module):
 
 def scaled_cosine_reference(pred: Tensor, target: Tensor, gamma: float) -> Tensor:
     """The formula, of rows (N, D) that all count."""
-    return (1 - F.cosine_similarity(pred, target, dim=-1)).pow(gamma).mean()
+    cos = (F.normalize(pred, dim=-1) * F.normalize(target, dim=-1)).sum(-1)
+    return (1 - cos).pow(gamma).mean()
 
 
 def chamfer_reference(pred: Tensor, target: Tensor, kind: str) -> Tensor:

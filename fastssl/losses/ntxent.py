@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.distributed import Group, require_all_even
-from fastssl.losses._checks import check_embeddings
+from fastssl.losses._checks import check_embeddings, is_finite
 from fastssl.losses._contrastive import ContrastiveLoss, against_queue, info_nce
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
@@ -71,7 +71,7 @@ class NTXentLoss(ContrastiveLoss):
             self.memory_bank = Queue(*size)
 
     def check_temperature(self, temperature: float) -> None:
-        if not 1e-8 <= abs(temperature) < float("inf"):
+        if not (is_finite(temperature) and abs(temperature) >= 1e-8):
             want = "at least 1e-8 in magnitude and finite"
             raise ValueError(f"temperature must be {want}, got {temperature}")
 

@@ -16,7 +16,7 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels._dispatch import first_order, full_precision
-from fastssl.losses._checks import check_embeddings, check_not_negative
+from fastssl.losses._checks import check_embeddings, check_not_negative, check_within
 from fastssl.losses._unit import unit
 
 
@@ -63,8 +63,7 @@ class TiCoLoss(nn.Module):
         process_group: Group = None,
     ) -> None:
         super().__init__()
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta must lie in [0, 1], got {beta}")
+        check_within(0, 1, beta=beta)
         check_not_negative(rho=rho)
         self.beta, self.rho = beta, rho
         self.process_group = process_group if gather_distributed else LOCAL

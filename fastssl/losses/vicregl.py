@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastssl.distributed import Group, require_all_even, world_size
 from fastssl.kernels._dispatch import accumulator, full_precision
-from fastssl.losses._checks import check_not_negative
+from fastssl.losses._checks import check_not_negative, check_within
 from fastssl.losses._moments import variance_covariance
 from fastssl.losses.vicreg import VICRegLoss, invariance, spread_reference, vicreg_reference
 
@@ -64,8 +64,7 @@ class VICRegLLoss(nn.Module):
         **ranks: bool | Group,
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        check_within(0, 1, alpha=alpha)
         check_not_negative(nu_param=nu_param)
         counts = [m for m in num_matches if m is not None]
         whole = all(isinstance(m, int) and (m == -1 or m >= 1) for m in counts)
