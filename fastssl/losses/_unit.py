@@ -12,10 +12,10 @@ from fastssl.kernels._dispatch import accumulator
 def unit(z: Tensor) -> Tensor:
     """z with rows of length one, in float32, or float64 for float64; a zero row stays zero.
 
-    Rows are divided by their largest number first, whose square float32 might not hold.  One below
-    the least normal number counts as zero: a device may have none of those.
+    Rows whose squares float32 cannot add are divided by their largest number first.  One below the
+    least normal number counts as zero: a device may have none of those.
     """
     wide = z.to(accumulator(z.dtype))
     largest = wide.detach().abs().amax(-1, keepdim=True)
-    least = torch.finfo(wide.dtype).tiny
-    return F.normalize(wide / torch.where(largest < least, 1, largest), dim=-1)
+    tiny = (largest < 1e-10) & (largest >= torch.finfo(wide.dtype).tiny)
+    return F.normalize(wide / torch.where(tiny | (largest > 1e15), largest, 1), dim=-1)

@@ -29,7 +29,7 @@ PAIRS = {
 @pytest.mark.parametrize(
     **pairwise(
         {
-            "case": PAIRS,
+            "case": list(PAIRS),
             "B, D": [(2, 3), (65, 16), (300, 32)],
             "temperature": [0.5, 0.03],
             "reduce": UPSTREAM,

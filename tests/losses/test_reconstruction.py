@@ -18,7 +18,7 @@ def test_value_and_gradient_of_mae(norm_pix, dtype, reduce):
     torch.manual_seed(0)
     images = torch.randn(5, 3, 12, 20, device=DEVICE)
     masked = random_masking(torch.arange(5, device=DEVICE), 15, 4).masked
-    pred = torch.randn(5, 4, 48, device=DEVICE).to(dtype)
+    pred = torch.randn(*masked.shape, 48, device=DEVICE).to(dtype)
     assert_no_worse(
         lambda p: MAELoss(4, norm_pix)(p, images, masked),
         lambda p: mae_reference(p, images.to(p.dtype), masked, 4, norm_pix),
@@ -50,7 +50,7 @@ def test_normalised_images():
     images = torch.randint(256, (5, 3, 8, 12), dtype=torch.uint8, device=DEVICE)
     mean, std = torch.rand(2, 3, device=DEVICE) + 0.5
     masked = random_masking(torch.arange(5, device=DEVICE), 6, 2).masked
-    pred = torch.randn(5, 4, 48, device=DEVICE)
+    pred = torch.randn(*masked.shape, 48, device=DEVICE)
     copy = (images / 255 - mean[:, None, None]) / std[:, None, None]
     got, want = (MAELoss(4)(pred, x, masked) for x in (Normalised(images, mean, std), copy))
     torch.testing.assert_close(got, want)
