@@ -178,7 +178,8 @@ def all_gather_rows(x: Tensor, group: Group = None, *, check: bool = True) -> Te
 
     Backward: reduce-scatter with a sum (in float32 for 16-bit tensors): row i of rank r gets the
     sum of the gradients that all ranks have for it.  First order only.
-    Raises ValueError, on every rank alike, when the ranks' shapes or dtypes differ; for a 0-d tensor.
+    Raises ValueError, on every rank alike, when the ranks' shapes or dtypes differ; for a 0-d
+    tensor.
     check=False leaves out the comparison of shapes, for a caller that has just made it.
 
     >>> all_gather_rows(torch.arange(3)).tolist()

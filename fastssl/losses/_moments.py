@@ -5,8 +5,8 @@
 
 Why: every loss here is a function of c^T c alone, and c sums to zero over the batch, so its
 gradient with respect to c does as well: 1^T (c M) = (1^T c) M = 0.  The gradient through the mean,
-which would take that sum away, is then nothing, and centring costs no backward pass.  Variances and
-covariances come from one product, of N x N or D x D, whichever is smaller.
+which would take that sum away, is then nothing, and centering costs no backward pass.  Variances
+and covariances come from one product, of N x N or D x D, whichever is smaller.
 Source: Bardes et al. 2022, VICReg, arXiv:2105.04906, equations 1 to 4, for the terms.
 """
 
@@ -23,7 +23,7 @@ from fastssl.kernels import cross_correlation
 from fastssl.kernels.common import accumulator, finished, first_order, full_precision
 
 
-class _Centred(torch.autograd.Function):
+class _Centered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: float, group: Group) -> Tensor:
         ctx.scale, ctx.dtype = scale, z.dtype
@@ -41,23 +41,23 @@ class _Centred(torch.autograd.Function):
         return (grad * ctx.scale).to(ctx.dtype), None, None
 
 
-def widened(z: Tensor) -> Tensor:
+def widen(z: Tensor) -> Tensor:
     """z in float32 where products of 16 bits are made in float32 anyway: everywhere but on CUDA."""
     return z if z.is_cuda else z.to(accumulator(z.dtype))
 
 
-def centred(z: Tensor, scale: float, group: Group) -> Tensor:
-    """scale * (z - mean of the joined batch's rows): z (N, ..., D), this rank's rows, `widened`.
+def center(z: Tensor, scale: float, group: Group) -> Tensor:
+    """scale * (z - mean of the joined batch's rows): z (N, ..., D), this rank's rows, `widen`ed.
 
     The gradient leaves out the mean: only for functions of c^T c, and of other products that sum
     to zero over the batch (see above).
     """
     with full_precision(z.device):
-        return _Centred.apply(widened(z), scale, group)  # pyright: ignore[reportReturnType]
+        return _Centered.apply(widen(z), scale, group)  # pyright: ignore[reportReturnType]
 
 
 def covariance_scale(z: Tensor, n: int) -> float:
-    """What to multiply centred rows by, so that c^T c is a covariance of n rows.
+    """What to multiply centered rows by, so that c^T c is a covariance of n rows.
 
     It keeps squared covariances of large embeddings finite.  float16 has no digits below 6e-5 to
     spare, and no range to overflow by: there it is 1, and what is asked of c^T c is divided later.
@@ -112,7 +112,7 @@ def variance_covariance(z: Tensor, eps: float, group: Group) -> tuple[Tensor, Te
     """
     n = len(z) * world_size(group)
     scale = covariance_scale(z, n)
-    c = centred(z, scale, group)
+    c = center(z, scale, group)
     if z.ndim == 2:
         diagonal, off = cross_correlation(c, c, process_group=group)
     else:
@@ -120,4 +120,6 @@ def variance_covariance(z: Tensor, eps: float, group: Group) -> tuple[Tensor, Te
             diagonal, off = _ByPosition.apply(c.flatten(1, -2), group)  # type: ignore[misc]
     unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where c has been scaled
     hinge = F.relu(1 - (diagonal * unit + eps).sqrt()).mean()
+    if z.shape[-1] == 1:  # no other feature: not the difference of two large sums, nor infinities
+        return hinge, torch.zeros_like(hinge)
     return hinge, off.mean() * (unit**2 / z.shape[-1])

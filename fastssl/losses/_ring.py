@@ -1,14 +1,17 @@
-"""Log-sum-exps over the pairs of a batch whose keys no rank can hold: blocks go round a ring.
+"""Log-sum-exps over the pairs of a batch whose gathered keys would not fit on a rank.
 
-    step t    rank r has the keys of rank r - t with it: they came from r - 1, and go on to r + 1
-    forward   the visitors' pairs with this rank's rows join the rows' statistics, and those of the
-              visitors, which travel with them and come home after the last step
-    backward  the same journey; the visitors' gradient travels with them
+Each rank keeps its own rows (q).  The blocks of keys (k) travel round the ring of W ranks:
 
-A rank holds two blocks of keys beside its own: those at work and those on their way, sent and
-received while the first are worked on.  Where the scores are symmetric (k is q), W / 2 steps meet
-every unordered pair of blocks once; where W is even the last step's pairs meet on both of their
-ranks, and the one of lower rank computes.
+    step t    rank r works on the keys of rank r - t, and sends them on to rank r + 1
+    forward   the scores of its rows with those keys are added to two running log-sum-exps: that of
+              its rows, which stays, and that of the keys, which travels with them and is sent
+              back to its owner after the last step
+    backward  the same steps; what travels with the keys is their gradient
+
+At any time a rank holds two blocks beside its own: the one it works on, and the next, which it
+receives meanwhile.  Where the scores are symmetric (k is q), W / 2 steps are enough, since the
+scores of blocks i and j are those of j and i; where W is even, two ranks meet the same pair of
+blocks in the last step, and the one of lower rank computes.
 Source: the ring of Liu et al. 2023, arXiv:2310.01889, for a log-sum-exp instead of attention.
 """
 
@@ -26,7 +29,7 @@ from fastssl.kernels.pairwise import Masks, Pairs, blockwise
 
 
 class _Journey:
-    """The way of the blocks.  symmetric: half round the ring is enough."""
+    """The steps of the ring.  symmetric: half of them are enough."""
 
     def __init__(self, group: Group, symmetric: bool) -> None:
         self.group, self.symmetric = group, symmetric
@@ -39,7 +42,10 @@ class _Journey:
         return not met_twice or self.rank < (self.rank - t) % self.W
 
     def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """(t, the visitors), the next ones on their way meanwhile; then the list is theirs."""
+        """Yield (t, block) at each step, and receive the next block meanwhile.
+
+        `block` itself, a list, is emptied and filled anew for the next step.
+        """
         for t in range(self.steps):
             on_their_way = None if t + 1 == self.steps else shift(block, 1, self.group)
             yield t, block
@@ -47,8 +53,8 @@ class _Journey:
             if on_their_way is not None:
                 block += on_their_way()
 
-    def onward(self, carried: Tensor, t: int) -> Tensor:
-        """What the visitors carry, sent after them, or home after the last step."""
+    def send_on(self, carried: Tensor, t: int) -> Tensor:
+        """Send what belongs to the block that is here to the next rank, at the end to its owner."""
         return shift([carried], -t if t + 1 == self.steps else 1, self.group)()[0]
 
 
@@ -60,22 +66,22 @@ class _RingLSE(torch.autograd.Function):
         mask, both, engine, group = ctx.options = options
         same = k is None
         journey, given = _Journey(group, same), (scale, row_ids, mask)
-        rows = _nothing(len(q), q)
-        found = _nothing(len(q if same else k), q)  # by other ranks, for the block that is here
+        rows = _empty_statistics(len(q), q)
+        of_block = _empty_statistics(len(q if same else k), q)  # its keys', by the ranks so far
         for t, block in journey.visits(_present(q if same else k, col_ids)):
             alone = same and t == 0
             if journey.computes(t):
                 pairs = _pairs(q, block, given, alone)
                 of_rows, of_cols = engine.statistics(pairs, (both or same) and not alone)
-                del pairs  # and with it the visitors
+                del pairs  # and with it the block
                 rows = engine.join(rows, of_rows)
                 if of_cols.numel():
-                    found = engine.join(found, of_cols)
+                    of_block = engine.join(of_block, of_cols)
             if both or same:
-                found = journey.onward(found, t)
+                of_block = journey.send_on(of_block, t)
         if same:
-            rows = engine.join(rows, found)
-        cols = found if both and not same else rows if both else rows.new_empty(2, 0)
+            rows = engine.join(rows, of_block)
+        cols = of_block if both and not same else rows if both else rows.new_empty(2, 0)
         ctx.save_for_backward(q, k, scale, row_ids, col_ids, rows, cols)
         return engine.log_sum(rows), engine.log_sum(cols)
 
@@ -98,13 +104,13 @@ class _RingLSE(torch.autograd.Function):
             if journey.computes(t):
                 pairs, side = _pairs(q, block[:-1], given, alone), block[-1]
                 side = None if alone or not side.numel() else side
-                found = engine.gradients(pairs, mine, side, (*need, False))
+                grads = engine.gradients(pairs, mine, side, (*need, False))
                 del pairs, side
-                dq += found.q if need[0] else 0
-                carried += found.k if need[1] and not alone else 0
-                dscale += found.scale if need[2] else 0
+                dq += grads.q if need[0] else 0
+                carried += grads.k if need[1] and not alone else 0
+                dscale += grads.scale if need[2] else 0
             if need[1]:
-                carried = journey.onward(carried, t)
+                carried = journey.send_on(carried, t)
         if same:
             dq += carried
         dk = None if same or not need[1] else carried.to(k.dtype)
@@ -122,7 +128,7 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
 
 
-def _nothing(n: int, like: Tensor) -> Tensor:
+def _empty_statistics(n: int, like: Tensor) -> Tensor:
     """Statistics (2, n) of no pair."""
     acc = accumulator(like.dtype)
     least = torch.finfo(torch.float32).min

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, require_all_even, world_size
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
-from fastssl.losses._moments import widened
+from fastssl.losses._checks import check_not_negative
+from fastssl.losses._moments import widen
 
 
 class BarlowTwinsLoss(nn.Module):
@@ -20,14 +21,14 @@ class BarlowTwinsLoss(nn.Module):
 
     Shapes   z_a, z_b (B, D): the two views of the same B images, row by row; any float dtype.
     Options  scale: solo-learn multiplies by 0.025 (its lambda, and the official one: 0.0051).
-             unbiased: standardise by the unbiased variance, as mix-bt does, whose perfect C_ii is
+             unbiased: standardize by the unbiased variance, as mix-bt does, whose perfect C_ii is
              then (N - 1) / N.  eps: added to the variance.  The attribute `plan` is "auto", or
              the plan of `fastssl.kernels.cross_correlation` to take.
     Returns  scalar float32, 0 <= loss up to rounding; the same on every rank.  No D x D matrix is
              made when N < 0.75 D: see `fastssl.kernels.cross_correlation`.
-    Raises   ValueError: shapes that are not two equal (B, D); dtypes or devices that differ; fewer
-             than 2 rows in the joined batch; lambda_param, scale or eps < 0; batches that differ
-             between ranks (on every rank).
+    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
+             differ; fewer than 2 rows in the joined batch; lambda_param, scale or eps < 0 or not
+             finite; batches that differ between ranks (on every rank).
     Ranks    A and B are standardised with the statistics of the joined batch.  Value, and the mean
              over ranks of the gradient, are those of the joined batch in one process.
              gather_distributed=False standardises and correlates within each rank's batch only, as
@@ -61,25 +62,23 @@ class BarlowTwinsLoss(nn.Module):
         process_group: Group = None,
     ) -> None:
         super().__init__()
-        for name, value in (("lambda_param", lambda_param), ("scale", scale), ("eps", eps)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be >= 0, got {value}")
+        check_not_negative(lambda_param=lambda_param, scale=scale, eps=eps)
         self.lambda_param, self.scale = lambda_param, scale
         self.unbiased, self.eps = unbiased, eps
         self.process_group = process_group if gather_distributed else LOCAL
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         _check_views(self.process_group, z_a=z_a, z_b=z_b)
-        a, b = (self._standardised(z) for z in (z_a, z_b))
-        found = cross_correlation(a, b, plan=self.plan, process_group=self.process_group)
+        a, b = (self._standardize(z) for z in (z_a, z_b))
+        C = cross_correlation(a, b, plan=self.plan, process_group=self.process_group)
         n = a.shape[0] * world_size(self.process_group)
-        return self._from(found.diagonal, found.off_diagonal_sq, n)
+        return self._weigh(C.diagonal, C.off_diagonal_sq, n)
 
-    def _standardised(self, z: Tensor) -> Tensor:
+    def _standardize(self, z: Tensor) -> Tensor:
         options = {"unbiased": self.unbiased, "process_group": self.process_group}
-        return standardize(widened(z), eps=self.eps, **options)
+        return standardize(widen(z), eps=self.eps, **options)
 
-    def _from(self, diagonal: Tensor, off_diagonal_sq: Tensor, n: int) -> Tensor:
+    def _weigh(self, diagonal: Tensor, off_diagonal_sq: Tensor, n: int) -> Tensor:
         """The loss of a cross-correlation summed over n rows."""
         on_diagonal = (diagonal * (1 / n) - 1).square().sum()
         loss = torch.add(on_diagonal, off_diagonal_sq, alpha=self.lambda_param / n**2)
@@ -94,10 +93,10 @@ def _check_views(group: Group, **views: Tensor) -> None:
     # First what all ranks refuse together: one that left alone would leave the others waiting.
     require_all_even(group, **views)
     shapes = {name: tuple(z.shape) for name, z in views.items()}
-    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+    if len(set(shapes.values())) > 1 or any(len(s) != 2 or 0 in s for s in shapes.values()):
         names = " and ".join(shapes)
         seen = " and ".join(str(shape) for shape in shapes.values())
-        raise ValueError(f"{names} must all be (B, D), got {seen}")
+        raise ValueError(f"{names} must all be (B, D), none empty, got {seen}")
     kinds = {name: f"{z.dtype} on {z.device}" for name, z in views.items()}
     if len(set(kinds.values())) > 1:
         seen = " and ".join(kinds.values())
@@ -141,8 +140,7 @@ class MixedBarlowTwinsLoss(BarlowTwinsLoss):
 
     def __init__(self, lambda_param: float = 5e-3, mixup: float = 5.0, **options: Any) -> None:
         super().__init__(lambda_param, **options)
-        if not mixup >= 0:
-            raise ValueError(f"mixup must be >= 0, got {mixup}")
+        check_not_negative(mixup=mixup)
         self.mixup = mixup
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -155,9 +153,41 @@ class MixedBarlowTwinsLoss(BarlowTwinsLoss):
             )
         if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be within [0, 1], got {alpha}")
-        a, b, m = (self._standardised(z) for z in (z_a, z_b, z_m))
+        a, b, m = (self._standardize(z) for z in (z_a, z_b, z_m))
         r = m - alpha * a - (1 - alpha) * b[perm]
-        found = mixed_correlation(a, b, r, plan=self.plan, process_group=self.process_group)
+        terms = mixed_correlation(a, b, r, plan=self.plan, process_group=self.process_group)
         n = a.shape[0] * world_size(self.process_group)
         weight = self.scale * self.mixup * self.lambda_param / n**2
-        return self._from(found.diagonal, found.off_diagonal_sq, n) + weight * found.residual_sq
+        return self._weigh(terms.diagonal, terms.off_diagonal_sq, n) + weight * terms.residual_sq
+
+
+def barlow_twins_reference(
+    z_a: Tensor, z_b: Tensor, lambda_param: float, unbiased: bool = False, eps: float = 1e-5
+) -> Tensor:
+    """The formula by the whole matrix C (D, D), in one process; scale 1."""
+    a, b = (_standardize_reference(z, unbiased, eps) for z in (z_a, z_b))
+    C = a.T @ b / len(a)
+    off_diagonal = C - C.diagonal().diag()
+    return (1 - C.diagonal()).square().sum() + lambda_param * off_diagonal.square().sum()
+
+
+def mixed_barlow_twins_reference(
+    z_a: Tensor,
+    z_b: Tensor,
+    z_m: Tensor,
+    perm: Tensor,
+    alpha: float | Tensor,
+    lambda_param: float,
+    mixup: float,
+    unbiased: bool = False,
+) -> Tensor:
+    """The formula by whole matrices (D, D), in one process; scale 1."""
+    a, b, m = (_standardize_reference(z, unbiased, 1e-5) for z in (z_a, z_b, z_m))
+    R = m - alpha * a - (1 - alpha) * b[perm]
+    extra = ((R.T @ a).square().sum() + (R.T @ b).square().sum()) / len(a) ** 2
+    plain = barlow_twins_reference(z_a, z_b, lambda_param, unbiased)
+    return plain + mixup * lambda_param * extra
+
+
+def _standardize_reference(z: Tensor, unbiased: bool, eps: float) -> Tensor:
+    return (z - z.mean(0)) / (z.var(0, correction=int(unbiased)) + eps).sqrt()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.distributed import Group, require_all_even
 from fastssl.kernels import exclude_self
 from fastssl.kernels.common import accumulator
+from fastssl.losses._checks import check_embeddings
+from fastssl.losses._contrastive import info_nce, joined_ids
 from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
-from fastssl.losses._views import check_embeddings, info_nce, joined_ids
 
 
 class CLIPLoss(nn.Module):
@@ -22,8 +25,10 @@ class CLIPLoss(nn.Module):
 
     Shapes   image_features, text_features (B, D): a pair in each row, any float dtype, used as they
              are: normalise them first.  logit_scale: a number or a tensor of one element, with
-             gradient, as it multiplies (the model learns its logarithm).  logit_bias: as open_clip
-             takes it; a shift of all scores, which changes nothing: its gradient is zero.
+             gradient, as it multiplies (the model learns its logarithm, and caps it by a clamp of
+             the parameter after the step, as `fastssl.methods.clip` does, not by one in the
+             forward).  logit_bias: as open_clip takes it; a shift of all scores, which changes
+             nothing: its gradient is zero.
     Returns  scalar float32 (float64 for float64); with output_dict=True as "contrastive_loss" of a
              dict.  0 <= loss; ln(W B) on W ranks where all embeddings agree.
     Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
@@ -97,3 +102,10 @@ class CLIPLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"strategy={self.strategy!r}"
+
+
+def clip_reference(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """The formula, all (B, B) scores at once, in one process."""
+    scores = logit_scale * image_features @ text_features.T
+    pair = torch.arange(len(scores), device=scores.device)
+    return (F.cross_entropy(scores, pair) + F.cross_entropy(scores.T, pair)) / 2

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, rank
-from fastssl.losses._views import ContrastiveLoss
+from fastssl.losses._checks import check_positive
+from fastssl.losses._contrastive import ContrastiveLoss
+from fastssl.losses._unit import unit
 
 
 class DCLLoss(ContrastiveLoss):
@@ -57,7 +59,7 @@ class DCLLoss(ContrastiveLoss):
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         views = self.two_views(z0, z1)
         views.joined_images(at_least=2)
-        positive = views.twins() / self.temperature
+        positive = views.positives() / self.temperature
         if self.weight_fn is not None:
             first, second = views.rows.unflatten(0, (-1, 2)).unbind(1)
             positive = positive * torch.stack(
@@ -101,8 +103,7 @@ class DCLWLoss(DCLLoss):
         super().__init__(
             temperature, None, gather_distributed, process_group=process_group, strategy=strategy
         )
-        if not 0 < sigma < float("inf"):
-            raise ValueError(f"sigma must be > 0 and finite, got {sigma}")
+        check_positive(sigma=sigma)
         self.sigma = sigma
         self.weight_fn = partial(_mises_fisher, sigma=sigma, group=self.process_group)
 
@@ -115,3 +116,21 @@ def _mises_fisher(anchors: Tensor, positives: Tensor, sigma: float, group: Group
     match = all_gather_nograd((anchors * positives).sum(-1) / sigma, group, check=False)
     weights = 2 - len(match) * match.softmax(0)
     return weights.unflatten(0, (-1, len(anchors)))[rank(group)]
+
+
+def dcl_reference(
+    z0: Tensor, z1: Tensor, temperature: float, weights: Tensor | float = 1.0
+) -> Tensor:
+    """The formula, all (2B, 2B) scores at once, in one process; weights: one, or (2B,)."""
+    z, image = unit(torch.cat([z0, z1])), torch.arange(len(z0), device=z0.device).repeat(2)
+    scores = z @ z.T / temperature
+    positive = scores.diagonal(len(z0)).repeat(2)
+    negative = scores.masked_fill(image[:, None] == image, -torch.inf).logsumexp(1)
+    return (negative - weights * positive).mean()
+
+
+def dclw_reference(z0: Tensor, z1: Tensor, temperature: float, sigma: float) -> Tensor:
+    """`dcl_reference` with the weights of DCLW."""
+    match = (unit(z0) * unit(z1)).sum(1).detach() / sigma
+    weights = 2 - len(z0) * match.softmax(0)
+    return dcl_reference(z0, z1, temperature, weights.repeat(2))

@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels import exclude_self
 from fastssl.kernels.common import first_order, full_precision
+from fastssl.losses._checks import INTEGERS, check_embeddings
+from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
 from fastssl.losses._sharded import Rule, sharded_lse
-from fastssl.losses._views import (
-    INTEGERS,
-    ContrastiveLoss,
-    check_embeddings,
-    info_nce,
-    joined_ids,
-    unit,
-)
+from fastssl.losses._unit import unit
 
 SCORES = 2**22  # how many scores are held at a time, 16 MB; or those of one image, if more
 
@@ -77,8 +73,8 @@ class DenseInfoNCELoss(ContrastiveLoss):
         found = (match >= 0) & (match < M)
         match = match.clamp(0, M - 1)
         # By index, not gather: the sum of its backward has one order.
-        twins = k.flatten(0, 1)[torch.arange(B, device=k.device).unsqueeze(1) * M + match]
-        positive = (q * twins).sum(-1) / self.temperature
+        matched = k.flatten(0, 1)[torch.arange(B, device=k.device).unsqueeze(1) * M + match]
+        positive = (q * matched).sum(-1) / self.temperature
         across = self._across if self.negatives == "batch" else self._within
         losses = torch.where(found, info_nce(positive, across(q, k, match, z0.dtype)), 0)
         count = all_reduce_sum(found.sum(), group)
@@ -164,3 +160,17 @@ def _check(z0: Tensor, z1: Tensor, match: Tensor | None) -> None:
     if match.shape != z0.shape[:2] or match.dtype not in INTEGERS or match.device != z0.device:
         got = f"{tuple(match.shape)} {match.dtype} on {match.device}"
         raise ValueError(f"match must be {tuple(z0.shape[:2])} integers by z0, got {got}")
+
+
+def dense_info_nce_reference(
+    z0: Tensor, z1: Tensor, match: Tensor, temperature: float, negatives: str
+) -> Tensor:
+    """The formula, all scores at once, in one process."""
+    (B, M, _), q, k = z1.shape, unit(z0), unit(z1)
+    found = (match >= 0) & (match < M)
+    if negatives == "image":
+        scores, target = torch.einsum("bld,bmd->blm", q, k), match
+    else:
+        scores = torch.einsum("bld,nd->bln", q, k.flatten(0, 1))
+        target = match + M * torch.arange(B, device=k.device)[:, None]
+    return F.cross_entropy(scores[found] / temperature, target[found].long())

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from fastssl.distributed import Group, all_gather_nograd, require_all_even
 from fastssl.kernels import exclude_self, pairwise_topk
-from fastssl.losses._views import check_embeddings, joined_ids, unit
+from fastssl.losses._checks import check_counts, check_embeddings, check_positive
+from fastssl.losses._contrastive import joined_ids
+from fastssl.losses._unit import unit
 
 
 class GroCoLoss(nn.Module):
@@ -52,10 +54,8 @@ class GroCoLoss(nn.Module):
         self, negatives: int = 10, steepness: float = 1.0, *, process_group: Group = None
     ) -> None:
         super().__init__()
-        if negatives < 1:
-            raise ValueError(f"negatives must be at least 1, got {negatives}")
-        if not 0 < steepness < math.inf:
-            raise ValueError(f"steepness must be > 0 and finite, got {steepness}")
+        check_counts(negatives=negatives)
+        check_positive(steepness=steepness)
         self.negatives, self.steepness, self.process_group = negatives, steepness, process_group
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ class GroCoLoss(nn.Module):
             raise ValueError("the joined batch must have at least 2 images, got 1")
         x0, x1 = unit(z0), unit(z1)
         keys0, keys1 = unit(everyone).unbind(1)
-        return (self._ordered(x0, x1, keys0) + self._ordered(x1, x0, keys1)) / 2
+        return (self._order_loss(x0, x1, keys0) + self._order_loss(x1, x0, keys1)) / 2
 
-    def _ordered(self, anchors: Tensor, positives: Tensor, keys: Tensor) -> Tensor:
+    def _order_loss(self, anchors: Tensor, positives: Tensor, keys: Tensor) -> Tensor:
         """The loss of anchors (B, D), their positives, and keys (N, D) with other images'."""
         mine = joined_ids(len(anchors), self.process_group, anchors.device)
         others = exclude_self(mine, torch.arange(len(keys), device=keys.device))
@@ -95,26 +95,54 @@ def last_place_mass(x: Tensor, steepness: float) -> Tensor:
     layers = []
     for layer in range(x.shape[1]):
         start = layer % 2
-        a, b = _neighbours(x, start)
+        a, b = _split_neighbors(x, start)
         share = 0.5 + torch.atan(steepness * (b - a)) / math.pi
         layers.append((start, share))
-        x = _exchanged(x, start, share)
+        x = _exchange(x, start, share)
     mass = torch.zeros_like(x)
     mass[:, -1] = 1
     for start, share in reversed(layers):
-        mass = _exchanged(mass, start, share)
+        mass = _exchange(mass, start, share)
     return mass
 
 
-def _exchanged(x: Tensor, start: int, share: Tensor) -> Tensor:
+def _exchange(x: Tensor, start: int, share: Tensor) -> Tensor:
     """x, its pairs of neighbours from `start` on mixed: each keeps `share` and takes the rest."""
-    a, b = _neighbours(x, start)
+    a, b = _split_neighbors(x, start)
     swap = (1 - share) * (b - a)
     mixed = torch.stack([a + swap, b - swap], dim=-1).flatten(1)
     return torch.cat([x[:, :start], mixed, x[:, start + mixed.shape[1] :]], dim=1)
 
 
-def _neighbours(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def _split_neighbors(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """The left and the right of each pair of columns from `start` on; the last may have no pair."""
     pairs = (x.shape[1] - start) // 2
     return x[:, start::2][:, :pairs], x[:, start + 1 :: 2]
+
+
+def groco_reference(z0: Tensor, z1: Tensor, negatives: int, steepness: float) -> Tensor:
+    """The formula by whole permutation matrices, in one process."""
+    x0, x1 = unit(z0), unit(z1)
+    losses = []
+    for anchors, others in ((x0, x1), (x1, x0)):
+        cosines = (anchors @ anchors.detach().T).fill_diagonal_(-math.inf)  # of one view
+        n = min(negatives, len(z0) - 1)
+        hardest = cosines.topk(n, dim=1).values.flip(1)
+        numbers = torch.cat([hardest, (anchors * others.detach()).sum(1, keepdim=True)], dim=1)
+        mass = sorting_matrix(numbers, steepness)[:, :, -1]
+        right = torch.cat([1 - mass[:, :-1], mass[:, -1:]], dim=1)
+        losses.append(-right.clamp_min(torch.finfo(right.dtype).tiny).log().mean())
+    return (losses[0] + losses[1]) / 2
+
+
+def sorting_matrix(x: Tensor, steepness: float) -> Tensor:
+    """(B, n, n) relaxed permutations that sort x (B, n): how much of number e lies in place p."""
+    P = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    for layer in range(x.shape[1]):
+        L = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
+        for i in range(layer % 2, x.shape[1] - 1, 2):
+            keep = 0.5 + torch.atan(steepness * (x[:, i + 1] - x[:, i])) / math.pi
+            L[:, i, i] = L[:, i + 1, i + 1] = keep
+            L[:, i, i + 1] = L[:, i + 1, i] = 1 - keep
+        x, P = torch.einsum("bn,bnm->bm", x, L), P @ L
+    return P

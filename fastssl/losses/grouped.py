@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.distributed import Group
 from fastssl.kernels import different_group, same_group
+from fastssl.losses._contrastive import ContrastiveLoss, info_nce, twice
 from fastssl.losses._sharded import Rule
-from fastssl.losses._views import ContrastiveLoss, info_nce, twice
+from fastssl.losses._unit import unit
 
 _RULES = {"same": same_group, "different": different_group}
 
@@ -60,7 +63,20 @@ class GroupedNTXentLoss(ContrastiveLoss):
         views = self.two_views(z0, z1, groups=groups)
         ids = twice(groups)
         negative = views.others(1 / self.temperature, Rule(_RULES[self.negatives], ids, ids))
-        return info_nce(views.twins() / self.temperature, negative).mean()
+        return info_nce(views.positives() / self.temperature, negative).mean()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negatives={self.negatives!r}"
+
+
+def grouped_ntxent_reference(
+    z0: Tensor, z1: Tensor, groups: Tensor, temperature: float, negatives: str
+) -> Tensor:
+    """The formula, all (2B, 2B) scores at once, in one process."""
+    z, i = unit(torch.cat([z0, z1])), torch.arange(2 * len(z0), device=z0.device)
+    image, group, positive = i % len(z0), groups.repeat(2), i.roll(len(z0))
+    same = group[:, None] == group
+    kept = (image[:, None] != image) & (same if negatives == "same" else ~same)
+    kept |= positive[:, None] == i
+    scores = (z @ z.T / temperature).masked_fill(~kept, -torch.inf)
+    return F.cross_entropy(scores, positive)

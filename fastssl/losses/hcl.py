@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group
-from fastssl.losses._views import ContrastiveLoss, info_nce
+from fastssl.losses._checks import check_not_negative
+from fastssl.losses._contrastive import ContrastiveLoss, info_nce
+from fastssl.losses._unit import unit
 
 
 class HCLLoss(ContrastiveLoss):
@@ -52,17 +54,16 @@ class HCLLoss(ContrastiveLoss):
         strategy: str = "gather",
     ) -> None:
         super().__init__(temperature, gather_distributed, process_group, strategy)
-        if not 0 <= tau_plus < 1:
+        check_not_negative(tau_plus=tau_plus, beta=beta)
+        if tau_plus >= 1:
             raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}")
-        if not 0 <= beta < math.inf:
-            raise ValueError(f"beta must be >= 0 and finite, got {beta}")
         self.tau_plus, self.beta = tau_plus, beta
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         views, t = self.two_views(z0, z1), self.temperature
         views = views._replace(dtype=views.rows.dtype)  # small differences of large numbers follow
         log_n = math.log(2 * views.joined_images(at_least=2) - 2)
-        positive = views.twins() / t
+        positive = views.positives() / t
         hard = views.others((1 + self.beta) / t)
         mean = hard - (views.others(self.beta / t) if self.beta else log_n)  # log R / n
         return info_nce(positive, log_n + self._debiased(mean, positive)).mean()
@@ -80,3 +81,18 @@ class HCLLoss(ContrastiveLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tau_plus={self.tau_plus}, beta={self.beta}"
+
+
+def hcl_reference(
+    z0: Tensor, z1: Tensor, temperature: float, tau_plus: float, beta: float
+) -> Tensor:
+    """The formula by exponentials, all (2B, 2B) scores at once, in one process."""
+    z, n = unit(torch.cat([z0, z1])), 2 * len(z0) - 2
+    image = torch.arange(len(z0), device=z.device).repeat(2)
+    scores = z @ z.T / temperature
+    negative = scores[image[:, None] != image].view(len(z), n)
+    positive = scores.diagonal(len(z0)).repeat(2).exp()
+    hard = n * ((1 + beta) * negative).exp().sum(1) / (beta * negative).exp().sum(1)
+    mass = (hard - tau_plus * n * positive) / (1 - tau_plus)
+    mass = mass.clamp(min=n * math.exp(-1 / temperature))
+    return -(positive / (positive + mass)).log().mean()

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
 from fastssl.kernels.common import can_read_values
-from fastssl.losses._views import ContrastiveLoss, twice
+from fastssl.losses._checks import check_counts, check_not_negative, check_positive
+from fastssl.losses._contrastive import ContrastiveLoss, twice
+from fastssl.losses._unit import unit
 
 
 class ISogCLRLoss(ContrastiveLoss):
@@ -68,14 +70,13 @@ class ISogCLRLoss(ContrastiveLoss):
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:
+        check_positive(tau_init=tau_init)
         super().__init__(tau_init, process_group=process_group, strategy=strategy)
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        check_counts(size=size)
         if not 0 < tau_range[0] <= tau_init <= tau_range[1] < math.inf:
             got = f"{tau_init} and {tau_range}"
             raise ValueError(f"tau_init must lie in tau_range, above 0, got {got}")
-        if not (0 <= rho < math.inf and 0 <= eta < math.inf):
-            raise ValueError(f"rho and eta must be >= 0 and finite, got {rho} and {eta}")
+        check_not_negative(rho=rho, eta=eta)
         self.size, self.tau_range, self.rho, self.eta = size, tau_range, rho, eta
         # Not a buffer: data-parallel wrappers would make rank 0's everybody's.
         self.samples = _Samples(size, (tau_init, -math.inf, 0.0), process_group)
@@ -99,7 +100,7 @@ class ISogCLRLoss(ContrastiveLoss):
             self._update(where, state, now, (now + self.rho - slope).mean(1))
         value = tau * (now + self.rho)
         share = tau * (lse - log_n - now).exp()  # its gradient is the loss's, its value is not
-        return (value + share - share.detach() - views.twins()).mean()
+        return (value + share - share.detach() - views.positives()).mean()
 
     @torch.no_grad()
     def _update(self, where: Tensor, state: Tensor, log_u: Tensor, slope: Tensor) -> None:
@@ -185,3 +186,24 @@ class _Samples:
         if got != want:
             raise ValueError(f"want the per-sample state of {want}, got that of {got}")
         self.values[:-1] = state["values"].to(self.values)
+
+
+def isogclr_reference(
+    z0: Tensor, z1: Tensor, tau: Tensor, u: Tensor, rho: float, gamma: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The value and the gradient's linear form, and, for a step, u (B,) and the slope in tau (B,).
+
+    tau, u (B,): each image's before the step, u 0 on the first visit.  The loss has the value of
+    the first number and the gradient of the second.
+    """
+    z, n, t = unit(torch.cat([z0, z1])), 2 * len(z0) - 2, tau.repeat(2)
+    image = torch.arange(len(z0), device=z.device).repeat(2)
+    cosines = z @ z.T
+    powers = (cosines.detach() / t[:, None]).exp() * (image[:, None] != image)  # e^(s_j / t)
+    g, old = powers.sum(1) / n, u.repeat(2)
+    new = torch.where(old == 0, g, (1 - gamma) * old + gamma * g)
+    weights, positive = powers / new[:, None] / n, cosines.diagonal(len(z0)).repeat(2)
+    value = (t * (new.log() + rho) - positive).mean()
+    linear = ((weights * cosines).sum(1) - positive).mean()
+    slope = new.log() + rho - (weights * cosines.detach()).sum(1) / t
+    return value, linear, new.view(2, -1).mean(0), slope.view(2, -1).mean(0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.kernels import chamfer, scaled_cosine_error
+from fastssl.losses._checks import check_positive
 
 
 class ScaledCosineLoss(nn.Module):
@@ -27,7 +30,8 @@ class ScaledCosineLoss(nn.Module):
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
-        if not gamma >= 1:
+        check_positive(gamma=gamma)
+        if gamma < 1:
             raise ValueError(f"gamma must be >= 1, got {gamma}")
         self.gamma = gamma
 
@@ -76,3 +80,19 @@ class ChamferLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"
+
+
+def scaled_cosine_reference(pred: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """The formula, of rows (N, D) that all count."""
+    cos = (F.normalize(pred, dim=-1) * F.normalize(target, dim=-1)).sum(-1)
+    return (1 - cos).pow(gamma).mean()
+
+
+def chamfer_reference(pred: Tensor, target: Tensor, kind: str) -> Tensor:
+    """The formula, all (G, N, M) distances at once."""
+    differences = pred[:, :, None] - target[:, None]
+    if kind == "l2":
+        far = differences.square().sum(-1)
+        return far.amin(2).mean() + far.amin(1).mean()
+    far = torch.linalg.vector_norm(differences, dim=-1)
+    return (far.amin(2).mean() + far.amin(1).mean()) / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ class MatryoshkaLoss(nn.Module):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if not dims or any(a >= b for a, b in zip((0, *dims), dims, strict=False)):
-            raise ValueError(f"dims must rise, from 1 or more, got {tuple(dims)}")
+        whole = all(isinstance(m, int) for m in dims)
+        if not dims or not whole or any(a >= b for a, b in zip((0, *dims), dims, strict=False)):
+            raise ValueError(f"dims must be integers that rise from 1 or more, got {tuple(dims)}")
         weights = [1.0] * len(dims) if weights is None else list(weights)
         if len(weights) != len(dims) or not all(0 <= w < float("inf") for w in weights):
             want = f"{len(dims)} finite numbers >= 0"
@@ -87,3 +88,15 @@ def _is_embedding(x: Any) -> bool:
 
 def _prefix(x: Any, m: int) -> Any:
     return x[..., :m] if _is_embedding(x) else x
+
+
+def matryoshka_reference(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    z0: Tensor,
+    z1: Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float],
+) -> Tensor:
+    """The formula, of a loss of two embeddings (B, D)."""
+    values = [w * loss(z0[:, :m], z1[:, :m]) for m, w in zip(dims, weights, strict=True)]
+    return torch.stack(values).sum()

@@ -17,7 +17,7 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels.common import accumulator, finished, first_order, full_precision
-from fastssl.losses._views import check_embeddings
+from fastssl.losses._checks import check_embeddings, check_not_negative
 
 
 class MMCRLoss(nn.Module):
@@ -60,8 +60,7 @@ class MMCRLoss(nn.Module):
         process_group: Group = None,
     ) -> None:
         super().__init__()
-        if not lmda >= 0:
-            raise ValueError(f"lmda must be >= 0, got {lmda}")
+        check_not_negative(lmda=lmda)
         self.lmda = lmda
         self.process_group = process_group if gather_distributed else LOCAL
 
@@ -129,3 +128,10 @@ def _inverse_root(gram: Tensor, resolved: float) -> tuple[Tensor, Tensor]:
     inverse = kept / torch.where(kept > 0, sigma, 1)
     root = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
     return sigma.sum(-1) + broken, root + broken[..., None, None]
+
+
+def mmcr_reference(online: Tensor, momentum: Tensor, lmda: float) -> Tensor:
+    """The formula by singular values, in one process."""
+    z = torch.cat([online, momentum], dim=1)  # (B, 2k, D)
+    spread, size = torch.linalg.svdvals(z.mean(1)).sum(), torch.linalg.svdvals(z).sum(-1).mean()
+    return lmda * size - spread

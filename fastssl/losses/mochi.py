@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fastssl.distributed import Group, require_all_even
 from fastssl.kernels import pairwise_lse, pairwise_topk
-from fastssl.losses._views import ContrastiveLoss, check_embeddings, info_nce, joined_ids, unit
+from fastssl.losses._checks import check_counts, check_embeddings
+from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
+from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
 
 
@@ -59,11 +61,10 @@ class MoCHiLoss(ContrastiveLoss):
     ) -> None:
         super().__init__(temperature, process_group=process_group)
         self.queue = Queue(size, dim)
-        if not 1 <= top_n <= size:
-            raise ValueError(f"top_n must lie between 1 and size = {size}, got {top_n}")
-        for name, count in (("s", s), ("s_prime", s_prime)):
-            if count < 0:
-                raise ValueError(f"{name} must be at least 0, got {count}")
+        check_counts(top_n=top_n)
+        check_counts(0, s=s, s_prime=s_prime)
+        if top_n > size:
+            raise ValueError(f"top_n must be at most size = {size}, got {top_n}")
         self.top_n, self.s, self.s_prime = top_n, s, s_prime
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -77,7 +78,7 @@ class MoCHiLoss(ContrastiveLoss):
         rows = q.to(query.dtype)  # see TwoViews
         negative = pairwise_lse(rows, keys.to(rows), 1 / t)
         if self.s + self.s_prime > 0:
-            scores = torch.einsum("bd,bsd->bs", q, self._synthetic(q, keys)) / t
+            scores = torch.einsum("bd,bsd->bs", q, self._mix_negatives(q, keys)) / t
             negative = torch.logaddexp(negative, scores.logsumexp(1))
         if self.training and update:
             self.queue.push(key, self.process_group, check=False)
@@ -85,24 +86,40 @@ class MoCHiLoss(ContrastiveLoss):
         return info_nce(positive, negative).mean()
 
     @torch.no_grad()
-    def _synthetic(self, q: Tensor, keys: Tensor) -> Tensor:
+    def _mix_negatives(self, q: Tensor, keys: Tensor) -> Tensor:
         """(B, s + s_prime, dim): each query's own negatives."""
         hardest = pairwise_topk(q, keys, self.top_n)[1]
         sizes = [self.s] * 3 + [self.s_prime] * 2
         rows = joined_ids(len(q), self.process_group, q.device)
         i, j, a, at, b = uniform(self.steps, rows, sum(sizes)).split(sizes, dim=1)
 
-        def picked(place: Tensor) -> Tensor:
+        def pick(place: Tensor) -> Tensor:
             return keys[hardest.gather(1, (place * self.top_n).long())]
 
         a, b = a.unsqueeze(-1), b.unsqueeze(-1) / 2
-        pairs = a * picked(i) + (1 - a) * picked(j)
-        with_query = b * q.unsqueeze(1) + (1 - b) * picked(at)
+        pairs = a * pick(i) + (1 - a) * pick(j)
+        with_query = b * q.unsqueeze(1) + (1 - b) * pick(at)
         return F.normalize(torch.cat([pairs, with_query], dim=1), dim=-1)
 
     def extra_repr(self) -> str:
         mixes = f"top_n={self.top_n}, s={self.s}, s_prime={self.s_prime}"
         return f"temperature={self.temperature}, {mixes}"
+
+
+def mochi_reference(
+    query: Tensor, key: Tensor, queue: Tensor, synthetic: Tensor, temperature: float
+) -> Tensor:
+    """The formula, all scores at once; queue (size, D), synthetic (B, s + s_prime, D) as drawn."""
+    q, k = unit(query), unit(key.detach())
+    scores = torch.cat(
+        [
+            (q * k).sum(1, keepdim=True),
+            q @ queue.to(q).T,
+            torch.einsum("bd,bsd->bs", q, synthetic.to(q)),
+        ],
+        dim=1,
+    )
+    return F.cross_entropy(scores / temperature, scores.new_zeros(len(q), dtype=torch.int64))
 
 
 def uniform(step: Tensor, rows: Tensor, n: int) -> Tensor:
@@ -116,12 +133,12 @@ def uniform(step: Tensor, rows: Tensor, n: int) -> Tensor:
     >>> torch.equal(uniform(step, rows, 3)[2:], uniform(step, rows[2:], 3))
     True
     """
-    start = _scrambled(_scrambled(step + 1) + rows)
-    bits = _scrambled(start.unsqueeze(1) + torch.arange(n, device=rows.device))
+    start = _scramble(_scramble(step + 1) + rows)
+    bits = _scramble(start.unsqueeze(1) + torch.arange(n, device=rows.device))
     return ((bits >> 40) & 0xFFFFFF).float() / (1 << 24)
 
 
-def _scrambled(x: Tensor) -> Tensor:
+def _scramble(x: Tensor) -> Tensor:
     """splitmix64's last step of int64: the masks make its shifts those of unsigned numbers."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.distributed import Group, require_all_even
 from fastssl.kernels import exclude_self
+from fastssl.losses._checks import check_embeddings
+from fastssl.losses._contrastive import ContrastiveLoss, against_queue, info_nce, joined_ids
 from fastssl.losses._sharded import Rule, sharded_lse
-from fastssl.losses._views import (
-    ContrastiveLoss,
-    against_queue,
-    check_embeddings,
-    info_nce,
-    joined_ids,
-    unit,
-)
+from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
 
 
@@ -115,3 +112,16 @@ class MoCoV3Loss(ContrastiveLoss):
             rows, keys, 1 / t, rules=rules, process_group=group, strategy=self.strategy
         )
         return 2 * t * info_nce((q * k).sum(-1) / t, negative).mean()
+
+
+def moco_reference(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """MoCo's formula, all (B, 1 + size) scores at once, the positive in front; queue (size, D)."""
+    q, k = unit(query), unit(key.detach())
+    scores = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.to(q).T], dim=1)
+    return F.cross_entropy(scores / temperature, scores.new_zeros(len(q), dtype=torch.int64))
+
+
+def moco_v3_reference(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """MoCo v3's formula, all (B, B) scores at once, in one process."""
+    scores = unit(query) @ unit(key.detach()).T / temperature
+    return 2 * temperature * F.cross_entropy(scores, torch.arange(len(scores), device=key.device))

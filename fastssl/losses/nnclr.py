@@ -7,15 +7,10 @@ from torch import Tensor
 
 from fastssl.distributed import Group, require_all_even
 from fastssl.kernels import pairwise_topk
-from fastssl.losses._views import (
-    ContrastiveLoss,
-    TwoViews,
-    check_embeddings,
-    info_nce,
-    joined_ids,
-    twice,
-    unit,
-)
+from fastssl.losses._checks import check_embeddings
+from fastssl.losses._contrastive import ContrastiveLoss, TwoViews, info_nce, joined_ids, twice
+from fastssl.losses._unit import unit
+from fastssl.losses.ntxent import ntxent_reference
 from fastssl.losses.queue import Queue
 
 
@@ -76,15 +71,26 @@ class NNCLRLoss(ContrastiveLoss):
 
     def _contrast(self, z: Tensor, p: Tensor) -> Tensor:
         """The NT-Xent of the neighbours of z with p."""
-        rows = torch.stack([self._neighbours(z), unit(p)], dim=1).flatten(0, 1)
+        rows = torch.stack([self._find_neighbors(z), unit(p)], dim=1).flatten(0, 1)
         images = twice(joined_ids(len(p), self.process_group, p.device))
         views = TwoViews(rows, images, p.dtype, self.process_group, self.strategy)
-        return info_nce(views.twins() / self.temperature, views.others(1 / self.temperature)).mean()
+        return info_nce(
+            views.positives() / self.temperature, views.others(1 / self.temperature)
+        ).mean()
 
     @torch.no_grad()
-    def _neighbours(self, z: Tensor) -> Tensor:
+    def _find_neighbors(self, z: Tensor) -> Tensor:
         """(B, dim): the queue's key nearest to each row, and NaN for a row that is NaN."""
         queries = unit(z)
         keys = self.queue.bank.to(queries)
         cosines, nearest = pairwise_topk(queries, keys, 1)
         return torch.where(cosines.isnan(), cosines, keys[nearest[:, 0]])
+
+
+def nnclr_reference(
+    z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, queue: Tensor, temperature: float
+) -> Tensor:
+    """The formula, with NT-Xent's; queue (size, D): rows of length one."""
+    near0, near1 = (queue.to(p0)[(unit(z) @ queue.to(unit(z)).T).argmax(1)] for z in (z0, z1))
+    first = ntxent_reference(near0, p1, temperature)
+    return (first + ntxent_reference(near1, p0, temperature)) / 2

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.distributed import Group, require_all_even
-from fastssl.losses._views import ContrastiveLoss, against_queue, check_embeddings, info_nce
+from fastssl.losses._checks import check_embeddings, is_finite
+from fastssl.losses._contrastive import ContrastiveLoss, against_queue, info_nce
+from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
 
 
@@ -33,9 +36,9 @@ class NTXentLoss(ContrastiveLoss):
              embeddings agree.  Only the log-sum-exp meets N x N pairs, and it holds none of them.
     State    memory_bank: a `Queue`, in state_dict.
     Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; abs(temperature) < 1e-8; a bank that is neither 0 nor
-             (keys, D); batches that differ between ranks (on every rank).  A non-finite input is
-             not an error here: it gives a non-finite loss.
+             differ, or are not floats; abs(temperature) < 1e-8 or not finite; a bank that is not 0
+             or (keys, D); batches that differ between ranks (on every rank).  A non-finite
+             input is not an error here: it gives a non-finite loss.
     Ranks    each rank's rows meet the keys of all, gathered once (strategy="gather") or passed
              round ("ring").  The mean over ranks of value and gradient is that of the joined batch.
              gather_distributed=False contrasts within each rank's batch only.
@@ -68,14 +71,15 @@ class NTXentLoss(ContrastiveLoss):
             self.memory_bank = Queue(*size)
 
     def check_temperature(self, temperature: float) -> None:
-        if not abs(temperature) >= 1e-8:
-            raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
+        if not (is_finite(temperature) and abs(temperature) >= 1e-8):
+            want = "at least 1e-8 in magnitude and finite"
+            raise ValueError(f"temperature must be {want}, got {temperature}")
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         if self.memory_bank is not None:
             return self._against_bank(z0, z1, self.memory_bank)
         views = self.two_views(z0, z1)
-        positive = views.twins() / self.temperature
+        positive = views.positives() / self.temperature
         return info_nce(positive, views.others(1 / self.temperature)).mean()
 
     def _against_bank(self, z0: Tensor, z1: Tensor, bank: Queue) -> Tensor:
@@ -85,3 +89,11 @@ class NTXentLoss(ContrastiveLoss):
         if z0.requires_grad and torch.is_grad_enabled():
             bank.push(z1, self.process_group, check=False)
         return loss
+
+
+def ntxent_reference(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
+    """The formula, all (2B, 2B) scores at once, in one process."""
+    z = unit(torch.cat([z0, z1]))  # (2B, D): i and i + B are the views of image i
+    i = torch.arange(len(z), device=z.device)
+    scores = (z @ z.T / temperature).masked_fill(i[:, None] == i, -torch.inf)
+    return F.cross_entropy(scores, i.roll(len(z0)))

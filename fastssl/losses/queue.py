@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.distributed import Group, all_gather_nograd, require_even
+from fastssl.losses._checks import check_counts
+from fastssl.losses._unit import unit
 
 
 class Queue(nn.Module):
@@ -41,10 +43,7 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dim: int | None = None) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
-        if dim is not None and dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
+        check_counts(size=size, **({} if dim is None else {"dim": dim}))
         self.size = size
         self.register_buffer("bank", torch.empty(size, 0))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
@@ -86,7 +85,7 @@ class Queue(nn.Module):
         self.fit(keys)
         everyone = all_gather_nograd(keys, process_group, check=False)[-self.size :]
         places = (self.next + torch.arange(len(everyone), device=self.next.device)) % self.size
-        self.bank.index_copy_(0, places, F.normalize(everyone.float()).to(self.bank))
+        self.bank.index_copy_(0, places, unit(everyone).to(self.bank))
         self.next.copy_((self.next + len(everyone)) % self.size)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.kernels import Normalized, patch_mse
@@ -51,3 +52,16 @@ class MAELoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"patch={self.patch}, norm_pix={self.norm_pix}, kind={self.kind!r}"
+
+
+def mae_reference(
+    pred: Tensor, images: Tensor, masked_ids: Tensor, patch: int, norm_pix: bool = True
+) -> Tensor:
+    """The formula of kind "l2", of images (B, C, H, W) whose patches are all made."""
+    pixels = F.unfold(images, patch, stride=patch).unflatten(1, (images.shape[1], -1))
+    patches = pixels.permute(0, 3, 2, 1).flatten(2)  # (B, L, patch * patch * C)
+    target = patches.gather(1, masked_ids.unsqueeze(-1).expand_as(pred))
+    if norm_pix:
+        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+        target = (target - mean) / (var + 1e-6).sqrt()
+    return (pred - target).square().mean()

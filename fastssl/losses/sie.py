@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, require_all_even, world_size
 from fastssl.kernels import column_moments
+from fastssl.losses._checks import check_not_negative, check_positive
 from fastssl.losses._moments import variance_covariance
-from fastssl.losses.vicreg import invariance
+from fastssl.losses.vicreg import invariance, spread_reference
 
 
 class SIETerms(NamedTuple):
@@ -70,11 +71,9 @@ class SIELoss(nn.Module):
     ) -> None:
         super().__init__()
         weights = (lambda_inv, lambda_equi, lambda_var, lambda_cov)
-        for name, weight in zip(("inv", "equi", "var", "cov"), weights, strict=True):
-            if not weight >= 0:
-                raise ValueError(f"lambda_{name} must be >= 0, got {weight}")
-        if not eps > 0:
-            raise ValueError(f"eps must be > 0, got {eps}")
+        names = ("lambda_inv", "lambda_equi", "lambda_var", "lambda_cov")
+        check_not_negative(**dict(zip(names, weights, strict=True)))
+        check_positive(eps=eps)
         self.weights, self.eps = weights, eps
         self.process_group = process_group if gather_distributed else LOCAL
 
@@ -131,3 +130,21 @@ def _check(z_a: Tensor, z_b: Tensor, predicted: Tensor, world: int) -> None:
         raise ValueError(f"z_a, z_b and predicted must share a float dtype and a device, got {got}")
     if len(z_a) * world < 2:
         raise ValueError(f"the joined batch must have at least 2 rows, got {len(z_a) * world}")
+
+
+def sie_reference(
+    z_a: Tensor,
+    z_b: Tensor,
+    predicted: Tensor,
+    weights: tuple[float, float, float, float] = (10.0, 4.5, 10.0, 1.0),
+    eps: float = 1e-4,
+) -> Tensor:
+    """The formula by whole covariances (D, D), in one process; weights in the terms' order."""
+    split = z_a.shape[1] - predicted.shape[1]
+    same = (z_a - z_b)[:, :split].square().sum() / max(1, len(z_a) * split)
+    moved = (predicted - z_b[:, split:]).square().mean()
+    (var_a, cov_a), (var_b, cov_b) = spread_reference(z_a, eps), spread_reference(z_b, eps)
+    var_p, _ = spread_reference(predicted, eps)
+    inv, equi, var, cov = weights
+    spread = var * (var_a + var_b + var_p) / 2 + cov * (cov_a + cov_b)
+    return inv * same + equi * moved + spread

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.distributed import (
@@ -38,7 +39,7 @@ class SigLIPLoss(nn.Module):
              that the B - 1 negatives of a row do not outweigh its one positive.
     Returns  scalar float32 (float64 for float64); with output_dict=True as "contrastive_loss" of a
              dict.  0 <= loss; W B ln 2 on W ranks where scale and bias are 0.
-    Raises   ValueError: shapes that are not two equal (B, D) with B > 0; other strategies; batches
+    Raises   ValueError: shapes that are not two equal (B, D), none empty; other strategies; batches
              that differ between ranks (on every rank); what `pairwise_sigmoid` refuses.  A
              non-finite input is not an error here: it gives a non-finite loss.
     Ranks    the mean over ranks of value and gradient is that of the joined batch, B then counting
@@ -82,9 +83,11 @@ class SigLIPLoss(nn.Module):
         x, t, group = image_features, text_features, self.process_group
         # First what all ranks refuse together: one that left alone would leave the others waiting.
         require_all_even(group, image_features=x, text_features=t)
-        if x.ndim != 2 or x.shape != t.shape or len(x) == 0:
+        if x.ndim != 2 or x.shape != t.shape or 0 in x.shape:
             got = f"{tuple(x.shape)} and {tuple(t.shape)}"
-            raise ValueError(f"image_features and text_features must be (B, D), B > 0, got {got}")
+            raise ValueError(
+                f"image_features and text_features must be (B, D), not empty, got {got}"
+            )
         numbers = _number(logit_scale), 0.0 if logit_bias is None else _number(logit_bias)
         if world_size(group) == 1:
             total = pairwise_sigmoid(x, t, *numbers, positive=same_group)
@@ -92,7 +95,7 @@ class SigLIPLoss(nn.Module):
             total = _ring(x, t, *numbers, group)
         else:
             texts = all_gather_rows(t, group, check=False)
-            positive = _twins(len(x), None, group, x.device)
+            positive = _pairs_with(len(x), None, group, x.device)
             total = pairwise_sigmoid(x, texts, *numbers, positive=positive)
         loss = total / len(x)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -106,7 +109,7 @@ def _number(value: float | Tensor) -> float | Tensor:
     return value.reshape(()) if one else value  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _twins(b: int, owner: int | None, group: Group, device: torch.device) -> Masks:
+def _pairs_with(b: int, owner: int | None, group: Group, device: torch.device) -> Masks:
     """Pairs of this rank's images and the texts of one rank, or of all."""
     images = torch.arange(b, device=device) + b * rank(group)
     if owner is None:
@@ -150,7 +153,7 @@ def _travel(x: Tensor, t: Tensor, numbers: tuple[Any, Any], need: Need, group: G
     sums: list[Tensor] = []
     for hop in range(W):
         coming = shift([block], 1, group) if hop + 1 < W else None  # while products are made
-        positive = _twins(len(x), (me - hop) % W, group, x.device)
+        positive = _pairs_with(len(x), (me - hop) % W, group, x.device)
         total, dx, dt, dscale, dbias = pairwise_sigmoid_grads(
             x, block, *numbers, positive=positive, need=need
         )
@@ -160,3 +163,12 @@ def _travel(x: Tensor, t: Tensor, numbers: tuple[Any, Any], need: Need, group: G
         sums = [a.add_(b) for a, b in zip(sums, parts, strict=True)] if sums else parts
         block = coming()[0] if coming else block
     return Results(*sums[:2], back()[0] if back else dt, *sums[2:])
+
+
+def siglip_reference(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+) -> Tensor:
+    """The formula, all (B, B) scores at once, in one process."""
+    scores = logit_scale * image_features @ text_features.T + logit_bias
+    sign = 2 * torch.eye(len(scores), device=scores.device, dtype=scores.dtype) - 1
+    return -F.logsigmoid(sign * scores).sum() / len(scores)

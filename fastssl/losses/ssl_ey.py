@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastssl.distributed import LOCAL, Group, require_all_even, world_size
 from fastssl.kernels import frobenius_sq
 from fastssl.kernels.common import accumulator, first_order
-from fastssl.losses._moments import centred, covariance_scale
+from fastssl.losses._moments import center, covariance_scale
 
 
 class SSLEYLoss(nn.Module):
@@ -61,7 +61,7 @@ class SSLEYLoss(nn.Module):
             raise ValueError(f"the joined batch must have at least 2 rows, got {n}")
         scale = covariance_scale(views[0], n)
         unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where rows have been scaled
-        rows = centred(torch.stack(tuple(views), 1), scale, group)
+        rows = center(torch.stack(tuple(views), 1), scale, group)
         within = frobenius_sq(*[rows.flatten(0, 1)] * 2, process_group=group)
         between = _Between.apply(rows)
         # `between` has this rank's rows: times the ranks, so that the mean over ranks is their sum.
@@ -97,3 +97,12 @@ def _check(views: Sequence[Tensor]) -> None:
     if not floats or any((z.dtype, z.device) != (first.dtype, first.device) for z in views):
         seen = ", ".join(f"{z.dtype} on {z.device}" for z in views)
         raise ValueError(f"views must share a float dtype and a device, got {seen}")
+
+
+def ssl_ey_reference(views: Sequence[Tensor]) -> Tensor:
+    """The formula by whole covariances (D, D), in one process."""
+    centered = [z - z.mean(0) for z in views]
+    n, total = len(views[0]) - 1, sum(centered)
+    within = sum(z.T @ z for z in centered) / n  # V
+    between = total.T @ total / n - within  # C
+    return (within @ within).trace() - 2 * between.trace()

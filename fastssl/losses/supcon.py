@@ -14,14 +14,10 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels import exclude_self
+from fastssl.losses._checks import check_embeddings, check_ids
+from fastssl.losses._contrastive import ContrastiveLoss, joined_ids
 from fastssl.losses._sharded import Rule, sharded_lse
-from fastssl.losses._views import (
-    ContrastiveLoss,
-    check_embeddings,
-    check_ids,
-    joined_ids,
-    unit,
-)
+from fastssl.losses._unit import unit
 
 
 class SupConLoss(ContrastiveLoss):
@@ -37,8 +33,8 @@ class SupConLoss(ContrastiveLoss):
     Shapes   features (B, V, D): V views of B images; any float dtype.  labels (B,): integers of any
              size, or None: each image is its own label (SimCLR's loss over V views).
     Returns  scalar float32: the mean of loss_i over the anchors that have a positive, 0 when none
-             has.  ln(N - 1) when all N embeddings agree.  Nothing of N x N is held.  Of two views
-             without labels it is NTXentLoss, which keeps more digits near a perfect match.
+             has.  0 <= loss; ln(N - 1) when all N embeddings agree.  Nothing of N x N is held.  Of
+             two views without labels it is NTXentLoss, which keeps more digits near a match.
     Raises   ValueError: features that are not (B, V, D), none empty, or not floats; labels that are
              not (B,) integers beside them; one view without labels; temperature not > 0; batches
              that differ between ranks (on every rank).
@@ -71,6 +67,9 @@ class SupConLoss(ContrastiveLoss):
         check_embeddings("B, V, D", features=features)
         z = unit(features)
         B, V, _ = z.shape
+        rows = z.flatten(0, 1).to(features.dtype)  # see TwoViews
+        # Positives are of the rounded rows too: else their mean may pass the log-sum-exp.
+        z = z + (rows.detach().view_as(z) - z.detach())
         if labels is not None:
             check_ids("labels", labels, features)
             sums, images, anchors = _by_label(z.sum(1), V, labels, group)
@@ -82,7 +81,6 @@ class SupConLoss(ContrastiveLoss):
         positives = (images * V - 1).unsqueeze(1)
         dots = (z * (sums.unsqueeze(1) - z)).sum(-1)  # (B, V)
         positive = dots / positives.clamp(min=1) / self.temperature
-        rows = z.flatten(0, 1).to(features.dtype)  # see TwoViews
         ids = joined_ids(len(rows), group, rows.device)
         lse, _ = sharded_lse(
             rows,
@@ -93,6 +91,8 @@ class SupConLoss(ContrastiveLoss):
             strategy=self.strategy,
         )
         losses = torch.where(positives > 0, lse.view_as(positive) - positive, 0)
+        # Below 0 is rounding alone.  What is taken away is a constant: the gradient stays.
+        losses = losses - losses.detach().clamp(max=0)
         return losses.sum() / anchors.clamp(min=1) * world_size(group)
 
 
@@ -113,3 +113,14 @@ def _by_label(x: Tensor, V: int, labels: Tensor, group: Group) -> tuple[Tensor, 
     anchors = (images[number] * V > 1).sum() * V
     mine = number.unflatten(0, (-1, len(x)))[rank(group)]
     return sums[mine], images[mine], anchors
+
+
+def supcon_reference(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """The formula, all (B V, B V) scores at once, in one process."""
+    z, label = unit(features).flatten(0, 1), labels.repeat_interleave(features.shape[1])
+    other = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (label[:, None] == label) & other
+    scores = z @ z.T / temperature
+    share = scores - scores.masked_fill(~other, -torch.inf).logsumexp(1, keepdim=True)
+    losses = -share.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+    return losses.sum() / positive.any(1).sum().clamp(min=1)

@@ -16,7 +16,8 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels.common import first_order, full_precision
-from fastssl.losses._views import check_embeddings, unit
+from fastssl.losses._checks import check_embeddings, check_not_negative, check_within
+from fastssl.losses._unit import unit
 
 
 class TiCoLoss(nn.Module):
@@ -62,10 +63,8 @@ class TiCoLoss(nn.Module):
         process_group: Group = None,
     ) -> None:
         super().__init__()
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta must lie in [0, 1], got {beta}")
-        if not rho >= 0:
-            raise ValueError(f"rho must be >= 0, got {rho}")
+        check_within(0, 1, beta=beta)
+        check_not_negative(rho=rho)
         self.beta, self.rho = beta, rho
         self.process_group = process_group if gather_distributed else LOCAL
         self.register_buffer("C", None)
@@ -130,3 +129,12 @@ class _Terms(torch.autograd.Function):
         a, b, product = ctx.saved_tensors
         da = (2 * ctx.rho * product).sub_(b).mul_(grad) if ctx.needs_input_grad[0] else None
         return da, -grad * a if ctx.needs_input_grad[1] else None, None, None
+
+
+def tico_reference(
+    z_a: Tensor, z_b: Tensor, C: Tensor | float, beta: float, rho: float
+) -> tuple[Tensor, Tensor]:
+    """The formula in one process, and C (D, D) after the batch; C: before it, 0 at first."""
+    a, b = unit(z_a), unit(z_b)
+    C = beta * C + (1 - beta) * a.detach().T @ a.detach() / len(a)
+    return 1 - (a * b).sum(1).mean() + rho * ((a @ C) * a).sum(1).mean(), C

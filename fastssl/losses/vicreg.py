@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, require_all_even, world_size
 from fastssl.kernels.common import accumulator
+from fastssl.losses._checks import check_not_negative, check_positive
 from fastssl.losses._moments import variance_covariance
 
 
@@ -60,12 +62,8 @@ class VICRegLoss(nn.Module):
         process_group: Group = None,
     ) -> None:
         super().__init__()
-        weights = {"lambda_param": lambda_param, "mu_param": mu_param, "nu_param": nu_param}
-        for name, weight in weights.items():
-            if not weight >= 0:
-                raise ValueError(f"{name} must be >= 0, got {weight}")
-        if not eps > 0:
-            raise ValueError(f"eps must be > 0, got {eps}")
+        check_not_negative(lambda_param=lambda_param, mu_param=mu_param, nu_param=nu_param)
+        check_positive(eps=eps)
         self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
         self.eps = eps
         self.process_group = process_group if gather_distributed else LOCAL
@@ -101,3 +99,27 @@ def _check(z_a: Tensor, z_b: Tensor, world: int) -> None:
         raise ValueError(f"z_a and z_b must share a float dtype and a device, got {seen}")
     if len(z_a) * world < 2:
         raise ValueError(f"the joined batch must have at least 2 rows, got {len(z_a) * world}")
+
+
+def vicreg_reference(
+    z_a: Tensor,
+    z_b: Tensor,
+    lambda_param: float = 25.0,
+    mu_param: float = 25.0,
+    nu_param: float = 1.0,
+    eps: float = 1e-4,
+) -> Tensor:
+    """The formula by whole covariances (..., D, D), in one process; z (B, ..., D)."""
+    variance, covariance = zip(*(spread_reference(z, eps) for z in (z_a, z_b)), strict=True)
+    spread = mu_param * sum(variance) / 2 + nu_param * sum(covariance)
+    return lambda_param * (z_a - z_b).square().mean() + spread
+
+
+def spread_reference(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The variance and the covariance term of one view z (B, ..., D)."""
+    c = (z - z.mean(0)).flatten(1, -2) if z.ndim > 2 else (z - z.mean(0)).unsqueeze(1)
+    cov = torch.einsum("npi,npj->pij", c, c) / (len(z) - 1)  # p: positions
+    var = cov.diagonal(dim1=1, dim2=2)
+    off_diagonal = cov - torch.diag_embed(var)
+    hinge = F.relu(1 - (var + eps).sqrt()).mean()
+    return hinge, off_diagonal.square().sum((1, 2)).mean() / z.shape[-1]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fastssl.distributed import Group, require_all_even, world_size
 from fastssl.kernels.common import accumulator, full_precision
+from fastssl.losses._checks import check_not_negative, check_within
 from fastssl.losses._moments import variance_covariance
-from fastssl.losses.vicreg import VICRegLoss, invariance
+from fastssl.losses.vicreg import VICRegLoss, invariance, spread_reference, vicreg_reference
 
 View = tuple[Tensor, Tensor]
 
@@ -63,9 +64,11 @@ class VICRegLLoss(nn.Module):
         **ranks: bool | Group,
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-        if len(num_matches) != 2 or any(m is not None and m != -1 and m < 1 for m in num_matches):
+        check_within(0, 1, alpha=alpha)
+        check_not_negative(nu_param=nu_param)
+        counts = [m for m in num_matches if m is not None]
+        whole = all(isinstance(m, int) and (m == -1 or m >= 1) for m in counts)
+        if len(num_matches) != 2 or not whole:
             raise ValueError(f"num_matches must be two counts, None or -1, got {num_matches}")
         self.alpha, self.num_matches, self.nu_param = alpha, tuple(num_matches), nu_param
         # Half of nu: here the views' covariance terms are averaged, in VICReg they are added.
@@ -161,3 +164,29 @@ def _check(views: Sequence[View], grids: Sequence[Tensor], world: int) -> None:
             raise ValueError(f"view {i} must have view 0's float dtypes and device, got {seen}")
     if n < 2:
         raise ValueError(f"the joined batch must have at least 2 rows, got {n}")
+
+
+def vicregl_reference(
+    views: Sequence[View],
+    grids: Sequence[Tensor],
+    num_global: int,
+    weights: tuple[float, float, float] = (25.0, 25.0, 1.0),
+    alpha: float = 0.75,
+    num_matches: tuple[int, int] = (20, 4),
+) -> Tensor:
+    """The formula pair by pair, in one process; weights: lambda, mu and nu."""
+    pairs = [(a, b) for a in range(num_global) for b in range(len(views)) if a != b]
+    (weight, mu, nu), whole, local = weights, [g for g, _ in views], []
+    same = torch.stack([(whole[a] - whole[b]).square().mean() for a, b in pairs]).mean()
+    spread = torch.stack([torch.stack(spread_reference(g, 1e-4)) for g in whole]).mean(0)
+    for a, b in pairs:
+        for x, y, most in ((a, b, num_matches[0]), (b, a, num_matches[1])):
+            features = [views[v][1].flatten(1, 2) for v in (x, y)]  # (B, places, E)
+            for places in (features, [grids[v].flatten(1, 2) for v in (x, y)]):
+                distance, nearest = torch.cdist(*places).min(2)
+                best = distance.argsort(1)[:, :most]
+                row = torch.arange(len(best), device=best.device)[:, None]
+                pair = features[0][row, best], features[1][row, nearest.gather(1, best)]
+                local.append(vicreg_reference(*pair, weight, mu, nu / 2))
+    whole_loss = weight * same + mu * spread[0] + nu * spread[1]
+    return alpha * whole_loss + (1 - alpha) * torch.stack(local).sum() / (2 * len(pairs))

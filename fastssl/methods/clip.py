@@ -49,10 +49,17 @@ class CLIP(Method):
         (images,) = batch["views"]
         x = F.normalize(self.image_head(self.encoder(self.cast(images))), dim=-1)
         captions = F.normalize(self.text(self.captions), dim=-1)
-        scale = self.log_scale.float().clamp(max=_MOST).exp().squeeze(0)
+        log_scale = self.log_scale.float()
+        # At most 100, by a constant: a clamp has gradient 0, and a scale above would stay there.
+        scale = (log_scale - (log_scale.detach() - _MOST).clamp(min=0)).exp().squeeze(0)
         nearest = (x.detach() @ captions.detach().T).argmax(-1)
         return {
             "loss": self.loss(x, captions[batch["label"]], scale),
             "scale": scale.detach(),
             "accuracy": (nearest == batch["label"]).float().mean(),
         }
+
+    def after_step(self, progress: float) -> None:
+        """Keep the scale at most 100, where the parameter is whole: not at ZeRO's stage 3."""
+        with torch.no_grad():
+            self.log_scale.clamp_(max=_MOST)

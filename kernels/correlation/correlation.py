@@ -124,7 +124,10 @@ def cross_correlation(
     >>> cross_correlation(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
     Correlation(diagonal=tensor([3., 8.]), off_diagonal_sq=tensor(52.))
     """
-    return Correlation(*_correlation(a, b, True, plan, process_group, impl))
+    diagonal, off_diagonal_sq = _correlation(a, b, True, plan, process_group, impl)
+    if a.shape[1] == 1:  # else the difference of two large numbers, or of infinities
+        off_diagonal_sq = torch.zeros_like(off_diagonal_sq)
+    return Correlation(diagonal, off_diagonal_sq)
 
 
 def frobenius_sq(

@@ -55,9 +55,12 @@ def join(parts: Tensor, rows: int) -> Tensor:
 
 
 def inverse(var: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(var + eps), and 0 where that is 1 / 0: a constant column becomes zeros."""
+    """1 / sqrt(var + eps), and 0 where that is 1 / 0: a constant column becomes zeros.
+
+    NaN for an infinite variance, which stands for one that has passed float32's range.
+    """
     total = var + eps
-    return total.rsqrt().masked_fill(total == 0, 0.0)
+    return total.rsqrt().masked_fill(total == 0, 0.0).masked_fill(total.isinf(), torch.nan)
 
 
 def standardize(z: Tensor, eps: float, unbiased: bool) -> Tensor:
@@ -71,7 +74,9 @@ def standardize(z: Tensor, eps: float, unbiased: bool) -> Tensor:
         far = torch.linalg.vector_norm(mean.detach() * inv_std.detach(), torch.inf)
         near = far.item() <= FAR
     if not near:
-        out, _, _ = _batch_norm(x - x[0].detach(), eps * share)
+        out, _, inv_std = _batch_norm(x - x[0].detach(), eps * share)
+        if eps > 0:  # 0 of an infinite variance, see `inverse`
+            out = out + torch.zeros_like(inv_std).masked_fill(inv_std.detach() == 0, torch.nan)
     out = out * share**0.5 if unbiased else out
     return out.to(z.dtype)
 

@@ -70,7 +70,8 @@ def _errors_torch(
     for i in row_spans(pred, shape[1] * pred.shape[2]):
         p, t = (_chunk(x, ids, i, stats.dtype) for x in (pred, target))
         stats[1, i], stats[2, i] = (torch.linalg.vector_norm(x, dim=-1) for x in (p, t))
-        stats[0, i] = torch.linalg.vecdot(_unit(p, stats[1, i]), _unit(t, stats[2, i]))
+        cos = torch.linalg.vecdot(_unit(p, stats[1, i]), _unit(t, stats[2, i]))
+        stats[0, i] = cos + 0 * stats[1, i] + 0 * stats[2, i]  # NaN of a norm past all numbers
     return (1 - stats[0]).clamp_min_(0).pow_(gamma), stats
 
 

@@ -80,7 +80,7 @@ def scatter(x: Tensor, ids: Tensor, length: int) -> Tensor:
 
 def _sum(x: Tensor, rows: Tensor, length: int) -> Tensor:
     """x's rows added up at their places: (length, D)."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.flatten(0, -2)
     return torch.ops.aten.embedding_dense_backward(flat, rows, length, -1, False)
 
 

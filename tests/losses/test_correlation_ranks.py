@@ -1,6 +1,7 @@
 """The correlation family: W ranks with different data are one process with the joined batch."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -82,6 +83,8 @@ CASES = {  # name: (loss of four views' embeddings and grids, the model's width)
     "mmcr alone": (two(MMCRLoss(0.3, **ALONE), 2, WIDE), 2 * WIDE),
 }
 
+IN_DDP = ["vicreg covariance", "ssl-ey gram", "tico kept", "mmcr rows"]  # it averages gradients
+
 
 def step(model, loss, data):
     x, grids = data
@@ -142,7 +145,9 @@ def each_rank(rank, world):
     seen = {}
     for name, (loss, width) in CASES.items():
         seen[name] = step(network(width), loss, batch(rank))
-        seen["ddp " + name] = step(DistributedDataParallel(network(width)), loss, batch(rank))
+        if name in IN_DDP:
+            ddp = DistributedDataParallel(network(width))
+            seen["ddp " + name] = step(ddp, loss, batch(rank))
     tico = TiCoLoss()
     tico(*batch(rank)[0][:2])
     seen["state"] = tico.C
@@ -163,6 +168,7 @@ def joined(W):
     return torch.cat(x, 1), torch.cat(grids, 1)
 
 
+@cache
 def one_process(name, W):
     """The loss of the joined batch; of gather_distributed=False, the mean of each rank's own."""
     loss, width = CASES[name]
@@ -191,7 +197,7 @@ def test_mean_over_ranks_is_the_joined_batch(ranks, name):
         close(torch.stack(got).mean(0), truth, name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", IN_DDP)
 def test_ddp_gives_every_rank_the_joined_gradient(ranks, name):
     want = one_process(name, len(ranks))
     for seen in ranks:

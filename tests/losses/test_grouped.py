@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastssl.losses import GroupedNTXentLoss, NTXentLoss
-from tests.losses.views import assert_as_good, masked_lse, stacked, views
+from fastssl.losses.grouped import grouped_ntxent_reference
+from tests.losses.views import assert_as_good, pairwise, views
 from tests.oracle import DEVICE, UPSTREAM, grads
 
 
@@ -16,27 +17,22 @@ def groups_of(B, count):
     return groups.to(DEVICE)
 
 
-def grouped(z0, z1, groups, temperature, negatives):
-    """NT-Xent over a matrix of scores, with the pairs that stay marked in another."""
-    z, other = stacked(z0, z1)
-    scores, group = z @ z.T / temperature, groups.repeat(2)
-    same = group[:, None] == group
-    twin = torch.arange(len(z), device=z.device).roll(len(z0))
-    keep = other & (same if negatives == "same" else ~same)
-    keep[torch.arange(len(z)), twin] = True
-    return (masked_lse(scores, keep) - scores[torch.arange(len(z)), twin]).mean()
-
-
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("temperature", [0.5, 0.05])
-@pytest.mark.parametrize("negatives", ["same", "different"])
-@pytest.mark.parametrize("B, D, count", [(7, 3, 2), (65, 16, 7)])
+@pytest.mark.parametrize(
+    **pairwise(
+        {
+            "B, D, count": [(7, 3, 2), (65, 16, 7)],
+            "negatives": ["same", "different"],
+            "temperature": [0.5, 0.05],
+            "reduce": UPSTREAM,
+        }
+    )
+)
 def test_the_formula(B, D, count, negatives, temperature, reduce):
     groups = groups_of(B, count)
     loss = GroupedNTXentLoss(temperature, negatives)
     assert_as_good(
         lambda a, b: loss(a, b, groups),
-        lambda a, b: grouped(a, b, groups, temperature, negatives),
+        lambda a, b: grouped_ntxent_reference(a, b, groups, temperature, negatives),
         views(B, D),
         reduce,
         score=1 / temperature,

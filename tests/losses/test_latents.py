@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from fastssl.losses import ChamferLoss, ScaledCosineLoss
+from fastssl.losses.latents import chamfer_reference, scaled_cosine_reference
+from tests.losses.views import pairwise
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -13,26 +15,17 @@ def rows(*shape, dtype=torch.float32):
     return [x.to(dtype) for x in (p, 0.5 * p + torch.randn(shape, device=DEVICE))]
 
 
-def sce(pred, target, mask, gamma):
-    """GraphMAE's equation 2 as published: the masked nodes' mean."""
-    p, t = (x[mask] for x in (pred, target))
-    cos = (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1))
-    return (1 - cos).pow(gamma).mean()
-
-
 def wide(call):
     return lambda *x: call(*x).to(torch.promote_types(x[0].dtype, torch.float32))
 
 
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gamma", [1.0, 2.0])
+@pytest.mark.parametrize(**pairwise({"gamma": [1.0, 2.0], "dtype": DTYPES, "reduce": UPSTREAM}))
 def test_scaled_cosine_of_masked_rows(gamma, dtype, reduce):
     pred, target = rows(3, 9, 13, dtype=dtype)
     ids = torch.rand(3, 9, device=DEVICE).argsort(1)[:, :4]
     mask = torch.zeros(3, 9, dtype=torch.bool, device=DEVICE).scatter_(1, ids, True)
     loss = ScaledCosineLoss(gamma)
-    eager = wide(lambda p, t: sce(p, t, mask, gamma))
+    eager = wide(lambda p, t: scaled_cosine_reference(p[mask], t[mask], gamma))
     assert_no_worse(lambda p, t: loss(p, t, ids), eager, [pred, target], reduce)
 
 
@@ -43,19 +36,11 @@ def test_known_values_of_scaled_cosine():
     assert ScaledCosineLoss(1.5)(pred, pred.roll(1, 0)).item() == 1
 
 
-def points(pred, target, kind):
-    far = torch.cdist(pred, target, compute_mode="donot_use_mm_for_euclid_dist")
-    sides = [far.min(axis).values for axis in (1, 2)]
-    if kind == "l2":
-        return sum(x.square().mean() for x in sides)
-    return sum(x.mean() for x in sides) / 2
-
-
 @pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_chamfer_of_groups(kind, reduce):
     pred, target = rows(6, 8, 3)[0], rows(6, 11, 3)[0]
-    eager = wide(lambda p, t: points(p, t, kind))
+    eager = wide(lambda p, t: chamfer_reference(p, t, kind))
     assert_no_worse(ChamferLoss(kind), eager, [pred, target], reduce)
     fourfold = ChamferLoss(kind)(pred.unflatten(0, (2, 3)), target.unflatten(0, (2, 3)))
     assert torch.equal(fourfold, ChamferLoss(kind)(pred, target))
@@ -77,7 +62,6 @@ def test_repeating_the_batch_changes_nothing():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: ScaledCosineLoss(0.9), "gamma must be >= 1, got 0.9"),
         (lambda: ChamferLoss("l3"), "kind must be 'l2' or 'l1', got 'l3'"),
         (lambda: ScaledCosineLoss()(*rows(0, 4)), r"at least one chosen row, got \(0,\)"),
         (lambda: ChamferLoss()(*rows(0, 4, 3)), r"at least one group, got \(0, 4, 3\)"),

@@ -103,9 +103,9 @@ def test_known_value():
     assert value == pytest.approx(4 * math.log(99), rel=1e-6)
 
 
-@pytest.mark.parametrize("dims", [(), (0, 4), (4, 4), (8, 4), (-1,)])
+@pytest.mark.parametrize("dims", [(), (0, 4), (4, 4), (8, 4), (-1,), (1.5, 4)])
 def test_refuses_dims(dims):
-    with pytest.raises(ValueError, match="dims must rise, from 1 or more, got"):
+    with pytest.raises(ValueError, match="dims must be integers that rise from 1 or more, got"):
         MatryoshkaLoss(NTXentLoss(), dims)
 
 

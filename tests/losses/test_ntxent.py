@@ -5,20 +5,9 @@ import pytest
 import torch
 
 from fastssl.losses import NTXentLoss
-from tests.losses.views import views
+from fastssl.losses.ntxent import ntxent_reference
+from tests.losses.views import pairwise, views
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads, saved_elements
-
-
-def simclr(z0, z1, temperature):
-    """Chen et al., eq. 1, term by term."""
-    z = torch.cat([z0, z1])
-    z = z / z.norm(dim=1, keepdim=True)
-    B, terms = len(z0), []
-    for i in range(2 * B):
-        s = torch.stack([z[i] @ z[j] / temperature for j in range(2 * B)])
-        others = [j for j in range(2 * B) if j != i]
-        terms.append(s[others].exp().sum().log() - s[(i + B) % (2 * B)])
-    return torch.stack(terms).mean()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.07])
@@ -26,13 +15,15 @@ def simclr(z0, z1, temperature):
 def test_the_papers_formula(B, D, temperature):
     inputs = [z.double() for z in views(B, D)]
     ours = grads(NTXentLoss(temperature), inputs)
-    want = grads(lambda a, b: simclr(a, b, temperature), inputs)
+    want = grads(lambda a, b: ntxent_reference(a, b, temperature), inputs)
     torch.testing.assert_close(ours, want)
 
 
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.02])
-@pytest.mark.parametrize("B, D", [(2, 3), (65, 16), (400, 32)])
+@pytest.mark.parametrize(
+    **pairwise(
+        {"B, D": [(2, 3), (65, 16), (400, 32)], "temperature": [0.5, 0.1, 0.02], "reduce": UPSTREAM}
+    )
+)
 def test_value_and_gradient_of_lightly(B, D, temperature, reduce):
     rival = lightly.loss.NTXentLoss(temperature)
     truth = grads(rival, [z.double() for z in views(B, D)], reduce)
@@ -72,12 +63,6 @@ def test_laws():
     torch.testing.assert_close(loss(b, a), value)
     torch.testing.assert_close(loss(3 * a, 0.1 * b), value)
     assert loss(a, b[order]) > value > 0
-
-
-@pytest.mark.parametrize("temperature", [0, 1e-9, -1e-9, float("nan")])
-def test_refuses_temperature(temperature):
-    with pytest.raises(ValueError, match=f"at least 1e-8 in magnitude, got {temperature}"):
-        NTXentLoss(temperature)
 
 
 def test_prints_its_arguments():

@@ -1,5 +1,7 @@
 """W ranks with different data are one process with the joined batch: value, gradient, and DDP's."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,6 +69,8 @@ CASES = {  # name: (loss of a model and a batch, the model's width)
     "barlow local": (two_views(BarlowTwinsLoss(0.1, gather_distributed=False)), OUTPUT),
 }
 
+IN_DDP = ["ntxent", "barlow gram", "mixed barlow", "mae", "barlow local"]  # it averages gradients
+
 
 def step(model, loss, data):
     value = loss(model, *data)
@@ -107,7 +111,9 @@ def each_rank(rank, world):
     seen = {}
     for name, (loss, width) in CASES.items():
         seen[name] = step(network(width), loss, batch(rank))
-        seen["ddp " + name] = step(DistributedDataParallel(network(width)), loss, batch(rank))
+        if name in IN_DDP:
+            ddp = DistributedDataParallel(network(width))
+            seen["ddp " + name] = step(ddp, loss, batch(rank))
     seen["refusals"] = refusals(rank)
     seen["pairs"] = pairs(rank, world)
     x = torch.tensor([[1.0 * rank, 3.0 * rank]])
@@ -120,6 +126,7 @@ def ranks(request):
     return run_ranks(each_rank, request.param)
 
 
+@cache
 def one_process(name, W):
     """The loss of the joined batch; of gather_distributed=False, the mean of each rank's own."""
     loss, width = CASES[name]
@@ -150,7 +157,7 @@ def test_mean_over_ranks_is_the_joined_batch(ranks, name):
         close(torch.stack(got).mean(0), truth, want["grads"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", IN_DDP)
 def test_ddp_gives_every_rank_the_joined_gradient(ranks, name):
     want = one_process(name, len(ranks))
     for seen in ranks:

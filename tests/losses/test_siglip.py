@@ -77,7 +77,7 @@ def test_a_nan_shows():
 @pytest.mark.parametrize(
     "shapes, words",
     [
-        (((4, 3), (5, 3)), r"must be \(B, D\), B > 0, got \(4, 3\) and \(5, 3\)"),
+        (((4, 3), (5, 3)), r"must be \(B, D\), not empty, got \(4, 3\) and \(5, 3\)"),
         (((4, 3), (4, 2)), r"got \(4, 3\) and \(4, 2\)"),
         (((0, 3), (0, 3)), r"got \(0, 3\)"),
         (((4,), (4,)), r"got \(4,\)"),

@@ -5,7 +5,8 @@ import torch
 from pytorch_metric_learning.losses import SupConLoss as Rival
 
 from fastssl.losses import NTXentLoss, SupConLoss
-from tests.losses.views import unit, views
+from fastssl.losses.supcon import supcon_reference
+from tests.losses.views import pairwise, views
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
 
@@ -22,26 +23,20 @@ def some_labels(B, count):
     return labels.to(DEVICE)
 
 
-def khosla(z, labels, temperature):
-    """L_out, eq. 2, with every mask spelt out; anchors without positives are left out."""
-    B, V, D = z.shape
-    rows, owner = unit(z).reshape(B * V, D), labels.repeat_interleave(V)
-    scores, other = rows @ rows.T / temperature, ~torch.eye(B * V, dtype=torch.bool).to(z.device)
-    positive = (owner[:, None] == owner) & other
-    log_prob = scores - scores.masked_fill(~other, -torch.inf).logsumexp(1, keepdim=True)
-    count = positive.sum(1)
-    losses = -log_prob.masked_fill(~positive, 0).sum(1) / count.clamp(min=1)
-    return losses[count > 0].mean() if (count > 0).any() else losses.sum() * 0
-
-
-@pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
-@pytest.mark.parametrize("temperature", [0.5, 0.07])
-@pytest.mark.parametrize("B, V, D, count", [(33, 1, 16, 5), (65, 2, 8, 20), (17, 3, 4, 2)])
+@pytest.mark.parametrize(
+    **pairwise(
+        {
+            "B, V, D, count": [(33, 1, 16, 5), (65, 2, 8, 20), (17, 3, 4, 2)],
+            "temperature": [0.5, 0.07],
+            "reduce": UPSTREAM,
+        }
+    )
+)
 def test_khoslas_formula(B, V, D, count, temperature, reduce):
     labels = some_labels(B, count)
     assert_no_worse(
         lambda z: SupConLoss(temperature)(z, labels),
-        lambda z: khosla(z, labels, temperature),
+        lambda z: supcon_reference(z, labels, temperature),
         [features(B, V, D)],
         reduce,
     )
@@ -61,7 +56,9 @@ def test_pytorch_metric_learning(V, temperature):
 def test_without_labels_every_image_is_its_own(V):
     z = features(30, V, 8).double()
     ours = grads(SupConLoss(0.2), [z])
-    torch.testing.assert_close(ours, grads(lambda z: khosla(z, torch.arange(30), 0.2), [z]))
+    torch.testing.assert_close(
+        ours, grads(lambda z: supcon_reference(z, torch.arange(30), 0.2), [z])
+    )
     spelt = grads(lambda z: SupConLoss(0.2)(z, torch.arange(30, device=DEVICE)), [z])
     torch.testing.assert_close(ours, spelt)
 

@@ -146,11 +146,16 @@ def test_clip_matches_images_with_their_captions(tmp_path):
     assert_gradients_reach(ours, out["loss"])
 
 
-def test_clips_scale_stops_at_100(tmp_path):
+def test_clips_scale_stops_at_100_and_comes_down_again(tmp_path):  # fault 6
     ours, _ = method("clip", tmp_path)
     with torch.no_grad():
         ours.log_scale.fill_(math.log(300))
-    torch.testing.assert_close(ours(batch(1))["scale"], torch.tensor(100.0))
+    out = ours(batch(1))
+    torch.testing.assert_close(out["scale"], torch.tensor(100.0))
+    out["loss"].backward()
+    assert ours.log_scale.grad.item() != 0
+    ours.after_step(0.5)
+    torch.testing.assert_close(ours.log_scale.exp().item(), 100.0)
 
 
 def test_clip_asks_for_a_caption_for_every_class():

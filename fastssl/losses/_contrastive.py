@@ -1,4 +1,4 @@
-"""What contrastive losses share: their checks, rows of length one, and two views side by side."""
+"""What contrastive losses share: rows of length one, and two views side by side."""
 
 from __future__ import annotations
 
@@ -10,39 +10,10 @@ from torch import Tensor, nn
 
 from fastssl.distributed import LOCAL, Group, rank, require_all_even, world_size
 from fastssl.kernels import exclude_self, pairwise_lse
+from fastssl.losses._checks import check_embeddings, check_ids, check_positive
 from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
+from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def check_embeddings(shape: str = "B, D", **given: Tensor) -> None:
-    """Raise ValueError unless all have one shape, with the axes named, none of them empty, and
-    one floating dtype and device."""
-    first, names = next(iter(given.values())), " and ".join(given)
-    axes = len(shape.split(","))
-    if any(x.ndim != axes or x.shape != first.shape or 0 in x.shape for x in given.values()):
-        shapes = " and ".join(str(tuple(x.shape)) for x in given.values())
-        both = "both " if len(given) == 2 else ""
-        raise ValueError(f"{names} must {both}be ({shape}), none of them empty, got {shapes}")
-    if any(not x.is_floating_point() for x in given.values()):
-        seen = " and ".join(str(x.dtype) for x in given.values())
-        raise ValueError(f"{names} must be floating-point, got {seen}")
-    if any(x.dtype != first.dtype or x.device != first.device for x in given.values()):
-        seen = " and ".join(f"{x.dtype} on {x.device}" for x in given.values())
-        raise ValueError(f"{names} must share dtype and device, got {seen}")
-
-
-def check_ids(name: str, ids: Tensor, z: Tensor) -> None:
-    """Raise ValueError unless ids are integers, one for each image, on the embeddings' device."""
-    if ids.shape != z.shape[:1] or ids.dtype not in INTEGERS or ids.device != z.device:
-        got = f"{tuple(ids.shape)} {ids.dtype} on {ids.device}"
-        raise ValueError(f"{name} must be ({len(z)},) integers on {z.device}, got {got}")
-
-
-def unit(z: Tensor) -> Tensor:
-    """z with rows of length one, in float32, or float64 for float64; a zero row stays zero."""
-    return F.normalize(z.double() if z.dtype == torch.float64 else z.float(), dim=-1)
 
 
 def joined_ids(n: int, group: Group, device: torch.device) -> Tensor:
@@ -85,8 +56,9 @@ class ContrastiveLoss(nn.Module):
         self.strategy = check_strategy(strategy)
 
     def check_temperature(self, temperature: float) -> None:
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+        check_positive(temperature=temperature)
+        if temperature < 1e-8:
+            raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
 
     def two_views(self, z0: Tensor, z1: Tensor, **ids: Tensor) -> TwoViews:
         """Check z0, z1 (B, D) and ids (B,), then lay the views of an image side by side."""
@@ -117,7 +89,7 @@ class TwoViews(NamedTuple):
     group: Group
     strategy: str
 
-    def twins(self) -> Tensor:
+    def positives(self) -> Tensor:
         """(b, 1) cosines of each image's two views."""
         first, second = self.rows.unflatten(0, (-1, 2)).unbind(1)
         return (first * second).sum(-1, keepdim=True)

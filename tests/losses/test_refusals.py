@@ -1,0 +1,63 @@
+"""Every number argument of every loss: finite and in range, or refused by its name."""
+
+import inspect
+
+import pytest
+
+from fastssl import losses
+
+INF, NAN = float("inf"), float("nan")
+BAD = {  # what each argument must refuse beside infinities and NaN
+    "temperature": [0.0, 1e-9],
+    "sigma": [0, -1],
+    "tau_plus": [-0.1, 1],
+    "beta": [-0.1],
+    "rho": [-0.1],
+    "eta": [-0.1],
+    "steepness": [0, -1],
+    "gamma": [0.9],
+    "lmda": [-0.1],
+    "mixup": [-1],
+    "scale": [-1],
+    "alpha": [-0.1, 1.5],
+    "eps": [-1],
+    "tau_init": [0, 2.0],
+    **{name: [-0.1] for name in ("lambda_param", "mu_param", "nu_param")},
+    **{f"lambda_{part}": [-0.1] for part in ("inv", "equi", "var", "cov")},
+    **{name: [0, -1, 2.5] for name in ("size", "dim", "negatives", "top_n")},
+    **{name: [-1, 2.5] for name in ("s", "s_prime")},
+}
+NEEDED = {"ISogCLRLoss": {"size": 8}, "MoCHiLoss": {"dim": 4, "size": 8, "top_n": 2}}
+NEEDED |= {"MoCoLoss": {"dim": 4}, "MAELoss": {"patch": 2}, "NNCLRLoss": {"size": 8}}
+OTHERS = {"MatryoshkaLoss"}  # sequences: see its own tests
+KINDS = {"negatives": "GroCoLoss"}  # elsewhere a word
+
+
+def number_arguments():
+    for name in sorted(set(losses.__all__) - OTHERS):
+        kind = getattr(losses, name)
+        parameters = set(inspect.signature(kind).parameters)
+        if "options" in parameters:  # of the class it builds on
+            parameters |= set(inspect.signature(kind.__bases__[0]).parameters)
+        for argument in sorted(parameters & set(BAD)):
+            if KINDS.get(argument, name) == name:
+                yield name, argument
+
+
+@pytest.mark.parametrize("name, argument", list(number_arguments()))
+def test_refuses_a_number_by_its_name(name, argument):  # fault 35
+    kind, needed = getattr(losses, name), NEEDED.get(name, {})
+    kind(**needed)
+    own = [b for b in BAD[argument] if not (argument == "gamma" and name != "ScaledCosineLoss")]
+    for bad in [*own, INF, -INF, NAN, "a word"]:
+        with pytest.raises(ValueError, match=f"(?s){argument}.* must .*got .*{bad}"):
+            kind(**(needed | {argument: bad}))
+
+
+def test_the_table_has_every_number():
+    """An argument with a number for its default stands in the table."""
+    known = {*BAD, "rank", "world_size", "memory_bank_size"}
+    for name in losses.__all__:
+        for argument, about in inspect.signature(getattr(losses, name)).parameters.items():
+            if isinstance(about.default, (int, float)) and not isinstance(about.default, bool):
+                assert argument in known, (name, argument)
