@@ -20,7 +20,7 @@ def route(request, monkeypatch, small_blocks):
     if request.param == "graph":
         return
     impl = "triton" if request.param == "triton" else "torch"
-    one_process = moments._standardise if impl == "triton" else moments.Standardise.apply
+    one_process = moments._standardize if impl == "triton" else moments.Standardize.apply
     by = {
         moments._STANDARDISE: lambda *args: one_process(*args, impl),
         moments._MOMENTS: lambda *args: moments.ColumnMoments.apply(*args, impl),
