@@ -165,8 +165,8 @@ Z = torch.zeros(4, 3)
         (lambda: column_moments(Z[:1]), "z must have at least 2 rows in all, got 1"),
         (lambda: column_moments(Z, impl="fast"), "for column_moments, got 'fast'"),
         (lambda: cross_diagonal(Z, Z[:, :2]), r"a and b must .* \(4, 3\) and \(4, 2\)"),
-        (lambda: cross_diagonal(Z, Z.double()), "one dtype and device, got torch.float32 on cpu"),
-        (lambda: cross_diagonal(Z, Z.to("meta")), "one dtype .* torch.float32 on meta"),
+        (lambda: cross_diagonal(Z, Z.double()), "share dtype and device, got torch.float32 on cpu"),
+        (lambda: cross_diagonal(Z, Z.to("meta")), "share dtype .* torch.float32 on meta"),
     ],
 )
 def test_refuses(call, words):
