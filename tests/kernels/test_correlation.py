@@ -185,7 +185,7 @@ Z = torch.zeros(4, 3)
         (lambda: frobenius_sq(Z, Z[:3]), r"same rows, got \(4, 3\) and \(3, 3\)"),
         (lambda: frobenius_sq(Z[0], Z[0]), r"a must be \(N, D\), got \(3,\)"),
         (lambda: frobenius_sq(Z[:0], Z[:0]), "a must have at least 1 rows in all, got 0"),
-        (lambda: frobenius_sq(Z, Z.double()), "one dtype and device, got .* torch.float64"),
+        (lambda: frobenius_sq(Z, Z.double()), "share dtype and device, got .* torch.float64"),
         (lambda: frobenius_sq(Z, Z, impl="fast"), "for frobenius_sq, got 'fast'"),
         (lambda: frobenius_sq(Z, Z, plan="fast"), "plan must be one of auto, gram, .* got 'fast'"),
         (lambda: cross_correlation(Z, Z[:, :2]), r"same shape, got \(4, 3\) and \(4, 2\)"),

@@ -60,7 +60,7 @@ Z = torch.zeros(4, 3)
             lambda: mixed_correlation(Z, Z, Z[:, :2]),
             r"same shape, got \(4, 3\), \(4, 3\), \(4, 2\)",
         ),
-        (lambda: mixed_correlation(Z, Z, Z.double()), "one dtype and device"),
+        (lambda: mixed_correlation(Z, Z, Z.double()), "share dtype and device"),
         (lambda: mixed_correlation(Z, Z, Z, plan="x"), "plan must be one of auto, .* got 'x'"),
         (lambda: mixed_correlation(Z, Z, Z, impl="x"), "for mixed_correlation, got 'x'"),
         (lambda: mixed_correlation(Z, Z, Z[0]), r"r must be \(N, D\), got \(3,\)"),

@@ -21,7 +21,7 @@ def route(request, monkeypatch, small_blocks):
     if request.param == "graph":
         return
     impl = "triton" if request.param == "triton" else "torch"
-    one_process = moments._standardise if impl == "triton" else moments.Standardise.apply
+    one_process = moments._standardize if impl == "triton" else moments.Standardize.apply
     by = {
         moments._STANDARDISE: lambda *args: one_process(*args, impl),
         moments._MOMENTS: lambda *args: moments.ColumnMoments.apply(*args, impl),
@@ -164,8 +164,8 @@ Z = torch.zeros(4, 3)
         (lambda: column_moments(Z[:1]), "z must have at least 2 rows in all, got 1"),
         (lambda: column_moments(Z, impl="fast"), "for column_moments, got 'fast'"),
         (lambda: cross_diagonal(Z, Z[:, :2]), r"a and b must .* \(4, 3\) and \(4, 2\)"),
-        (lambda: cross_diagonal(Z, Z.double()), "one dtype and device, got torch.float32 on cpu"),
-        (lambda: cross_diagonal(Z, Z.to("meta")), "one dtype .* torch.float32 on meta"),
+        (lambda: cross_diagonal(Z, Z.double()), "share dtype and device, got torch.float32 on cpu"),
+        (lambda: cross_diagonal(Z, Z.to("meta")), "share dtype .* torch.float32 on meta"),
     ],
 )
 def test_refuses(call, words):

@@ -44,7 +44,7 @@ once = pytest.mark.parametrize("route", ["split"], indirect=True)  # nothing her
 
 
 class Whole(torch.autograd.Function):
-    """One process: `standardised` and `gradient_whole`."""
+    """One process: `standardize` and `gradient_whole`."""
 
     @staticmethod
     def forward(ctx, z, eps, unbiased):
@@ -290,7 +290,7 @@ def test_operators():
     for operator, arguments in [
         ("moments", (z,)),
         ("moments_joined", (torch.ones(2, 3, 5, device=DEVICE), 4)),
-        ("standardised", (z, 0.1, True)),
+        ("standardized", (z, 0.1, True)),
         ("moments_applied", (z.T.contiguous().T, column, column, column)),
         ("moments_applied", (z, column, column, column, column)),
         ("moments_sums", (grad, z)),

@@ -333,7 +333,7 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ),
         (lambda: restore_tokens(V, R[:, :2], T), r"ids_restore must be \(2, L\) with L >= 3"),
         (lambda: restore_tokens(V, R[:1], T), r"ids_restore must be \(2, L\) .* got \(1, 5\)"),
-        (lambda: restore_tokens(V, R.int(), T), "ids_restore must be int64, got torch.int32"),
+        (lambda: restore_tokens(V, R.int(), T), r"ids_restore must be \(2, L\) int64, got .*int32"),
         (lambda: restore_tokens(V, R, T, V[0]), r"pos must be \(5, 4\), got \(3, 4\)"),
         (lambda: restore_tokens(V.long(), R, T), "visible must be a floating-point tensor"),
         (lambda: restore_tokens(V, R, T, impl="c"), "triton, reference for restore_tokens"),
