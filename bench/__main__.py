@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from fastssl.bench import compare, record, table
-from fastssl.bench.peaks import measure_ceilings
-from fastssl.bench.published import quoted
+from fastssl.bench import record
+from fastssl.bench.measure.peaks import measure_ceilings
+from fastssl.bench.measure.run import Settings, plan, run_case
 from fastssl.bench.record import Ceiling, Run
 from fastssl.bench.registry import OURS, SIZES, Case, select
-from fastssl.bench.run import Settings, plan, run_case
-from fastssl.bench.scaling import fits
+from fastssl.bench.report import compare, table
+from fastssl.bench.report.published import quoted
+from fastssl.bench.report.scaling import fits
 
 DTYPES = ("float32", "bfloat16", "float16")
 SLOW_TO_START = "compile"  # a minute of C++ or Triton before the first time
@@ -114,8 +115,8 @@ def _finish(args: argparse.Namespace, run: Run, path: Path | None, seconds: floa
 
 
 def _report(run: Run, folder: Path) -> None:
-    from fastssl.bench.page import write_page
-    from fastssl.bench.plots import save_all
+    from fastssl.bench.report.page import write_page
+    from fastssl.bench.report.plots import save_all
 
     if find_spec("matplotlib"):
         for picture in save_all(run, folder):

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastssl.bench.gate import judge, step
-from fastssl.bench.measure import wait
+from fastssl.bench.measure.gate import judge, step
+from fastssl.bench.measure.turns import wait
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Case, Problem, Shape, all_cases
 
 SIZE = os.environ.get("FASTSSL_BENCH_SIZE", "quick")

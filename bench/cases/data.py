@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastssl.bench.cases.rivals import Late, Rivals, installed, library, nbytes
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
-from fastssl.bench.rivals import Late, Rivals, installed, library, nbytes
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

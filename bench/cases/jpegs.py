@@ -1,8 +1,8 @@
 """The data pipeline whole: from photographs on disk to batches of views, an epoch a call.
 
-N photographs of W x 3W/4 pixels (bench/photos.py) in batches of B, each view V x V pixels, with so
+N photographs of W x 3W/4 pixels (photos.py) in batches of B, each view V x V pixels, with so
 many workers: processes of a DataLoader, or DALI's threads.  Everybody begins an epoch from a
-standing start (bench/feeders.py):
+standing start (loaders.py):
 
     fastssl                     by DALI, on the device that is measured
     fastssl torchvision         by torchvision's functions in worker processes, colours one by one
@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastssl.bench import feeders, photos
+from fastssl.bench.cases import loaders, photos
 from fastssl.bench.cases.data import looks_right
-from fastssl.bench.feeders import Feed, OurFeed, PlainFeed
+from fastssl.bench.cases.loaders import Feed, OurFeed, PlainFeed
+from fastssl.bench.cases.rivals import Late, Rivals, installed, library
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, Sweep, case
-from fastssl.bench.rivals import Late, Rivals, installed, library
 
 _DALI = "pip install 'fastssl[dali]'"
 _TEST = "tests/data/test_dali.py"
@@ -111,12 +111,12 @@ def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Riv
         return Late(lambda: OurFeed(own, _source(shape, where), dali=dali))
 
     def plain(transform: Any) -> PlainFeed:
-        return PlainFeed(feed, feeders.Pictures(_pictures(shape, origin), transform))
+        return PlainFeed(feed, loaders.Pictures(_pictures(shape, origin), transform))
 
     def kornia(_: Any) -> PlainFeed:
         to_image = import_module("torchvision.transforms.v2").PILToTensor()
-        pictures = feeders.Pictures(_pictures(shape, origin), to_image)
-        return PlainFeed(feed, pictures, after=feeders.KorniaViews(spec, device))
+        pictures = loaders.Pictures(_pictures(shape, origin), to_image)
+        return PlainFeed(feed, pictures, after=loaders.KorniaViews(spec, device))
 
     rivals: Rivals = {OURS: Absent(f"{_DALI}; {OURS} torchvision runs without")}
     if _has_dali():
@@ -128,9 +128,9 @@ def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Riv
         rivals[OURS + " folder"] = rivals[OURS]
         if _has_dali():
             rivals[OURS + " folder"] = ours("folder", dali=True, colour="linear")
-    rivals[REFERENCE] = Late(lambda: plain(feeders.Ordinary(spec)))
+    rivals[REFERENCE] = Late(lambda: plain(loaders.Ordinary(spec)))
     if any(view.blur for view in spec.views):
-        rivals["torchvision blur"] = Late(lambda: plain(feeders.Ordinary(spec, pillow_blur=False)))
+        rivals["torchvision blur"] = Late(lambda: plain(loaders.Ordinary(spec, pillow_blur=False)))
     by_lightly = kind.lightly
     if by_lightly is not None:
         rivals["lightly"] = library(

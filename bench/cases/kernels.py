@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
+from fastssl.bench.cases.rivals import by_implementation, nbytes, weighed
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Outputs, Problem, Rival, Shape, Sweep, case
-from fastssl.bench.rivals import by_implementation, nbytes, weighed
 from fastssl.kernels import (
     column_moments,
     cross_diagonal,

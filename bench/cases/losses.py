@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.bench.cases.rivals import beside, library, nbytes
 from fastssl.bench.registry import Problem, Shape, Sweep, case
-from fastssl.bench.rivals import beside, library, nbytes
 from fastssl.kernels import exclude_self, pairwise_lse, patch_mse
 from fastssl.losses import CLIPLoss, MAELoss, NTXentLoss, SigLIPLoss
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
+from fastssl.bench.cases.rivals import Late, Rivals, installed, library
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, case
-from fastssl.bench.rivals import Late, Rivals, installed, library
 
 _LR, _DECAY, _MOMENTUM, _TRUST, _BETAS, _EPS = 0.1, 0.1, 0.9, 0.02, (0.9, 0.95), 1e-8
 _APEX = "build apex from NVIDIA's source (the one on PyPI is another)"

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.cases.rivals import beside, by_implementation, library, nbytes, weighed
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Problem, Shape, case
-from fastssl.bench.rivals import beside, by_implementation, library, nbytes, weighed
 from fastssl.kernels import gather_patches, patch_mse
 from fastssl.losses import MAELoss
 

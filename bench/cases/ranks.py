@@ -14,8 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fastssl.bench.crew import Crew, Loss
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.measure.rank_pool import Crew, Loss
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, Sweep, case
 from fastssl.losses import BarlowTwinsLoss, NTXentLoss
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.bench.cases.rivals import by_implementation, nbytes, weighed
 from fastssl.bench.registry import Problem, Shape, case
-from fastssl.bench.rivals import by_implementation, nbytes, weighed
 from fastssl.kernels import (
     chamfer,
     gather_bias,

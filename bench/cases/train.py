@@ -30,10 +30,17 @@ from torch import Tensor, nn
 
 from fastssl.bench.cases.correlation import barlow_reference
 from fastssl.bench.cases.losses import ntxent_reference
-from fastssl.bench.gate import SLACK_OURS
+from fastssl.bench.cases.rivals import Late, Rivals, compiled, installed, library, nbytes
+from fastssl.bench.cases.trainers import (
+    Loop,
+    MAELightly,
+    UnderEngine,
+    Weights,
+    batch_of,
+    mae_reference,
+)
+from fastssl.bench.measure.gate import SLACK_OURS
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
-from fastssl.bench.rivals import Late, Rivals, compiled, installed, library, nbytes
-from fastssl.bench.trainers import Loop, MAELightly, UnderEngine, Weights, batch_of, mae_reference
 
 _BIG = 384  # the width from which a model has its paper's head
 _VISIBLE = 1 / 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.bench import aot, sass
-from fastssl.bench.sass import CHIPS, KB, Instruction, Occupancy
+from fastssl.bench.compiler import aot, sass
+from fastssl.bench.compiler.sass import CHIPS, KB, Instruction, Occupancy
 from fastssl.kernels._tuning import Config, Kernel, Variant
 
 ROOT = Path(__file__).parents[2]

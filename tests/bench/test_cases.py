@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.bench import rivals
-from fastssl.bench.cases import optim
-from fastssl.bench.gate import judge, step
+from fastssl.bench.cases import optim, rivals
+from fastssl.bench.measure.gate import judge, step
 from fastssl.bench.registry import OURS, REFERENCE, SIZES, Absent, all_cases
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastssl.bench.compare import compare, compare_files, differences, exit_code, report
 from fastssl.bench.record import Spread, conditions, read, write
+from fastssl.bench.report.compare import compare, compare_files, differences, exit_code, report
 from tests.bench import sample
 
 SHAPE = {"N": 8}

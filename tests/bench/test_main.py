@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastssl.bench import __main__ as command
-from fastssl.bench import peaks, record
+from fastssl.bench import record
+from fastssl.bench.measure import peaks
 from fastssl.bench.registry import OURS, REFERENCE, Problem, Sweep
 
 from .problems import case_of, make, square

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastssl.bench import memory
-from fastssl.bench.memory import failure, peaks_in_child
+from fastssl.bench.measure import memory
+from fastssl.bench.measure.memory import failure, peaks_in_child
 
 from .problems import with_fatal
 

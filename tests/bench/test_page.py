@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fastssl.bench import page, plots
-from fastssl.bench._figure import Picture
-from fastssl.bench.published import PUBLISHED, quoted
 from fastssl.bench.record import Ceiling, Run
+from fastssl.bench.report import page, plots
+from fastssl.bench.report._figure import Picture
+from fastssl.bench.report.published import PUBLISHED, quoted
 from tests.bench import sample
 
 VOID = {"meta", "link", "img", "br"}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastssl.bench import peaks
-from fastssl.bench.peaks import DATASHEETS, datasheet, floor_ms, measure_ceilings
+from fastssl.bench.measure import peaks
+from fastssl.bench.measure.peaks import DATASHEETS, datasheet, floor_ms, measure_ceilings
 from fastssl.bench.record import Ceiling
 
 HAVE = [Ceiling("copy", 100.0, "GB/s"), Ceiling("matmul float32", 2.0, "TFLOP/s")]

@@ -1,6 +1,6 @@
 import pytest
 
-from fastssl.bench import precision
+from fastssl.bench.cases import precision
 
 
 def test_prints_what_rounding_costs(monkeypatch, capsys):

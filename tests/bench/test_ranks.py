@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastssl.bench.cases.ranks import barlow_ranks, ntxent_ranks
-from fastssl.bench.crew import Crew
-from fastssl.bench.gate import judge
+from fastssl.bench.measure.gate import judge
+from fastssl.bench.measure.rank_pool import Crew
 from fastssl.bench.registry import Absent
 from fastssl.losses import NTXentLoss
 

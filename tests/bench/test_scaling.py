@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fastssl.bench.record import Spread
-from fastssl.bench.scaling import fit, fits
+from fastssl.bench.report.scaling import fit, fits
 from tests.bench import sample
 
 

@@ -4,8 +4,8 @@ from functools import partial
 import pytest
 import torch
 
-from fastssl.bench import tune
-from fastssl.bench.tune import FAILED, LEFT, OK, SCARCE, WRONG
+from fastssl.bench.compiler import tune
+from fastssl.bench.compiler.tune import FAILED, LEFT, OK, SCARCE, WRONG
 from fastssl.kernels import (
     _tuning,
     bias_ops,

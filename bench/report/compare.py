@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastssl.bench.phrases import Key, is_ours, key_of, number, percent, shape_words, size
 from fastssl.bench.record import Result, Run, read
 from fastssl.bench.registry import OURS
+from fastssl.bench.report.formatting import Key, is_ours, key_of, number, percent, shape_words, size
 
 LEAST_BYTES = 1 << 20  # smaller differences of memory are pages, not a change
 _MACHINE = {

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from fastssl.bench import measure
-from fastssl.bench.measure import AGAIN, RivalFailed, copies, noise, ratio, spread, take_turns
+from fastssl.bench.measure import turns
+from fastssl.bench.measure.turns import AGAIN, RivalFailed, copies, noise, ratio, spread, take_turns
 from fastssl.bench.registry import OURS, REFERENCE, Problem
 
 from .problems import CPU, explodes, square
@@ -40,7 +40,7 @@ def test_more_rounds_while_the_budget_lasts():
     few = take_turns(rivals, Problem((x,), rivals), CPU, budget_s=0, least_rounds=3)
     many = take_turns(rivals, Problem((x,), rivals), CPU, budget_s=60, least_rounds=3)
     assert len(few[OURS]["run"]) == 3 < len(many[OURS]["run"])
-    assert len(many[OURS]["run"]) <= measure.MOST_ROUNDS
+    assert len(many[OURS]["run"]) <= turns.MOST_ROUNDS
 
 
 def test_a_rival_that_raises_is_named():
@@ -52,7 +52,7 @@ def test_a_rival_that_raises_is_named():
 
 
 def test_copies_fill_the_cache_twice(monkeypatch):
-    monkeypatch.setattr(measure, "cache_bytes", lambda device: 10_000)
+    monkeypatch.setattr(turns, "cache_bytes", lambda device: 10_000)
     x, y = torch.randn(1000).requires_grad_(), torch.arange(5)
     made = copies(Problem((x, x, y), {}), CPU)
     assert len(made) == math.ceil(2 * 10_000 / (2 * 4000 + 40))
@@ -61,12 +61,12 @@ def test_copies_fill_the_cache_twice(monkeypatch):
         assert a is b and a.requires_grad and torch.equal(a, x) and torch.equal(c, y)
     assert len(copies(Problem((x,), {}, rotate=False), CPU)) == 1
     assert len(copies(Problem((), {}), CPU)) == 1
-    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 40)
-    assert len(copies(Problem((x,), {}), CPU)) == measure.MOST_COPIES
+    monkeypatch.setattr(turns, "cache_bytes", lambda device: 1 << 40)
+    assert len(copies(Problem((x,), {}), CPU)) == turns.MOST_COPIES
 
 
 def test_the_cache_is_found():
-    assert (1 << 18) <= measure.cache_bytes(CPU) <= (1 << 32)
+    assert (1 << 18) <= turns.cache_bytes(CPU) <= (1 << 32)
 
 
 def test_percentiles():

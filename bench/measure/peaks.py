@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastssl.bench.measure import Clock, cache_bytes, wait
+from fastssl.bench.measure.turns import Clock, cache_bytes, wait
 from fastssl.bench.record import Ceiling
 
 

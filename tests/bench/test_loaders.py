@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.bench import feeders, photos
-from fastssl.bench.feeders import Feed, Ordinary, OurFeed, Pictures, PlainFeed
+from fastssl.bench.cases import loaders, photos
+from fastssl.bench.cases.loaders import Feed, Ordinary, OurFeed, Pictures, PlainFeed
 from fastssl.bench.registry import OURS, Absent, all_cases
 from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.webdataset import WebDatasetSource
@@ -38,7 +38,7 @@ def test_shards_hold_the_files_of_the_folder():
 
 
 def test_the_folder_goes_with_its_process():
-    code = "from fastssl.bench import photos; print(photos.folder(2, 80))"
+    code = "from fastssl.bench.cases import photos; print(photos.folder(2, 80))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not Path(done.stdout.strip()).exists()
@@ -95,7 +95,7 @@ def test_ordinary_views_follow_the_spec(name):
 
 def test_a_blur_by_pillow_is_a_gaussian():
     image = Image.fromarray((255 * (torch.rand(40, 40, 3) > 0.5)).to(torch.uint8).numpy())
-    pixels = torch.from_numpy(np.array(feeders.PillowBlur((2.0, 2.0))(image)))
+    pixels = torch.from_numpy(np.array(loaders.PillowBlur((2.0, 2.0))(image)))
     assert pixels.float().std() < 0.4 * 127.5
 
 

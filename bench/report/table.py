@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import IO
 
-from fastssl.bench import phrases
-from fastssl.bench.phrases import number, percent
 from fastssl.bench.record import Ceiling, Result, Run
 from fastssl.bench.registry import OURS
+from fastssl.bench.report import formatting
+from fastssl.bench.report.formatting import number, percent
 
 WIDTH = 100
 LEGEND = (
@@ -57,7 +57,7 @@ class Block:
 
 def blocks(results: Iterable[Result], ceilings: Sequence[Ceiling] = ()) -> list[Block]:
     """The measurements in the order they were made; a column no rival fills is left out."""
-    return [_block(rows, ceilings) for rows in phrases.measurements(results)]
+    return [_block(rows, ceilings) for rows in formatting.measurements(results)]
 
 
 def _block(rows: Sequence[Result], ceilings: Sequence[Ceiling]) -> Block:
@@ -69,7 +69,7 @@ def _block(rows: Sequence[Result], ceilings: Sequence[Ceiling]) -> Block:
     notes += [f"sweep of {first.sweep}" if first.sweep else ""]
     return Block(
         first.case,
-        phrases.shape_words(first.shape),
+        formatting.shape_words(first.shape),
         first.dtype,
         tuple(note for note in notes if note),
         first.sweep,
@@ -81,18 +81,18 @@ def _block(rows: Sequence[Result], ceilings: Sequence[Ceiling]) -> Block:
 def _line(row: Result, ceilings: Sequence[Ceiling]) -> Line:
     if row.status != "ok" or row.total is None:
         mood = "wrong" if row.status == "wrong" else "no time"
-        return Line(row.rival, why=phrases.reason(row), mood=mood)
+        return Line(row.rival, why=formatting.reason(row), mood=mood)
     cells = {name: number(getattr(row.total, name)) for name in ("p20", "p50", "p80")}
     for part in ("fwd", "bwd"):
         cells[part] = number(row.ms[part].p50) if part in row.ms else ""
     cells["x"], cells["95 %"] = _ratio(row)
-    cells["peak"] = "" if row.peak is None else phrases.size(row.peak)
-    if reached := phrases.rate(row, ceilings):
+    cells["peak"] = "" if row.peak is None else formatting.size(row.peak)
+    if reached := formatting.rate(row, ceilings):
         cells[reached[1]] = number(reached[0])
-    share = phrases.share_of_floor(row)
+    share = formatting.share_of_floor(row)
     cells["of floor"] = "" if share is None else percent(share)
     if row.items_per_s is not None:
-        cells[f"{row.unit}/s"] = phrases.count(row.items_per_s)
+        cells[f"{row.unit}/s"] = formatting.count(row.items_per_s)
     return Line(row.rival, cells, mood=_mood(row))
 
 
@@ -105,7 +105,7 @@ def _ratio(row: Result) -> tuple[str, str]:
 
 
 def _mood(row: Result) -> str:
-    if phrases.is_ours(row.rival):
+    if formatting.is_ours(row.rival):
         return "ours"
     if row.tie:
         return "tie"
@@ -120,12 +120,12 @@ def text(
     summary: bool = True,
 ) -> str:
     """The whole table as plain text, at most `width` columns wide where the figures allow it."""
-    return _render(phrases.as_run(source, ceilings), width, summary, _bare)
+    return _render(formatting.as_run(source, ceilings), width, summary, _bare)
 
 
 def heading(run: Run, *, width: int = WIDTH) -> str:
     """What stands above the blocks when they are shown one by one: the machine, the columns."""
-    return f"{phrases.where(run.conditions)}\n{textwrap.fill(LEGEND, width)}"
+    return f"{formatting.where(run.conditions)}\n{textwrap.fill(LEGEND, width)}"
 
 
 def summary(run: Run, *, width: int = WIDTH) -> str:
@@ -152,7 +152,7 @@ def show(
     out = sys.stdout if file is None else file
     if fancy is None:
         fancy = out.isatty()
-    run = phrases.as_run(source, ceilings)
+    run = formatting.as_run(source, ceilings)
     if not (fancy and find_spec("rich")):
         print(_render(run, width or WIDTH, summary, _bare), file=out, flush=True)
         return
@@ -244,7 +244,7 @@ def _wrapped(line: Line, first: int, width: int) -> str:
 
 
 def _tallies(run: Run, width: int, paint: Paint) -> str:
-    tallied = phrases.tallies(run.results)
+    tallied = formatting.tallies(run.results)
     if not tallied:
         return ""
     heads = ["faster", "tie", "slower", "no rival", "no time", "x of the best rival"]
@@ -255,13 +255,13 @@ def _tallies(run: Run, width: int, paint: Paint) -> str:
     keep = [i for i, name in enumerate(heads) if i < 3 or any(row[i] for row in rows)]
     table = _aligned([[row[i] for i in keep] for row in [heads, *rows]], "  ")
     first = max(len(t.case) for t in tallied)
-    said = [paint(textwrap.fill(phrases.headline(run.results), width), "title")]
+    said = [paint(textwrap.fill(formatting.headline(run.results), width), "title")]
     said.append(paint(f"  {'':{first}}{table[0]}", "head"))
     said += [f"  {t.case:{first}}{cells}" for t, cells in zip(tallied, table[1:], strict=True)]
     return "\n".join(said)
 
 
-def between(tally: phrases.Tally) -> str:
+def between(tally: formatting.Tally) -> str:
     """The least and the largest x of a best rival: "0.93 to 5.20", one number when they agree."""
     if tally.low is None or tally.high is None:
         return ""
@@ -275,5 +275,5 @@ def _ceilings(run: Run, paint: Paint) -> str:
     first = max(len(c.what) for c in run.ceilings)
     said = [paint("Measured ceilings of this machine", "title")]
     return "\n".join(
-        [*said, *(f"  {c.what:{first}}  {phrases.ceiling_words(c)}" for c in run.ceilings)]
+        [*said, *(f"  {c.what:{first}}  {formatting.ceiling_words(c)}" for c in run.ceilings)]
     )

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fastssl.bench.phrases import size
 from fastssl.bench.record import Result
 from fastssl.bench.registry import OURS
+from fastssl.bench.report.formatting import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

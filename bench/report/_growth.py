@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fastssl.bench._figure import (
+from fastssl.bench.record import Fit, Result
+from fastssl.bench.registry import OURS
+from fastssl.bench.report._figure import (
     INK,
     MUTED,
     Look,
@@ -18,10 +20,8 @@ from fastssl.bench._figure import (
     tick_bytes,
     tidy,
 )
-from fastssl.bench.phrases import shape_words
-from fastssl.bench.record import Fit, Result
-from fastssl.bench.registry import OURS
-from fastssl.bench.scaling import fits, sweeps
+from fastssl.bench.report.formatting import shape_words
+from fastssl.bench.report.scaling import fits, sweeps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from fastssl.bench import memory
-from fastssl.bench.gate import glance, judge, step
-from fastssl.bench.measure import (
+from fastssl.bench.measure import memory
+from fastssl.bench.measure.gate import glance, judge, step
+from fastssl.bench.measure.peaks import floor_ms
+from fastssl.bench.measure.turns import (
     RivalFailed,
     Times,
     noise,
@@ -20,7 +21,6 @@ from fastssl.bench.measure import (
     spread,
     take_turns,
 )
-from fastssl.bench.peaks import floor_ms
 from fastssl.bench.record import Ceiling, Result
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Case, Problem, Shape
 

@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastssl.bench import phrases
-from fastssl.bench._figure import (
+from fastssl.bench.record import Ceiling, Result, Run
+from fastssl.bench.registry import OURS
+from fastssl.bench.report import formatting
+from fastssl.bench.report._figure import (
     INK,
     MUTED,
     RULE,
@@ -25,10 +27,8 @@ from fastssl.bench._figure import (
     tick,
     tidy,
 )
-from fastssl.bench._growth import growths
-from fastssl.bench.phrases import is_ours, number, shape_words
-from fastssl.bench.record import Ceiling, Result, Run
-from fastssl.bench.registry import OURS
+from fastssl.bench.report._growth import growths
+from fastssl.bench.report.formatting import is_ours, number, shape_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def pictures(run: Run) -> list[Picture]:
 def _relatives(run: Run, looks: dict[str, Look]) -> Iterator[Picture]:
     groups = [
         rows
-        for rows in phrases.measurements(run.results)
+        for rows in formatting.measurements(run.results)
         if not rows[0].sweep and any(row.x is not None for row in rows if not is_ours(row.rival))
     ]
     for dtype in dict.fromkeys(rows[0].dtype for rows in groups):
@@ -211,7 +211,7 @@ def _roofline(
     xs = [_intensity(row) for row in points]
     ridge = product.measured * 1e3 / copy.measured
     ends = min(*xs, ridge) / 3, max(*xs, ridge) * 3
-    factor, unit = phrases.scale(product)
+    factor, unit = formatting.scale(product)
     _roofs(axes, ends, copy, product)
     for rival in dict.fromkeys(row.rival for row in points):
         mine = [row for row in points if row.rival == rival]
@@ -239,7 +239,7 @@ def _roofline(
 
 def _roofs(axes: Axes, ends: tuple[float, float], copy: Ceiling, product: Ceiling) -> None:
     """Measured, and dashed what the datasheet states; named in the legend, out of the way."""
-    factor, unit = phrases.scale(product)
+    factor, unit = formatting.scale(product)
     for line, colour, gbs, tflops, head in (
         ("-", INK, copy.measured, product.measured, "measured"),
         ("--", MUTED, copy.datasheet, product.datasheet, "datasheet"),

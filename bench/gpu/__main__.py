@@ -34,7 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastssl.bench.deadline import (
+from fastssl.bench.gpu.steps import (
     CUT,
     FAILED,
     NOT_RUN,
@@ -363,24 +363,27 @@ def summary(out: Path, only: str = "*") -> str:
 
 def headlines(path: Path) -> list[str]:
     """For each measurement of ours a line: time, best rival, floor.  Sweeps are left out."""
-    from fastssl.bench import phrases, record
+    from fastssl.bench import record
+    from fastssl.bench.report import formatting
 
     lines = []
-    for rows in phrases.measurements(record.read(path).results):
+    for rows in formatting.measurements(record.read(path).results):
         ours = next((row for row in rows if row.rival == "fastssl"), None)
         if ours is None or ours.sweep:
             continue
-        what = f"{ours.case:18} {phrases.shape_words(ours.shape):28}"
+        what = f"{ours.case:18} {formatting.shape_words(ours.shape):28}"
         if ours.total is None:
-            lines.append(f"{what} {phrases.reason(ours)}"[:100])
+            lines.append(f"{what} {formatting.reason(ours)}"[:100])
             continue
-        others = [row for row in rows if row.x is not None and not phrases.is_ours(row.rival)]
+        others = [r for r in rows if r.x is not None and not formatting.is_ours(r.rival)]
         best = min(others, key=lambda row: row.x or 0, default=None)
-        rival = f"{best.rival} x {phrases.number(best.x or 0)}" if best else "no rival has a time"
-        rival += " (tie)" if best and best.tie else ""
-        share = phrases.share_of_floor(ours)
-        floor = f"{phrases.percent(share)} of floor" if share else ""
-        lines.append(f"{what} {phrases.number(ours.total.p50):>8} ms  {rival:32} {floor}".rstrip())
+        rival = "no rival has a time"
+        if best:
+            rival = f"{best.rival} x {formatting.number(best.x or 0)}{' (tie)' * best.tie}"
+        share = formatting.share_of_floor(ours)
+        floor = f"{formatting.percent(share)} of floor" if share else ""
+        ms = formatting.number(ours.total.p50)
+        lines.append(f"{what} {ms:>8} ms  {rival:32} {floor}".rstrip())
     return lines
 
 

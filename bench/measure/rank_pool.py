@@ -36,7 +36,7 @@ class Crew:
         start = "spawn" if device.type == "cuda" else "forkserver"  # no CUDA in a fork
         context: Any = multiprocessing.get_context(start)
         self.world = len(rows[0])
-        self._folder = tempfile.TemporaryDirectory(prefix="fastssl-crew-")
+        self._folder = tempfile.TemporaryDirectory(prefix="fastssl-ranks-")
         self._pipes: list[Connection] = []
         processes = []
         for rank in range(self.world):

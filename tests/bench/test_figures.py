@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from matplotlib.image import imread
 
-from fastssl.bench import _figure, _growth, plots
+from fastssl.bench.report import _figure, _growth, plots
 from tests.bench import sample
 
 LOOKS = _figure.looks_of(sample.run().results)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fastssl.bench import phrases, plots, table
-from fastssl.bench._figure import Picture
-from fastssl.bench._page_style import METHOD, PAGE, STYLE
-from fastssl.bench.phrases import number, shape_words
 from fastssl.bench.record import Fit, Published, Run
-from fastssl.bench.scaling import fits
-from fastssl.bench.table import Block, Line
+from fastssl.bench.report import formatting, plots, table
+from fastssl.bench.report._figure import Picture
+from fastssl.bench.report._page_style import METHOD, PAGE, STYLE
+from fastssl.bench.report.formatting import number, shape_words
+from fastssl.bench.report.scaling import fits
+from fastssl.bench.report.table import Block, Line
 
 _CLASSES = {
     "ours": "ours",
@@ -70,11 +70,11 @@ def write_page(run: Run, path: Path) -> Path:
 
 def _title(run: Run) -> str:
     when = str(run.conditions.get("time", ""))[:10]
-    return " · ".join(w for w in ("fastssl bench", phrases.where(run.conditions), when) if w)
+    return " · ".join(w for w in ("fastssl bench", formatting.where(run.conditions), when) if w)
 
 
 def _head(run: Run) -> str:
-    said = phrases.headline(run.results) or "Nothing was measured beside a rival."
+    said = formatting.headline(run.results) or "Nothing was measured beside a rival."
     parts = [f"<h1>{escape(_title(run))}</h1>", f'<p class="headline">{escape(said)}</p>']
     wrong = [row for row in run.results if row.status in ("wrong", "failed")]
     if wrong:
@@ -103,7 +103,7 @@ def _row(first: str, cells: Sequence[str], kind: str = "") -> str:
 def _summary(run: Run) -> str:
     rows = [
         _row(t.case, [*(str(n or "–") for n in _counts(t)), table.between(t) or "–"])
-        for t in phrases.tallies(run.results)
+        for t in formatting.tallies(run.results)
     ]
     if not rows:
         return ""
@@ -115,7 +115,7 @@ def _summary(run: Run) -> str:
     return f'{_table(heads, rows)}\n<p class="note">{note}</p>'
 
 
-def _counts(t: phrases.Tally) -> tuple[int, ...]:
+def _counts(t: formatting.Tally) -> tuple[int, ...]:
     return t.faster, t.tie, t.slower, t.alone, t.no_time
 
 
@@ -123,10 +123,10 @@ def _repeat(run: Run) -> str:
     command = run.conditions.get("command")
     if not command:
         return ""
-    took = f" It took {phrases.duration(run.seconds)}." if run.seconds else ""
+    took = f" It took {formatting.duration(run.seconds)}." if run.seconds else ""
     return (
         f'<h2>To repeat it</h2>\n<pre class="command">{escape(str(command))}</pre>\n'
-        f'<p class="note">{escape(phrases.where(run.conditions))}.{took}</p>'
+        f'<p class="note">{escape(formatting.where(run.conditions))}.{took}</p>'
     )
 
 
@@ -248,11 +248,11 @@ def _ceilings(run: Run) -> str:
         return ""
     rows = []
     for c in run.ceilings:
-        factor, unit = phrases.scale(c)
+        factor, unit = formatting.scale(c)
         cells = [f"{number(factor * c.measured)} {unit}", "–", "–", c.source or "–"]
         if c.datasheet:
             cells[1] = f"{factor * c.datasheet:g} {unit}"
-            cells[2] = phrases.percent(c.measured / c.datasheet)
+            cells[2] = formatting.percent(c.measured / c.datasheet)
         rows.append(_row(c.what, cells))
     heads = ["", "measured", "datasheet", "of it", "source"]
     return f"<h2>Ceilings of this machine</h2>\n{_table(heads, rows)}"
