@@ -15,5 +15,7 @@ setup(
         "fastssl": ["py.typed"],
         "fastssl.recipes": ["*.yaml"],
         "fastssl.kernels": ["tuned.json"],
+        "fastssl.report": ["templates/*.j2"],
+        "fastssl.bench.report": ["templates/*.j2"],
     },
 )

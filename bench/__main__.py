@@ -116,15 +116,14 @@ def _finish(args: argparse.Namespace, run: Run, path: Path | None, seconds: floa
 
 def _report(run: Run, folder: Path) -> None:
     from fastssl.bench.report.page import write_page
-    from fastssl.bench.report.plots import save_all
 
     if find_spec("matplotlib"):
-        for picture in save_all(run, folder):
-            print(picture)
+        from fastssl.bench.report.figures import save_all
+
+        print(*save_all(run, folder), sep="\n")
     else:
-        print("no plots: pip install matplotlib")
-    write_page(run, folder / "index.html")
-    print(folder / "index.html")
+        print("no pictures: pip install matplotlib")
+    print(write_page(run, folder / "index.html"))
 
 
 def _settings(

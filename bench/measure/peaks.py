@@ -54,6 +54,7 @@ DATASHEETS: dict[str, Datasheet] = {
     ),
 }
 _ENOUGH_S = 0.4
+_COPIED = {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, and at least four times the cache
 _SLOW_MS = 20.0  # of a small product: a larger one would take seconds a call
 
 
@@ -104,7 +105,7 @@ def _unit(dtype: str) -> str:
 
 
 def _copy_gbs(device: torch.device) -> float:
-    size = 4 << 30 if device.type == "cuda" else max(256 << 20, 4 * cache_bytes(device))
+    size = max(_COPIED[device.type], 4 * cache_bytes(device))
     source = torch.randint(-128, 128, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * size / _best_ms(lambda: target.copy_(source), device) / 1e6

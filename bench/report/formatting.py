@@ -71,6 +71,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def align(rows: Sequence[Sequence[str]], gap: str = "  ", flush: str = "<") -> list[str]:
+    """The rows as lines, every column as wide as its widest cell; flush ">": to the right.
+
+    >>> align([["a", "bb"], ["ccc", "d"]], flush=">")
+    ['  a  bb', 'ccc   d']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        gap.join(f"{cell:{flush}{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
 def shape_words(shape: Mapping[str, int] | Iterable[tuple[str, int]]) -> str:
     """
     >>> shape_words({"N": 8192, "D": 128})
@@ -157,6 +170,14 @@ class Tally:
     no_time: int = 0
     low: float | None = None
     high: float | None = None
+
+    @property
+    def between(self) -> str:
+        """The least and the largest x: "0.93 to 5.20", one number when they agree, "" without."""
+        if self.low is None or self.high is None:
+            return ""
+        low, high = number(self.low), number(self.high)
+        return low if low == high else f"{low} to {high}"
 
 
 def tallies(results: Iterable[Result]) -> list[Tally]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from statistics import correlation, linear_regression
 
 from fastssl.bench.record import Fit, Result
 
@@ -19,17 +20,11 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
     >>> fit([1, 2, 4], [3.0, 12.0, 48.0])
     (2.0, 1.0)
     """
-    if len(xs) != len(ys) or len(set(xs)) < 2:
-        raise ValueError(f"xs and ys must be as many, xs at least 2 different; got {xs} and {ys}")
     if min(*xs, *ys) <= 0:
         raise ValueError(f"xs and ys must be positive, got {xs} and {ys}")
     u, v = ([math.log2(value) for value in values] for values in (xs, ys))
-    middle_u, middle_v = sum(u) / len(u), sum(v) / len(v)
-    across = sum((a - middle_u) * (b - middle_v) for a, b in zip(u, v, strict=True))
-    along = sum((a - middle_u) ** 2 for a in u)
-    variance = sum((b - middle_v) ** 2 for b in v)
-    explained = across**2 / along
-    return across / along, min(1.0, explained / variance) if variance > 0 else 1.0
+    exponent = linear_regression(u, v).slope
+    return exponent, min(1.0, correlation(u, v) ** 2) if len(set(v)) > 1 else 1.0
 
 
 def fits(results: Iterable[Result]) -> list[Fit]:

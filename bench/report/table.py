@@ -1,22 +1,23 @@
 """A run as a table: a block for each measurement, a line for each rival, a summary at the end.
 
-Plain aligned text, which is enough alone in a log; colours through rich where it is installed and
-the output is a terminal.  Losing shapes stay; a rival without a time stays, with its reason.
+Plain aligned text, in color on a terminal.  Losing shapes stay; a rival without a time stays, with
+its reason.  No figure is ever cut to fit the width.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import IO
 
 from fastssl.bench.record import Ceiling, Result, Run
 from fastssl.bench.registry import OURS
 from fastssl.bench.report import formatting
-from fastssl.bench.report.formatting import number, percent
+from fastssl.bench.report.formatting import align, number, percent
 
 WIDTH = 100
 LEGEND = (
@@ -53,6 +54,10 @@ class Block:
     def title(self) -> str:
         """Everything that tells this measurement from the others."""
         return "  ".join(word for word in (self.case, self.shape, self.dtype, *self.notes) if word)
+
+    def row(self, line: Line) -> list[str]:
+        """The line's cells in the order of the columns."""
+        return [line.cells.get(name, "") for name in self.columns]
 
 
 def blocks(results: Iterable[Result], ceilings: Sequence[Ceiling] = ()) -> list[Block]:
@@ -138,7 +143,7 @@ def show(
     *,
     ceilings: Iterable[Ceiling] = (),
     width: int | None = None,
-    fancy: bool | None = None,
+    color: bool | None = None,
     summary: bool = True,
     file: IO[str] | None = None,
 ) -> None:
@@ -147,40 +152,35 @@ def show(
     source    a run, or results alone; `summary=False` prints the blocks only, which is how they
               are shown one by one while a run goes on.
     ceilings  what was measured, where `source` is results alone: for the rate and its share.
-    fancy     colours by rich; by default where it is installed and the file is a terminal.
+    color     by default where the file is a terminal and NO_COLOR is not set.
     """
     out = sys.stdout if file is None else file
-    if fancy is None:
-        fancy = out.isatty()
+    if color is None:
+        color = out.isatty() and not os.environ.get("NO_COLOR")
+    if width is None:
+        width = max(WIDTH, shutil.get_terminal_size().columns) if color else WIDTH
     run = formatting.as_run(source, ceilings)
-    if not (fancy and find_spec("rich")):
-        print(_render(run, width or WIDTH, summary, _bare), file=out, flush=True)
-        return
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(file=out, force_terminal=True, highlight=False, soft_wrap=True)
-    paint = {name: f"[{style}]{{}}[/]" for name, style in _STYLES.items()}
-    console.print(
-        _render(
-            run,
-            width or max(WIDTH, console.width),
-            summary,
-            lambda words, mood: paint.get(mood, "{}").format(escape(words)),
-        )
-    )
+    print(_render(run, width, summary, _color if color else _bare), file=out, flush=True)
 
 
-_STYLES = {
-    "title": "bold",
-    "head": "dim",
-    "ours": "bold cyan",
-    "tie": "dim",
-    "beats us": "yellow",
-    "wrong": "bold red",
-    "no time": "dim italic",
+_STYLES = {  # as terminals number them: 1 bold, 2 dim, 3 italic, 31 red, 33 yellow, 36 cyan
+    "title": "1",
+    "head": "2",
+    "ours": "1;36",
+    "tie": "2",
+    "beats us": "33",
+    "wrong": "1;31",
+    "no time": "2;3",
 }
-Paint = Callable[[str, str], str]  # (words, mood) -> the same, coloured
+Paint = Callable[[str, str], str]  # (words, mood) -> the same, colored
+
+
+def _bare(words: str, _: str) -> str:
+    return words
+
+
+def _color(words: str, mood: str) -> str:
+    return f"\x1b[{_STYLES[mood]}m{words}\x1b[0m" if mood in _STYLES else words
 
 
 def _render(run: Run, width: int, summary: bool, paint: Paint) -> str:
@@ -192,55 +192,37 @@ def _render(run: Run, width: int, summary: bool, paint: Paint) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _bare(words: str, _: str) -> str:
-    return words
-
-
 def _summary(run: Run, width: int, paint: Paint) -> list[str]:
     said = _tallies(run, width, paint), _ceilings(run, paint)
     return [words for words in said if words]
 
 
 def _block_text(block: Block, width: int, paint: Paint) -> str:
-    timed = [line for line in block.lines if line.cells]
-    heads = list(block.columns)
-    rows = [[line.cells.get(name, "") for name in heads] for line in timed]
-    names = [line.rival for line in block.lines]
-    gap, own_line = "  ", False
-    for gap, own_line in (("  ", False), (" ", False), (" ", True)):
-        first = max((len(n) for n in names if not (own_line and len(n) > _LONG_NAME)), default=0)
-        table = _aligned([heads, *rows], gap)
-        if 2 + first + max(map(len, table)) <= width:
+    """The block's lines; where they are too long, narrower gaps, then long names on their own."""
+    timed = [block.row(line) for line in block.lines if line.cells]
+    gap, longest, first, rows = "", 0, 0, [""]
+    for gap, longest in (("  ", sys.maxsize), (" ", sys.maxsize), (" ", _LONG_NAME)):
+        first = max((len(x.rival) for x in block.lines if len(x.rival) <= longest), default=0)
+        rows = align([block.columns, *timed], gap, ">")
+        if 2 + first + len(gap) + max(map(len, rows)) <= width:
             break
+    start, figures = f"  {{:{first}}}{gap}".format, iter(rows)
     said = [paint(block.title, "title")]
     if timed:
-        said.append(paint(f"  {'':{first}}{table[0]}", "head"))
-    numbers = iter(table[1:])
+        said.append(paint(start("") + next(figures), "head"))
     for line in block.lines:
+        name = line.rival
         if not line.cells:
-            said.append(paint(_wrapped(line, first, width), line.mood))
-        elif own_line and len(line.rival) > _LONG_NAME:
-            said += [paint(f"  {line.rival}", line.mood)]
-            said += [paint(f"  {'':{first}}{next(numbers)}", line.mood)]
-        else:
-            said.append(paint(f"  {line.rival:{first}}{next(numbers)}", line.mood))
+            indent = f"  {name:{first}}  "
+            after = " " * min(len(indent), width // 2)
+            why = textwrap.fill(line.why, width, initial_indent=indent, subsequent_indent=after)
+            said.append(paint(why, line.mood))
+            continue
+        if len(name) > longest:
+            said.append(paint(f"  {name}", line.mood))
+            name = ""
+        said.append(paint(start(name) + next(figures), line.mood))
     return "\n".join(said)
-
-
-def _aligned(rows: Sequence[Sequence[str]], gap: str) -> list[str]:
-    """The rows with every column as wide as its widest cell, right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "".join(f"{gap}{cell:>{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def _wrapped(line: Line, first: int, width: int) -> str:
-    start = f"  {line.rival:{first}}  "
-    return textwrap.fill(
-        line.why, width, initial_indent=start, subsequent_indent=" " * min(len(start), width // 2)
-    )
 
 
 def _tallies(run: Run, width: int, paint: Paint) -> str:
@@ -249,24 +231,16 @@ def _tallies(run: Run, width: int, paint: Paint) -> str:
         return ""
     heads = ["faster", "tie", "slower", "no rival", "no time", "x of the best rival"]
     rows = [
-        [*(str(n or "") for n in (t.faster, t.tie, t.slower, t.alone, t.no_time)), between(t)]
+        [*(str(n or "") for n in (t.faster, t.tie, t.slower, t.alone, t.no_time)), t.between]
         for t in tallied
     ]
     keep = [i for i, name in enumerate(heads) if i < 3 or any(row[i] for row in rows)]
-    table = _aligned([[row[i] for i in keep] for row in [heads, *rows]], "  ")
+    table = align([[row[i] for i in keep] for row in [heads, *rows]], flush=">")
     first = max(len(t.case) for t in tallied)
     said = [paint(textwrap.fill(formatting.headline(run.results), width), "title")]
-    said.append(paint(f"  {'':{first}}{table[0]}", "head"))
-    said += [f"  {t.case:{first}}{cells}" for t, cells in zip(tallied, table[1:], strict=True)]
+    said.append(paint(f"  {'':{first}}  {table[0]}", "head"))
+    said += [f"  {t.case:{first}}  {cells}" for t, cells in zip(tallied, table[1:], strict=True)]
     return "\n".join(said)
-
-
-def between(tally: formatting.Tally) -> str:
-    """The least and the largest x of a best rival: "0.93 to 5.20", one number when they agree."""
-    if tally.low is None or tally.high is None:
-        return ""
-    low, high = number(tally.low), number(tally.high)
-    return low if low == high else f"{low} to {high}"
 
 
 def _ceilings(run: Run, paint: Paint) -> str:

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 from matplotlib.image import imread
 
-from fastssl.bench.report import _figure, _growth, plots
+from fastssl.bench.report import figures
 from tests.bench import sample
 
-LOOKS = _figure.looks_of(sample.run().results)
+LOOKS = figures.looks_of(sample.run().results)
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    return {picture.name: picture for picture in plots.pictures(sample.run())}
+    return {picture.name: picture for picture in figures.pictures(sample.run())}
 
 
 def test_each_theme_has_its_picture(pictures):
@@ -33,22 +33,22 @@ def test_each_theme_has_its_picture(pictures):
 
 def test_they_are_saved_by_name(tmp_path):
     run = sample.run(results=sample.fixed_rows()[:2], ceilings=[])
-    paths = plots.save_all(run, tmp_path / "new" / "folder")
+    paths = figures.save_all(run, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["relative-float32.png"]
     assert paths[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_a_run_without_figures_has_no_pictures():
-    assert plots.pictures(sample.run(results=[])) == []
+    assert figures.pictures(sample.run(results=[])) == []
     absent = [sample.untimed("clip", {"N": 1}, "lightly", "absent", "no")]
-    assert plots.pictures(sample.run(results=absent)) == []
+    assert figures.pictures(sample.run(results=absent)) == []
     alone = sample.run(ceilings=[], results=[row for row in sample.fixed_rows() if row.x == 1])
-    assert plots.pictures(alone) == []  # no rival, no sweep, no ceilings
+    assert figures.pictures(alone) == []  # no rival, no sweep, no ceilings
 
 
 def test_bars_reach_from_one_to_x():
     rows = [row for row in sample.fixed_rows() if row.case == "clip"]
-    figure = plots._relative([rows[:3], rows[3:]], LOOKS, "float32")
+    figure = figures._relative([rows[:3], rows[3:]], LOOKS, "float32")
     axes = figure.axes[0]
     ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
     assert ends == [pytest.approx((1, x)) for x in (1.8, 1.01, 0.5, 1.5)]
@@ -61,24 +61,24 @@ def test_bars_reach_from_one_to_x():
     low, high = axes.get_xlim()
     assert 0.4 < low < 0.5 * 0.97 and 1.8 * 1.04 < high < 2.2
     rows[1] = replace(rows[1], x_low=0.01, x_high=99.0)
-    assert plots._ends(rows) == pytest.approx((0.25, 3.6), rel=0.2)  # such a whisker is cut
+    assert figures._ends(rows) == pytest.approx((0.25, 3.6), rel=0.2)  # such a whisker is cut
 
 
 def test_a_rival_without_a_time_keeps_its_line():
     rows = [row for row in sample.fixed_rows() if row.case == "ntxent"][:6]
-    axes = plots._relative([rows], LOOKS, "float32").axes[0]
+    axes = figures._relative([rows], LOOKS, "float32").axes[0]
     assert len(axes.patches) == 2
     said = [t.get_text() for t in axes.texts]
     assert said == ["5.50", "4.50", "out of memory", "wrong", "absent"]
 
 
 def test_many_measurements_go_on_several_sheets(monkeypatch):
-    monkeypatch.setattr(plots, "png_of", lambda figure: b"")
+    monkeypatch.setattr(figures, "png_of", lambda figure: b"")
     rows = [row for row in sample.fixed_rows() if row.case == "clip"][:3]
     groups = [[replace(r, shape={"N": n}) for r in rows] for n in range(20)]
-    sheets = plots._sheets(groups)
+    sheets = figures._sheets(groups)
     assert [len(sheet) for sheet in sheets] == [10, 10] and sum(sheets, []) == groups
-    names = [p.name for p in plots.pictures(sample.run(results=sum(groups, []), ceilings=[]))]
+    names = [p.name for p in figures.pictures(sample.run(results=sum(groups, []), ceilings=[]))]
     assert names == ["relative-float32", "relative-float32-2"]
 
 
@@ -86,22 +86,20 @@ def growth(results, looks=LOOKS):
     rivals = {}
     for row in results:
         rivals.setdefault(row.rival, []).append(row)
-    exponents = {(f.rival, f.quantity): f for f in _growth.fits(results)}
-    every = {(r, q): exponents.get((r, q)) for r in rivals for q in ("ms", "peak")}
-    return _growth._growth("ntxent", "N", rivals, every, looks)
+    return figures._growth("ntxent", "N", rivals, looks)
 
 
 def test_growth_shows_points_exponents_and_what_ran_out_of_memory():
     rows = sample.sweep_rows()
     figure = growth(rows)
     time, memory = figure.axes
-    ours = next(line for line in time.lines if line.get_color() == LOOKS["fastssl"].colour)
+    ours = next(line for line in time.lines if line.get_color() == LOOKS["fastssl"].color)
     assert list(ours.get_xdata()) == [256 * 2**k for k in range(7)]
     assert list(ours.get_ydata()) == [r.total.p50 for r in rows if r.rival == "fastssl"]
     for axes in (time, memory):
         (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
         assert list(cross.get_xdata()) == [16384]
-        assert cross.get_color() == LOOKS["reference"].colour
+        assert cross.get_color() == LOOKS["reference"].color
         largest = max(max(line.get_ydata()) for line in axes.lines if line is not cross)
         place = axes.transData.transform((16384, largest))[1]
         assert place < axes.transAxes.transform((0, 0.93))[1]  # the strip of crosses is free
@@ -121,16 +119,16 @@ def test_growth_without_memory_has_one_panel():
 def test_the_roofline_is_the_measured_one():
     rows = [row for row in sample.fixed_rows() if row.dtype == "float32" and row.tflops]
     copy, product = sample.CEILINGS[:2]
-    axes = plots._roofline(rows, copy, product, LOOKS).axes[0]
+    axes = figures._roofline(rows, copy, product, LOOKS).axes[0]
     lines = {str(line.get_label()): line for line in axes.lines}
     solid = lines["measured: 4000 GB/s, 50 TFLOP/s"]
     assert max(solid.get_ydata()) == pytest.approx(50)
     x, y = solid.get_xdata()[0], solid.get_ydata()[0]
     assert y == pytest.approx(4.0 * x)  # GB/s times operations a byte, in TFLOP/s
     assert max(lines["datasheet: 4800 GB/s, 67 TFLOP/s"].get_ydata()) == pytest.approx(67)
-    slow = plots._roofline(rows, copy, replace(product, measured=0.5, datasheet=None), LOOKS).axes[
-        0
-    ]
+    slow = figures._roofline(
+        rows, copy, replace(product, measured=0.5, datasheet=None), LOOKS
+    ).axes[0]
     assert slow.get_ylabel() == "GFLOP/s" and slow.lines[1].get_ydata()[0] == pytest.approx(4e4)
     assert max(slow.lines[0].get_ydata()) == pytest.approx(500)
     ours = [row for row in rows if row.rival == "fastssl"]
@@ -142,14 +140,14 @@ def test_the_roofline_is_the_measured_one():
 def test_rivals_look_different_and_always_the_same():
     names = ["zeta", "alpha", "lightly", "open_clip", "reference", "fastssl", "beta"]
     rows = [sample.timed("clip", {}, name, 1.0) for name in names]
-    looks = _figure.looks_of(rows)
-    assert len({(look.colour, look.marker) for look in looks.values()}) == len(looks)
-    assert looks == _figure.looks_of(rows[::-1])
+    looks = figures.looks_of(rows)
+    assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
+    assert looks == figures.looks_of(rows[::-1])
     assert looks["fastssl"] == LOOKS["fastssl"]
-    spare = [_figure.Look(*pair) for pair in zip(_figure._SPARE, "<>h", strict=False)]
+    spare = [figures.Look(*pair) for pair in zip(figures.SPARE_COLORS, "<>h", strict=False)]
     assert [looks[name] for name in ("alpha", "beta", "zeta")] == spare
 
 
 def test_a_dollar_in_a_name_is_no_mathematics():
     rows = [replace(r, rival=r.rival.replace("reference", "a$b_{$")) for r in sample.sweep_rows()]
-    assert _figure.png_of(growth(rows, _figure.looks_of(rows)))
+    assert figures.png_of(growth(rows, figures.looks_of(rows)))

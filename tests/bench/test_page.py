@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fastssl.bench.record import Ceiling, Run
-from fastssl.bench.report import page, plots
-from fastssl.bench.report._figure import Picture
+from fastssl.bench.report import figures, page
+from fastssl.bench.report.figures import Picture
 from fastssl.bench.report.published import PUBLISHED, quoted
 from tests.bench import sample
 
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 def quick(monkeypatch):
     """The pictures are tested elsewhere; here they are five bytes."""
     picture = Picture("roofline-float32", "Roofline", "A caption.", PNG)
-    monkeypatch.setattr(plots, "pictures", lambda run: [picture] if run.results else [])
+    monkeypatch.setattr(figures, "pictures", lambda run: [picture] if run.results else [])
 
 
 def written(tmp_path, run):
@@ -106,9 +106,12 @@ def test_every_text_is_escaped(tmp_path):
     assert "<script" not in text and text.count("&lt;script&gt;") > 20
 
 
-def test_a_source_that_is_no_web_address_is_no_link():
-    assert page._link("javascript:alert(1)") == "javascript:alert(1)"
-    assert page._link('https://x.org/"><b> (p. 1)').count("<") == 2
+def test_a_source_that_is_no_web_address_is_no_link(tmp_path):
+    (one,) = sample.run().published
+    sources = ("javascript:alert(1)", 'https://x.org/"><b> (p. 1)')
+    found = written(tmp_path, Run({}, published=[replace(one, source=s) for s in sources]))
+    assert found.links == ['https://x.org/"><b>'] and "b" not in found.tags
+    assert "javascript:alert(1)" in found.text and "(p. 1)" in found.text
 
 
 def test_pieces_may_be_missing(tmp_path):

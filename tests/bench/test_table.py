@@ -3,7 +3,6 @@
 import io
 import random
 import re
-import sys
 from dataclasses import replace
 
 import pytest
@@ -129,19 +128,19 @@ def test_the_summary_shows_ceilings_beside_the_datasheet():
     assert plain.startswith("Against the best rival of the one measurement fastssl is faster in 1")
 
 
-def test_rich_only_adds_colour(monkeypatch):
-    plain, coloured = io.StringIO(), io.StringIO()
-    run = sample.run()
-    run.results[2] = replace(run.results[2], rival="[bold]light\\")
-    table.show(run, width=100, file=plain)
-    table.show(run, width=100, fancy=True, file=coloured)
-    assert "\x1b[" in coloured.getvalue() and "\x1b[" not in plain.getvalue()
-    bare = re.sub(r"\x1b\[[0-9;]*m", "", coloured.getvalue())
-    assert bare.split("\n") == plain.getvalue().split("\n")
-    monkeypatch.setitem(sys.modules, "rich", None)
-    without = io.StringIO()
-    table.show(run, width=100, fancy=True, file=without)
-    assert without.getvalue() == plain.getvalue()
+def test_color_is_all_that_a_terminal_adds(monkeypatch):
+    bare, colored = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(colored, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    table.show(sample.run(), width=100, file=bare)
+    table.show(sample.run(), width=100, file=colored)
+    assert "\x1b[1;36m" in colored.getvalue() and "\x1b[" not in bare.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", colored.getvalue()) == bare.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    refused = io.StringIO()
+    refused.isatty = lambda: True
+    table.show(sample.run(), width=100, file=refused)
+    assert refused.getvalue() == bare.getvalue()
 
 
 def test_one_block_at_a_time():
