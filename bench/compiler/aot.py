@@ -5,8 +5,8 @@
     python -m fastssl.bench.aot --quick                one shape class a kernel, its safe one
     python -m fastssl.bench.aot --kernel 'pairwise*' --target sm_90 --json proofs.jsonl
 
-Each registered kernel (`kernels/_tuning.py`) is compiled for each of its shape classes and
-configurations, and the machine code is read back (`sass.py`).  A configuration fails when
+Each registered kernel is compiled for each of its shape classes and configurations, and the machine
+code is read back with cuobjdump.  A configuration fails when
 
     it does not compile,
     it spills registers to local memory,
@@ -15,8 +15,6 @@ configurations, and the machine code is read back (`sass.py`).  A configuration 
     that must be Hopper's HGMMA, unless BLOCK_M is below its 64 rows: then HMMA will do.
 
 The exit status is 1 when one failed, and 2 when the command could not be understood.
-The table's "binding" is an estimate of which unit of the chip the main loop keeps busy longest,
-in cycles of one turn by one block; `sass.py` says what it counts and what it does not know.
 """
 
 from __future__ import annotations
@@ -24,10 +22,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -39,12 +39,16 @@ from typing import Any
 
 import torch
 
-from fastssl.bench.compiler import sass
 from fastssl.bench.record import conditions, write_line
+from fastssl.bench.report.formatting import align
 from fastssl.kernels import _tuning
 from fastssl.kernels._tuning import Config, Kernel, Variant
 
 PROGRAM = "python -m fastssl.bench.aot"
+KB = 1024
+SHARED_BYTES = {"sm_80": 163 * KB, "sm_90": 227 * KB, "sm_100": 227 * KB}  # most, for a block
+RESERVED = 1 * KB  # shared memory the system keeps for itself in every block
+TENSOR_COLUMNS = 512  # of tensor memory, on one multiprocessor
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found in the machine code of one compilation.
+    """What the machine code of one compilation says.
 
-    registers       per thread                  spilled  bytes of local memory per thread
-    local_accesses  instructions on them        shared   bytes per block
-    tensor_columns  of tensor memory per block  matrix   matrix instructions by name
-    blocks, warps   on one multiprocessor at once, and what stops one more (limit)
-    loop            instructions of the main loop
-    cycles          of one of its turns by unit (see sass.cycles), the binding one first
+    registers       per thread
+    spilled         bytes of local memory per thread: Triton has no other use for it
+    local_accesses  instructions that read or write them
+    shared          bytes per block, without the kilobyte that the system reserves in each
+    tensor_columns  of tensor memory per block
+    matrix          matrix instructions by name: HMMA, HGMMA (Hopper), UTCHMMA (Blackwell), ...
     """
 
     registers: int
@@ -78,11 +82,6 @@ class Facts:
     shared: int
     tensor_columns: int
     matrix: dict[str, int]
-    blocks: int
-    warps: int
-    limit: str
-    loop: int
-    cycles: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def prove(task: Task) -> Proof:
     variant = next(v for v in kernel.variants.values() if v.name == task.variant)
     start = time.perf_counter()
     try:
-        facts = read(compiled(kernel, variant, task.config, task.target), task.target)
+        facts = read(compiled(kernel, variant, task.config, task.target))
     except OSError:
         raise
     except Exception as error:  # the compiler raises what it likes: all of it is a verdict
@@ -173,11 +172,11 @@ def compiled(kernel: Kernel, variant: Variant, config: Config, target: str) -> A
     attrs = {(i,): [["tt.divisibility", 16]] for i in even}
     plain = {name: kind.removesuffix(":16") for name, kind in types.items()}
     source = ASTSource(fn, plain, constants, attrs)
-    chip = GPUTarget("cuda", int(target.removeprefix("sm_")), sass.WARP)
+    chip = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     return triton.compile(source, target=chip, options=config.options)
 
 
-def read(kernel: Any, target: str) -> Facts:
+def read(kernel: Any) -> Facts:
     """The facts of what `triton.compile` returned."""
     from triton import knobs
 
@@ -186,26 +185,30 @@ def read(kernel: Any, target: str) -> Facts:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    meta, chip = kernel.metadata, sass.CHIPS[target]
-    functions = sass.read_sass(text)
-    everything = [i for code in functions.values() for i in code]
-    usage = sass.read_usage(text, meta.name)
-    shared = meta.shared + usage.shared
-    held = sass.occupancy(chip, meta.num_warps, usage.registers, shared, meta.tmem_size)
-    loop = sass.main_loop(functions[meta.name])
-    spent = sass.cycles(loop, meta.num_warps, chip)
+    meta = kernel.metadata
+    return facts_of(text, meta.name, meta.shared, meta.tmem_size)
+
+
+def facts_of(text: str, function: str, shared: int = 0, tensor_columns: int = 0) -> Facts:
+    """The facts of `function` in what `cuobjdump -res-usage -sass` printed.
+
+    shared: bytes that the launch asks for, beside the static ones.  Raises ValueError when the
+    function is not in the text.
+    """
+    usage = re.search(rf"Function {re.escape(function)}:\s*\n\s*(.*)", text)
+    if usage is None:
+        raise ValueError(f"cuobjdump -res-usage does not know a function {function!r}: {text!r}")
+    figures = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[1])}
+    static = figures["SHARED"]
+    static -= RESERVED if static >= RESERVED else 0  # newer assemblers report it as the kernel's
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", text, re.M)
     return Facts(
-        registers=usage.registers,
-        spilled=usage.local,
-        local_accesses=sass.local_accesses(everything),
-        shared=shared,
-        tensor_columns=meta.tmem_size,
-        matrix=dict(sass.matrix_kinds(everything)),
-        blocks=held.blocks,
-        warps=held.blocks * meta.num_warps,
-        limit=held.limit,
-        loop=len(loop),
-        cycles={unit: round(spent[unit], 1) for unit in sorted(spent, key=lambda u: -spent[u])},
+        registers=figures["REG"],
+        spilled=figures["STACK"] + figures["LOCAL"],
+        local_accesses=sum(name in ("LDL", "STL") for name in operations),
+        shared=shared + static,
+        tensor_columns=tensor_columns,
+        matrix=dict(Counter(name for name in operations if re.fullmatch("(UTC)?[A-Z]G?MMA", name))),
     )
 
 
@@ -217,11 +220,11 @@ def faults(facts: Facts, variant: Variant, config: Config, target: str) -> Itera
             f"{facts.local_accesses} instructions on them; take smaller blocks or more warps"
         )
     asks = "asks for {} {} memory a block, {} has {}; take fewer stages or smaller blocks".format
-    limit = sass.CHIPS[target].shared_per_block
+    limit = SHARED_BYTES[target]
     if facts.shared > limit:
         yield asks(facts.shared, "bytes of shared", target, limit)
-    if facts.tensor_columns > sass.TENSOR_COLUMNS:
-        yield asks(facts.tensor_columns, "columns of tensor", target, sass.TENSOR_COLUMNS)
+    if facts.tensor_columns > TENSOR_COLUMNS:
+        yield asks(facts.tensor_columns, "columns of tensor", target, TENSOR_COLUMNS)
     if variant.product and not facts.matrix:
         yield (
             "multiplies without matrix instructions; use tl.dot on bfloat16, float16 or TF32, "
@@ -283,31 +286,22 @@ def load(modules: Iterable[str]) -> None:
         register()
 
 
-COLUMNS = "kernel variant config target regs spilled shared matrix blocks/SM binding".split()
+COLUMNS = "kernel variant config target registers spilled shared matrix".split()
 
 
 def table(proofs: Sequence[Proof]) -> str:
     """One line a proof.  spilled: bytes a thread; shared: bytes a block."""
-    rows = [COLUMNS, *(_cells(proof) for proof in proofs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(align([COLUMNS, *(_cells(proof) for proof in proofs)]))
 
 
 def _cells(proof: Proof) -> list[str]:
     task, facts = proof.task, proof.facts
     names = [task.kernel, task.variant, label(task.config), task.target]
     if facts is None:
-        return [*names, *"------"]
-    return [
-        *names,
-        str(facts.registers),
-        str(facts.spilled),
-        str(facts.shared),
-        " ".join(f"{n} {name}" for name, n in facts.matrix.items()) or "none",
-        f"{facts.blocks} ({facts.warps} warps; {facts.limit})",
-        ", ".join(f"{unit} {cycles:.0f}" for unit, cycles in list(facts.cycles.items())[:2]),
-    ]
+        return [*names, *"----"]
+    matrix = " ".join(f"{count} {name}" for name, count in facts.matrix.items())
+    figures = facts.registers, facts.spilled, facts.shared, matrix or "none"
+    return [*names, *map(str, figures)]
 
 
 def write(path: Path, proofs: Iterable[Proof], argv: Sequence[str]) -> None:
@@ -328,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     first, _, rest = (__doc__ or "").partition("\n\n")
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(PROGRAM, None, first, rest, formatter_class=plain)
-    known, add = list(sass.CHIPS), parser.add_argument
+    known, add = list(SHARED_BYTES), parser.add_argument
     add("--kernel", default="*", metavar="PATTERN", help="which kernels, by name")
     add("--target", nargs="+", choices=known, default=known, help="chips")
     add("--quick", action="store_true", help="one shape class a kernel, its safe configuration")

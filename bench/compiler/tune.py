@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastssl.bench.compiler.aot import label
 from fastssl.bench.record import conditions, write_line
+from fastssl.bench.report.formatting import align
 from fastssl.kernels import _tuning
 from fastssl.kernels._tuning import Clock, Config, Kernel, Variant
 
@@ -155,9 +156,7 @@ def report(timings: Sequence[Timing]) -> str:
         star, ms = "*" if id(t) in fastest else "", "-" if t.ms is None else f"{t.ms:.4f}"
         note = "" if t.status == OK else f"{t.status}: {t.why}" if t.why else t.status
         rows.append([star, t.kernel, t.variant, label(t.config), ms, note])
-    widths = [max(len(row[i]) for row in rows) for i in range(5)] + [0]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(align(rows))
 
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # kernel, architecture, class: entry

@@ -34,8 +34,9 @@ def cases(monkeypatch):
         "broken": case_of(broken, name="broken"),
     }
     monkeypatch.setattr(command, "select", lambda names: [known[n] for n in names or ["square"]])
-    ceilings = [record.Ceiling("copy", 10.0, "GB/s"), record.Ceiling("matmul float32", 0.1, "TFLOP/s")]
-    monkeypatch.setattr(command, "measure_ceilings", lambda device, dtypes: list(ceilings))
+    rates = {"copy": "GB/s", "matmul float32": "TFLOP/s", "matmul bfloat16": "TFLOP/s"}
+    ceilings = [record.Ceiling(what, 1.0, unit) for what, unit in rates.items()]
+    monkeypatch.setattr(command, "measure_ceilings", lambda device, dtypes: ceilings)
 
 
 def run(*words):
