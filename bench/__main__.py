@@ -106,6 +106,9 @@ def _finish(args: argparse.Namespace, run: Run, path: Path | None, seconds: floa
             _keep(path, kind, line)
     _keep(path, "end", {"seconds": seconds})
     print(table.summary(run))
+    unknown = sorted({*(args.rival or ())} - {row.rival for row in run.results})
+    if unknown:
+        print(f"no case measured here has a rival called {', '.join(unknown)}", file=sys.stderr)
     if args.report:
         _report(run, args.report)
     elif path:

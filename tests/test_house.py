@@ -22,7 +22,8 @@ LEVELS = [
 ]
 # Part of the same level, but a package of its own may not look into its neighbours.
 ALONE = {"data", "methods", "evaluate", "report", "engine", "losses", "models"}
-ONLY_IN = {"deepspeed": ("engine",), "timm": ("models", "engine", "export"), "nvidia": ("data",)}
+ONLY_IN = {"deepspeed": ("engine",), "nvidia": ("data",)}
+ONLY_IN["timm"] = ("models", "engine", "export", "bench")  # bench: as a rival
 TORCH_ONLY = {"kernels", "losses", "distributed", "draws", "masking"}
 STDLIB_AND_TORCH = {"torch", "triton", "fastssl", *__import__("sys").stdlib_module_names}
 

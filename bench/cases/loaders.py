@@ -1,8 +1,8 @@
-"""Who feeds a training with views: an epoch a call, from a standing start to its last batch.
+"""The loaders that the data cases time: ours, and a torch DataLoader with the usual transforms.
 
-Nobody works ahead between calls: our loader's stream ends with the epoch, and so does that of a
-DataLoader, whose workers stay (persistent_workers) and wait.  What a call returns is the views of
-its last batch, on the device that trains.
+Each is a callable.  One call loads one epoch, moves every batch to the device and returns the views
+of the last batch.  No loader prefetches between calls: ours starts its workers anew for each epoch;
+the DataLoader keeps its workers (persistent_workers), which wait for the next epoch to begin.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True)
-class Feed:
+class Setting:
     """spec: the Views to make.  batch: images in one.  workers: processes, or DALI's threads."""
 
     spec: Any
@@ -31,8 +30,8 @@ class Feed:
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def consumed(self, batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-        """Every batch brought to the device, and the last one's views."""
+    def consume(self, batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+        """Move every batch to the device, and return the views of the last one."""
         views: list[Tensor] = []
         for batch in batches:
             views = [view.to(self.device, non_blocking=True) for view in batch]
@@ -41,26 +40,31 @@ class Feed:
         return views
 
 
-class OurFeed:
-    """Epoch after epoch of our loader over `source`; by DALI or by torchvision.
+class OurLoader:
+    """Our loader over `source`, by DALI or by torchvision.
 
-    Its workers start with each epoch, which is part of the time.  On a CPU DALI's files are read by
-    this process: its threads leave no core to another.
+    Its workers start with each epoch, which is part of the time.  On a CPU this process reads the
+    files for DALI, whose threads leave no core to another process.
     """
 
-    def __init__(self, feed: Feed, source: Any, *, dali: bool) -> None:
-        self.feed, self.epoch = feed, 0
+    def __init__(self, setting: Setting, source: Any, *, dali: bool) -> None:
+        from fastssl.data.backend import Rendering
+        from fastssl.data.loader import PretrainLoader
+
+        self.setting, self.epoch = setting, 0
         rendering = None
         if dali:
-            rendering = import_module("fastssl.data.backend").Rendering(
-                device=feed.device, threads=max(feed.workers, 1), readers=int(feed.cuda)
+            rendering = Rendering(
+                device=setting.device,
+                threads=max(setting.workers, 1),
+                readers=int(setting.cuda),
             )
-        self.loader = import_module("fastssl.data.loader").PretrainLoader(
+        self.loader = PretrainLoader(
             source,
-            feed.spec,
-            batch_size=feed.batch,
+            setting.spec,
+            batch_size=setting.batch,
             seed=0,
-            workers=0 if dali else feed.workers,
+            workers=0 if dali else setting.workers,
             rendering=rendering,
         )
 
@@ -68,27 +72,30 @@ class OurFeed:
         start = self.epoch * self.loader.steps_per_epoch
         self.epoch += 1
         stream = self.loader.stream(start, start + self.loader.steps_per_epoch)
-        return self.feed.consumed(batch["views"] for batch in stream)
+        return self.setting.consume(batch["views"] for batch in stream)
 
 
-class PlainFeed:
-    """Epoch after epoch of torch's DataLoader, shuffled, with workers that stay.
+class PlainLoader:
+    """torch's DataLoader, shuffled, with workers that stay.
 
     after(batch) -> views: what is left to be done on the device.
     """
 
     def __init__(
-        self, feed: Feed, data: Dataset, after: Callable[[Tensor], Sequence[Tensor]] | None = None
+        self,
+        setting: Setting,
+        data: Dataset,
+        after: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
-        self.feed, self.after = feed, after
+        self.setting, self.after = setting, after
         self.loader = DataLoader(
             data,
-            batch_size=feed.batch,
+            batch_size=setting.batch,
             shuffle=True,
             drop_last=True,
-            num_workers=feed.workers,
-            persistent_workers=feed.workers > 0,
-            pin_memory=feed.cuda,
+            num_workers=setting.workers,
+            persistent_workers=setting.workers > 0,
+            pin_memory=setting.cuda,
         )
 
     def __call__(self, *_: Tensor) -> list[Tensor]:
@@ -96,9 +103,9 @@ class PlainFeed:
             warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
             batches = iter(self.loader)
         if self.after is None:
-            return self.feed.consumed(batches)
-        moved = (batch.to(self.feed.device, non_blocking=True) for batch in batches)
-        return self.feed.consumed(map(self.after, moved))
+            return self.setting.consume(batches)
+        moved = (batch.to(self.setting.device, non_blocking=True) for batch in batches)
+        return self.setting.consume(map(self.after, moved))
 
 
 class Pictures(Dataset):
@@ -111,9 +118,11 @@ class Pictures(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Any:
+        from PIL import Image
+
         image = self.images[i]
-        if not hasattr(image, "mode"):
-            with import_module("PIL.Image").open(image) as file:
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as file:
                 image = file.convert("RGB")
         return self.transform(image)
 
@@ -125,11 +134,12 @@ class PillowBlur:
         self.sigma = sigma
 
     def __call__(self, image: Any) -> Any:
-        sigma = float(torch.empty(()).uniform_(*self.sigma))
-        return image.filter(import_module("PIL.ImageFilter").GaussianBlur(sigma))
+        from PIL.ImageFilter import GaussianBlur
+
+        return image.filter(GaussianBlur(float(torch.empty(()).uniform_(*self.sigma))))
 
 
-class Ordinary:
+class TorchvisionViews:
     """The views of `spec` by torchvision.transforms.v2 on Pillow images, as authors' code has them.
 
     Pillow images are the fastest form there: a crop reads what it needs, and the blur is Pillow's,
@@ -137,7 +147,8 @@ class Ordinary:
     """
 
     def __init__(self, spec: Any, *, pillow_blur: bool = True) -> None:
-        v2 = import_module("torchvision.transforms.v2")
+        from torchvision.transforms import v2
+
         finish = [
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
@@ -156,29 +167,30 @@ def _operations(v2: Any, view: Any, pillow_blur: bool) -> list[Any]:
     if view.crop_scale == (1.0, 1.0):
         return [v2.Resize(view.size, mode), v2.CenterCrop(view.size)]
     scale, ratio = view.crop_scale, view.crop_ratio
-    found = [v2.RandomResizedCrop(view.size, scale, ratio, interpolation=mode)]
+    operations = [v2.RandomResizedCrop(view.size, scale, ratio, interpolation=mode)]
     if view.flip:
-        found.append(v2.RandomHorizontalFlip(view.flip))
+        operations.append(v2.RandomHorizontalFlip(view.flip))
     if view.jitter:
         jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-        found.append(v2.RandomApply([jitter], view.jitter))
+        operations.append(v2.RandomApply([jitter], view.jitter))
     if view.grayscale:
-        found.append(v2.RandomGrayscale(view.grayscale))
+        operations.append(v2.RandomGrayscale(view.grayscale))
     if view.blur:
         blur: Any = PillowBlur(view.blur_sigma)
         if not pillow_blur:
             blur = v2.GaussianBlur(view.size // 20 * 2 + 1, view.blur_sigma)
-        found.append(v2.RandomApply([blur], view.blur))
+        operations.append(v2.RandomApply([blur], view.blur))
     if view.solarise:
-        found.append(v2.RandomSolarize(255 * view.solarise_threshold, view.solarise))
-    return found
+        operations.append(v2.RandomSolarize(255 * view.solarise_threshold, view.solarise))
+    return operations
 
 
 class KorniaViews:
     """The views of `spec` by kornia on a batch (B, 3, H, W) uint8, where that is: on the GPU."""
 
     def __init__(self, spec: Any, device: torch.device) -> None:
-        K = import_module("kornia.augmentation")
+        import kornia.augmentation as K
+
         self.views = [_kornia(K, view, spec).to(device) for view in spec.crops]
 
     @torch.no_grad()
@@ -189,21 +201,21 @@ class KorniaViews:
 
 def _kornia(K: Any, view: Any, spec: Any) -> nn.Sequential:
     size, mode = (view.size, view.size), view.interpolation
-    found: list[nn.Module] = [
+    operations: list[nn.Module] = [
         K.RandomResizedCrop(size, view.crop_scale, view.crop_ratio, resample=mode),
         nn.Hardtanh(0.0, 1.0),  # bicubic overshoots
     ]
     if view.flip:
-        found.append(K.RandomHorizontalFlip(view.flip))
+        operations.append(K.RandomHorizontalFlip(view.flip))
     if view.jitter:
         strength = (view.brightness, view.contrast, view.saturation, view.hue)
-        found.append(K.ColorJitter(*strength, p=view.jitter))
+        operations.append(K.ColorJitter(*strength, p=view.jitter))
     if view.grayscale:
-        found.append(K.RandomGrayscale(p=view.grayscale))
+        operations.append(K.RandomGrayscale(p=view.grayscale))
     if view.blur:
         taps = 2 * round(3 * view.blur_sigma[1]) + 1
-        found.append(K.RandomGaussianBlur((taps, taps), view.blur_sigma, p=view.blur))
+        operations.append(K.RandomGaussianBlur((taps, taps), view.blur_sigma, p=view.blur))
     if view.solarise:
-        found.append(K.RandomSolarize(view.solarise_threshold, 0.0, p=view.solarise))
+        operations.append(K.RandomSolarize(view.solarise_threshold, 0.0, p=view.solarise))
     mean, std = (torch.tensor(values) for values in (spec.mean, spec.std))
-    return nn.Sequential(*found, K.Normalize(mean, std))
+    return nn.Sequential(*operations, K.Normalize(mean, std))

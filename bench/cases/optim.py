@@ -1,4 +1,4 @@
-"""One optimiser step on the parameters of a vision transformer of width W and depth L.
+"""One optimizer step on the parameters of a vision transformer of width W and depth L.
 
 Parameters and gradients are float32.  Weights decay and adapt; norms, biases, the class token and
 positions do neither.  Every call steps further with the gradients it is given, so the gate computes
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -57,9 +56,9 @@ def _plain(name: str) -> bool:
 
 
 class _Stepped:
-    """A model's parameters under an optimiser; a call sets their gradients and steps.
+    """A model's parameters under an optimizer; a call sets their gradients and steps.
 
-    make(model) -> the optimiser.  It returns the parameters, and counts its steps.
+    make(model) -> the optimizer.  It returns the parameters, and counts its steps.
     """
 
     def __init__(self, start: dict[str, Tensor], make: Callable[[nn.Module], Any]) -> None:
@@ -147,9 +146,9 @@ def adamw_rule(w: Tensor, g: Tensor, state: list[Tensor], step: int, adapts: boo
 
 @dataclass(frozen=True)
 class _Step:
-    """An optimiser's step: its rule, what it costs an element in flops, tensors of state it keeps.
+    """An optimizer's step: its rule, what it costs an element in flops, tensors of state it keeps.
 
-    rivals: by name, (module, what makes the optimiser from the module and parameter groups[,
+    rivals: by name, (module, what makes the optimizer from the module and parameter groups[,
     remedy where the module is not installed]).
     """
 
@@ -183,9 +182,10 @@ def _problem(shape: Shape, device: torch.device, step: _Step) -> Problem:
 
 
 def _ours(options: dict[str, Any], model: nn.Module) -> Any:
-    """The optimiser as the engine builds it."""
-    optim: Any = import_module("fastssl.engine.optim")
-    return optim.build_optimizer(model, optim.OptimConfig(lr=_LR, weight_decay=_DECAY, **options))
+    """The optimizer as the engine builds it."""
+    from fastssl.engine.optim import OptimConfig, build_optimizer
+
+    return build_optimizer(model, OptimConfig(lr=_LR, weight_decay=_DECAY, **options))
 
 
 def _theirs(start: dict[str, Tensor], build: Callable[[Any, list], Any], module: Any) -> Rival:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from random import Random
 
@@ -32,7 +31,8 @@ def height(width: int) -> int:
 @cache
 def folder(count: int, width: int) -> Path:
     """A folder with `count` JPEG files of width x height(width) pixels, quality 92."""
-    Image = import_module("PIL.Image")
+    from PIL import Image
+
     sources = [Image.fromarray(x) for x in _samples()]
     out = Path(_room().name) / f"{count}-of-{width}"
     out.mkdir()
@@ -46,17 +46,19 @@ def folder(count: int, width: int) -> Path:
 @cache
 def shards(count: int, width: int) -> Path:
     """The same files as WebDataset shards, in a folder."""
-    pack = import_module("fastssl.data.pack")
-    scan = import_module("fastssl.data.sources.folder").scan_folder
+    from fastssl.data import pack
+    from fastssl.data.sources.folder import scan_folder
+
     out = Path(_room().name) / f"{count}-of-{width}-packed"
-    pack.pack(scan(folder(count, width)), out, pack.PackOptions(check=False))
+    pack.pack(scan_folder(folder(count, width)), out, pack.PackOptions(check=False))
     return out
 
 
 @cache
 def pixels(count: int, width: int) -> Tensor:
     """The same photos decoded: (count, 3, height, width) uint8."""
-    decode = import_module("fastssl.data.images").decode
+    from fastssl.data.images import decode
+
     return torch.stack([decode(path, path.name) for path in files(count, width)])
 
 
@@ -77,15 +79,18 @@ def _room() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _samples() -> list:
-    return import_module("sklearn.datasets").load_sample_images().images
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images
 
 
 def _cut(photo, rng: Random):
     """0.6 to 1 of the largest part of a photo that is 4 : 3, anywhere in it, perhaps mirrored."""
+    from PIL.Image import Transpose
+
     most = min(photo.width, photo.height * 4 // 3)
     wide = int(most * (0.6 + 0.4 * rng.random()))
     high = height(wide)
     left, top = (int(rng.random() * room) for room in (photo.width - wide, photo.height - high))
     cut = photo.crop((left, top, left + wide, top + high))
-    Transpose = import_module("PIL.Image").Transpose
     return cut.transpose(Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut

@@ -2,7 +2,7 @@
 
     python -m fastssl.bench.precision
 
-Three ways to the same loss of the same bfloat16 views: standardised rows in float32 (any device but
+Three ways to the same loss of the same bfloat16 views: standardized rows in float32 (any device but
 CUDA), rows rounded to bfloat16 and summed in float32 (CUDA), and the authors' code under autocast,
 which rounds the correlation too.  Inputs: random; of rank 16; trained (a linear encoder after 300
 steps on noisy pairs, where correlations are down to the noise of the batch); and orthogonal, the
@@ -40,7 +40,7 @@ def _inputs(kind: str, N: int, D: int) -> tuple[Tensor, Tensor]:
 
 def _trained(N: int, D: int, steps: int = 300) -> tuple[Tensor, Tensor]:
     encoder = torch.nn.Linear(512, D)
-    optimiser = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     mixing = torch.randn(64, 512) / 8  # pairs differ in all 512 directions, and share 64
 
     def pair() -> list[Tensor]:
@@ -48,9 +48,9 @@ def _trained(N: int, D: int, steps: int = 300) -> tuple[Tensor, Tensor]:
         return [encoder(x + 0.3 * torch.randn(N, 512)) for _ in range(2)]
 
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         BarlowTwinsLoss()(*pair()).backward()
-        optimiser.step()
+        optimizer.step()
     first, second = (z.detach().bfloat16() for z in pair())
     return first, second
 

@@ -105,7 +105,7 @@ def weighed(rivals: Rivals) -> Rivals:
     """The same rivals, whose result has the last input as its gradient.
 
     The clock differentiates a sum, whose gradient is the same everywhere: it takes no memory to
-    read, and standardised columns turn it into zero.  A loss weighs every element.
+    read, and standardized columns turn it into zero.  A loss weighs every element.
     """
     return {
         name: rival if isinstance(rival, Absent) else partial(_weighed, rival)

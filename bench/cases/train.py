@@ -2,7 +2,7 @@
 
 B images of S pixels a side; a ViT of patches of P pixels, width W and depth L, with its method's
 head or decoder (the paper's sizes from W = 384 on, smaller ones below).  Everybody has the same
-modules, start and optimiser; they differ in the loss, in what becomes of hidden patches, and in who
+modules, start and optimizer; they differ in the loss, in what becomes of hidden patches, and in who
 runs the step:
 
     fastssl           the method in a plain loop; in 16 bits under autocast
@@ -14,7 +14,7 @@ runs the step:
 
 Floors: the products of blocks, patch embedding and head, three times the forward's (twice for the
 patch embedding, whose input needs no gradient), and the loss's; the images read, and every matrix
-of the encoder with its optimiser's state read and written, in float32.
+of the encoder with its optimizer's state read and written, in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -148,17 +147,21 @@ def _written(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Re
 
 def _method(shape: Shape, recipe: _Recipe, device: torch.device) -> Any:
     """The method with its encoder, from the same start whoever asks."""
-    methods, models = (import_module("fastssl." + name) for name in ("methods", "models"))
-    config = import_module("pydantic").TypeAdapter(methods.AnyMethodConfig)
+    from pydantic import TypeAdapter
+
+    from fastssl.methods import AnyMethodConfig, build_method
+    from fastssl.models import build_backbone
+
+    config: Any = TypeAdapter(AnyMethodConfig)
     size = {"embed_dim": shape["W"], "depth": shape["L"], "num_heads": max(1, shape["W"] // 64)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = models.build_backbone(
+        encoder = build_backbone(
             "vit_small_patch16_224",
             shape=(3, shape["S"], shape["S"]),
             kwargs={"patch_size": shape["P"], **size},
         )
-        method = methods.build_method(encoder, config.validate_python(recipe.config))
+        method = build_method(encoder, config.validate_python(recipe.config))
     return method.to(device)
 
 
@@ -330,8 +333,9 @@ def _mae(shape: Shape) -> _Recipe:
     )
 
 
-def _mae_lightly(lightly: Any, method: Any) -> tuple[nn.Module, Any]:
-    for name in ("lightly.models.modules", "lightly.models.utils"):
-        import_module(name)
+def _mae_lightly(_: Any, method: Any) -> tuple[nn.Module, Any]:
+    import lightly.models.modules
+    import lightly.models.utils
+
     model = MAELightly(lightly, method)
     return model, model

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -37,18 +36,17 @@ def batch_of(inputs: tuple[Tensor, ...]) -> dict[str, Any]:
     return {"views": views, "index": seeds, "seeds": seeds}
 
 
-def _optim() -> Any:
-    return import_module("fastssl.engine.optim")
-
-
 def _optimizer(model: nn.Module, options: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The engine's optimiser, and in float64, which its LARS has not, timm's of that name."""
-    cfg = _optim().OptimConfig(**options)
+    """The engine's optimizer, and in float64, which its LARS has not, timm's of that name."""
+    from fastssl.engine.optim import OptimConfig, build_optimizer, parameter_groups
+
+    cfg = OptimConfig(**options)
     if dtype != torch.float64:
-        return _optim().build_optimizer(model, cfg)
-    groups = _optim().parameter_groups(model, cfg.weight_decay)
-    timm: Any = import_module("timm.optim")
-    return timm.create_optimizer_v2(groups, cfg.name, lr=cfg.lr, **cfg.options())
+        return build_optimizer(model, cfg)
+    from timm.optim import create_optimizer_v2
+
+    groups = parameter_groups(model, cfg.weight_decay)
+    return create_optimizer_v2(groups, cfg.name, lr=cfg.lr, **cfg.options())
 
 
 class Loop:
@@ -88,9 +86,10 @@ class _World:
 
     @classmethod
     def enter(cls, device: torch.device) -> None:
+        from fastssl.engine.launch import session
+
         if cls.users == 0:
-            launch: Any = import_module("fastssl.engine.launch")
-            cls.stack.enter_context(launch.session(device.type))
+            cls.stack.enter_context(session(device.type))
         cls.users += 1
 
     @classmethod
@@ -106,15 +105,17 @@ class UnderEngine:
     def __init__(
         self, method: Any, optim: dict[str, Any], dtype: torch.dtype, batch_size: int
     ) -> None:
+        from fastssl.engine.config import EngineConfig
+        from fastssl.engine.engine import Engine
+        from fastssl.engine.optim import OptimConfig
+
         device = next(method.parameters()).device
         _World.enter(device)
         self._end = weakref.finalize(self, _World.leave)
-        engine: Any = import_module("fastssl.engine.engine")
-        config: Any = import_module("fastssl.engine.config")
-        cfg = config.EngineConfig(precision="bf16" if dtype == torch.bfloat16 else "fp32")
+        cfg = EngineConfig(precision="bf16" if dtype == torch.bfloat16 else "fp32")
         self.lr, self.steps = optim["lr"], 0
-        chosen = _optim().OptimConfig(**optim)
-        self.engine = engine.Engine(method, chosen, cfg, device=device, batch_size=batch_size)
+        chosen = OptimConfig(**optim)
+        self.engine = Engine(method, chosen, cfg, device=device, batch_size=batch_size)
         self.start = self.weights()
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A crew of processes that compute one loss together, step after step, as ranks of a group.
+"""Processes that compute one loss together, step after step, as ranks of a process group.
 
 Each rank holds its own rows; `step()` has them all compute value and gradient once, and returns
 when the last one is done.  gloo on a CPU (one thread a rank), nccl with a GPU a rank.
@@ -23,10 +23,10 @@ Loss = Callable[..., Tensor]
 PATIENCE_S = 300.0
 
 
-class Crew:
+class RankPool:
     """W ranks; `build()` gives each its loss, `rows[i][r]` is argument i of rank r.
 
-    `build` must be importable by its name.  The processes end with the crew.
+    `build` must be importable by its name.  The processes end with the pool.
     Raises RuntimeError with a rank's traceback when one fails.
     """
 
@@ -94,7 +94,7 @@ def _rank(
 ) -> None:
     try:
         _work(pipe, place, build, rows)
-    except (EOFError, BrokenPipeError):  # the crew is closed
+    except (EOFError, BrokenPipeError):  # the pool is closed
         return
     except Exception:
         pipe.send(traceback.format_exc())

@@ -187,7 +187,18 @@ def exit_code(changes: Iterable[Change]) -> int:
 def compare_files(path_a: Path | str, path_b: Path | str) -> tuple[str, int]:
     """The report on two records (JSON lines) and the exit code.
 
-    Raises ValueError for a file that is no record, OSError for one that cannot be read.
+    Raises ValueError for a file that is no record and for two that have no measurement in common,
+    OSError for one that cannot be read.
     """
-    changes = compare(read(Path(path_a)), read(Path(path_b)))
+    a, b = read(Path(path_a)), read(Path(path_b))
+    if not _by_key(a.results).keys() & _by_key(b.results).keys():
+        held = (", ".join(dict.fromkeys(row.case for row in run.results)) for run in (a, b))
+        raise ValueError(
+            "nothing to compare: no case was measured at the same shape and dtype in both records; "
+            + "; ".join(
+                f"{path} has {names or 'none'}"
+                for path, names in zip((path_a, path_b), held, strict=True)
+            )
+        )
+    changes = compare(a, b)
     return report(changes), exit_code(changes)

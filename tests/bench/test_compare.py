@@ -153,3 +153,11 @@ def test_files(tmp_path):
     (tmp_path / "b").write_text("{}")
     with pytest.raises(ValueError, match="line 1: not a benchmark record"):
         compare_files(tmp_path / "a", tmp_path / "b")
+
+
+def test_records_that_share_no_measurement_are_refused(tmp_path):
+    """Fault 26: "No regression." and exit code 0, where nothing had been compared."""
+    write(tmp_path / "a", sample.run(results=[row()]))
+    write(tmp_path / "b", sample.run(results=[row(case="other"), row(shape={"N": 9})]))
+    with pytest.raises(ValueError, match=r"nothing to compare: .*a has case; .*b has other, case"):
+        compare_files(tmp_path / "a", tmp_path / "b")

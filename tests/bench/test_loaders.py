@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastssl.bench.cases import loaders, photos
-from fastssl.bench.cases.loaders import Feed, Ordinary, OurFeed, Pictures, PlainFeed
+from fastssl.bench.cases.loaders import OurLoader, Pictures, PlainLoader, Setting, TorchvisionViews
 from fastssl.bench.registry import OURS, Absent, all_cases
 from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.webdataset import WebDatasetSource
@@ -62,7 +62,7 @@ class Counted(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nobody_works_ahead_of_an_epoch(workers, tmp_path):
     log = tmp_path / "read"
-    feed = PlainFeed(Feed(preset("mae", 40), 4, workers, CPU), Counted(log))
+    feed = PlainLoader(Setting(preset("mae", 40), 4, workers, CPU), Counted(log))
     for epoch in (1, 2):
         (last,) = feed()
         assert last.shape == (4, 1)
@@ -73,7 +73,7 @@ def test_nobody_works_ahead_of_an_epoch(workers, tmp_path):
 @pytest.mark.parametrize("dali", [False, True])
 def test_ours_goes_on_from_epoch_to_epoch(dali):
     (source,) = scan_folder(photos.folder(12, 80))
-    feed = OurFeed(Feed(preset("mae", 40), 4, 0, CPU), source, dali=dali)
+    feed = OurLoader(Setting(preset("mae", 40), 4, 0, CPU), source, dali=dali)
     first, second = feed(), feed()
     assert first[0].shape == second[0].shape == (4, 3, 40, 40)
     assert not torch.equal(first[0], second[0])
@@ -83,13 +83,13 @@ def test_ours_goes_on_from_epoch_to_epoch(dali):
 def test_ordinary_views_follow_the_spec(name):
     spec = preset(name, 40)
     torch.manual_seed(0)
-    views = Pictures(photos.files(12, 80), Ordinary(spec))[3]
+    views = Pictures(photos.files(12, 80), TorchvisionViews(spec))[3]
     assert [v.shape for v in views] == [(3, s.size, s.size) for s in spec.crops]
-    names = [type(op).__name__ for op in Ordinary(preset("dino", 64)).views[1].transforms]
+    names = [type(op).__name__ for op in TorchvisionViews(preset("dino", 64)).views[1].transforms]
     wanted = ["RandomResizedCrop", "RandomHorizontalFlip", "RandomApply", "RandomGrayscale"]
     wanted += ["RandomApply", "RandomSolarize", "ToImage", "ToDtype", "Normalize"]
     assert names == wanted
-    slow = Ordinary(preset("simclr", 224), pillow_blur=False).views[0].transforms[4]
+    slow = TorchvisionViews(preset("simclr", 224), pillow_blur=False).views[0].transforms[4]
     assert tuple(slow.transforms[0].kernel_size) == (23, 23)
 
 

@@ -75,6 +75,8 @@ def test_a_named_rival_is_there_even_in_a_quick_run(cases, tmp_path, capsys):
     path = tmp_path / "run.jsonl"
     assert run("--quick", "--rival", "compile", "--json", str(path)) == 0
     assert [r.rival for r in record.read(path).results] == [OURS, REFERENCE, "compile"]
+    assert run("--quick", "--rival", "lightli") == 0  # fault 26's kin: a misspelled rival
+    assert capsys.readouterr().err.endswith("has a rival called lightli\n")
 
 
 def test_a_sweep_is_fitted(cases, tmp_path, capsys):
