@@ -21,7 +21,7 @@ from fastssl.bench.measure.run import Settings, plan, run_case
 from fastssl.bench.record import Ceiling, Run
 from fastssl.bench.registry import OURS, SIZES, Case, select
 from fastssl.bench.report import compare, table
-from fastssl.bench.report.published import quoted
+from fastssl.bench.report.published import quote
 from fastssl.bench.report.scaling import fits
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace, cases: Sequence[Case], command: Sequence[str]
 def _finish(args: argparse.Namespace, run: Run, path: Path | None, seconds: float) -> int:
     names = {row.case for row in run.results}
     run.fits.extend(fits(run.results))
-    run.published.extend(quoted(names))
+    run.published.extend(quote(names))
     run = Run(**{**vars(run), "seconds": seconds})
     for kind, lines in (("fit", run.fits), ("published", run.published)):
         for line in lines:

@@ -228,13 +228,13 @@ def _with_line(run: Run | None, kind: str, fields: dict[str, Any]) -> Run:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _cpu_name() -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastssl.bench.cases.rivals import Late, Rivals, installed, library, nbytes
+from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library, nbytes
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -120,7 +120,7 @@ def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     smooth = F.interpolate(coarse, size=(S, S), mode="bicubic").clamp(0, 1)
     pixels = (255 * smooth).to(torch.uint8)
     rivals: Rivals = {OURS: Absent("pip install 'fastssl[train]'")}
-    if installed("pydantic", "numpy", "torchvision"):
+    if has_packages("pydantic", "numpy", "torchvision"):
         rivals[OURS] = Late(lambda: _ours(pixels, V))
     v2 = library("torchvision.transforms.v2", lambda m: _torchvision(m, pixels, V))
     rivals[REFERENCE] = v2

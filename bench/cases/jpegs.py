@@ -29,7 +29,7 @@ import torch
 from fastssl.bench.cases import loaders, photos
 from fastssl.bench.cases.data import looks_right
 from fastssl.bench.cases.loaders import OurLoader, PlainLoader, Setting
-from fastssl.bench.cases.rivals import Late, Rivals, installed, library
+from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, Sweep, case
 
 _DALI = "pip install 'fastssl[dali]'"
@@ -78,7 +78,7 @@ def _problem(kind: _Kind, shape: Shape, device: torch.device, origin: str = "fol
     The others read "arrays" too where ours does, and the folder in place of shards.
     """
     missing = Absent("pip install 'fastssl[train]' scikit-learn")
-    if not installed("pydantic", "torchvision", *photos.NEEDS):
+    if not has_packages("pydantic", "torchvision", *photos.NEEDS):
         none: Rivals = dict.fromkeys((OURS, REFERENCE), missing)
         return Problem((torch.empty(1),), none, bytes_moved={"run": 1.0})
     spec = _spec(kind, shape)
@@ -92,7 +92,7 @@ def _problem(kind: _Kind, shape: Shape, device: torch.device, origin: str = "fol
         rivals=_rivals(kind, shape, device, origin),
         bytes_moved={"run": read + 4.0 * count * made},
         items=(count, "images"),
-        check=_checked(shape, [view.size for view in spec.crops]),
+        check=_make_check(shape, [view.size for view in spec.crops]),
         rotate=False,
         own_memory=False,
     )
@@ -180,7 +180,7 @@ def _pictures(shape: Shape, origin: str) -> list[Any]:
     return [to_pil_image(image) for image in photos.pixels(shape["N"], shape["W"])]
 
 
-def _checked(shape: Shape, sides: list[int]) -> Callable[[str, Any], str]:
+def _make_check(shape: Shape, sides: list[int]) -> Callable[[str, Any], str]:
     """The check of `looks_right`, which learns what the photos are like when it is first asked."""
     asked: list[Callable[[str, Any], str]] = []
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.bench.cases.rivals import by_implementation, nbytes, weighed
+from fastssl.bench.cases.rivals import by_implementation, nbytes, weigh
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Outputs, Problem, Rival, Shape, Sweep, case
 from fastssl.kernels import (
@@ -187,7 +187,7 @@ def standardised(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
     rivals = by_implementation("standardise", _standardise, device)
     return Problem(
         inputs=(z, w),
-        rivals=weighed(rivals),
+        rivals=weigh(rivals),
         flops={"fwd": 5.0 * z.numel(), "bwd": 7.0 * z.numel()},
         bytes_moved={"fwd": 2 * nbytes(z), "bwd": 3 * nbytes(z)},
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.bench.cases.rivals import Late, Rivals, installed, library
+from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, case
 
@@ -164,12 +164,12 @@ def _problem(shape: Shape, device: torch.device, step: _Step) -> Problem:
     start = {name: 0.1 * torch.randn(size, device=device) for name, size in sizes.items()}
     grads = tuple(0.01 * torch.randn(size, device=device) for size in sizes.values())
     rivals: Rivals = {OURS: Absent("pip install 'fastssl[train]'")}
-    if installed("timm", "pydantic"):
+    if has_packages("timm", "pydantic"):
         rivals[OURS] = Late(lambda: _Stepped(start, partial(_ours, step.ours)))
     rivals[REFERENCE] = Late(lambda: _AsWritten(step.rule, start))
     for name, (module, build, *remedy) in step.rivals.items():
-        found = library(module, partial(_theirs, start, build))
-        rivals[name] = Absent(*remedy) if remedy and isinstance(found, Absent) else found
+        rival = library(module, partial(_theirs, start, build))
+        rivals[name] = Absent(*remedy) if remedy and isinstance(rival, Absent) else rival
     count = sum(g.numel() for g in grads)
     return Problem(
         inputs=grads,

@@ -33,12 +33,12 @@ def _inputs(kind: str, N: int, D: int) -> tuple[Tensor, Tensor]:
         side = max(N, D)
         x = torch.linalg.qr(torch.randn(side, side)).Q[:N, :D] * N**0.5
     elif kind == "trained":
-        return _trained(N, D)
+        return _train(N, D)
     first, second = (x + noise * torch.randn(N, D) for _ in range(2))
     return first.bfloat16(), second.bfloat16()
 
 
-def _trained(N: int, D: int, steps: int = 300) -> tuple[Tensor, Tensor]:
+def _train(N: int, D: int, steps: int = 300) -> tuple[Tensor, Tensor]:
     encoder = torch.nn.Linear(512, D)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     mixing = torch.randn(64, 512) / 8  # pairs differ in all 512 directions, and share 64
@@ -55,12 +55,12 @@ def _trained(N: int, D: int, steps: int = 300) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _rounded(z_a: Tensor, z_b: Tensor) -> Tensor:
+def _rows_in_bfloat16(z_a: Tensor, z_b: Tensor) -> Tensor:
     """By rows in bfloat16."""
     loss = BarlowTwinsLoss()
     a, b = (standardise(z, eps=loss.eps) for z in (z_a, z_b))
-    found = cross_correlation(a, b)
-    return loss._from(found.diagonal, found.off_diagonal_sq, len(a))
+    correlation = cross_correlation(a, b)
+    return loss._from(correlation.diagonal, correlation.off_diagonal_sq, len(a))
 
 
 def _autocast(z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def _autocast(z_a: Tensor, z_b: Tensor) -> Tensor:
 def _step(loss, views: tuple[Tensor, ...]) -> tuple[float, Tensor]:
     leaves = [z.clone().requires_grad_() for z in views]
     value = loss(*leaves)
-    found = torch.autograd.grad(value, leaves)
-    return value.item(), torch.cat([g.flatten().double() for g in found])
+    gradients = torch.autograd.grad(value, leaves)
+    return value.item(), torch.cat([g.flatten().double() for g in gradients])
 
 
 def main() -> None:
@@ -83,14 +83,18 @@ def main() -> None:
             torch.manual_seed(0)
             views = _inputs(kind, N, D)
             value, truth = _step(BarlowTwinsLoss(), tuple(z.double() for z in views))
-            ways = {"float32": BarlowTwinsLoss(), "bfloat16": _rounded, "autocast": _autocast}
+            ways = {
+                "float32": BarlowTwinsLoss(),
+                "bfloat16": _rows_in_bfloat16,
+                "autocast": _autocast,
+            }
             for name, loss in ways.items():
-                given = views if name != "autocast" else tuple(z.float() for z in views)
-                found, grad = _step(loss, given)
+                inputs = views if name != "autocast" else tuple(z.float() for z in views)
+                rounded, grad = _step(loss, inputs)
                 error = ((grad - truth).norm() / truth.norm()).item()
                 cosine = 1 - F.cosine_similarity(grad, truth, 0).item()
                 print(
-                    f"| {N} x {D} | {kind} | {name} | {abs(found / value - 1):.0e} "
+                    f"| {N} x {D} | {kind} | {name} | {abs(rounded / value - 1):.0e} "
                     f"| {error:.0e} | {cosine:.0e} |"
                 )
 

@@ -48,17 +48,17 @@ def library(
     >>> library("no_such_package", lambda module: module.loss)
     Absent(why="pip install 'fastssl[rivals]'")
     """
-    if not installed(module):
+    if not has_packages(module):
         return Absent(remedy)
     return Late(lambda: build(import_module(module)))
 
 
-def installed(*modules: str) -> bool:
+def has_packages(*modules: str) -> bool:
     """Whether the packages of all these modules are there; imports none of them."""
     return all(find_spec(module.partition(".")[0]) is not None for module in modules)
 
 
-def compiled(reference: Rival) -> Rival:
+def compile_late(reference: Rival) -> Rival:
     """torch.compile of `reference`, for the one shape it is called with; no graph break allowed.
 
     torch counts what it compiles by function and gives up after a few shapes of one: what was
@@ -74,7 +74,7 @@ def compiled(reference: Rival) -> Rival:
 
 def beside(ours: Rival | Absent, reference: Rival) -> Rivals:
     """What every case has: ours, the formula as written, and that compiled."""
-    return {OURS: ours, REFERENCE: reference, "compile": compiled(reference)}
+    return {OURS: ours, REFERENCE: reference, "compile": compile_late(reference)}
 
 
 def by_implementation(primitive: str, call: Callable[..., Outputs], device: torch.device) -> Rivals:
@@ -101,19 +101,19 @@ class _Upstream(torch.autograd.Function):
         return ctx.saved_tensors[0], None
 
 
-def weighed(rivals: Rivals) -> Rivals:
+def weigh(rivals: Rivals) -> Rivals:
     """The same rivals, whose result has the last input as its gradient.
 
     The clock differentiates a sum, whose gradient is the same everywhere: it takes no memory to
     read, and standardized columns turn it into zero.  A loss weighs every element.
     """
     return {
-        name: rival if isinstance(rival, Absent) else partial(_weighed, rival)
+        name: rival if isinstance(rival, Absent) else partial(_weigh_one, rival)
         for name, rival in rivals.items()
     }
 
 
-def _weighed(rival: Rival, *inputs: Tensor) -> Outputs:
+def _weigh_one(rival: Rival, *inputs: Tensor) -> Outputs:
     out: Any = rival(*inputs[:-1])
     return _Upstream.apply(out, inputs[-1].to(out.dtype))  # type: ignore[return-value]
 

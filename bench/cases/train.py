@@ -29,14 +29,14 @@ from torch import Tensor, nn
 
 from fastssl.bench.cases.correlation import barlow_reference
 from fastssl.bench.cases.losses import ntxent_reference
-from fastssl.bench.cases.rivals import Late, Rivals, compiled, installed, library, nbytes
+from fastssl.bench.cases.rivals import Late, Rivals, compile_late, has_packages, library, nbytes
 from fastssl.bench.cases.trainers import (
     Loop,
     MAELightly,
     UnderEngine,
     Weights,
-    batch_of,
     mae_reference,
+    make_batch,
 )
 from fastssl.bench.measure.gate import SLACK_OURS
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
@@ -101,24 +101,26 @@ def _problem(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Re
         flops={"run": recipe.flops},
         bytes_moved={"run": nbytes(*views) + 8.0 * matrices * (1 + state)},
         items=(shape["B"], "images"),
-        check=_same_step(rivals, lambda wide: _written(shape, wide, device, recipe), inputs, dtype),
+        check=_same_step(
+            rivals, lambda wide: _reference_loop(shape, wide, device, recipe), inputs, dtype
+        ),
     )
 
 
 def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Recipe) -> Rivals:
-    if not installed("timm", "pydantic"):
+    if not has_packages("timm", "pydantic"):
         missing = Absent("pip install 'fastssl[train]'")
         return dict.fromkeys((OURS, OURS + " engine", REFERENCE, "compile", "lightly"), missing)
     new = partial(_method, shape, recipe, device)
 
     def ours() -> Loop:
         method = new()
-        forward = lambda *inputs: method(batch_of(inputs))["loss"]  # noqa: E731
+        forward = lambda *inputs: method(make_batch(inputs))["loss"]  # noqa: E731
         return Loop(method, method.encoder, forward, recipe.optim, dtype)
 
     def compile_it() -> Loop:
         method = new()
-        forward = compiled(recipe.reference(method))
+        forward = compile_late(recipe.reference(method))
         return Loop(method, method.encoder, forward, recipe.optim, dtype)  # type: ignore[arg-type]
 
     def lightly(module: Any) -> Loop:
@@ -127,18 +129,20 @@ def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Rec
         return Loop(model, method.encoder, forward, recipe.optim, dtype)
 
     engine: Any = Absent("pip install 'fastssl[train]'")
-    if installed("deepspeed"):
+    if has_packages("deepspeed"):
         engine = Late(lambda: UnderEngine(new(), recipe.optim, dtype, shape["B"]))
     return {
         OURS: Late(ours),
         OURS + " engine": engine,
-        REFERENCE: Late(lambda: _written(shape, dtype, device, recipe)),
+        REFERENCE: Late(lambda: _reference_loop(shape, dtype, device, recipe)),
         "compile": Late(compile_it),
         "lightly": library(recipe.lightly[0], lightly),
     }
 
 
-def _written(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Recipe) -> Loop:
+def _reference_loop(
+    shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Recipe
+) -> Loop:
     """The plain loop over the formula as written; in float64 all of it is."""
     method = _method(shape, recipe, device)
     method = method.double() if dtype == torch.float64 else method

@@ -22,7 +22,7 @@ from fastssl.masking import random_masking
 Weights = dict[str, Tensor]
 
 
-def watched(state: Weights) -> Weights:
+def copy_watched(state: Weights) -> Weights:
     """The first and the last weights of a ViT, as float64 copies."""
     last = max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     first = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
@@ -30,7 +30,7 @@ def watched(state: Weights) -> Weights:
     return {name: state[name].detach().double().clone() for name in names}
 
 
-def batch_of(inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+def make_batch(inputs: tuple[Tensor, ...]) -> dict[str, Any]:
     """The batch that a method reads."""
     *views, seeds = inputs
     return {"views": views, "index": seeds, "seeds": seeds}
@@ -76,7 +76,7 @@ class Loop:
 
     def weights(self) -> Weights:
         """The watched weights as they are now."""
-        return watched(self.encoder.state_dict())
+        return copy_watched(self.encoder.state_dict())
 
 
 class _World:
@@ -119,13 +119,13 @@ class UnderEngine:
         self.start = self.weights()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        step = self.engine.step(batch_of(inputs), self.lr)
+        step = self.engine.step(make_batch(inputs), self.lr)
         self.steps += 1
         return step.metrics["loss"]
 
     def weights(self) -> Weights:
         """The watched weights' float32 masters as they are now."""
-        return watched(self.engine.encoder_state())
+        return copy_watched(self.engine.encoder_state())
 
 
 def mae_reference(method: Any, images: Tensor, seeds: Tensor) -> Tensor:

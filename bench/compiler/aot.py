@@ -136,7 +136,7 @@ def prove(task: Task) -> Proof:
     variant = next(v for v in kernel.variants.values() if v.name == task.variant)
     start = time.perf_counter()
     try:
-        facts = read(compiled(kernel, variant, task.config, task.target))
+        facts = read(compile_variant(kernel, variant, task.config, task.target))
     except OSError:
         raise
     except Exception as error:  # the compiler raises what it likes: all of it is a verdict
@@ -147,7 +147,7 @@ def prove(task: Task) -> Proof:
     return Proof(task, facts, wrong, time.perf_counter() - start)
 
 
-def compiled(kernel: Kernel, variant: Variant, config: Config, target: str) -> Any:
+def compile_variant(kernel: Kernel, variant: Variant, config: Config, target: str) -> Any:
     """What `triton.compile` returns, for a signature as a launch would have it.
 
     Raises ValueError for arguments that neither the variant nor the configuration gives, or that
@@ -279,8 +279,8 @@ def load(modules: Iterable[str]) -> None:
     for name in modules:
         module, _, function = name.partition(":")
         try:
-            found = importlib.import_module(module)
-            register: Callable[[], Any] = getattr(found, function) if function else lambda: None
+            imported = importlib.import_module(module)
+            register: Callable[[], Any] = getattr(imported, function) if function else lambda: None
         except (ImportError, AttributeError) as error:
             raise ValueError(f"--module {name}: {error}") from error
         register()
@@ -313,9 +313,9 @@ def write(path: Path, proofs: Iterable[Proof], argv: Sequence[str]) -> None:
     here = conditions(torch.device("cpu"), [*PROGRAM.split(), *argv])
     write_line(path, "aot", here | {"ptxas": ptxas})
     for proof in proofs:
-        found = asdict(proof.facts) if proof.facts else {}
+        facts = asdict(proof.facts) if proof.facts else {}
         judged = {"faults": proof.faults, "seconds": round(proof.seconds, 2)}
-        write_line(path, "proof", asdict(proof.task) | found | judged)
+        write_line(path, "proof", asdict(proof.task) | facts | judged)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -91,8 +91,8 @@ def _tune_class(kernel: str, variant: Variant, bench: Bench) -> Iterator[Timing]
     safe = _first(variant, variant.safe, bench.device)
     others = [c for c in variant.candidates if c != variant.safe]
     with ThreadPoolExecutor(bench.jobs) as pool:  # most of a first launch is compilation
-        found = [safe, *pool.map(lambda config: _first(variant, config, bench.device), others)]
-    for one in found:
+        launched = [safe, *pool.map(lambda config: _first(variant, config, bench.device), others)]
+    for one in launched:
         status, why, ms = one.status, one.why, None
         if status == OK and safe.status != OK:
             status, why = FAILED, "the safe configuration failed: nothing to compare it with"
@@ -123,12 +123,12 @@ def _first(variant: Variant, config: Config, device: torch.device) -> Launched:
     return Launched(config, launch, [result] if isinstance(result, Tensor) else list(result))
 
 
-def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
     """In words, or "" for the same but for the order of sums: 8 eps of 16 bits, 1e-4 of float32.
 
     Whole numbers must be equal.
     """
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         error = (a.double() - b.double()).abs().max().item()
         size = b.double().abs().max().item()
         eps = torch.finfo(b.dtype).eps if b.is_floating_point() else 0.0
@@ -140,12 +140,12 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
 
 def best(timings: Iterable[Timing]) -> dict[tuple[str, str], Timing]:
     """The fastest of each class that has one, by (kernel, class)."""
-    found: dict[tuple[str, str], Timing] = {}
+    fastest: dict[tuple[str, str], Timing] = {}
     for t in timings:
-        known = found.get((t.kernel, t.variant))
+        known = fastest.get((t.kernel, t.variant))
         if t.ms is not None and (known is None or known.ms is None or t.ms < known.ms):
-            found[t.kernel, t.variant] = t
-    return found
+            fastest[t.kernel, t.variant] = t
+    return fastest
 
 
 def report(timings: Sequence[Timing]) -> str:
@@ -164,14 +164,14 @@ Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # kernel, architecture,
 
 def entries(timings: Iterable[Timing], arch: str, measured: str) -> Table:
     """The fastest configurations as tuned.json has them."""
-    found: Table = {}
+    table: Table = {}
     for (kernel, variant), t in best(timings).items():
         entry = {**t.config.fields(), "ms": round(t.ms or 0.0, 4), "measured": measured}
-        found.setdefault(kernel, {}).setdefault(arch, {})[variant] = entry
-    return found
+        table.setdefault(kernel, {}).setdefault(arch, {})[variant] = entry
+    return table
 
 
-def merged(old: Table, new: Table) -> Table:
+def merge(old: Table, new: Table) -> Table:
     """The old table with the new entries in the place of those they stand for."""
     result = {kernel: {a: dict(v) for a, v in archs.items()} for kernel, archs in old.items()}
     for kernel, archs in new.items():
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(args: argparse.Namespace, device: torch.device | None) -> list[Kernel]:
+def _choose_kernels(args: argparse.Namespace, device: torch.device | None) -> list[Kernel]:
     """The kernels to tune.  Raises ValueError where that cannot be done."""
     if device is None and not torch.cuda.is_available():
         raise ValueError("tuning needs a CUDA GPU, and torch sees none")
@@ -243,11 +243,11 @@ def main(
     clock: Clock = _tuning.median_ms,
     now: Callable[[], float] = time.monotonic,
 ) -> int:
-    """The command; returns the exit status.  A device and a clock are given by tests alone."""
+    """The command; returns the exit status.  Tests alone pass a device and a clock."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     try:
-        chosen = _chosen(args, device)
+        chosen = _choose_kernels(args, device)
     except ValueError as error:
         print(f"{_parser().prog}: {error}", file=sys.stderr)
         return 2
@@ -268,11 +268,11 @@ def main(
         print(f"no time left for {len(left)} classes: {', '.join(' '.join(x) for x in left)}")
     version = where["versions"].get("triton", "?")
     measured = f"{where['device']}, triton {version}, {date.today().isoformat()}"
-    found = entries(timings, where["arch"] or "cpu", measured)
-    print(text(found))
+    tuned = entries(timings, where["arch"] or "cpu", measured)
+    print(text(tuned))
     if args.write:
         old = json.loads(_tuning.TABLE.read_text(encoding="utf-8"))
-        _tuning.TABLE.write_text(text(merged(old, found)) + "\n", encoding="utf-8")
+        _tuning.TABLE.write_text(text(merge(old, tuned)) + "\n", encoding="utf-8")
     return 1 if any(t.status in (WRONG, FAILED) for t in timings) else 0
 
 

@@ -41,10 +41,10 @@ from fastssl.bench.gpu.steps import (
     Outcome,
     Runner,
     Step,
-    by_code,
-    by_pytest,
-    by_sanitizer,
     fresh_lines,
+    judge_exit,
+    judge_pytest,
+    judge_sanitizer,
     run_steps,
     table,
 )
@@ -209,19 +209,19 @@ def _pytest(name: str, most: float, paths: Sequence[str], workers: int = 0) -> S
     argv += ("--tb=short", "--show-capture=no", "--durations=5")
     if workers and find_spec("xdist"):
         argv += ("-n", str(min(workers, os.cpu_count() or 1)))
-    return Step(name, (*argv, *paths), most, {"OMP_NUM_THREADS": "2"}, by_pytest)
+    return Step(name, (*argv, *paths), most, {"OMP_NUM_THREADS": "2"}, judge_pytest)
 
 
 def _sanitizer(tool: str, command: tuple[str, ...]) -> Step:
     """compute-sanitizer's tool on the script that runs every Triton kernel."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-    found = shutil.which("compute-sanitizer", path=path)
-    argv = (found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+    tool_path = shutil.which("compute-sanitizer", path=path)
+    argv = (tool_path or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
     argv += ("--target-processes", "application-only", "--launch-timeout", "60")
     argv += ("--report-api-errors", "no", "--print-limit", "20")  # torch asks, and is refused
-    missing = "" if found else "compute-sanitizer is not on PATH"
+    missing = "" if tool_path else "compute-sanitizer is not on PATH"
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Step(tool, (*argv, *command), 90, env, by_sanitizer, missing)
+    return Step(tool, (*argv, *command), 90, env, judge_sanitizer, missing)
 
 
 def plan_tune(place: Place, end: float) -> list[Step]:
@@ -230,14 +230,14 @@ def plan_tune(place: Place, end: float) -> list[Step]:
     path = place.file("tune.jsonl")
     argv = (sys.executable, "-m", "fastssl.bench.tune", "--json", str(path))
     argv += ("--minutes", f"{minutes:.1f}")
-    return [Step("tune", argv, 60 * minutes + 20, judge=partial(by_tuner, path))]
+    return [Step("tune", argv, 60 * minutes + 20, judge=partial(judge_tuner, path))]
 
 
-def by_tuner(path: Path, code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+def judge_tuner(path: Path, code: int | None, lines: Sequence[str]) -> tuple[str, str]:
     """Judge the tuner by its exit code; the note counts configurations by what became of them."""
-    found = Counter(row["status"] for row in _records([path]) if row["kind"] == "timing")
-    status, why = by_code(code, lines)
-    return status, ", ".join(f"{count} {word}" for word, count in found.items()) or why
+    counts = Counter(row["status"] for row in _records([path]) if row["kind"] == "timing")
+    status, why = judge_exit(code, lines)
+    return status, ", ".join(f"{count} {word}" for word, count in counts.items()) or why
 
 
 def plan_bench(place: Place, end: float) -> list[Step]:
@@ -290,10 +290,10 @@ def _measure(place: Place, number: int, plan: Plan) -> Step:
     size = small if place.rehearsal else ["--size", "cuda"]
     argv = [sys.executable, "-m", "fastssl.bench", *cases, *size]
     argv += ["--dtype", theme.rpartition("-")[2], "--json", str(part), *words]
-    return Step(f"{theme} {what}", tuple(argv), most, judge=partial(by_record, part))
+    return Step(f"{theme} {what}", tuple(argv), most, judge=partial(judge_record, part))
 
 
-def by_record(part: Path, code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+def judge_record(part: Path, code: int | None, lines: Sequence[str]) -> tuple[str, str]:
     """Judge a benchmark by what it wrote: how many rows of ours have a time, and which have not."""
     rows = [row for row in _records([part]) if row["kind"] == "result"]
     ours = [row for row in rows if row["rival"] == "fastssl"]
@@ -302,12 +302,12 @@ def by_record(part: Path, code: int | None, lines: Sequence[str]) -> tuple[str, 
         if not stand_in:
             return NOT_RUN, ours[0]["why"]
         said = f"{stand_in[0]['rival']}: {len(stand_in)} measured; fastssl: {ours[0]['why']}"
-        status, why = by_code(code, lines)
+        status, why = judge_exit(code, lines)
         return status, f"{why}; {said}" if why else said
     timed = [row for row in ours if row["status"] == "ok"]
     others = {f"{row['case']} {row['status']}" for row in ours if row["status"] != "ok"}
     note = ", ".join([f"{len(timed)} measured", *sorted(others)])
-    status, why = by_code(code, lines)
+    status, why = judge_exit(code, lines)
     return status, note if ours else why or note
 
 

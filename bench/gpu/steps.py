@@ -25,7 +25,7 @@ Runner = Callable[[Sequence[str], float, Mapping[str, str]], Ending]
 Judge = Callable[[int | None, Sequence[str]], tuple[str, str]]
 
 
-def by_code(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+def judge_exit(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
     """(status, note) of a command of which nothing is known but its exit code."""
     if code is None:
         return CUT, ""
@@ -33,15 +33,15 @@ def by_code(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
     return (OK, "") if code == 0 else (FAILED, f"exit code {code}: {last.strip()[:200]}")
 
 
-def by_pytest(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+def judge_pytest(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
     """pytest's own last line is the note."""
-    counts = re.compile(r"\b\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.]+s")
-    found = next((line for line in reversed(lines) if counts.search(line)), "")
-    status, note = by_code(code, lines)
-    return status, found.strip("= ") or note
+    pattern = re.compile(r"\b\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.]+s")
+    last = next((line for line in reversed(lines) if pattern.search(line)), "")
+    status, note = judge_exit(code, lines)
+    return status, last.strip("= ") or note
 
 
-def by_sanitizer(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+def judge_sanitizer(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
     """Only its own summary, of no errors, is a pass; a GPU it cannot watch is a tool not run."""
     if code is None:
         return CUT, ""
@@ -53,7 +53,7 @@ def by_sanitizer(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
         return OK if clean else FAILED, summaries[-1].strip()
     if re.search(r"(?i)device not supported", text):
         return NOT_RUN, "compute-sanitizer does not support this machine's GPU"
-    return FAILED, f"no summary, {by_code(code, lines)[1] or 'exit code 0'}"
+    return FAILED, f"no summary, {judge_exit(code, lines)[1] or 'exit code 0'}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Step:
     argv: tuple[str, ...]
     most: float
     env: Mapping[str, str] = field(default_factory=dict)
-    judge: Judge = by_code
+    judge: Judge = judge_exit
     missing: str = ""
 
 

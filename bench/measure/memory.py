@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,41 +53,47 @@ def peaks_in_child(
     `make` must be importable by its name.  When a rival takes the process down with it, another one
     goes on with the rest.
     """
-    found: dict[str, Peak] = {}
-    while left := [name for name in rivals if name not in found]:
-        found |= _peaks(make, shape, dtype, left, threads)
-    return found
+    peaks: dict[str, Peak] = {}
+    while left := [name for name in rivals if name not in peaks]:
+        peaks |= _peaks(make, shape, dtype, left, threads)
+    return peaks
 
 
 def _peaks(
     make: Make, shape: Shape, dtype: torch.dtype, rivals: Sequence[str], threads: int
 ) -> dict[str, Peak]:
     """What one child finds, up to the first rival that it does not outlive."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forkserver()
     here, there = context.Pipe(duplex=False)
     name = str(dtype).removeprefix("torch.")
     child = context.Process(target=_child, args=(there, make, shape, name, rivals, threads))
     child.start()
     there.close()
-    found: dict[str, Peak] = {}
+    peaks: dict[str, Peak] = {}
     try:
         for rival in rivals:
             if not here.poll(CHILD_LIMIT_S):
                 child.kill()
-                found[rival] = Peak(None, "failed", f"no answer in {CHILD_LIMIT_S:.0f} s")
+                peaks[rival] = Peak(None, "failed", f"no answer in {CHILD_LIMIT_S:.0f} s")
                 break
-            found[rival] = here.recv()
+            peaks[rival] = here.recv()
     except EOFError:
         child.join()
-        found[rivals[len(found)]] = _ended(child.exitcode)
+        peaks[rivals[len(peaks)]] = _explain_exit(child.exitcode)
     finally:
         child.join()
         here.close()
-    return found
+    return peaks
 
 
-def _ended(code: int | None) -> Peak:
+def forkserver() -> Any:
+    """Where processes start quickly: forked from one that has imported PRELOAD, and no CUDA."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _explain_exit(code: int | None) -> Peak:
     if code == -9:
         return Peak(None, "out of memory", "killed by the operating system")
     return Peak(None, "failed", f"the process ended with exit code {code}")
@@ -101,7 +108,7 @@ def _child(
         problem = make(shape, getattr(torch, dtype), torch.device("cpu"))
     except Exception as error:
         for _ in rivals:
-            pipe.send(failure(error))
+            pipe.send(explain_failure(error))
         return
     limit_memory(free_bytes() - SPARE)
     for name in rivals:
@@ -117,10 +124,10 @@ def _peak(rival: Rival, problem: Problem) -> Peak:
         step(rival, problem.inputs)
         return Peak(max(0, _status("VmHWM") - before))
     except Exception as error:
-        return failure(error)
+        return explain_failure(error)
 
 
-def failure(error: Exception) -> Peak:
+def explain_failure(error: Exception) -> Peak:
     """What an exception of a rival means: out of memory, or failed with its first line."""
     text = (str(error).strip().splitlines() or [""])[0][:160]
     name = type(error).__name__

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastssl.bench.measure.memory import forkserver
+
 Loss = Callable[..., Tensor]
 PATIENCE_S = 300.0
 
@@ -33,8 +35,8 @@ class RankPool:
     def __init__(
         self, build: Callable[[], Loss], rows: Sequence[Sequence[Tensor]], device: torch.device
     ) -> None:
-        start = "spawn" if device.type == "cuda" else "forkserver"  # no CUDA in a fork
-        context: Any = multiprocessing.get_context(start)
+        on_gpu = device.type == "cuda"
+        context: Any = multiprocessing.get_context("spawn") if on_gpu else forkserver()
         self.world = len(rows[0])
         self._folder = tempfile.TemporaryDirectory(prefix="fastssl-ranks-")
         self._pipes: list[Connection] = []

@@ -56,8 +56,8 @@ class _Standing:
     status: dict[str, tuple[str, str]] = field(default_factory=dict)  # name: (status, why)
     peak: dict[str, int] = field(default_factory=dict)
 
-    def fail(self, name: str, found: memory.Peak) -> None:
-        self.status[name] = (found.status, found.why)
+    def fail(self, name: str, peak: memory.Peak) -> None:
+        self.status[name] = (peak.status, peak.why)
 
     def alive(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name not in self.status]
@@ -120,14 +120,14 @@ def _gate(standing: _Standing, problem: Problem) -> None:
     try:
         judges = judge(problem)
     except Exception as error:
-        why = f"no gate: the reference could not be computed: {memory.failure(error).why}"
+        why = f"no gate: the reference could not be computed: {memory.explain_failure(error).why}"
         standing.status |= dict.fromkeys(alive, ("failed", why))
         return
     for name in alive:
         try:
             why = judges[name]()
         except Exception as error:
-            standing.fail(name, memory.failure(error))
+            standing.fail(name, memory.explain_failure(error))
         else:
             if why:
                 standing.status[name] = ("wrong", why)
@@ -147,7 +147,7 @@ def _glance(standing: _Standing, problem: Problem) -> None:
             elif name == REFERENCE:
                 reference = made
         except Exception as error:
-            standing.fail(name, memory.failure(error))
+            standing.fail(name, memory.explain_failure(error))
         _forget()
 
 
@@ -157,17 +157,17 @@ def _peak_on_gpu(standing: _Standing, problem: Problem, name: str, device: torch
         step(rival, problem.inputs)  # what is built once, at the first call, is not the step's
         standing.peak[name] = peak_on_gpu(lambda: step(rival, problem.inputs), device)
     except Exception as error:
-        standing.fail(name, memory.failure(error))
+        standing.fail(name, memory.explain_failure(error))
     _forget()
 
 
 def _peaks_on_cpu(
     standing: _Standing, case: Case, shape: Shape, names: Sequence[str], settings: Settings
 ) -> None:
-    found = memory.peaks_in_child(
+    peaks = memory.peaks_in_child(
         case.make, shape, settings.dtype, standing.alive(names), threads=torch.get_num_threads()
     )
-    for name, peak in found.items():
+    for name, peak in peaks.items():
         if peak.extra is None:
             standing.fail(name, peak)
         else:
@@ -181,7 +181,7 @@ def _time(standing: _Standing, problem: Problem, settings: Settings) -> dict[str
         try:
             return take_turns(rivals, problem, settings.device, budget_s=settings.budget_s)
         except RivalFailed as raised:
-            standing.fail(raised.name, memory.failure(raised.error))
+            standing.fail(raised.name, memory.explain_failure(raised.error))
             _forget()
     return {}
 

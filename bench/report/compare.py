@@ -70,13 +70,15 @@ def compare(a: Run, b: Run, *, threshold: float = 0.05) -> list[Change]:
     if threshold < 0:
         raise ValueError(f"threshold must be >= 0, a share of the time; got {threshold}")
     before, after = _by_key(a.results), _by_key(b.results)
-    changes = [Change("conditions", words) for words in differences(a.conditions, b.conditions)]
+    changes = [
+        Change("conditions", words) for words in list_differences(a.conditions, b.conditions)
+    ]
     for key in [*before, *(key for key in after if key not in before)]:
         changes += _row_changes(before.get(key), after.get(key), threshold)
     return changes
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def list_differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """In which conditions two runs differ, those of the machine first; [] when they can be held
     against each other."""
     machine = [
@@ -156,10 +158,10 @@ def report(changes: Sequence[Change], *, width: int = 100) -> str:
         if c.kind == "conditions"
     ]
     for kind, head in _HEADS.items():
-        found = [c for c in changes if c.kind == kind]
-        if found:
-            lines = [_line(c, width) for c in sorted(found, key=lambda c: not is_ours(c.rival))]
-            parts.append("\n".join([f"{head} ({len(found)})", *lines]))
+        group = [c for c in changes if c.kind == kind]
+        if group:
+            lines = [_line(c, width) for c in sorted(group, key=lambda c: not is_ours(c.rival))]
+            parts.append("\n".join([f"{head} ({len(group)})", *lines]))
     worse = [c for c in changes if c.regression]
     mine = sum(is_ours(c.rival) for c in worse)
     if worse:

@@ -127,7 +127,7 @@ def rate(row: Result, ceilings: Sequence[Ceiling]) -> tuple[float, str, float | 
     machine that cannot reach 1 TFLOP/s the unit is GFLOP/s.
     """
     measured = {c.what: c for c in ceilings}
-    found = []
+    rates = []
     for value, unit, what in (
         (row.tflops, "TFLOP/s", f"matmul {row.dtype}"),
         (row.gbs, "GB/s", "copy"),
@@ -135,10 +135,10 @@ def rate(row: Result, ceilings: Sequence[Ceiling]) -> tuple[float, str, float | 
         ceiling = measured.get(what)
         if value and ceiling:
             factor, unit = scale(ceiling)
-            found.append((factor * value, unit, value / ceiling.measured))
+            rates.append((factor * value, unit, value / ceiling.measured))
         elif value:
-            found.append((value, unit, None))
-    return max(found, key=lambda one: one[2] or 0.0, default=None)
+            rates.append((value, unit, None))
+    return max(rates, key=lambda one: one[2] or 0.0, default=None)
 
 
 def scale(ceiling: Ceiling) -> tuple[float, str]:
@@ -186,9 +186,9 @@ def tallies(results: Iterable[Result]) -> list[Tally]:
     for rows in measurements(results):
         outcomes.setdefault(rows[0].case, []).append(outcome(rows))
     tallied = []
-    for case, found in outcomes.items():
-        best = [x for _, x in found if x is not None]
-        counts = {name: sum(name == o for o, _ in found) for name in dict(found)}
+    for case, pairs in outcomes.items():
+        best = [x for _, x in pairs if x is not None]
+        counts = {name: sum(name == o for o, _ in pairs) for name in dict(pairs)}
         ends = (min(best), max(best)) if best else (None, None)
         tallied.append(Tally(case, **counts, low=ends[0], high=ends[1]))
     return tallied

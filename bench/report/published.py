@@ -21,13 +21,13 @@ _MAE = "https://github.com/facebookresearch/mae/blob/main/PRETRAIN.md"
 _SOLO = "https://github.com/vturrisi/solo-learn#training-efficiency-for-dali"
 
 
-def quoted(cases: Iterable[str] | None = None) -> list[Published]:
+def quote(cases: Iterable[str] | None = None) -> list[Published]:
     """The figures that belong beside the given cases; all of them, without any.
 
     A figure belongs to every case of the same first word: those of "train-mae" stand beside
     "train-simclr" too.
 
-    >>> {row.rival for row in quoted(["siglip-sweep"])}
+    >>> {row.rival for row in quote(["siglip-sweep"])}
     {'siglip-kernel'}
     """
     if cases is None:

@@ -49,19 +49,21 @@ def fits(results: Iterable[Result]) -> list[Fit]:
         )
         for (case, dtype, rival, variable, fixed), rows in sweeps(results).items()
         for quantity in ("ms", "peak")
-        for points in [used(rows, variable, quantity)]
+        for points in [choose_points(rows, variable, quantity)]
         if len(points) >= LEAST_POINTS
     ]
 
 
-def used(rows: Sequence[Result], variable: str, quantity: str) -> list[tuple[float, float]]:
+def choose_points(
+    rows: Sequence[Result], variable: str, quantity: str
+) -> list[tuple[float, float]]:
     """The points (value of the variable, quantity) that are fitted, smallest first."""
-    found = {
+    by_value = {
         row.shape[variable]: row.total.p50 if quantity == "ms" else row.peak
         for row in rows
         if row.status == "ok" and row.total is not None
     }
-    points = sorted((x, float(y)) for x, y in found.items() if y)
+    points = sorted((x, float(y)) for x, y in by_value.items() if y)
     return points[len(points) // 2 :] if len(points) >= MANY_POINTS else points
 
 

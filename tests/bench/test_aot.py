@@ -43,59 +43,57 @@ SASS = """
 BOTH = """
 import sys
 from fastssl.bench.compiler.aot import main
-code = main(["--module", sys.argv[1], "--kernel", "demo*", "--jobs", "1", "--json", sys.argv[2]])
-print("code", code, flush=True)
-words = ["--module", "json", "--kernel", "bad*", "--jobs", "1", "--target", "sm_90"]
-print("code", main(words))
+words = ["--module", sys.argv[1], "--kernel", "proof_good", "--jobs", "1", "--json", sys.argv[2]]
+print("code", main(words), flush=True)
+words = ["--module", "json", "--kernel", "proof_[!g]*", "--target", "sm_90", "--jobs", "1"]
+print("code", main([*words, "--json", sys.argv[3]]))
 """
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """(what was printed, exit code) of the good kernels and of the bad; the record of the good."""
+    """What was printed and the exit code, of a good kernel and of all others; both records."""
     folder = tmp_path_factory.mktemp("aot")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-c", BOTH, DEMO, str(folder / "proofs.jsonl")]
+    paths = [folder / "good.jsonl", folder / "others.jsonl"]
+    command = [sys.executable, "-c", BOTH, DEMO, *map(str, paths)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     parts = re.split(r"code (\d)\n", done.stdout)
     assert len(parts) == 5, done.stdout + done.stderr
-    lines = (folder / "proofs.jsonl").read_text().splitlines()
-    return (parts[0], int(parts[1])), (parts[2], int(parts[3])), [json.loads(x) for x in lines]
+    records = [[json.loads(x) for x in path.read_text().splitlines()] for path in paths]
+    return (parts[0], int(parts[1])), (parts[2], int(parts[3])), records
 
 
 def test_good_kernels_pass(compiled):
     printed, code = compiled[0]
     assert code == 0, printed
-    assert printed.splitlines()[-1].startswith("9 compiled, 0 failed") and "FAILED" not in printed
+    assert printed.splitlines()[-1].startswith("3 compiled, 0 failed") and "FAILED" not in printed
 
 
 def test_json_holds_conditions_and_facts(compiled):
-    head, *rows = compiled[2]
+    (head, *good), (_, *others) = compiled[2]
     assert head["kind"] == "aot" and head["versions"]["triton"] and set(head["ptxas"]) > {"sm_80"}
-    assert "--kernel 'demo*'" in head["command"] and head["time"].startswith("20")
-    by = {(row["kernel"], row["target"]): row for row in rows}
-    assert len(by) == 9 and {row["kind"] for row in rows} == {"proof"}
-    assert set(by["demo_good", "sm_80"]["matrix"]) == {"HMMA"}
-    assert set(by["demo_good", "sm_90"]["matrix"]) == {"HGMMA"}
-    assert set(by["demo_good", "sm_100"]["matrix"]) == {"UTCHMMA"}
-    assert set(by["demo_narrow", "sm_90"]["matrix"]) == {"HMMA"}  # too small a tile for HGMMA
-    assert (
-        by["demo_good", "sm_100"]["tensor_columns"] == 64
-        and not by["demo_scale", "sm_90"]["matrix"]
-    )
-    assert by["demo_good", "sm_90"]["config"]["blocks"] == {"BLOCK_M": 64, "BLOCK_N": 64}
+    assert "--kernel proof_good" in head["command"] and head["time"].startswith("20")
+    assert {row["kind"] for row in good} == {"proof"}
+    instructions = {row["target"]: set(row["matrix"]) for row in good}
+    assert instructions == {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}}
+    assert [row["tensor_columns"] for row in good] == [0, 0, 64]
+    assert good[1]["config"]["blocks"] == {"BLOCK_M": 64, "BLOCK_N": 64}
+    by = {row["kernel"]: row for row in others}
+    assert set(by["proof_narrow"]["matrix"]) == {"HMMA"}  # too small a tile for HGMMA
+    assert by["proof_scale"]["matrix"] == {} and by["proof_scale"]["faults"] == []
 
 
 @pytest.mark.parametrize(
     "name, why",
     [
-        ("bad_spill", "spills registers"),
-        ("bad_shared", "bytes of shared memory a block, sm_90 has 232448"),
-        ("bad_product", "without matrix instructions"),
-        ("bad_warps", "not with Hopper's HGMMA"),
-        ("bad_shape", "does not compile: CompilationError"),
-        ("bad_signature", "does not compile: ValueError"),
+        ("proof_bad_spill", "spills registers"),
+        ("proof_bad_shared", "bytes of shared memory a block, sm_90 has 232448"),
+        ("proof_bad_product", "without matrix instructions"),
+        ("proof_bad_warps", "not with Hopper's HGMMA"),
+        ("proof_bad_shape", "does not compile: CompilationError"),
+        ("proof_bad_signature", "does not compile: ValueError"),
     ],
 )
 def test_each_fault_is_named_with_what_to_do(compiled, name, why):
@@ -106,7 +104,7 @@ def test_each_fault_is_named_with_what_to_do(compiled, name, why):
 
 def test_faults_are_counted(compiled):
     printed, _ = compiled[1]
-    assert printed.splitlines()[-1].startswith("4 compiled, 6 failed")
+    assert printed.splitlines()[-1].startswith("6 compiled, 6 failed")
     assert "['OUT', 'N', 'FACTOR']" in printed and "the kernel does not have ['n']" in printed
 
 
@@ -197,7 +195,7 @@ def test_a_full_disk_is_no_verdict(monkeypatch, capsys):
     monkeypatch.setattr(
         aot._tuning, "kernels", lambda: {"k": Kernel("k", None, {"v": variant("v")})}
     )
-    monkeypatch.setattr(aot, "compiled", full)
+    monkeypatch.setattr(aot, "compile_variant", full)
     with pytest.raises(SystemExit) as stop:
         aot.main(["--jobs", "1"])
     assert stop.value.code == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.bench.record import Spread, conditions, read, write
-from fastssl.bench.report.compare import compare, compare_files, differences, exit_code, report
+from fastssl.bench.report.compare import compare, compare_files, exit_code, list_differences, report
 from tests.bench import sample
 
 SHAPE = {"N": 8}
@@ -131,9 +131,9 @@ def test_another_machine_is_said_first(key):
 
 def test_another_torch_is_said_too():
     other = {**sample.CONDITIONS, "versions": {"torch": "9", "triton": "3.9.0"}}
-    (said,) = differences(sample.CONDITIONS, other)
+    (said,) = list_differences(sample.CONDITIONS, other)
     assert said == "not the same software: a change may be its own (torch 2.15.0 and 9)"
-    assert differences({}, {}) == []
+    assert list_differences({}, {}) == []
 
 
 def test_real_conditions_survive_a_file(tmp_path):

@@ -169,7 +169,7 @@ def test_a_deaf_command_is_killed_with_its_children(late, monkeypatch, tmp_path)
     ],
 )
 def test_the_verdict_on_tests(code, last, want):
-    status, note = stepping.by_pytest(code, ["...", last])
+    status, note = stepping.judge_pytest(code, ["...", last])
     assert status == want[0] and note.startswith(want[1])
 
 
@@ -189,7 +189,7 @@ def test_the_verdict_on_tests(code, last, want):
     ],
 )
 def test_the_verdict_of_the_sanitizer(code, text, status):
-    assert stepping.by_sanitizer(code, text.splitlines())[0] == status
+    assert stepping.judge_sanitizer(code, text.splitlines())[0] == status
 
 
 def rows(path, *statuses, rival="fastssl"):
@@ -214,7 +214,7 @@ def rows(path, *statuses, rival="fastssl"):
 )
 def test_the_verdict_on_a_benchmark(tmp_path, statuses, code, want):
     rows(tmp_path / "part", *statuses)
-    assert gpu.by_record(tmp_path / "part", code, ["Segmentation fault"]) == want
+    assert gpu.judge_record(tmp_path / "part", code, ["Segmentation fault"]) == want
 
 
 def test_a_benchmark_of_a_stand_in_says_so(tmp_path):
@@ -222,11 +222,11 @@ def test_a_benchmark_of_a_stand_in_says_so(tmp_path):
     rows(tmp_path / "part", "absent")
     rows(tmp_path / "part", "ok", rival="fastssl torchvision")
     said = "fastssl torchvision: 1 measured; fastssl: because"
-    assert gpu.by_record(tmp_path / "part", 0, []) == (OK, said)
+    assert gpu.judge_record(tmp_path / "part", 0, []) == (OK, said)
 
 
 def test_a_benchmark_that_wrote_nothing(tmp_path):
-    assert gpu.by_record(tmp_path / "part", 2, ["no case"]) == (FAILED, "exit code 2: no case")
+    assert gpu.judge_record(tmp_path / "part", 2, ["no case"]) == (FAILED, "exit code 2: no case")
 
 
 def every_step(place):

@@ -10,7 +10,7 @@ import pytest
 from fastssl.bench.record import Ceiling, Run
 from fastssl.bench.report import figures, page
 from fastssl.bench.report.figures import Picture
-from fastssl.bench.report.published import PUBLISHED, quoted
+from fastssl.bench.report.published import PUBLISHED, quote
 from tests.bench import sample
 
 VOID = {"meta", "link", "img", "br"}
@@ -147,16 +147,16 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
 
 def test_published_figures_have_a_source_and_find_their_cases():
-    assert quoted() == list(PUBLISHED) and len(set(PUBLISHED)) == len(PUBLISHED)
+    assert quote() == list(PUBLISHED) and len(set(PUBLISHED)) == len(PUBLISHED)
     for row in PUBLISHED:
         assert row.source.startswith("https://") and row.figure and row.hardware and row.shape
-    assert {row.case for row in quoted(["train-simclr"])} == {
+    assert {row.case for row in quote(["train-simclr"])} == {
         "train-barlow",
         "train-dino",
         "train-mae",
     }
-    assert {row.case for row in quoted(["clip_sweep", "ntxent"])} == {"clip"}
-    assert quoted(["ntxent"]) == [] and quoted([]) == []
+    assert {row.case for row in quote(["clip_sweep", "ntxent"])} == {"clip"}
+    assert quote(["ntxent"]) == [] and quote([]) == []
 
 
 def test_a_slow_machine_has_its_ceilings_in_gflops(tmp_path):
