@@ -112,7 +112,8 @@ class UnderEngine:
         device = next(method.parameters()).device
         _World.enter(device)
         self._end = weakref.finalize(self, _World.leave)
-        cfg = EngineConfig(precision="bf16" if dtype == torch.bfloat16 else "fp32")
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        cfg = EngineConfig.model_validate({"precision": precision})
         self.lr, self.steps = optim["lr"], 0
         chosen = OptimConfig(**optim)
         self.engine = Engine(method, chosen, cfg, device=device, batch_size=batch_size)

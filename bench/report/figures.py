@@ -357,11 +357,11 @@ def _crosses(
     axes: Axes, rivals: dict[str, list[Result]], variable: str, largest: float, looks: Looks
 ) -> None:
     """A cross in a strip at the top, where each rival first runs out of memory."""
-    first: dict[str, int] = {}
-    for rival, rows in rivals.items():
-        for row in rows:
-            if row.status == "out of memory":
-                first[rival] = min(row.shape[variable], first.get(rival, row.shape[variable]))
+    lost = {
+        rival: [row.shape[variable] for row in rows if row.status == "out of memory"]
+        for rival, rows in rivals.items()
+    }
+    first = {rival: min(values) for rival, values in lost.items() if values}
     if not first:
         return
     taken: dict[int, int] = {}
