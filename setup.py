@@ -17,5 +17,6 @@ setup(
         "fastssl.report": ["templates/*.j2"],
         "fastssl.recipes": ["*.yaml"],
         "fastssl.kernels.common": ["tuned.json"],
+        "fastssl.bench.report": ["templates/*.j2"],
     },
 )

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from fastssl.bench import compare, record, table
-from fastssl.bench.peaks import measure_ceilings
-from fastssl.bench.published import quoted
+from fastssl.bench import record
+from fastssl.bench.measure.peaks import measure_ceilings
+from fastssl.bench.measure.run import Settings, plan, run_case
 from fastssl.bench.record import Ceiling, Run
 from fastssl.bench.registry import OURS, SIZES, Case, select
-from fastssl.bench.run import Settings, plan, run_case
-from fastssl.bench.scaling import fits
+from fastssl.bench.report import compare, table
+from fastssl.bench.report.published import quote
+from fastssl.bench.report.scaling import fits
 
 DTYPES = ("float32", "bfloat16", "float16")
 SLOW_TO_START = "compile"  # a minute of C++ or Triton before the first time
@@ -98,13 +99,16 @@ def _run(args: argparse.Namespace, cases: Sequence[Case], command: Sequence[str]
 def _finish(args: argparse.Namespace, run: Run, path: Path | None, seconds: float) -> int:
     names = {row.case for row in run.results}
     run.fits.extend(fits(run.results))
-    run.published.extend(quoted(names))
+    run.published.extend(quote(names))
     run = Run(**{**vars(run), "seconds": seconds})
     for kind, lines in (("fit", run.fits), ("published", run.published)):
         for line in lines:
             _keep(path, kind, line)
     _keep(path, "end", {"seconds": seconds})
     print(table.summary(run))
+    unknown = sorted({*(args.rival or ())} - {row.rival for row in run.results})
+    if unknown:
+        print(f"no case measured here has a rival called {', '.join(unknown)}", file=sys.stderr)
     if args.report:
         _report(run, args.report)
     elif path:
@@ -114,16 +118,15 @@ def _finish(args: argparse.Namespace, run: Run, path: Path | None, seconds: floa
 
 
 def _report(run: Run, folder: Path) -> None:
-    from fastssl.bench.page import write_page
-    from fastssl.bench.plots import save_all
+    from fastssl.bench.report.page import write_page
 
     if find_spec("matplotlib"):
-        for picture in save_all(run, folder):
-            print(picture)
+        from fastssl.bench.report.figures import save_all
+
+        print(*save_all(run, folder), sep="\n")
     else:
-        print("no plots: pip install matplotlib")
-    write_page(run, folder / "index.html")
-    print(folder / "index.html")
+        print("no pictures: pip install matplotlib")
+    print(write_page(run, folder / "index.html"))
 
 
 def _settings(

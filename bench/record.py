@@ -230,13 +230,13 @@ def _with_line(run: Run | None, kind: str, fields: dict[str, Any]) -> Run:
 
 
 def _versions() -> dict[str, str]:
-    found = {"fastssl": __version__}
+    versions = {"fastssl": __version__}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _cpu_name() -> str:

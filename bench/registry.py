@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -129,7 +130,11 @@ def case(
 
     def register(make: Make) -> Make:
         if name in _cases and _where(_cases[name].make) != _where(make):
-            raise ValueError(f"case {name!r} is registered twice")
+            files = " and in ".join(_where(m)[0] for m in (_cases[name].make, make))
+            raise ValueError(
+                f"case {name!r} is registered twice, in {files}: give one another name, or, where "
+                "these are two checkouts, use the environment of the one you are in"
+            )
         _cases[name] = Case(name, make, test, shapes, sweeps or {}, dtypes, gate_shape, ours)
         return make
 
@@ -156,14 +161,16 @@ def select(patterns: Iterable[str]) -> list[Case]:
     Raises ValueError for a pattern that matches nothing.
     """
     known, wanted = all_cases(), [*patterns]
-    found: set[str] = set() if wanted else set(known)
+    chosen: set[str] = set() if wanted else set(known)
     for pattern in wanted:
         family = f"{pattern}-*" if pattern not in known else pattern
         names = {n for n in known if fnmatchcase(n, pattern) or fnmatchcase(n, family)}
         if not names:
-            raise ValueError(f"no case is called {pattern!r}; there are {', '.join(known)}")
-        found |= names
-    return [case for name, case in known.items() if name in found]
+            close = get_close_matches(pattern, known, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"no case is called {pattern!r}; {hint}there are {', '.join(known)}")
+        chosen |= names
+    return [case for name, case in known.items() if name in chosen]
 
 
 def outputs(value: Any) -> list[Tensor]:

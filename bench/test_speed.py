@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastssl.bench.gate import judge, step
-from fastssl.bench.measure import wait
+from fastssl.bench.measure.gate import judge, step
+from fastssl.bench.measure.turns import wait
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Case, Problem, Shape, all_cases
 
 SIZE = os.environ.get("FASTSSL_BENCH_SIZE", "quick")
@@ -39,7 +39,17 @@ def _entries() -> Iterator[object]:
                 yield pytest.param(case, shape, rival, id=f"{case.name}-{where}-{rival}")
 
 
-@pytest.mark.parametrize(("case", "shape", "rival"), list(_entries()))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All of them; with --benchmark-disable the first case alone, to see that this file works.
+
+    The gate of every case stands in tests/bench.
+    """
+    entries = list(_entries())
+    if metafunc.config.getoption("benchmark_disable", False):
+        entries = entries[:2]
+    metafunc.parametrize(("case", "shape", "rival"), entries)
+
+
 def test_speed(benchmark, case: Case, shape: Shape, rival: str) -> None:
     """One rival on one case at one shape, behind its gate."""
     problem = _problem(case, shape)

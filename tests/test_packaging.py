@@ -82,7 +82,7 @@ def test_the_wheel_holds_every_module_and_recipe(wheel):
         ("bench", "fastssl/bench"),
     ):
         for path in (ROOT / top).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".typed"):
+            if path.suffix in (".py", ".yaml", ".typed", ".j2"):
                 assert f"{inside}/{path.relative_to(ROOT / top)}" in names
     assert not [name for name in names if name.startswith(("kernels/", "bench/", "tests/"))]
 

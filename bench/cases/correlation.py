@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.cases.losses import two_views
+from fastssl.bench.cases.rivals import beside, library, nbytes
 from fastssl.bench.registry import Problem, Shape, Sweep, case
-from fastssl.bench.rivals import beside, library, nbytes
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
 from fastssl.losses import BarlowTwinsLoss, MixedBarlowTwinsLoss, VICRegLoss
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library, nbytes
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
-from fastssl.bench.rivals import Late, Rivals, installed, library, nbytes
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,8 +42,9 @@ class _Images(Dataset):
     """`transform` of each image, as tensors or as the PIL images that most users decode to."""
 
     def __init__(self, pixels: Tensor, transform: Callable[[Any], Any], *, pil: bool) -> None:
-        to_pil = import_module("torchvision.transforms.v2.functional").to_pil_image
-        self.images = [to_pil(image) for image in pixels] if pil else list(pixels)
+        if pil:
+            from torchvision.transforms.v2.functional import to_pil_image
+        self.images = [to_pil_image(image) for image in pixels] if pil else list(pixels)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -62,14 +62,15 @@ def _endless(images: _Images) -> Iterator[Sequence[Tensor]]:
 
 
 def _ours(pixels: Tensor, side: int) -> _Stream:
-    datasets, loader, views = (
-        import_module("fastssl.data." + name) for name in ("datasets", "loader", "views")
-    )
+    from fastssl.data.datasets import ArrayImages
+    from fastssl.data.loader import PretrainLoader
+    from fastssl.data.views.image import preset
+
     names = [str(i) for i in range(len(pixels))]
     labels = torch.zeros(len(pixels), dtype=torch.int64)
-    source: Any = datasets.ArrayImages(pixels, labels, ("image",), names)
-    spec = views.preset("simclr", side, mean=_MEAN, std=_STD)
-    batches = loader.PretrainLoader(source, spec, batch_size=len(pixels), seed=0)
+    source: Any = ArrayImages(pixels, labels, ("image",), names)
+    spec = preset("simclr", side, mean=_MEAN, std=_STD)
+    batches = PretrainLoader(source, spec, batch_size=len(pixels), seed=0)
     return _Stream(batch["views"] for batch in batches.stream(0, 1 << 40))
 
 
@@ -110,7 +111,7 @@ def _lightly(transforms: Any, pixels: Tensor, side: int) -> _Stream:
 def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """SimCLR's two views of each image of a batch, by one thread.
 
-    Views are random: the gate asks for their shape and dtype, that normalised pixels stay inside
+    Views are random: the gate asks for their shape and dtype, that normalized pixels stay inside
     what [0, 1] becomes, that mean and spread are the images' own, and that the two differ.
     "reference" is torchvision's transforms in a DataLoader.  Bytes: images read, views written.
     """
@@ -118,8 +119,8 @@ def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     coarse = torch.rand(B, 3, 8, 8)
     smooth = F.interpolate(coarse, size=(S, S), mode="bicubic").clamp(0, 1)
     pixels = (255 * smooth).to(torch.uint8)
-    rivals: Rivals = {OURS: Absent("pip install 'fastssl-torch[train]'")}
-    if installed("pydantic", "numpy", "torchvision"):
+    rivals: Rivals = {OURS: Absent("pip install 'fastssl[train]'")}
+    if has_packages("pydantic", "numpy", "torchvision"):
         rivals[OURS] = Late(lambda: _ours(pixels, V))
     v2 = library("torchvision.transforms.v2", lambda m: _torchvision(m, pixels, V))
     rivals[REFERENCE] = v2

@@ -1,12 +1,12 @@
 """The data pipeline whole: from photographs on disk to batches of views, an epoch a call.
 
-N photographs of W x 3W/4 pixels (bench/photos.py) in batches of B, each view V x V pixels, with so
+N photographs of W x 3W/4 pixels (photos.py) in batches of B, each view V x V pixels, with so
 many workers: processes of a DataLoader, or DALI's threads.  Everybody begins an epoch from a
-standing start (bench/feeders.py):
+standing start (loaders.py):
 
     fastssl                     by DALI, on the device that is measured
-    fastssl torchvision         by torchvision's functions in worker processes, colours one by one
-    fastssl torchvision linear  the same, all colour changes in one linear map, as DALI's are
+    fastssl torchvision         by torchvision's functions in worker processes, colors one by one
+    fastssl torchvision linear  the same, all color changes in one linear map, as DALI's are
     reference                   torchvision.transforms.v2 on Pillow images, in a DataLoader; where
                                 there is a blur, it is Pillow's, as in most authors' code
     torchvision blur            the same with torchvision's own blur
@@ -21,18 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
-from fastssl.bench import feeders, photos
+from fastssl.bench.cases import loaders, photos
 from fastssl.bench.cases.data import looks_right
-from fastssl.bench.feeders import Feed, OurFeed, PlainFeed
+from fastssl.bench.cases.loaders import OurLoader, PlainLoader, Setting
+from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, Sweep, case
-from fastssl.bench.rivals import Late, Rivals, installed, library
 
-_DALI = "pip install 'fastssl-torch[dali]'"
+_DALI = "pip install 'fastssl[dali]'"
 _TEST = "tests/data/test_dali.py"
 _CPU = {"N": 256, "B": 64, "W": 500, "V": 224, "workers": 2}
 _CUDA = {"N": 2048, "B": 256, "W": 500, "V": 224, "workers": 8}
@@ -77,8 +77,8 @@ def _problem(kind: _Kind, shape: Shape, device: torch.device, origin: str = "fol
 
     The others read "arrays" too where ours does, and the folder in place of shards.
     """
-    missing = Absent("pip install 'fastssl-torch[train]' scikit-learn")
-    if not installed("pydantic", "torchvision", *photos.NEEDS):
+    missing = Absent("pip install 'fastssl[train]' scikit-learn")
+    if not has_packages("pydantic", "torchvision", *photos.NEEDS):
         none: Rivals = dict.fromkeys((OURS, REFERENCE), missing)
         return Problem((torch.empty(1),), none, bytes_moved={"run": 1.0})
     spec = _spec(kind, shape)
@@ -92,31 +92,34 @@ def _problem(kind: _Kind, shape: Shape, device: torch.device, origin: str = "fol
         rivals=_rivals(kind, shape, device, origin),
         bytes_moved={"run": read + 4.0 * count * made},
         items=(count, "images"),
-        check=_checked(shape, [view.size for view in spec.crops]),
+        check=_make_check(shape, [view.size for view in spec.crops]),
         rotate=False,
         own_memory=False,
     )
 
 
 def _spec(kind: _Kind, shape: Shape, **overrides: Any) -> Any:
-    return import_module("fastssl.data.views.image").preset(kind.preset, shape["V"], **overrides)
+    from fastssl.data.views.image import preset
+
+    return preset(kind.preset, shape["V"], **overrides)
 
 
 def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Rivals:
     spec = _spec(kind, shape)
-    feed = Feed(spec, shape["B"], shape["workers"], device)
+    setting = Setting(spec, shape["B"], shape["workers"], device)
 
     def ours(where: str, *, dali: bool, **overrides: Any) -> Late:
-        own = Feed(_spec(kind, shape, **overrides), feed.batch, feed.workers, device)
-        return Late(lambda: OurFeed(own, _source(shape, where), dali=dali))
+        own = Setting(_spec(kind, shape, **overrides), setting.batch, setting.workers, device)
+        return Late(lambda: OurLoader(own, _source(shape, where), dali=dali))
 
-    def plain(transform: Any) -> PlainFeed:
-        return PlainFeed(feed, feeders.Pictures(_pictures(shape, origin), transform))
+    def plain(transform: Any) -> PlainLoader:
+        return PlainLoader(setting, loaders.Pictures(_pictures(shape, origin), transform))
 
-    def kornia(_: Any) -> PlainFeed:
-        to_image = import_module("torchvision.transforms.v2").PILToTensor()
-        pictures = feeders.Pictures(_pictures(shape, origin), to_image)
-        return PlainFeed(feed, pictures, after=feeders.KorniaViews(spec, device))
+    def kornia(_: Any) -> PlainLoader:
+        from torchvision.transforms.v2 import PILToTensor
+
+        pictures = loaders.Pictures(_pictures(shape, origin), PILToTensor())
+        return PlainLoader(setting, pictures, after=loaders.KorniaViews(spec, device))
 
     rivals: Rivals = {OURS: Absent(f"{_DALI}; {OURS} torchvision runs without")}
     if _has_dali():
@@ -128,9 +131,11 @@ def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Riv
         rivals[OURS + " folder"] = rivals[OURS]
         if _has_dali():
             rivals[OURS + " folder"] = ours("folder", dali=True, colour="linear")
-    rivals[REFERENCE] = Late(lambda: plain(feeders.Ordinary(spec)))
+    rivals[REFERENCE] = Late(lambda: plain(loaders.TorchvisionViews(spec)))
     if any(view.blur for view in spec.views):
-        rivals["torchvision blur"] = Late(lambda: plain(feeders.Ordinary(spec, pillow_blur=False)))
+        rivals["torchvision blur"] = Late(
+            lambda: plain(loaders.TorchvisionViews(spec, pillow_blur=False))
+        )
     by_lightly = kind.lightly
     if by_lightly is not None:
         rivals["lightly"] = library(
@@ -142,25 +147,27 @@ def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Riv
 
 
 def _has_dali() -> bool:
-    missing = import_module("fastssl.data.render.backend")._not_installed
-    return not missing()
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # nothing of nvidia's is installed
+        return False
 
 
 def _source(shape: Shape, origin: str) -> Any:
     """Our source of the photos."""
-    given = shape["N"], shape["W"]
+    from fastssl.data.datasets import ArrayImages
+    from fastssl.data.sources.folder import scan_folder
+    from fastssl.data.sources.webdataset import WebDatasetSource
+
+    size = shape["N"], shape["W"]
     if origin == "arrays":
-        datasets = import_module("fastssl.data.datasets")
-        pixels, names = photos.pixels(*given), [path.name for path in photos.files(*given)]
+        pixels, names = photos.pixels(*size), [path.name for path in photos.files(*size)]
         labels = torch.zeros(len(pixels), dtype=torch.int64)
-        return datasets.ArrayImages(pixels, labels, ("photo",), names)
-    sources = import_module(
-        "fastssl.data.sources." + {"folder": "folder", "shards": "webdataset"}[origin]
-    )
+        return ArrayImages(pixels, labels, ("photo",), names)
     if origin == "shards":
-        (source,) = sources.WebDatasetSource(path=str(photos.shards(*given)), labels=False).open()
+        (source,) = WebDatasetSource(path=str(photos.shards(*size)), labels=False).open()
     else:
-        (source,) = sources.scan_folder(photos.folder(*given))
+        (source,) = scan_folder(photos.folder(*size))
     return source
 
 
@@ -168,11 +175,12 @@ def _pictures(shape: Shape, origin: str) -> list[Any]:
     """What the others read: paths, or Pillow images in memory."""
     if origin != "arrays":
         return list(photos.files(shape["N"], shape["W"]))
-    to_pil = import_module("torchvision.transforms.v2.functional").to_pil_image
-    return [to_pil(image) for image in photos.pixels(shape["N"], shape["W"])]
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    return [to_pil_image(image) for image in photos.pixels(shape["N"], shape["W"])]
 
 
-def _checked(shape: Shape, sides: list[int]) -> Callable[[str, Any], str]:
+def _make_check(shape: Shape, sides: list[int]) -> Callable[[str, Any], str]:
     """The check of `looks_right`, which learns what the photos are like when it is first asked."""
     asked: list[Callable[[str, Any], str]] = []
 

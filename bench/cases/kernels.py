@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
+from fastssl.bench.cases.rivals import by_implementation, nbytes, weigh
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Outputs, Problem, Rival, Shape, Sweep, case
-from fastssl.bench.rivals import by_implementation, nbytes, weighed
 from fastssl.kernels import (
     column_moments,
     cross_diagonal,
@@ -119,7 +119,7 @@ def _lse_self(impl: str, z: Tensor) -> Tensor:
     gate_shape={"M": 111, "N": 3333, "D": 64, "K": 20},
 )
 def topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The K nearest of N keys for each of M rows: a k-nearest-neighbour search.
+    """The K nearest of N keys for each of M rows: a k-nearest-neighbor search.
 
     2 M N D flops of scores; to select is not counted.  Two keys nearly as near may change places:
     the gate asks how near the named ones are, not which they are.
@@ -178,7 +178,7 @@ _COLUMN_SHAPES = {
 def standardised(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Each column of a batch to mean 0 and variance 1.
 
-    An element takes 1 flop for the mean, 2 for the variance, 2 to normalise; backward 3 for the
+    An element takes 1 flop for the mean, 2 for the variance, 2 to normalize; backward 3 for the
     two sums and 4 for its gradient.  Forward reads z and writes the result; backward reads that and
     its gradient, and writes z's; all in z's dtype.
     """
@@ -187,7 +187,7 @@ def standardised(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
     rivals = by_implementation("standardize", _standardise, device)
     return Problem(
         inputs=(z, w),
-        rivals=weighed(rivals),
+        rivals=weigh(rivals),
         flops={"fwd": 5.0 * z.numel(), "bwd": 7.0 * z.numel()},
         bytes_moved={"fwd": 2 * nbytes(z), "bwd": 3 * nbytes(z)},
     )

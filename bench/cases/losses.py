@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.bench.cases.rivals import beside, library, nbytes
 from fastssl.bench.registry import Problem, Shape, Sweep, case
-from fastssl.bench.rivals import beside, library, nbytes
 from fastssl.kernels import exclude_self, pairwise_lse, patch_mse
 from fastssl.losses import CLIPLoss, MAELoss, NTXentLoss, SigLIPLoss
 
@@ -143,9 +143,9 @@ def ntxent_authors(z0: Tensor, z1: Tensor) -> Tensor:
     },
 )
 def mae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """MAE: the pixels of the hidden three quarters of the patches, each patch normalised.
+    """MAE: the pixels of the hidden three quarters of the patches, each patch normalized.
 
-    For each hidden pixel: 1 flop for the mean, 2 for the variance, 2 to normalise, 3 for the
+    For each hidden pixel: 1 flop for the mean, 2 for the variance, 2 to normalize, 3 for the
     squared error and its sum; 2 backward.  Only hidden patches need be read.
     """
     B, S, P = shape["B"], shape["S"], shape["P"]
@@ -167,12 +167,12 @@ def mae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 def mae_reference(patch: int, pred: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """Every patch as a copy, the hidden ones of it, normalised; in the dtype it is given."""
+    """Every patch as a copy, the hidden ones of it, normalized; in the dtype it is given."""
     return patch_mse(pred, images, hidden, patch, impl="reference").mean()
 
 
 def mae_authors(patch: int, pred: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """As facebookresearch/mae has it: every patch normalised.
+    """As facebookresearch/mae has it: every patch normalized.
 
     It then weighs the error of every patch with a mask; here predictions of hidden ones alone are
     at hand, and only their error is computed.

@@ -1,4 +1,4 @@
-"""One optimiser step on the parameters of a vision transformer of width W and depth L.
+"""One optimizer step on the parameters of a vision transformer of width W and depth L.
 
 Parameters and gradients are float32.  Weights decay and adapt; norms, biases, the class token and
 positions do neither.  Every call steps further with the gradients it is given, so the gate computes
@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
+from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, case
-from fastssl.bench.rivals import Late, Rivals, installed, library
 
 _LR, _DECAY, _MOMENTUM, _TRUST, _BETAS, _EPS = 0.1, 0.1, 0.9, 0.02, (0.9, 0.95), 1e-8
 _APEX = "build apex from NVIDIA's source (the one on PyPI is another)"
@@ -57,9 +56,9 @@ def _plain(name: str) -> bool:
 
 
 class _Stepped:
-    """A model's parameters under an optimiser; a call sets their gradients and steps.
+    """A model's parameters under an optimizer; a call sets their gradients and steps.
 
-    make(model) -> the optimiser.  It returns the parameters, and counts its steps.
+    make(model) -> the optimizer.  It returns the parameters, and counts its steps.
     """
 
     def __init__(self, start: dict[str, Tensor], make: Callable[[nn.Module], Any]) -> None:
@@ -147,9 +146,9 @@ def adamw_rule(w: Tensor, g: Tensor, state: list[Tensor], step: int, adapts: boo
 
 @dataclass(frozen=True)
 class _Step:
-    """An optimiser's step: its rule, what it costs an element in flops, tensors of state it keeps.
+    """An optimizer's step: its rule, what it costs an element in flops, tensors of state it keeps.
 
-    rivals: by name, (module, what makes the optimiser from the module and parameter groups[,
+    rivals: by name, (module, what makes the optimizer from the module and parameter groups[,
     remedy where the module is not installed]).
     """
 
@@ -164,13 +163,13 @@ def _problem(shape: Shape, device: torch.device, step: _Step) -> Problem:
     sizes = _sizes(shape["W"], shape["L"])
     start = {name: 0.1 * torch.randn(size, device=device) for name, size in sizes.items()}
     grads = tuple(0.01 * torch.randn(size, device=device) for size in sizes.values())
-    rivals: Rivals = {OURS: Absent("pip install 'fastssl-torch[train]'")}
-    if installed("timm", "pydantic"):
+    rivals: Rivals = {OURS: Absent("pip install 'fastssl[train]'")}
+    if has_packages("timm", "pydantic"):
         rivals[OURS] = Late(lambda: _Stepped(start, partial(_ours, step.ours)))
     rivals[REFERENCE] = Late(lambda: _AsWritten(step.rule, start))
     for name, (module, build, *remedy) in step.rivals.items():
-        found = library(module, partial(_theirs, start, build))
-        rivals[name] = Absent(*remedy) if remedy and isinstance(found, Absent) else found
+        rival = library(module, partial(_theirs, start, build))
+        rivals[name] = Absent(*remedy) if remedy and isinstance(rival, Absent) else rival
     count = sum(g.numel() for g in grads)
     return Problem(
         inputs=grads,
@@ -183,9 +182,10 @@ def _problem(shape: Shape, device: torch.device, step: _Step) -> Problem:
 
 
 def _ours(options: dict[str, Any], model: nn.Module) -> Any:
-    """The optimiser as the engine builds it."""
-    optim: Any = import_module("fastssl.engine.optim")
-    return optim.build_optimizer(model, optim.OptimConfig(lr=_LR, weight_decay=_DECAY, **options))
+    """The optimizer as the engine builds it."""
+    from fastssl.engine.optim import OptimConfig, build_optimizer
+
+    return build_optimizer(model, OptimConfig(lr=_LR, weight_decay=_DECAY, **options))
 
 
 def _theirs(start: dict[str, Tensor], build: Callable[[Any, list], Any], module: Any) -> Rival:

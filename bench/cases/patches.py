@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.cases.rivals import beside, by_implementation, library, nbytes, weigh
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Problem, Shape, case
-from fastssl.bench.rivals import beside, by_implementation, library, nbytes, weighed
 from fastssl.kernels import gather_patches, patch_mse
 from fastssl.losses import MAELoss
 
@@ -109,7 +109,7 @@ def embedded(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     moved = ids.numel() * values * images.element_size() + nbytes(ids, weight, bias, w)
     return Problem(
         inputs=(images, ids, weight, bias, w),
-        rivals=weighed(rivals),
+        rivals=weigh(rivals),
         flops={"fwd": product, "bwd": product},
         bytes_moved={"fwd": moved, "bwd": moved},
         items=(B, "images"),
@@ -131,8 +131,8 @@ def _embed_timm(layers, patch: int, images: Tensor, ids: Tensor, *own: Tensor) -
     D, C = own[0].shape[:2]
     with torch.device("meta"):
         module = layers.PatchEmbed(images.shape[-1], patch, C, D)
-    given: dict[str, Tensor] = {"proj.weight": own[0], "proj.bias": own[1]}
-    tokens = torch.func.functional_call(module, given, images)
+    weights: dict[str, Tensor] = {"proj.weight": own[0], "proj.bias": own[1]}
+    tokens = torch.func.functional_call(module, weights, images)
     return tokens.gather(1, ids[..., None].expand(-1, -1, D))
 
 
@@ -145,7 +145,7 @@ def _embed_lightly(utils, patch: int, images: Tensor, ids: Tensor, *own: Tensor)
 def predicted(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """From predictions to MAE's loss: of the hidden patches alone, or of all, as published.
 
-    Each rival is given the predictions of every patch and, as tensors of their own, those of the
+    Each rival gets the predictions of every patch and, as tensors of their own, those of the
     hidden ones; it takes one of the two.  Flops and bytes as in `mae`.
     """
     B, S, P = shape["B"], shape["S"], shape["P"]

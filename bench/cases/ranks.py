@@ -1,6 +1,6 @@
 """Losses over W ranks: the joined batch, each rank holding B different images of it.
 
-A step is the whole crew's: every rank's forward and backward with the exchange between them.  The
+A step is every rank's forward and backward with the exchange between them.  The
 gate is the contract itself: the mean over ranks of value and gradients is that of the joined batch
 in one process.  "reference" is that one process, on all W x B images.
 """
@@ -14,8 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fastssl.bench.crew import Crew, Loss
-from fastssl.bench.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
+from fastssl.bench.measure.rank_pool import Loss, RankPool
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, Sweep, case
 from fastssl.losses import BarlowTwinsLoss, NTXentLoss
 
@@ -89,9 +89,9 @@ def _problem(shape: Shape, device: torch.device, builds: dict[str, Callable[[], 
     joined = [(z + 0.5 * torch.randn_like(z)).requires_grad_() for _ in range(2)]
     rows = [x.detach().chunk(W) for x in joined]
     loss = builds[OURS]()
-    crews: dict[str, Crew] = {}
+    pools: dict[str, RankPool] = {}
     rivals: dict[str, Rival | Absent] = {
-        name: _Ranks(partial(Crew, build, rows, device), name, crews)
+        name: _Ranks(partial(RankPool, build, rows, device), name, pools)
         for name, build in builds.items()
     }
     if not find_spec("lightly"):
@@ -104,7 +104,7 @@ def _problem(shape: Shape, device: torch.device, builds: dict[str, Callable[[], 
         if name == REFERENCE:
             return why_wrong(outputs, eager[:1], truth[:1], slack=SLACK_OURS)
         slack = SLACK_OURS if name == OURS else SLACK_OTHERS
-        gradients = [g.to(device) for g in crews[name].gradients()]
+        gradients = [g.to(device) for g in pools[name].gradients()]
         return why_wrong([outputs[0].to(eager[0]), *gradients], eager, truth, slack=slack)
 
     items = (W * B, "images")
@@ -112,12 +112,14 @@ def _problem(shape: Shape, device: torch.device, builds: dict[str, Callable[[], 
 
 
 class _Ranks:
-    """A crew that starts at its first call."""
+    """A pool of ranks that starts at its first call."""
 
-    def __init__(self, start: Callable[[], Crew], name: str, crews: dict[str, Crew]) -> None:
-        self.start, self.name, self.crews = start, name, crews
+    def __init__(
+        self, start: Callable[[], RankPool], name: str, pools: dict[str, RankPool]
+    ) -> None:
+        self.start, self.name, self.pools = start, name, pools
 
     def __call__(self) -> Tensor:
-        if self.name not in self.crews:
-            self.crews[self.name] = self.start()
-        return self.crews[self.name].step()
+        if self.name not in self.pools:
+            self.pools[self.name] = self.start()
+        return self.pools[self.name].step()

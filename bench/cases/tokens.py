@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.bench.cases.rivals import by_implementation, nbytes, weigh
 from fastssl.bench.registry import Problem, Shape, case
-from fastssl.bench.rivals import by_implementation, nbytes, weighed
 from fastssl.kernels import (
     chamfer,
     gather_bias,
@@ -48,7 +48,7 @@ def restored(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     read = nbytes(visible, order, token, pos)
     return Problem(
         inputs=(visible, order, token, pos, w),
-        rivals=weighed(by_implementation("restore_tokens", _restore, device)),
+        rivals=weigh(by_implementation("restore_tokens", _restore, device)),
         flops={"fwd": 1.0 * w.numel(), "bwd": 1.0 * w.numel()},
         bytes_moved={"fwd": read + nbytes(w), "bwd": read + nbytes(w)},
         items=(B, "images"),
@@ -65,7 +65,7 @@ def gathered(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     tokens, ids, w = _chosen(shape, dtype, device, _HIDDEN)
     return Problem(
         inputs=(tokens, ids, w),
-        rivals=weighed(by_implementation("gather_tokens", _gather, device)),
+        rivals=weigh(by_implementation("gather_tokens", _gather, device)),
         bytes_moved={
             "fwd": nbytes(ids) + 2.0 * nbytes(w),
             "bwd": nbytes(ids, tokens) + 1.0 * nbytes(w),
@@ -96,7 +96,7 @@ def looked_up(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem
     moved = nbytes(ids, table, w)
     return Problem(
         inputs=(table, ids, w),
-        rivals=weighed(by_implementation("gather_tokens", _gather, device)),
+        rivals=weigh(by_implementation("gather_tokens", _gather, device)),
         bytes_moved={"fwd": moved, "bwd": moved},
         items=(shape["B"], "images"),
     )
@@ -109,7 +109,7 @@ def scattered(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem
     w, length = torch.randn_like(whole), shape["L"]
     return Problem(
         inputs=(visible.requires_grad_(), ids, w),
-        rivals=weighed(by_implementation("scatter_tokens", partial(_scatter, length), device)),
+        rivals=weigh(by_implementation("scatter_tokens", partial(_scatter, length), device)),
         bytes_moved={
             "fwd": nbytes(ids, visible, w),
             "bwd": nbytes(ids) + 2.0 * nbytes(visible),
@@ -133,7 +133,7 @@ def packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     w = torch.randn(len(some), D, device=device).to(dtype)
     return Problem(
         inputs=(tokens, some, ends, w),
-        rivals=weighed(by_implementation("gather_packed", _packed, device)),
+        rivals=weigh(by_implementation("gather_packed", _packed, device)),
         bytes_moved={
             "fwd": nbytes(some, ends) + 2.0 * nbytes(w),
             "bwd": nbytes(some, ends, tokens, w),
@@ -163,7 +163,7 @@ def biases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     moved = nbytes(bias, ids, w)
     return Problem(
         inputs=(bias, ids, w),
-        rivals=weighed(by_implementation("gather_bias", _bias, device)),
+        rivals=weigh(by_implementation("gather_bias", _bias, device)),
         bytes_moved={"fwd": moved, "bwd": moved},
         items=(B, "images"),
     )

@@ -2,7 +2,7 @@
 
 B images of S pixels a side; a ViT of patches of P pixels, width W and depth L, with its method's
 head or decoder (the paper's sizes from W = 384 on, smaller ones below).  Everybody has the same
-modules, start and optimiser; they differ in the loss, in what becomes of hidden patches, and in who
+modules, start and optimizer; they differ in the loss, in what becomes of hidden patches, and in who
 runs the step:
 
     fastssl           the method in a plain loop; in 16 bits under autocast
@@ -14,7 +14,7 @@ runs the step:
 
 Floors: the products of blocks, patch embedding and head, three times the forward's (twice for the
 patch embedding, whose input needs no gradient), and the loss's; the images read, and every matrix
-of the encoder with its optimiser's state read and written, in float32.
+of the encoder with its optimizer's state read and written, in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,10 +29,17 @@ from torch import Tensor, nn
 
 from fastssl.bench.cases.correlation import barlow_reference
 from fastssl.bench.cases.losses import ntxent_reference
-from fastssl.bench.gate import SLACK_OURS
+from fastssl.bench.cases.rivals import Late, Rivals, compile_late, has_packages, library, nbytes
+from fastssl.bench.cases.trainers import (
+    Loop,
+    MAELightly,
+    UnderEngine,
+    Weights,
+    mae_reference,
+    make_batch,
+)
+from fastssl.bench.measure.gate import SLACK_OURS
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
-from fastssl.bench.rivals import Late, Rivals, compiled, installed, library, nbytes
-from fastssl.bench.trainers import Loop, MAELightly, UnderEngine, Weights, batch_of, mae_reference
 
 _BIG = 384  # the width from which a model has its paper's head
 _VISIBLE = 1 / 4
@@ -95,24 +101,26 @@ def _problem(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Re
         flops={"run": recipe.flops},
         bytes_moved={"run": nbytes(*views) + 8.0 * matrices * (1 + state)},
         items=(shape["B"], "images"),
-        check=_same_step(rivals, lambda wide: _written(shape, wide, device, recipe), inputs, dtype),
+        check=_same_step(
+            rivals, lambda wide: _reference_loop(shape, wide, device, recipe), inputs, dtype
+        ),
     )
 
 
 def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Recipe) -> Rivals:
-    if not installed("timm", "pydantic"):
-        missing = Absent("pip install 'fastssl-torch[train]'")
+    if not has_packages("timm", "pydantic"):
+        missing = Absent("pip install 'fastssl[train]'")
         return dict.fromkeys((OURS, OURS + " engine", REFERENCE, "compile", "lightly"), missing)
     new = partial(_method, shape, recipe, device)
 
     def ours() -> Loop:
         method = new()
-        forward = lambda *inputs: method(batch_of(inputs))["loss"]  # noqa: E731
+        forward = lambda *inputs: method(make_batch(inputs))["loss"]  # noqa: E731
         return Loop(method, method.encoder, forward, recipe.optim, dtype)
 
     def compile_it() -> Loop:
         method = new()
-        forward = compiled(recipe.reference(method))
+        forward = compile_late(recipe.reference(method))
         return Loop(method, method.encoder, forward, recipe.optim, dtype)  # type: ignore[arg-type]
 
     def lightly(module: Any) -> Loop:
@@ -120,19 +128,21 @@ def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Rec
         model, forward = recipe.lightly[1](module, method)
         return Loop(model, method.encoder, forward, recipe.optim, dtype)
 
-    engine: Any = Absent("pip install 'fastssl-torch[train]'")
-    if installed("deepspeed"):
+    engine: Any = Absent("pip install 'fastssl[train]'")
+    if has_packages("deepspeed"):
         engine = Late(lambda: UnderEngine(new(), recipe.optim, dtype, shape["B"]))
     return {
         OURS: Late(ours),
         OURS + " engine": engine,
-        REFERENCE: Late(lambda: _written(shape, dtype, device, recipe)),
+        REFERENCE: Late(lambda: _reference_loop(shape, dtype, device, recipe)),
         "compile": Late(compile_it),
         "lightly": library(recipe.lightly[0], lightly),
     }
 
 
-def _written(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Recipe) -> Loop:
+def _reference_loop(
+    shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Recipe
+) -> Loop:
     """The plain loop over the formula as written; in float64 all of it is."""
     method = _method(shape, recipe, device)
     method = method.double() if dtype == torch.float64 else method
@@ -141,17 +151,21 @@ def _written(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Re
 
 def _method(shape: Shape, recipe: _Recipe, device: torch.device) -> Any:
     """The method with its encoder, from the same start whoever asks."""
-    methods, models = (import_module("fastssl." + name) for name in ("methods", "models"))
-    config = import_module("pydantic").TypeAdapter(methods.AnyMethodConfig)
+    from pydantic import TypeAdapter
+
+    from fastssl.methods import AnyMethodConfig, build_method
+    from fastssl.models import build_backbone
+
+    config: Any = TypeAdapter(AnyMethodConfig)
     size = {"embed_dim": shape["W"], "depth": shape["L"], "num_heads": max(1, shape["W"] // 64)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = models.build_backbone(
+        encoder = build_backbone(
             "vit_small_patch16_224",
             shape=(3, shape["S"], shape["S"]),
             kwargs={"patch_size": shape["P"], **size},
         )
-        method = methods.build_method(encoder, config.validate_python(recipe.config))
+        method = build_method(encoder, config.validate_python(recipe.config))
     return method.to(device)
 
 
@@ -323,8 +337,9 @@ def _mae(shape: Shape) -> _Recipe:
     )
 
 
-def _mae_lightly(lightly: Any, method: Any) -> tuple[nn.Module, Any]:
-    for name in ("lightly.models.modules", "lightly.models.utils"):
-        import_module(name)
+def _mae_lightly(_: Any, method: Any) -> tuple[nn.Module, Any]:
+    import lightly.models.modules
+    import lightly.models.utils
+
     model = MAELightly(lightly, method)
     return model, model

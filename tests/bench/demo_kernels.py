@@ -1,6 +1,6 @@
 """Kernels for the tests of the ahead-of-time proof: good ones, and one for each way to fail.
 
-    python -m fastssl.bench.aot --module tests.bench.demo_kernels:register_all --kernel 'demo*'
+    python -m fastssl.bench.aot --module tests.bench.demo_kernels:register_all --kernel 'proof_*'
 
 They are registered by the function, not by the import, so that no other test meets them.
 """
@@ -67,13 +67,13 @@ def tiles(m: int, n: int, warps: int = 4, stages: int = 2) -> Config:
 
 
 def register_all() -> None:
-    lse("demo_good", tiles(64, 64))
-    lse("demo_narrow", tiles(32, 64))
+    lse("proof_good", tiles(64, 64))
+    lse("proof_narrow", tiles(32, 64))
     scale = {"X": "*fp32:16", "OUT": "*fp32:16", "N": "i32", "FACTOR": "fp32"}
-    one("demo_scale", _scale, scale, Config({"BLOCK_N": 1024}), product=False)
-    lse("bad_spill", tiles(64, 128, warps=1))
-    lse("bad_shared", tiles(64, 64, stages=32))
-    lse("bad_product", tiles(32, 32), "fp32", "ieee")
-    lse("bad_warps", tiles(64, 64, warps=2))
-    one("bad_shape", _broken, {"X": "*fp32:16"}, Config({"BLOCK_N": 64}))
-    one("bad_signature", _scale, {"X": "*fp32:16", "n": "i32"}, Config({"BLOCK_N": 64}))
+    one("proof_scale", _scale, scale, Config({"BLOCK_N": 1024}), product=False)
+    lse("proof_bad_spill", tiles(64, 128, warps=1))
+    lse("proof_bad_shared", tiles(64, 64, stages=32))
+    lse("proof_bad_product", tiles(32, 32), "fp32", "ieee")
+    lse("proof_bad_warps", tiles(64, 64, warps=2))
+    one("proof_bad_shape", _broken, {"X": "*fp32:16"}, Config({"BLOCK_N": 64}))
+    one("proof_bad_signature", _scale, {"X": "*fp32:16", "n": "i32"}, Config({"BLOCK_N": 64}))

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.bench import rivals
-from fastssl.bench.cases import optim
-from fastssl.bench.gate import judge, step
+from fastssl.bench.cases import optim, rivals
+from fastssl.bench.measure.gate import judge, step
 from fastssl.bench.registry import OURS, REFERENCE, SIZES, Absent, all_cases
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +60,13 @@ TINY = {
     "train-mae": {"B": 8, "S": 16, "P": 4, "W": 64, "L": 1},
     "train-mae-large": {"B": 8, "S": 16, "P": 4, "W": 64, "L": 1},
 }
-DTYPED = [(name, dtype) for name, case in CASES.items() for dtype in case.dtypes]
+SMALL = [name for name in CASES if name != "train-mae-large"]  # train-mae's but for "compile"
+# float32, and one of the 16-bit dtypes, each in its turn.
+DTYPED = [(name, CASES[name].dtypes[0]) for name in SMALL]
+HALVES = [(name, CASES[name].dtypes[1:]) for name in SMALL if CASES[name].dtypes[1:]]
+DTYPED += [(name, dtypes[i % len(dtypes)]) for i, (name, dtypes) in enumerate(HALVES)]
+# One case for each formula: these have another's.
+SAME_FORMULA = {"pairwise-lse-self", "train-simclr", "train-barlow-twins"}
 NEEDS_GPU = {"cut-cross-entropy", "siglip-kernel"}
 LIBRARIES = {
     "ntxent": {"lightly", "pytorch-metric-learning"},
@@ -125,7 +130,10 @@ def test_every_rival_is_right(name, dtype):
     assert LIBRARIES.get(name, set()) <= set(said)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "compile" in made(n).rivals])
+COMPILED = [name for name in CASES if "compile" in made(name).rivals]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPILED if name not in SAME_FORMULA])
 def test_the_reference_is_compiled_whole(name, monkeypatch):
     monkeypatch.setattr(rivals, "BACKEND", "eager")  # traced without a break, but not compiled
     assert judge(made(name))["compile"]() == ""
@@ -135,7 +143,7 @@ def test_the_last_shape_of_a_sweep_is_compiled_as_the_first(monkeypatch):
     monkeypatch.setattr(rivals, "BACKEND", "eager")
     with torch._dynamo.config.patch(recompile_limit=2):
         for rows in range(2, 7):
-            double = rivals.compiled(_double)
+            double = rivals.compile_late(_double)
             assert double(torch.ones(rows)).sum() == 2 * rows
 
 
@@ -179,6 +187,11 @@ def test_no_reference_needs_fewer_products_than_the_floor(name):
     share = sum(problem.flops.values()) / counter.get_total_flops()
     # Half of a symmetric product is enough, and a bound a third too high would be above 1.
     assert 0.45 <= share <= 1.0
+
+
+def test_large_models_have_the_rivals_of_small_ones_but_for_the_compiled_one():
+    assert [*made("train-mae").rivals] == [OURS, OURS + " engine", REFERENCE, "compile", "lightly"]
+    assert [*made("train-mae-large").rivals] == [OURS, OURS + " engine", REFERENCE, "lightly"]
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -227,7 +240,7 @@ def test_a_rival_is_built_once():
 
 def test_weighed_rivals_get_the_weights_as_gradient():
     x, w = torch.ones(3, requires_grad=True), torch.tensor([1.0, 2.0, 3.0])
-    entrant = rivals.weighed({OURS: lambda x: 5 * x})[OURS]
+    entrant = rivals.weigh({OURS: lambda x: 5 * x})[OURS]
     assert torch.equal(entrant(x, w), 5 * x)
     assert torch.equal(step(entrant, (x, w))[1], 5 * w)
 

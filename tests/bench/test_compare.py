@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastssl.bench.compare import compare, compare_files, differences, exit_code, report
 from fastssl.bench.record import Spread, conditions, read, write
+from fastssl.bench.report.compare import compare, compare_files, exit_code, list_differences, report
 from tests.bench import sample
 
 SHAPE = {"N": 8}
@@ -131,9 +131,9 @@ def test_another_machine_is_said_first(key):
 
 def test_another_torch_is_said_too():
     other = {**sample.CONDITIONS, "versions": {"torch": "9", "triton": "3.9.0"}}
-    (said,) = differences(sample.CONDITIONS, other)
+    (said,) = list_differences(sample.CONDITIONS, other)
     assert said == "not the same software: a change may be its own (torch 2.15.0 and 9)"
-    assert differences({}, {}) == []
+    assert list_differences({}, {}) == []
 
 
 def test_real_conditions_survive_a_file(tmp_path):
@@ -152,4 +152,12 @@ def test_files(tmp_path):
     assert compare_files(tmp_path / "a", tmp_path / "a") == ("No regression.\n", 0)
     (tmp_path / "b").write_text("{}")
     with pytest.raises(ValueError, match="line 1: not a benchmark record"):
+        compare_files(tmp_path / "a", tmp_path / "b")
+
+
+def test_records_that_share_no_measurement_are_refused(tmp_path):
+    """Fault 26: "No regression." and exit code 0, where nothing had been compared."""
+    write(tmp_path / "a", sample.run(results=[row()]))
+    write(tmp_path / "b", sample.run(results=[row(case="other"), row(shape={"N": 9})]))
+    with pytest.raises(ValueError, match=r"nothing to compare: .*a has case; .*b has other, case"):
         compare_files(tmp_path / "a", tmp_path / "b")

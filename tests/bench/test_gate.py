@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastssl.bench.gate import glance, judge, step, why_wrong
+from fastssl.bench.measure.gate import glance, judge, step, why_wrong
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem
 
 from .problems import CPU, make, square

@@ -17,8 +17,11 @@ import pytest
 import torch
 
 from fastssl.bench import __main__ as bench
-from fastssl.bench import deadline, gpu, record, tune
-from fastssl.bench.deadline import CUT, FAILED, NOT_RUN, OK, Step, run_command, run_steps
+from fastssl.bench import record
+from fastssl.bench.compiler import tune
+from fastssl.bench.gpu import __main__ as gpu
+from fastssl.bench.gpu import steps as stepping
+from fastssl.bench.gpu.steps import CUT, FAILED, NOT_RUN, OK, Step, run_command, run_steps
 from fastssl.bench.registry import OURS, all_cases
 
 from .sample import run as sample_run
@@ -68,7 +71,7 @@ def test_a_step_gets_its_own_time_or_what_is_left():
     work = Clockwork(50.0, 500.0, 1.0)
     steps = [Step(name, (name,), most) for name, most in (("a", 80), ("b", 900), ("c", 100))]
     done = run_steps(steps, 200.0, run=work.run, clock=work.clock)
-    assert work.asked == [("a", 80), ("b", 200 - 50 - deadline.GRACE_S)]
+    assert work.asked == [("a", 80), ("b", 200 - 50 - stepping.GRACE_S)]
     assert [o.status for o in done] == [OK, CUT, NOT_RUN]
     assert done[2].note == "no time left"
 
@@ -99,7 +102,7 @@ def test_a_command_sees_its_environment():
 @pytest.fixture
 def late(monkeypatch):
     """A time that is over as soon as the command has printed a line, however slow the machine."""
-    said, pass_on = threading.Event(), deadline._pass_on
+    said, pass_on = threading.Event(), stepping._pass_on
 
     def told(stream):
         for line in stream:
@@ -113,7 +116,7 @@ def late(monkeypatch):
             assert said.wait(200)
             raise subprocess.TimeoutExpired(self.args, timeout)
 
-    monkeypatch.setattr(deadline, "_pass_on", lambda stream, lines: pass_on(told(stream), lines))
+    monkeypatch.setattr(stepping, "_pass_on", lambda stream, lines: pass_on(told(stream), lines))
     monkeypatch.setattr(subprocess, "Popen", Late)
     return LATE
 
@@ -121,7 +124,7 @@ def late(monkeypatch):
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_late_command_is_interrupted_and_keeps_its_last_words(handler, late, monkeypatch):
     """Also where a shell started us in the background, which ignores interrupts."""
-    monkeypatch.setattr(deadline, "GRACE_S", 50)
+    monkeypatch.setattr(stepping, "GRACE_S", 50)
     code = (
         "import time\ntry:\n print('up'); time.sleep(60)\nexcept KeyboardInterrupt:\n print('bye')"
     )
@@ -134,7 +137,7 @@ def test_a_late_command_is_interrupted_and_keeps_its_last_words(handler, late, m
 
 
 def test_a_deaf_command_is_killed_with_its_children(late, monkeypatch, tmp_path):
-    monkeypatch.setattr(deadline, "GRACE_S", 0.1)
+    monkeypatch.setattr(stepping, "GRACE_S", 0.1)
     held = tmp_path / "held"
     child = (
         f"import fcntl, time; f = open({str(held)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
@@ -166,7 +169,7 @@ def test_a_deaf_command_is_killed_with_its_children(late, monkeypatch, tmp_path)
     ],
 )
 def test_the_verdict_on_tests(code, last, want):
-    status, note = deadline.by_pytest(code, ["...", last])
+    status, note = stepping.judge_pytest(code, ["...", last])
     assert status == want[0] and note.startswith(want[1])
 
 
@@ -186,7 +189,7 @@ def test_the_verdict_on_tests(code, last, want):
     ],
 )
 def test_the_verdict_of_the_sanitizer(code, text, status):
-    assert deadline.by_sanitizer(code, text.splitlines())[0] == status
+    assert stepping.judge_sanitizer(code, text.splitlines())[0] == status
 
 
 def rows(path, *statuses, rival="fastssl"):
@@ -211,7 +214,7 @@ def rows(path, *statuses, rival="fastssl"):
 )
 def test_the_verdict_on_a_benchmark(tmp_path, statuses, code, want):
     rows(tmp_path / "part", *statuses)
-    assert gpu.by_record(tmp_path / "part", code, ["Segmentation fault"]) == want
+    assert gpu.judge_record(tmp_path / "part", code, ["Segmentation fault"]) == want
 
 
 def test_a_benchmark_of_a_stand_in_says_so(tmp_path):
@@ -219,11 +222,11 @@ def test_a_benchmark_of_a_stand_in_says_so(tmp_path):
     rows(tmp_path / "part", "absent")
     rows(tmp_path / "part", "ok", rival="fastssl torchvision")
     said = "fastssl torchvision: 1 measured; fastssl: because"
-    assert gpu.by_record(tmp_path / "part", 0, []) == (OK, said)
+    assert gpu.judge_record(tmp_path / "part", 0, []) == (OK, said)
 
 
 def test_a_benchmark_that_wrote_nothing(tmp_path):
-    assert gpu.by_record(tmp_path / "part", 2, ["no case"]) == (FAILED, "exit code 2: no case")
+    assert gpu.judge_record(tmp_path / "part", 2, ["no case"]) == (FAILED, "exit code 2: no case")
 
 
 def every_step(place):
@@ -261,9 +264,9 @@ def test_the_first_cases_come_first_in_both_dtypes_and_all_come(place):
 
 def test_the_rivals_have_the_names_that_cases_give_them():
     known = "".join(path.read_text() for path in (ROOT / "bench/cases").glob("*.py"))
-    ours = f"{OURS} torch"  # from bench/rivals.py
+    ours = f"{OURS} torch"  # from bench/cases/rivals.py
     assert all(f'rivals["{name}"]' in known for name in gpu.RIVALS if name != ours)
-    assert ours in gpu.RIVALS and " torch" in (ROOT / "bench/rivals.py").read_text()
+    assert ours in gpu.RIVALS and " torch" in (ROOT / "bench/cases/rivals.py").read_text()
     data = all_cases()["data-jpeg-simclr"]
     made = data.make(dict(data.shapes["quick"][0]), torch.float32, torch.device("cuda"))
     assert set(gpu.FEEDERS) <= set(made.rivals) and set(gpu.DATA) <= set(all_cases())

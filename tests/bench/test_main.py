@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.bench import __main__ as command
-from fastssl.bench import peaks, record
+from fastssl.bench import record
 from fastssl.bench.registry import OURS, REFERENCE, Problem, Sweep
 
 from .problems import case_of, make, square
@@ -34,7 +34,9 @@ def cases(monkeypatch):
         "broken": case_of(broken, name="broken"),
     }
     monkeypatch.setattr(command, "select", lambda names: [known[n] for n in names or ["square"]])
-    monkeypatch.setattr(peaks, "_ENOUGH_S", 0)
+    rates = {"copy": "GB/s", "matmul float32": "TFLOP/s", "matmul bfloat16": "TFLOP/s"}
+    ceilings = [record.Ceiling(what, 1.0, unit) for what, unit in rates.items()]
+    monkeypatch.setattr(command, "measure_ceilings", lambda device, dtypes: ceilings)
 
 
 def run(*words):
@@ -73,6 +75,8 @@ def test_a_named_rival_is_there_even_in_a_quick_run(cases, tmp_path, capsys):
     path = tmp_path / "run.jsonl"
     assert run("--quick", "--rival", "compile", "--json", str(path)) == 0
     assert [r.rival for r in record.read(path).results] == [OURS, REFERENCE, "compile"]
+    assert run("--quick", "--rival", "lightli") == 0  # fault 26's kin: a misspelled rival
+    assert capsys.readouterr().err.endswith("has a rival called lightli\n")
 
 
 def test_a_sweep_is_fitted(cases, tmp_path, capsys):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastssl.bench import memory
-from fastssl.bench.memory import failure, peaks_in_child
+from fastssl.bench.measure import memory
+from fastssl.bench.measure.memory import explain_failure, peaks_in_child
 
 from .problems import with_fatal
 
@@ -49,8 +49,10 @@ def test_a_rival_that_takes_the_process_down_leaves_the_rest_their_figures():
 
 
 def test_how_a_child_ended_is_said():
-    assert memory._ended(-9).status == "out of memory"
-    assert memory._ended(3) == memory.Peak(None, "failed", "the process ended with exit code 3")
+    assert memory._explain_exit(-9).status == "out of memory"
+    assert memory._explain_exit(3) == memory.Peak(
+        None, "failed", "the process ended with exit code 3"
+    )
 
 
 def test_an_absent_rival_says_so():
@@ -66,4 +68,4 @@ def test_an_absent_rival_says_so():
     ],
 )
 def test_what_an_exception_means(error, status):
-    assert failure(error).status == status
+    assert explain_failure(error).status == status

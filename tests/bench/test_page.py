@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fastssl.bench import page, plots
-from fastssl.bench._figure import Picture
-from fastssl.bench.published import PUBLISHED, quoted
 from fastssl.bench.record import Ceiling, Run
+from fastssl.bench.report import figures, page
+from fastssl.bench.report.figures import Picture
+from fastssl.bench.report.published import PUBLISHED, quote
 from tests.bench import sample
 
 VOID = {"meta", "link", "img", "br"}
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 def quick(monkeypatch):
     """The pictures are tested elsewhere; here they are five bytes."""
     picture = Picture("roofline-float32", "Roofline", "A caption.", PNG)
-    monkeypatch.setattr(plots, "pictures", lambda run: [picture] if run.results else [])
+    monkeypatch.setattr(figures, "pictures", lambda run: [picture] if run.results else [])
 
 
 def written(tmp_path, run):
@@ -106,9 +106,12 @@ def test_every_text_is_escaped(tmp_path):
     assert "<script" not in text and text.count("&lt;script&gt;") > 20
 
 
-def test_a_source_that_is_no_web_address_is_no_link():
-    assert page._link("javascript:alert(1)") == "javascript:alert(1)"
-    assert page._link('https://x.org/"><b> (p. 1)').count("<") == 2
+def test_a_source_that_is_no_web_address_is_no_link(tmp_path):
+    (one,) = sample.run().published
+    sources = ("javascript:alert(1)", 'https://x.org/"><b> (p. 1)')
+    found = written(tmp_path, Run({}, published=[replace(one, source=s) for s in sources]))
+    assert found.links == ['https://x.org/"><b>'] and "b" not in found.tags
+    assert "javascript:alert(1)" in found.text and "(p. 1)" in found.text
 
 
 def test_pieces_may_be_missing(tmp_path):
@@ -144,16 +147,16 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
 
 def test_published_figures_have_a_source_and_find_their_cases():
-    assert quoted() == list(PUBLISHED) and len(set(PUBLISHED)) == len(PUBLISHED)
+    assert quote() == list(PUBLISHED) and len(set(PUBLISHED)) == len(PUBLISHED)
     for row in PUBLISHED:
         assert row.source.startswith("https://") and row.figure and row.hardware and row.shape
-    assert {row.case for row in quoted(["train-simclr"])} == {
+    assert {row.case for row in quote(["train-simclr"])} == {
         "train-barlow",
         "train-dino",
         "train-mae",
     }
-    assert {row.case for row in quoted(["clip_sweep", "ntxent"])} == {"clip"}
-    assert quoted(["ntxent"]) == [] and quoted([]) == []
+    assert {row.case for row in quote(["clip_sweep", "ntxent"])} == {"clip"}
+    assert quote(["ntxent"]) == [] and quote([]) == []
 
 
 def test_a_slow_machine_has_its_ceilings_in_gflops(tmp_path):

@@ -1,11 +1,11 @@
 import pytest
 
-from fastssl.bench import precision
+from fastssl.bench.cases import precision
 
 
 def test_prints_what_rounding_costs(monkeypatch, capsys):
     monkeypatch.setattr(precision, "SHAPES", ((24, 40),))
-    monkeypatch.setattr(precision._trained, "__defaults__", (3,))
+    monkeypatch.setattr(precision._train, "__defaults__", (3,))
     precision.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(rows) == 12

@@ -1,13 +1,15 @@
-"""The crew and the cases it runs: exact across ranks, or no time."""
+"""The pool of ranks and the cases it runs: exact across ranks, or no time."""
 
+import time
 from functools import partial
 
 import pytest
 import torch
 
 from fastssl.bench.cases.ranks import barlow_ranks, ntxent_ranks
-from fastssl.bench.crew import Crew
-from fastssl.bench.gate import judge
+from fastssl.bench.measure import rank_pool
+from fastssl.bench.measure.gate import judge
+from fastssl.bench.measure.rank_pool import RankPool
 from fastssl.bench.registry import Absent
 from fastssl.losses import NTXentLoss
 
@@ -16,24 +18,34 @@ ROWS = [[torch.randn(3, 4) for _ in range(2)] for _ in range(2)]
 
 
 def fails():
-    raise OSError("no licence")
+    raise OSError("no license")
 
 
-def test_a_crew_computes_the_joined_batch():
-    crew = Crew(partial(NTXentLoss, 0.5), ROWS, CPU)
+def hangs():
+    time.sleep(1000)
+
+
+def test_a_pool_computes_the_joined_batch():
+    pool = RankPool(partial(NTXentLoss, 0.5), ROWS, CPU)
     joined = [torch.cat(part).requires_grad_() for part in ROWS]
     value = NTXentLoss(0.5)(*joined)
-    torch.testing.assert_close(crew.step().float(), value.detach())
+    torch.testing.assert_close(pool.step().float(), value.detach())
     wanted = torch.autograd.grad(value, joined)
-    torch.testing.assert_close(crew.gradients(), list(wanted))
-    crew.close()
+    torch.testing.assert_close(pool.gradients(), list(wanted))
+    pool.close()
     with pytest.raises(OSError):
-        crew.step()
+        pool.step()
 
 
 def test_a_rank_that_fails_is_named():
-    with pytest.raises(RuntimeError, match=r"(?s)rank 0 of 2: .*no licence"):
-        Crew(fails, ROWS, CPU)
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0 of 2: .*no license"):
+        RankPool(fails, ROWS, CPU)
+
+
+def test_a_rank_that_hangs_is_named(monkeypatch):
+    monkeypatch.setattr(rank_pool, "PATIENCE_S", 0.0)
+    with pytest.raises(RuntimeError, match="rank 0 of 2: it did not answer"):
+        RankPool(hangs, ROWS, CPU)
 
 
 def test_the_gate_is_the_contract():

@@ -26,7 +26,9 @@ def test_a_case_is_registered_under_a_name_of_its_own():
     assert case("mine", test="t", shapes={"quick": [{"N": 1}]})(make) is make
     assert all_cases()["mine"].about == "A case of the test's."
     case("mine", test="t", shapes={})(make)  # the same function: its module came by another name
-    with pytest.raises(ValueError, match="case 'mine' is registered twice"):
+    with pytest.raises(
+        ValueError, match="case 'mine' is registered twice, in .*test_registry.py and"
+    ):
         case("mine", test="t", shapes={})(other)
 
 
@@ -41,8 +43,10 @@ def test_cases_are_selected_by_pattern():
     names = [c.name for c in select(["train-*", "ntxent"])]
     assert names == ["ntxent", "train-simclr", "train-barlow-twins", "train-mae", "train-mae-large"]
     assert [c.name for c in select([])] == list(all_cases())
-    with pytest.raises(ValueError, match="no case is called 'nt-xent'; there are ntxent, "):
-        select(["nt-xent"])
+    with pytest.raises(ValueError, match="no case is called 'unheard-of'; there are ntxent, "):
+        select(["unheard-of"])
+    with pytest.raises(ValueError, match="'ntxnt'; did you mean 'ntxent'. there are"):  # fault 26
+        select(["ntxnt"])
 
 
 def test_a_family_is_selected_by_its_first_words():

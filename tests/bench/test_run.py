@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fastssl.bench import run as running
-from fastssl.bench.measure import AGAIN
+from fastssl.bench.measure import run as running
+from fastssl.bench.measure.run import Settings, plan, run_case
+from fastssl.bench.measure.turns import AGAIN
 from fastssl.bench.record import Ceiling
 from fastssl.bench.registry import OURS, REFERENCE, Problem, Sweep
-from fastssl.bench.run import Settings, plan, run_case
 
 from .problems import CPU, case_of, make, sorted_make, square
 

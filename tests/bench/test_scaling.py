@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fastssl.bench.record import Spread
-from fastssl.bench.scaling import fit, fits
+from fastssl.bench.report.scaling import fit, fits
 from tests.bench import sample
 
 
@@ -25,7 +25,7 @@ def test_noise_lowers_r2():
 
 @pytest.mark.parametrize(
     "xs, ys, why",
-    [([1], [1], "different"), ([2, 2], [1, 2], "different"), ([1, 2], [1], "as many")]
+    [([1], [1], "two data points"), ([2, 2], [1, 2], "constant"), ([1, 2], [1], "same number")]
     + [([1, 2], [0, 1], "positive"), ([-1, 2], [1, 1], "positive")],
 )
 def test_what_cannot_be_fitted_is_refused(xs, ys, why):

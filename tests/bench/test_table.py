@@ -3,13 +3,12 @@
 import io
 import random
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 
-from fastssl.bench import phrases, table
 from fastssl.bench.record import Ceiling, Result, Run
+from fastssl.bench.report import formatting, table
 from tests.bench import sample
 
 
@@ -55,12 +54,12 @@ def test_the_rate_is_that_of_the_resource_nearer_its_ceiling():
     slow = [ceilings[0], Ceiling("matmul float32", 0.8, "TFLOP/s")]
     row = Result("x", {}, "float32", "fastssl", flops={"run": 1e9}, bytes_moved={"run": 2e8})
     row = replace(row, ms=sample.timed("x", {}, "fastssl", 4.0).ms)
-    assert phrases.rate(row, ceilings) == (pytest.approx(50), "GB/s", pytest.approx(0.5))
+    assert formatting.rate(row, ceilings) == (pytest.approx(50), "GB/s", pytest.approx(0.5))
     heavy = replace(row, flops={"run": 3e9})
-    assert phrases.rate(heavy, ceilings) == (pytest.approx(0.75), "TFLOP/s", pytest.approx(0.75))
-    assert phrases.rate(heavy, slow) == (pytest.approx(750), "GFLOP/s", pytest.approx(0.9375))
-    assert phrases.rate(heavy, ())[1:] == ("TFLOP/s", None)
-    assert phrases.rate(replace(row, flops={}, bytes_moved={}), ceilings) is None
+    assert formatting.rate(heavy, ceilings) == (pytest.approx(0.75), "TFLOP/s", pytest.approx(0.75))
+    assert formatting.rate(heavy, slow) == (pytest.approx(750), "GFLOP/s", pytest.approx(0.9375))
+    assert formatting.rate(heavy, ())[1:] == ("TFLOP/s", None)
+    assert formatting.rate(replace(row, flops={}, bytes_moved={}), ceilings) is None
 
 
 def test_items_and_columns_nobody_fills():
@@ -93,18 +92,18 @@ def test_a_long_name_gives_way_to_the_numbers():
 
 
 def test_the_summary_counts_against_the_best_rival():
-    counted = {t.case: t for t in phrases.tallies(sample.run().results)}
-    assert counted["ntxent"] == phrases.Tally(
+    counted = {t.case: t for t in formatting.tallies(sample.run().results)}
+    assert counted["ntxent"] == formatting.Tally(
         "ntxent",
         faster=8,
         alone=1,
         low=pytest.approx(1.55, abs=0.01),
         high=pytest.approx(6.2, 0.01),
     )
-    assert counted["clip"] == phrases.Tally("clip", tie=1, slower=1, low=0.5, high=1.01)
-    assert counted["siglip"] == phrases.Tally("siglip", no_time=1)
-    assert counted["train-mae"] == phrases.Tally("train-mae", alone=1)
-    assert phrases.headline(sample.run().results) == (
+    assert counted["clip"] == formatting.Tally("clip", tie=1, slower=1, low=0.5, high=1.01)
+    assert counted["siglip"] == formatting.Tally("siglip", no_time=1)
+    assert counted["train-mae"] == formatting.Tally("train-mae", alone=1)
+    assert formatting.headline(sample.run().results) == (
         "Against the best rival of each of 10 measurements fastssl is faster in 8, ties in 1 and "
         "is slower in 1. In 1 more it has no time."
     )
@@ -112,12 +111,12 @@ def test_the_summary_counts_against_the_best_rival():
 
 def test_one_faster_rival_beside_a_tie_makes_it_slower():
     rows = [row for row in sample.fixed_rows() if row.case == "clip"][:3]
-    assert phrases.outcome(rows) == ("tie", 1.01)
-    assert phrases.outcome([rows[0], rows[1], replace(rows[2], x=0.9)]) == ("tie", 0.9)
+    assert formatting.outcome(rows) == ("tie", 1.01)
+    assert formatting.outcome([rows[0], rows[1], replace(rows[2], x=0.9)]) == ("tie", 0.9)
     faster = replace(rows[1], x=0.95)
-    assert phrases.outcome([rows[0], faster, replace(rows[2], x=0.9)]) == ("slower", 0.9)
+    assert formatting.outcome([rows[0], faster, replace(rows[2], x=0.9)]) == ("slower", 0.9)
     variant = replace(rows[1], rival="fastssl chunked", x=0.5)
-    assert phrases.outcome([rows[0], variant]) == ("alone", None)
+    assert formatting.outcome([rows[0], variant]) == ("alone", None)
 
 
 def test_the_summary_shows_ceilings_beside_the_datasheet():
@@ -129,19 +128,19 @@ def test_the_summary_shows_ceilings_beside_the_datasheet():
     assert plain.startswith("Against the best rival of the one measurement fastssl is faster in 1")
 
 
-def test_rich_only_adds_colour(monkeypatch):
-    plain, coloured = io.StringIO(), io.StringIO()
-    run = sample.run()
-    run.results[2] = replace(run.results[2], rival="[bold]light\\")
-    table.show(run, width=100, file=plain)
-    table.show(run, width=100, fancy=True, file=coloured)
-    assert "\x1b[" in coloured.getvalue() and "\x1b[" not in plain.getvalue()
-    bare = re.sub(r"\x1b\[[0-9;]*m", "", coloured.getvalue())
-    assert bare.split("\n") == plain.getvalue().split("\n")
-    monkeypatch.setitem(sys.modules, "rich", None)
-    without = io.StringIO()
-    table.show(run, width=100, fancy=True, file=without)
-    assert without.getvalue() == plain.getvalue()
+def test_color_is_all_that_a_terminal_adds(monkeypatch):
+    bare, colored = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(colored, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    table.show(sample.run(), width=100, file=bare)
+    table.show(sample.run(), width=100, file=colored)
+    assert "\x1b[1;36m" in colored.getvalue() and "\x1b[" not in bare.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", colored.getvalue()) == bare.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    refused = io.StringIO()
+    refused.isatty = lambda: True
+    table.show(sample.run(), width=100, file=refused)
+    assert refused.getvalue() == bare.getvalue()
 
 
 def test_one_block_at_a_time():
@@ -153,15 +152,15 @@ def test_one_block_at_a_time():
 
 def test_an_empty_run_has_an_empty_table():
     assert table.text(Run({})) == "\n"
-    assert phrases.headline([]) == "" and table.heading(Run({})).startswith("unknown device")
+    assert formatting.headline([]) == "" and table.heading(Run({})).startswith("unknown device")
 
 
 def test_numbers_keep_three_digits_and_never_an_exponent():
     random.seed(0)
     for _ in range(500):
         value = 10 ** random.uniform(-6, 9)
-        said = phrases.number(value)
+        said = formatting.number(value)
         assert re.fullmatch(r"\d+(\.\d+)?", said)
         assert float(said) == pytest.approx(value, rel=5.1e-3)
         assert len(said.replace(".", "").lstrip("0")) >= 3 or value < 1e-3
-    assert phrases.number(0) == "0" and phrases.number(float("inf")) == "inf"
+    assert formatting.number(0) == "0" and formatting.number(float("inf")) == "inf"
