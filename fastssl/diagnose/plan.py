@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
 from fastssl.methods.base import PARAMETERS
-from fastssl.run.results import count_parameters
+from fastssl.run.summary import count_parameters
 from fastssl.run.train import build
 
 # float32 values an optimiser keeps for each parameter; two where it is not listed (the Adam family)

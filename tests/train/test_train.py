@@ -22,9 +22,9 @@ from fastssl.engine.engine import Engine
 from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
 from fastssl.run.directory import prepared
+from fastssl.run.evaluation import EvaluationError
 from fastssl.run.log import LogError, Silent
 from fastssl.run.progress import RichWatch
-from fastssl.run.results import EvaluationError
 from fastssl.run.train import NonFinite, Progress, Run, pretrain
 from tests.runs import METHODS, final, losses, tiny
 
@@ -368,7 +368,9 @@ def test_names_that_are_no_text_are_shown_escaped(tmp_path):
     cfg = tiny("mae", tmp_path, data__source=source, batch_size=12, evaluate__neighbours=2)
     shown = io.StringIO()
     results = pretrain(cfg, RichWatch(Console(file=shown), 1), f"fastssl {folder}")
-    assert results["train"]["bad_images"] == 1 and load(cfg.directory).data.source == cfg.data.source
+    assert (
+        results["train"]["bad_images"] == 1 and load(cfg.directory).data.source == cfg.data.source
+    )
     assert "\\x1b[2J\\udcff.png" in shown.getvalue() and "\x1b" not in shown.getvalue()
     page = (cfg.directory / "report.html").read_text(encoding="utf-8")
     assert "\\x1b[2J\\udcff.png" in page and "\x1b" not in page
