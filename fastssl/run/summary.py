@@ -101,5 +101,5 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _measures(row: dict[str, Any]) -> dict[str, float]:
+def _measures(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in MEASURES if name in row}
