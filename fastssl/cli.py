@@ -103,7 +103,7 @@ def evaluate(run: RunPath) -> None:
     """Measure a run's encoder again: kNN, linear probe, RankMe, alignment, uniformity."""
     from fastssl.data.datasets import open_source
     from fastssl.export import load_encoder
-    from fastssl.run.results import evaluate_on, scores
+    from fastssl.run.evaluation import evaluate_on, scores
 
     encoder, cfg, _ = load_encoder(run)
     split = open_source(cfg.data.source, cfg.seed)

@@ -139,8 +139,8 @@ def final(cfg: RunConfig) -> list[dict[str, Any]]:
 
 def without_pictures(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
     """Runs draw no plots from now on, or as long as a monkeypatch's setattr holds."""
-    from fastssl.run import results
+    from fastssl.run import evaluation
 
     for name in ("plot_views", "plot_curves", "plot_embedding", "plot_reconstructions"):
-        assert hasattr(results, name)
-        setattr(results, name, lambda *args, **kwargs: None)
+        assert hasattr(evaluation, name)
+        setattr(evaluation, name, lambda *args, **kwargs: None)

@@ -53,8 +53,8 @@ def _outlive_signals(worker: int) -> None:
     A cluster, or Ctrl-C, signals the whole process group, and a run that wants to finish its step
     and save still needs batches.  An orphan is ended by torch's watchdog.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

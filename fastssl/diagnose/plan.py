@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
 from fastssl.methods.base import PARAMETERS
-from fastssl.run.results import count_parameters, peak_memory
+from fastssl.run.summary import count_parameters, peak_memory
 from fastssl.run.train import build
 
 NOT_COUNTED = (

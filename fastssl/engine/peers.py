@@ -107,7 +107,7 @@ def _watch(peers: dict[socket.socket, int], agent: int | None, done: int, lost: 
         ready, *_ = select.select([done, *peers], [], [], None if agent is None else 1.0)
         if done in ready:
             return
-        for connection in ready:
+        for connection in [peer for peer in peers if peer in ready]:
             rank = peers.pop(connection)
             if _said(connection) != _BYE:
                 lost.append(rank)

@@ -6,13 +6,15 @@
 A value that is not finite is null, and texts hold no control characters.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastssl.distributed import gather_objects
+from fastssl.distributed import broadcast_object, gather_objects
 from fastssl.files import printable, write_atomically
 from fastssl.report import read_metrics
 
@@ -95,6 +97,19 @@ class RunLog:
                 write_atomically(self.path, "".join(map(_line, rows)))
             except OSError as error:
                 raise LogError(f"cannot write {self.path} at step {step}: {error}") from error
+
+
+@contextlib.contextmanager
+def first_rank_writes(sentence: str) -> Iterator[None]:
+    """A disk that refuses the first rank is a LogError on every rank, not a hang on the others."""
+    problem = ""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{sentence}: {error}"
+    problem = broadcast_object(problem)
+    if problem:
+        raise LogError(problem)
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:

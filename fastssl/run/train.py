@@ -33,8 +33,9 @@ from fastssl.engine.engine import Engine, Step
 from fastssl.methods import Method, build_method
 from fastssl.models import build_backbone, probe
 from fastssl.run.directory import forget_replaced, prepared
+from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
-from fastssl.run.results import Evaluator, finish
+from fastssl.run.summary import count_parameters, summarize, write_summary
 
 
 class NonFinite(RuntimeError):
@@ -232,7 +233,7 @@ class Run:
             raise LogError(f"{self.directory} has gone while the run went on: {error}") from error
         finally:
             self.watch.end()
-        return finish(self, command)
+        return self.finish(command)
 
     def train(self) -> None:
         """The loop.  A window of steps is timed as one, since the device runs behind the host."""
@@ -381,6 +382,27 @@ class Run:
             )
         for note in [*self.engine.notes, *cfg.notes()]:
             self.watch.say(note)
+
+    def finish(self, command: str) -> dict[str, Any]:
+        """Evaluate at the end if the loop did not, and write what the run shows for itself."""
+        evals = {row["step"]: row for row in self.log.rows() if row["kind"] == "eval"}
+        trained = evals.get(self.total)
+        if trained is None or self.evaluator.test is None:
+            trained = self.evaluator.metrics()
+        encoders = {"pretrained": trained}
+        if 0 in evals:  # a log that was deleted is no reason to fail
+            encoders["random initialisation"] = evals[0]
+        results = summarize(
+            self.cfg,
+            encoders | {"raw input": self.evaluator.raw_metrics()},
+            vars(self.progress),
+            items=f"{self.evaluator.views.kind}s",
+            parameters=count_parameters(self.engine.method),
+            bad_images=len(self.log.bad),
+            command=command,
+        )
+        write_summary(self.directory, results, self.evaluator.pictures_after)
+        return results
 
     def resume(self) -> None:
         """Take up the newest intact checkpoint, if the configuration says so and there is one."""

@@ -5,11 +5,12 @@ import json
 import os
 import pickle
 import shutil
+import signal
 
 import pytest
 
 from fastssl.config import ConfigError
-from fastssl.engine.checkpoint import CheckpointError, damaged
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints, damaged
 from fastssl.export import load_encoder
 from fastssl.report import read_metrics
 from fastssl.run.train import pretrain
@@ -145,6 +146,29 @@ def test_weights_that_are_none_are_refused_in_a_sentence(run):
     sign(checkpoint)
     with pytest.raises(CheckpointError, match="encoder.safetensors holds no weights"):
         load_encoder(run.directory)
+
+
+def test_a_reader_that_dies_meanwhile_fails_no_checkpoint(finished, tmp_path):
+    """Fault 43: torch's handler raises wherever the main thread is."""
+
+    class Reached(Exception):
+        pass
+
+    class Stub:
+        def encoder_state(self):
+            os.kill(os.getpid(), signal.SIGCHLD)
+            raise Reached
+
+    def alarm(number, frame):
+        raise RuntimeError("DataLoader worker is killed")
+
+    before = signal.signal(signal.SIGCHLD, alarm)
+    try:
+        with pytest.raises(Reached):
+            Checkpoints(tmp_path, finished.checkpoint).save(Stub(), 1, {}, best=False)
+        assert signal.getsignal(signal.SIGCHLD) is alarm
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 # fault 34

@@ -12,8 +12,8 @@ from fastssl.config import load
 from fastssl.data.sources.arrays import ArrayImages
 from fastssl.engine.checkpoint import damaged
 from fastssl.engine.engine import Engine
+from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import Silent
-from fastssl.run.results import Evaluator
 from fastssl.run.train import Interrupted, Progress, Run, pretrain
 from tests.data.photos import folder
 from tests.runs import final, tiny

@@ -23,9 +23,9 @@ from fastssl.methods import MAE
 from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
 from fastssl.run.directory import prepared
+from fastssl.run.evaluation import EvaluationError
 from fastssl.run.log import LogError, Silent
 from fastssl.run.progress import RichWatch
-from fastssl.run.results import EvaluationError
 from fastssl.run.train import NonFinite, Progress, Run, pretrain
 from tests.runs import METHODS, final, losses, tiny
 

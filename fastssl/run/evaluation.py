@@ -1,23 +1,13 @@
-"""What a run shows for itself: evaluations, pictures, results.json and the report.
+"""Measures of an encoder on a run's data, during the run and after it, and pictures of both."""
 
-Three encoders stand side by side: the pretrained one, the same at random initialisation (measured
-by the run before its first step), and the raw input (images averaged down to at most 32 x 32).
-"""
-
-import contextlib
-import json
-import platform
-import resource
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastssl import __version__, distributed
+from fastssl import distributed
 from fastssl.config import RunConfig
 from fastssl.data.errors import BadItem
 from fastssl.data.seeds import sample_seed
@@ -26,7 +16,7 @@ from fastssl.data.views.spec import ViewSpec, apply
 from fastssl.engine.engine import Engine
 from fastssl.evaluate import Evaluation, evaluate_features
 from fastssl.evaluate.embed import EmbedConfig, Embedded, Features, embed, raw_input, two_views
-from fastssl.files import printable, write_atomically
+from fastssl.files import printable
 from fastssl.report import (
     PICTURED,
     plot_curves,
@@ -34,15 +24,10 @@ from fastssl.report import (
     plot_reconstructions,
     plot_views,
     read_metrics,
-    write_report,
 )
-from fastssl.run.log import LogError
-
-if TYPE_CHECKING:
-    from fastssl.run.train import Run
+from fastssl.run.log import first_rank_writes
 
 MEASURES = ("knn", "linear", "rankme", "uniformity", "alignment")
-PACKAGES = ("torch", "deepspeed", "timm", "torchvision", "triton", "scikit-learn")
 
 
 class EvaluationError(ValueError):
@@ -64,6 +49,10 @@ class Evaluator:
         measured, parts = evaluate_on(self.cfg, self.split, self.views, self.engine.features)
         self.test, self.bad = parts.test, [*parts.train.bad, *parts.test.bad]
         return scores(measured)
+
+    def raw_metrics(self) -> dict[str, float]:
+        """The same measures of the raw input: images averaged down to at most 32 x 32."""
+        return scores(evaluate_on(self.cfg, self.split, self.views, raw_input)[0])
 
     def pictures_before(self, directory: Path) -> None:
         """What the run trains on: a contact sheet of the first images and their views."""
@@ -161,60 +150,6 @@ def scores(measured: Evaluation | None) -> dict[str, float]:
     return {name: v for name in MEASURES if (v := getattr(measured, name)) is not None}
 
 
-def finish(run: "Run", command: str) -> dict[str, Any]:
-    """Evaluate at the end if the loop did not, write results.json, the pictures and report.html."""
-    rows = run.log.rows()
-    evals = {row["step"]: row for row in rows if row["kind"] == "eval"}
-    trained = evals.get(run.total)
-    if trained is None or run.evaluator.test is None:
-        trained = run.evaluator.metrics()
-    raw, _ = evaluate_on(run.cfg, run.split, run.evaluator.views, raw_input)
-    table = [("pretrained", trained), ("raw input", scores(raw))]
-    if 0 in evals:  # a log that was deleted is no reason to fail
-        table.insert(1, ("random initialisation", evals[0]))
-    state = run.progress
-    results = {
-        "method": run.cfg.method.name,
-        "source": run.cfg.data.source.name,
-        "items": f"{run.evaluator.views.kind}s",
-        "rows": [{"encoder": name, **_measures(row)} for name, row in table],
-        "train": {
-            "loss": state.last.get("loss"),
-            "images_per_s": state.images / state.seconds if state.seconds else None,
-            "data_wait": min(state.waited / state.seconds, 1.0) if state.seconds else None,
-            "peak_memory_bytes": peak_memory(),
-            "seconds": state.seconds,
-            "steps": state.step,
-            "epochs": run.cfg.epochs,
-            "parameters": count_parameters(run.engine.method),
-            "bad_images": len(run.log.bad),
-            "skipped_steps": state.skipped,
-        },
-        "versions": versions(),
-        "command": command,
-    }
-    with first_rank_writes("the run is complete and saved, but its report is not written"):
-        if distributed.rank() == 0:
-            write_atomically(run.directory / "results.json", json.dumps(results, indent=1))
-        run.evaluator.pictures_after(run.directory, results["rows"][1:])
-        if distributed.rank() == 0:
-            write_report(run.directory)
-    return results
-
-
-@contextlib.contextmanager
-def first_rank_writes(sentence: str) -> Iterator[None]:
-    """A disk that refuses the first rank is a LogError on every rank, not a hang on the others."""
-    problem = ""
-    try:
-        yield
-    except OSError as error:
-        problem = f"{sentence}: {error}"
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise LogError(problem)
-
-
 def contact_sheet(source: Source, views: ViewSpec, seed: int, count: int = 8) -> list[Tensor]:
     """Every view of up to `count` readable items spread over the source, drawn as in training.
 
@@ -229,31 +164,3 @@ def contact_sheet(source: Source, views: ViewSpec, seed: int, count: int = 8) ->
         if len(drawn) == count:
             break
     return [torch.stack(view) for view in zip(*drawn, strict=True)]
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Parameters of the whole module, also while ZeRO-3 keeps only slices here."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-
-
-def peak_memory() -> int:
-    """Bytes: the CUDA allocator's high-water mark, or the process's resident one on CPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "fastssl": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def _measures(row: dict[str, Any]) -> dict[str, float]:
-    return {name: row[name] for name in MEASURES if name in row}
