@@ -8,8 +8,11 @@ from PIL import Image
 
 from fastssl.config.schema import ConfigError, load, resolve
 from fastssl.data.datasets import fingerprint, open_source
+from fastssl.data.errors import DataError
 from fastssl.data.loader import PretrainLoader
+from fastssl.evaluate.embed import raw_input
 from fastssl.run.directory import prepared
+from fastssl.run.results import evaluate_on
 from fastssl.run.train import check_steps
 
 
@@ -65,3 +68,15 @@ def test_padding_is_not_trained_on(tmp_path, size, refused):
         return check_steps(cfg, loader)
     with pytest.raises(ConfigError, match="give data.last=drop, or batch_size=[45], which divides"):
         check_steps(cfg, loader)
+
+
+def test_mostly_bad_data_are_told_by_an_evaluation(tmp_path):
+    """Fault 43: it said that the encoder could not be evaluated."""
+    data = put(tmp_path / "data", *range(40))
+    cfg = resolve("simclr-digits", ["data.source.name=folder", f"data.source.path={data}"])
+    split = open_source(cfg.data.source, 0)
+    for part in split:
+        for i in range(2, len(part)):  # what is left is of one class
+            (data / part.name(i)).write_bytes(b"no image")
+    with pytest.raises(DataError, match="most of the data is unreadable, 36 of 40 items"):
+        evaluate_on(cfg, split, cfg.views(), raw_input)
