@@ -318,7 +318,9 @@ class PretrainLoader:
         """
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps: want 0 <= start <= end, got {start_step} and {end_step}")
-        batches = _watched(self._made(_Steps(self, start_step, end_step), should_stop), self.max_bad)
+        batches = _watched(
+            self._made(_Steps(self, start_step, end_step), should_stop), self.max_bad
+        )
         if self.last == "drop":
             return batches
         steps = enumerate(batches, start_step)

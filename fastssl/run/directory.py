@@ -97,7 +97,9 @@ def _changed(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
         return f"{directory} is another run: {'; '.join(changed)}; give name=... a new name"
     if data is None or before is None or same or allowed:
         return None
-    counts = [f"{d.get('train')} training items and {d.get('test')} held out" for d in (before, data)]
+    counts = [
+        f"{d.get('train')} training items and {d.get('test')} held out" for d in (before, data)
+    ]
     what = f"{counts[0]}, now {counts[1]}" if counts[0] != counts[1] else "other names or labels"
     return (
         f"the data of {directory} have changed since it began ({what}): give the same, or "

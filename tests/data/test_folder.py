@@ -14,7 +14,6 @@ from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.names import Names
 from fastssl.data.sources.wavs import WavsSource
 
-
 TRAIN_VAL = ("train", "val")
 
 

@@ -212,8 +212,15 @@ def test_decompression_bomb_is_bad_and_silent(tmp_path, monkeypatch, limit):
 def test_a_large_image_is_converted_in_strips(monkeypatch):
     """Fault 42: each step of a conversion was a copy of the whole: 2.7 GB for 9,400 x 9,400."""
     pixels = np.random.default_rng(0).integers(0, 256, (37, 20, 4), np.uint8)
-    grey = (pixels[..., 0].astype(np.uint16) * 257)
-    for array in (pixels, pixels[..., :3], pixels[..., 0], pixels[..., :2], grey, pixels[..., 0] / 9):
+    grey = pixels[..., 0].astype(np.uint16) * 257
+    for array in (
+        pixels,
+        pixels[..., :3],
+        pixels[..., 0],
+        pixels[..., :2],
+        grey,
+        pixels[..., 0] / 9,
+    ):
         mode = "LA" if array.shape[-1] == 2 else None
         image = Image.fromarray(array.astype(np.float32) if array.dtype == float else array, mode)
         file = BytesIO()

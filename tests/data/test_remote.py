@@ -231,7 +231,9 @@ def test_a_store_that_fails_is_no_damaged_record():
 
 # fsspec's own destructor of an FTP client that was never made
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("address", ["http://[::1", "reference://", "ftp://", "zip://", "ftp://h/x"])
+@pytest.mark.parametrize(
+    "address", ["http://[::1", "reference://", "ftp://", "zip://", "ftp://h/x"]
+)
 def test_an_address_that_makes_no_sense_is_one_sentence(address):
     """Fault 42: each was its library's traceback."""
     with pytest.raises(DataError) as error:

@@ -1,6 +1,5 @@
 """WAV files: every width of PCM, mono mix, resampling; unreadable ones are named, not fatal."""
 
-import struct
 import wave
 
 import numpy as np

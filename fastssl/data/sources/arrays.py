@@ -90,7 +90,9 @@ def _load(path: Path, mode: Literal["r"] | None = None) -> Any:
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except MemoryError as error:
-        raise DataError(f"{str(path)!r} does not fit into memory, or is damaged: {error}") from error
+        raise DataError(
+            f"{str(path)!r} does not fit into memory, or is damaged: {error}"
+        ) from error
     except Exception as error:  # a damaged header is read by Python's own parser
         if of_the_machine(error):
             raise

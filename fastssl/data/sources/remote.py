@@ -156,9 +156,7 @@ def _found(path: str, find: Callable[[Any, str], list[str]]) -> list[str]:
     fs, inner = filesystem(path)
     try:
         with _sound(path):
-            return [
-                fs.unstrip_protocol(each) for each in patiently(path, lambda: find(fs, inner))
-            ]
+            return [fs.unstrip_protocol(each) for each in patiently(path, lambda: find(fs, inner))]
     except PermissionError as error:
         raise DataError(
             f"{path!r} may not be listed: name its files by a range, as in x-{{000..099}}.tar"

@@ -108,7 +108,10 @@ class WavsSource(SourceOptions):
     )
     flat: bool = Field(default=False, description="take every file below path, without labels")
     rate: int | None = Field(
-        default=None, ge=1, le=_MOST_RATE, description="samples a second to resample to; None: as it is"
+        default=None,
+        ge=1,
+        le=_MOST_RATE,
+        description="samples a second to resample to; None: as it is",
     )
 
     def open(self) -> tuple[Source, ...]:

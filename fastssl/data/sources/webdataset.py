@@ -209,7 +209,8 @@ class WebDatasetSource(SourceOptions):
         default="first", description="the dot of a file's name that ends its sample's key"
     )
     image: str | None = Field(
-        default=None, description="extension of the image, such as left.jpg, where there are several"
+        default=None,
+        description="extension of the image, such as left.jpg, where there are several",
     )
 
     def open(self) -> tuple[Source, ...]:
