@@ -11,8 +11,8 @@ from fastssl.data.datasets import fingerprint, open_source
 from fastssl.data.errors import DataError
 from fastssl.data.loader import PretrainLoader
 from fastssl.evaluate.embed import raw_input
+from fastssl.run import results
 from fastssl.run.directory import prepared
-from fastssl.run.results import evaluate_on
 from fastssl.run.train import check_steps
 
 
@@ -70,13 +70,18 @@ def test_padding_is_not_trained_on(tmp_path, size, refused):
         check_steps(cfg, loader)
 
 
-def test_mostly_bad_data_are_told_by_an_evaluation(tmp_path):
+def test_mostly_bad_data_are_told_by_an_evaluation(tmp_path, monkeypatch):
     """Fault 43: it said that the encoder could not be evaluated."""
     data = put(tmp_path / "data", *range(40))
     cfg = resolve("simclr-digits", ["data.source.name=folder", f"data.source.path={data}"])
     split = open_source(cfg.data.source, 0)
     for part in split:
-        for i in range(2, len(part)):  # what is left is of one class
+        for i in range(2, len(part)):
             (data / part.name(i)).write_bytes(b"no image")
+
+    def refuse(*args, **options):
+        raise ValueError("too few")
+
+    monkeypatch.setattr(results, "evaluate_features", refuse)
     with pytest.raises(DataError, match="most of the data is unreadable, 36 of 40 items"):
-        evaluate_on(cfg, split, cfg.views(), raw_input)
+        results.evaluate_on(cfg, split, cfg.views(), raw_input)

@@ -24,8 +24,8 @@ SUFFIXES = frozenset(
     ).split()
 )
 _ORIENTATION = 0x0112  # the EXIF tag
-# What fails for want of files, memory or a server says nothing of the image.  An I/O error is of the
-# place where the file lies, and a disk that fails everywhere is one of mostly bad items.
+# What fails for want of files, memory or a server says nothing of the image.  An I/O error is of
+# the place where the file lies; a disk that fails everywhere shows as mostly bad items.
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _STRIP = 2**22  # pixels
 MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
