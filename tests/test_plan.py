@@ -5,7 +5,7 @@ import torch
 
 from fastssl.diagnose.plan import make_plan
 from fastssl.methods.base import PARAMETERS
-from fastssl.run.results import peak_memory
+from fastssl.run.summary import peak_memory
 from fastssl.run.train import build
 from tests.runs import METHODS, tiny
 

@@ -59,6 +59,9 @@ class DataConfig(Section):
         description="An epoch's short batch: dropped, or filled with marked samples of its own, "
         "which no method leaves out yet: pad wants a batch_size that divides the data.",
     )
+    changed: Literal["refuse", "allow"] = Field(
+        "refuse", description="allow: resume although items were added, removed or renamed."
+    )
     max_bad: float = Field(
         0.5, ge=0, le=1, description="Share of unreadable samples above which a run stops."
     )
@@ -166,19 +169,25 @@ def _described(section: BaseModel, indent: str) -> Iterator[str]:
             yield f"{indent}{name}: {json.dumps(plain, ensure_ascii=False)}{note}"
 
 
-def differences(saved: RunConfig, now: RunConfig) -> list[str]:
+def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) -> list[str]:
     """Keys, as `a.b: old -> new`, whose change makes it another run.
 
-    Where a run is kept, how often it speaks and who reads and makes its data do not count.
+    Where a run is kept, how often it speaks and who reads and makes its data do not count; nor,
+    with same_data, where the data lie.
     """
     free = ("output", "device", "resume", "overwrite", "checkpoint", "evaluate", "log")
     old, new = (_flatten(c.model_dump(mode="json", exclude=set(free))) for c in (saved, now))
     free_leaves = {
         *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),
+        "data.changed",
         "engine.activation_checkpointing",
         "engine.max_skipped",
         "optim.lr_batch",
     }
+    if same_data:
+        free_leaves |= {f"data.source.{key}" for key in ("path", "val", "cache")}
+        if now.data.source.name == "arrays":  # where another says whether there are any
+            free_leaves.add("data.source.labels")
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
         free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.final"}
     keys = sorted((old.keys() | new.keys()) - free_leaves)

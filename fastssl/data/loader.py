@@ -165,7 +165,7 @@ def _told(error: RuntimeError, workers: Any) -> Exception:
     code = dead[0].exitcode
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return DataError(
-        f"a loader process ({dead[0].pid}) ended by {how}, by which the system frees memory when it "
+        f"a loader process ({dead[0].pid}) ended by {how}, as the system does when memory "
         "runs out: lower data.workers or batch_size, or give more memory; resume=auto goes on"
     )
 

@@ -98,7 +98,12 @@ class Parcel:
         """Raises DataError where file descriptors are too few to receive it."""
         try:
             return pickle.loads(self.data)
-        except (OSError, EOFError, RuntimeError) as error:
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            raise DataError(
+                f"the loader process that made a batch is gone ({type(error).__name__}), ended by "
+                f"a signal or for want of memory: lower data.workers or batch_size"
+            ) from error
+        except (OSError, RuntimeError) as error:
             raise DataError(
                 f"a batch could not be received from its loader process ({error}): {FEW_FILES}"
             ) from error

@@ -20,12 +20,13 @@ from fastssl.files import sync, write_atomically
 
 
 @contextlib.contextmanager
-def prepared(cfg: RunConfig) -> Iterator[Path]:
+def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator[Path]:
     """The run's directory, new, replaced or taken up, with its configuration in it, and locked.
 
+    data: the fingerprint of the run's data, kept in RUN/data.json.
     Raises ConfigError when a run of that name is going on, or exists and neither resume nor
-    overwrite is asked for, and when the configuration differs from the one resumed, naming each
-    difference.
+    overwrite is asked for, and when the configuration or the data differ from what is resumed,
+    naming each difference.  Data that are the same may lie elsewhere.
     """
     with contextlib.ExitStack() as stack:
         problem = None
@@ -34,7 +35,7 @@ def prepared(cfg: RunConfig) -> Iterator[Path]:
                 output = cfg.directory.parent
                 output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(output / f".{cfg.name}.lock"))
-                problem = _prepare(cfg)
+                problem = _prepare(cfg, data)
             except ConfigError as error:
                 problem = str(error)
             except BlockingIOError:
@@ -95,12 +96,39 @@ def forget_replaced(cfg: RunConfig) -> None:
     shutil.rmtree(_replaced(cfg), ignore_errors=True)
 
 
-def _prepare(cfg: RunConfig) -> str | None:
+def _saved_data(directory: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((directory / "data.json").read_text()))
+    except (OSError, ValueError, TypeError):  # of a run before there was such a file
+        return None
+
+
+def _changed(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
+    """Why the run in its directory cannot be taken up with this configuration and these data."""
+    directory, before = cfg.directory, _saved_data(cfg.directory)
+    allowed = cfg.data.changed == "allow"
+    same = data is not None and data == before
+    changed = config.differences(config.load(directory), cfg, same_data=same or allowed)
+    if changed:
+        return f"{directory} is another run: {'; '.join(changed)}; give name=... a new name"
+    if data is None or before is None or same or allowed:
+        return None
+    counts = [
+        f"{d.get('train')} training items and {d.get('test')} held out" for d in (before, data)
+    ]
+    what = f"{counts[0]}, now {counts[1]}" if counts[0] != counts[1] else "other names or labels"
+    return (
+        f"the data of {directory} have changed since it began ({what}): give the same, or "
+        "data.changed=allow to go on with these"
+    )
+
+
+def _prepare(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
     directory, saved = cfg.directory, cfg.directory / "config.yaml"
     if saved.is_file() and cfg.resume == "auto":
-        changed = config.differences(config.load(directory), cfg)
+        changed = _changed(cfg, data)
         if changed:
-            return f"{directory} is another run: {'; '.join(changed)}; give name=... a new name"
+            return changed
     elif saved.is_file() and not cfg.overwrite:
         return (
             f"{directory} already holds a run: resume=auto continues it, overwrite=true replaces "
@@ -114,5 +142,8 @@ def _prepare(cfg: RunConfig) -> str | None:
     Checkpoints(directory, cfg.checkpoint).check()
     # What was said of an earlier run is not said of the next one that reads this file.
     kept = cfg.model_copy(update={"overwrite": False, "resume": "never"})
+    kept = kept.model_copy(update={"data": cfg.data.model_copy(update={"changed": "refuse"})})
+    if data is not None:
+        write_atomically(directory / "data.json", json.dumps(data))
     write_atomically(saved, config.dump(kept))
     return None

@@ -13,6 +13,7 @@ from fastssl.data.errors import BadItem
 from fastssl.data.seeds import sample_seed
 from fastssl.data.sources.base import Source, Split
 from fastssl.data.views.spec import ViewSpec, apply
+from fastssl.data.worker import mostly_bad
 from fastssl.engine.engine import Engine
 from fastssl.evaluate import Evaluation, evaluate_features
 from fastssl.evaluate.embed import EmbedConfig, Embedded, Features, embed, raw_input, two_views
@@ -128,7 +129,7 @@ def evaluate_on(
         test, train_y, test_y = replace(train, labels=None), None, None
     held = split.train if test.index is train.index else split.test
     pair = two_views(features, held, views, cfg.seed)
-    measured, problem = None, ""
+    measured, problem, unreadable = None, "", ""
     if distributed.rank() == 0 and len(train.index) > 1:
         k = cfg.evaluate.neighbours
         try:
@@ -137,7 +138,12 @@ def evaluate_on(
             )
         except ValueError as error:
             problem = str(error)
-    measured, problem = distributed.broadcast_object((measured, problem))
+            bad, read = [*train.bad, *test.bad], len(train.index) + len(test.index)
+            if len(bad) > cfg.data.max_bad * (len(bad) + read):
+                unreadable = str(mostly_bad(f"{len(bad)} of {len(bad) + read} items", bad))
+    measured, problem, unreadable = distributed.broadcast_object((measured, problem, unreadable))
+    if unreadable:
+        raise DataError(unreadable)
     if problem:
         raise EvaluationError(f"the encoder cannot be evaluated: {problem}")
     return measured, EmbeddedSplit(train, test)

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig, load
 from fastssl.data.batch.ops import apply_batch_ops, check_batch_ops
-from fastssl.data.datasets import open_source
+from fastssl.data.datasets import fingerprint, open_source
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.render.backend import Rendering, choose_backend
 from fastssl.data.sources.base import Source, Split
@@ -115,7 +115,7 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
             watch.say(note)
         loader = build_loader(cfg, split.train, device, parameters=method.needs_view_params)
         check_steps(cfg, loader)
-        with prepared(cfg) as directory:
+        with prepared(cfg, fingerprint(split)) as directory:
             engine = Engine(
                 method,
                 cfg.optim,

@@ -2,6 +2,7 @@
 
 import errno
 import warnings
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastssl.data.errors import BadItem
+from fastssl.data.sources import decode as room
 from fastssl.data.sources.decode import decode, decode_bytes, read_bytes
 
 RNG = np.random.default_rng(0)
@@ -205,3 +207,25 @@ def test_decompression_bomb_is_bad_and_silent(tmp_path, monkeypatch, limit):
     assert not seen
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert (read(path) == RGB).all()
+
+
+def test_a_large_image_is_converted_in_strips(monkeypatch):
+    """Fault 42: each step of a conversion was a copy of the whole: 2.7 GB for 9,400 x 9,400."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 20, 4), np.uint8)
+    grey = pixels[..., 0].astype(np.uint16) * 257
+    for array in (
+        pixels,
+        pixels[..., :3],
+        pixels[..., 0],
+        pixels[..., :2],
+        grey,
+        pixels[..., 0] / 9,
+    ):
+        mode = "LA" if array.shape[-1] == 2 else None
+        image = Image.fromarray(array.astype(np.float32) if array.dtype == float else array, mode)
+        file = BytesIO()
+        image.save(file, "TIFF" if image.mode == "F" else "PNG")
+        monkeypatch.setattr(room, "_STRIP", 2**22)
+        whole = decode_bytes(file.getvalue(), "x")
+        monkeypatch.setattr(room, "_STRIP", 100)
+        assert torch.equal(decode_bytes(file.getvalue(), "x"), whole)

@@ -1,6 +1,7 @@
 """LMDB databases: keys, labels, processes, and damage."""
 
 import builtins
+import os
 import pickle
 
 import lmdb
@@ -106,6 +107,22 @@ def test_a_database_that_is_cut_off(tmp_path):
     file.write_bytes(file.read_bytes()[:40_000])
     with pytest.raises(DataError, match="data.mdb' has 40000 bytes of .*cut off"):
         opened(tmp_path)
+
+
+def test_damaged_pages(tmp_path):
+    """Fault 42: it was a traceback at the start, or in mid-run."""
+    file = put(tmp_path, {f"{k:04d}": encoded(k % 256) for k in range(600)}) / "data.mdb"
+    whole = opened(tmp_path)
+    data = bytearray(file.read_bytes())
+    for page in range(2, len(data) // 4096 - 1):
+        data[4096 * page + 10 : 4096 * page + 12] = b"\0\0"  # its flags
+    file.with_name("x").write_bytes(data)
+    os.replace(file.with_name("x"), file)
+    lmdbs._OPENED.popitem()[1].close()
+    with pytest.raises(DataError, match="is damaged .*: make or fetch it again"):
+        opened(tmp_path)
+    with pytest.raises(BadItem, match="the database is damaged there"):
+        whole.item(300)
 
 
 def test_without_the_package(tmp_path, monkeypatch):

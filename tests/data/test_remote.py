@@ -2,6 +2,7 @@
 
 import logging
 import re
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -226,3 +227,25 @@ def test_a_store_that_fails_is_no_damaged_record():
 
     with pytest.raises(DataError, match="could not be read"):
         example_label(Failing(), 100, "label")
+
+
+# fsspec's own destructor of an FTP client that was never made
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "address", ["http://[::1", "reference://", "ftp://", "zip://", "ftp://h/x"]
+)
+def test_an_address_that_makes_no_sense_is_one_sentence(address):
+    """Fault 42: each was its library's traceback."""
+    with pytest.raises(DataError) as error:
+        WebDatasetSource(path=address).open()
+    assert address in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_silent_server_is_left(tmp_path, monkeypatch):
+    """Fault 42: it was waited for without end, and without a word."""
+    monkeypatch.setattr(remote, "WAITS", ())
+    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/a.tar"
+        with pytest.raises(DataError, match="could not be read in 1 tries"):
+            status(address)

@@ -226,6 +226,19 @@ def test_an_index_spares_the_scan(tmp_path, monkeypatch, version):
     assert whole.name(5) == number[version]
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.idx"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    """Fault 42."""
+    if name != "a.tar":
+        shard(tmp_path / "a.tar", 0, 3)
+    os.mkfifo(tmp_path / name)
+    if name == "a.tar":
+        with pytest.raises(DataError, match="a.tar' cannot be read .It is a pipe or a device"):
+            opened(tmp_path)
+    else:
+        assert reds(opened(tmp_path)[0]) == [0, 1, 2]
+
+
 def test_a_file_that_is_no_index_is_left_as_it_is(tmp_path, caplog):
     """Fault 45: it was overwritten."""
     shard(tmp_path / "a.tar", 0, 3)

@@ -85,6 +85,8 @@ class StoredArray:
 
 def _load(path: Path, mode: Literal["r"] | None = None) -> Any:
     """A .npy as an array, mapped for mode "r"; a .npz as a mapping.  Raises DataError."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{str(path)!r} is no file: give a .npy or .npz file")
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except MemoryError as error:

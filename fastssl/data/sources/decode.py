@@ -24,9 +24,10 @@ SUFFIXES = frozenset(
     ).split()
 )
 _ORIENTATION = 0x0112  # the EXIF tag
-# What fails for want of files, memory or a server says nothing of the image.  An I/O error is of the
-# place where the file lies, and a disk that fails everywhere is one of mostly bad items.
+# What fails for want of files, memory or a server says nothing of the image.  An I/O error is of
+# the place where the file lies; a disk that fails everywhere shows as mostly bad items.
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+_STRIP = 2**22  # pixels
 MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
 
 
@@ -61,7 +62,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode == "I" or image.mode.startswith("I;16"):
         image = _deep_to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -79,8 +80,20 @@ def _pixels(data: bytes) -> Tensor:
         if image.format == "EPS":  # Pillow would run Ghostscript on it
             raise ValueError("PostScript is a program, not pixels")
         image.load()
-        pixels = np.array(_to_rgb(_upright(image)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return _converted(_upright(image))
+
+
+def _converted(image: Image.Image) -> Tensor:
+    """Its pixels, uint8 (3, H, W).  A large one is converted in strips, since each step is a copy;
+    one of floats, which are stretched by its extremes, as a whole."""
+    image = _deep_to_8_bit(image) if image.mode == "F" else image
+    W, H = image.size
+    rows = max(_STRIP // W, 1)
+    pixels = torch.empty(3, H, W, dtype=torch.uint8)
+    for top in range(0, H, rows):
+        strip = image if rows >= H else image.crop((0, top, W, min(top + rows, H)))
+        pixels[:, top : top + rows] = torch.from_numpy(np.array(_to_rgb(strip))).permute(2, 0, 1)
+    return pixels
 
 
 def _reason(error: Exception) -> str:

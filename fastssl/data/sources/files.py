@@ -3,10 +3,12 @@
 A path is the local disk's; a text with `://` (s3, gs, https, ...) is read as remote.py says.
 """
 
+import errno
 import glob
 import logging
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -44,6 +46,8 @@ def status(path: str) -> Status:
     if is_remote(path):
         return remote.status(path)
     found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise PermissionError(errno.EACCES, "It is a pipe or a device, and no file", path)
     return Status(found.st_size, found.st_mtime)
 
 
@@ -59,15 +63,11 @@ def write_beside(path: str, data: bytes, own: Callable[[bytes], bool]) -> bool:
     """
     if is_remote(path):
         return False
-    with suppress(FileNotFoundError):
-        try:
-            with open(path, "rb") as file:
-                head = file.read(64)
+    if os.path.lexists(path):
+        ours = False
+        with suppress(OSError):
+            head = Path(path).read_bytes()[:64] if os.path.isfile(path) else b"?"
             ours = not head or own(head)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            ours = False
         if not ours:
             log.warning("%s is another's file and left as it is: no index is kept there", path)
             return False
@@ -157,7 +157,7 @@ class _Handle:
     fd = -1
 
     def __init__(self, path: str):
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a pipe
 
     def __del__(self):
         if self.fd >= 0:

@@ -83,7 +83,7 @@ class LmdbImages:
         try:
             with _environment(self.path).begin() as transaction:
                 value = transaction.get(os.fsencode(name))
-        except (lmdb.PageNotFoundError, lmdb.CorruptedError) as error:
+        except lmdb.Error as error:
             raise BadItem(name, f"the database is damaged there ({error})") from error
         if value is None:
             raise BadItem(name, "the database has no such key any more")
@@ -149,12 +149,18 @@ class LmdbSource(SourceOptions):
                 raise DataError(f"{key}={pattern!r} has not one *: such as image=image-*")
         environment = _environment(self.path)
         _check_whole(self.path, environment)
-        names = _keys(environment, self.image.replace("[", "[[]").replace("?", "[?]"))
+        try:
+            names = _keys(environment, self.image.replace("[", "[[]").replace("?", "[?]"))
+            texts = _texts(environment, names, self.image, self.label) if self.label else []
+        except _lmdb().Error as error:
+            raise DataError(
+                f"{str(self.path)!r} is damaged ({error}): make or fetch it again"
+            ) from error
         if not names:
             raise DataError(f"{str(self.path)!r} has no key like {self.image!r}: mend image=")
         labels = classes = None
         if self.label is not None:
-            labels, classes = _numbered(_texts(environment, names, self.image, self.label))
+            labels, classes = _numbered(texts)
         elif all("/" in name for name in names):
             labels, classes = _numbered([name.split("/", 1)[0] for name in names])
         return (LmdbImages(self.path, Names(names), labels, classes),)

@@ -8,14 +8,15 @@ import errno
 import logging
 import random
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 from fastssl.data.errors import DataError
 
 log = logging.getLogger(__name__)
 
+SILENCE = 20.0  # seconds that an HTTP server may keep silent
 WAITS = (0.5, 1, 2, 4, 8, 16, 32)  # seconds between tries
 _FOR_GOOD = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
@@ -39,15 +40,35 @@ def filesystem(path: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(path)
+        return url_to_fs(path, **_http_options(path))
     except ImportError as error:
         missing = "" if "fsspec" in str(error) else f" ({error})"
         raise DataError(
             f"{path!r} is remote and needs a package{missing}: pip install fsspec, and the one for "
             "its protocol (s3fs, gcsfs, adlfs, aiohttp ...)"
         ) from error
-    except ValueError as error:
+    except Exception as error:  # each protocol's own, for an address without its parts
         raise DataError(f"{path!r} cannot be opened ({error}): mend the address") from error
+
+
+def _http_options(path: str) -> dict[str, Any]:
+    if not path.startswith(("http://", "https://")):
+        return {}
+    from aiohttp import ClientTimeout
+
+    timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    return {"client_kwargs": {"timeout": timeout}}
+
+
+@contextmanager
+def _sound(path: str) -> Iterator[None]:
+    """What a library says of an address that makes no sense to it, as a sentence."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{path!r} cannot be read ({error!r}): mend the address") from error
 
 
 def _code(error: Exception) -> int | None:
@@ -104,7 +125,8 @@ def patiently(path: str, ask: Callable[[], T]) -> T:
 def status(path: str) -> Status:
     """Raises OSError where the file is not there, DataError where the store fails."""
     fs, inner = filesystem(path)
-    size = patiently(path, lambda: fs.size(inner))
+    with _sound(path):
+        size = patiently(path, lambda: fs.size(inner))
     if size is None:
         raise DataError(
             f"{path!r} is of no known size: its server sends no Content-Length; use one that does, "
@@ -125,7 +147,7 @@ def read_all(path: str) -> bytes:
 def is_folder(path: str) -> bool:
     """False also where the store does not let its folders be listed."""
     fs, inner = filesystem(path)
-    with suppress(PermissionError):
+    with suppress(PermissionError), _sound(path):
         return patiently(path, lambda: fs.isdir(inner))
     return False
 
@@ -133,7 +155,8 @@ def is_folder(path: str) -> bool:
 def _found(path: str, find: Callable[[Any, str], list[str]]) -> list[str]:
     fs, inner = filesystem(path)
     try:
-        return [fs.unstrip_protocol(each) for each in patiently(path, lambda: find(fs, inner))]
+        with _sound(path):
+            return [fs.unstrip_protocol(each) for each in patiently(path, lambda: find(fs, inner))]
     except PermissionError as error:
         raise DataError(
             f"{path!r} may not be listed: name its files by a range, as in x-{{000..099}}.tar"

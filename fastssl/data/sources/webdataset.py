@@ -107,7 +107,7 @@ def _by_last_dot(found: list[Sample]) -> list[Sample]:
 
 
 def _joined(found: list[Sample], images: list[Component | None], last: bool) -> None:
-    """Give members without an image, as where all labels follow all images, to that of their key."""
+    """Give members apart from their image, as where all labels follow all images, to its sample."""
     own: dict[str, Sample] = {}
     for sample, image in zip(found, images, strict=True):
         if image is not None:

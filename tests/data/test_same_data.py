@@ -1,0 +1,87 @@
+"""Runs and their data: what may change when a run is taken up again, and what is refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastssl.config.schema import ConfigError, load, resolve
+from fastssl.data.datasets import fingerprint, open_source
+from fastssl.data.errors import DataError
+from fastssl.data.loader import PretrainLoader
+from fastssl.evaluate.embed import raw_input
+from fastssl.run import results
+from fastssl.run.directory import prepared
+from fastssl.run.train import check_steps
+
+
+def put(root, *numbers):
+    for k in numbers:
+        path = root / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 5), (k, 0, 0)).save(path)
+    return root
+
+
+def start(root, output, *overrides):
+    source = [f"data.source.{word}" for word in ("name=folder", f"path={root}")]
+    cfg = resolve("simclr-digits", [f"output={output}", "name=x", *source, *overrides])
+    with prepared(cfg, fingerprint(open_source(cfg.data.source, cfg.seed))):
+        return load(cfg.directory)
+
+
+def test_a_run_with_other_data_is_refused_unless_asked_for(tmp_path):
+    """Fault 33: it went on without a word."""
+    data = put(tmp_path / "data", *range(10))
+    start(data, tmp_path)
+    start(data, tmp_path, "resume=auto")
+    put(data, *range(10, 14))
+    with pytest.raises(ConfigError, match="8 training items and 2 held out, now 12 .* and 2 held"):
+        start(data, tmp_path, "resume=auto")
+    saved = start(data, tmp_path, "resume=auto", "data.changed=allow")
+    assert saved.data.changed == "refuse"  # what was asked for once is not for ever
+    (data / "a/0.png").rename(data / "a/zero.png")
+    with pytest.raises(ConfigError, match="have changed since it began .other names or labels"):
+        start(data, tmp_path, "resume=auto")
+
+
+def test_the_same_data_may_lie_elsewhere(tmp_path):
+    """Fault 16: a node's own disk is another path on each node."""
+    data = put(tmp_path / "data", *range(10))
+    start(data, tmp_path)
+    shutil.move(data, tmp_path / "scratch")
+    saved = start(tmp_path / "scratch", tmp_path, "resume=auto")
+    assert saved.data.source.path == tmp_path / "scratch"
+    other = put(tmp_path / "other", *range(11))
+    with pytest.raises(ConfigError, match="is another run: data.source.path"):
+        start(other, tmp_path, "resume=auto")
+
+
+@pytest.mark.parametrize("size, refused", [(5, False), (6, True), (8, True)])
+def test_padding_is_not_trained_on(tmp_path, size, refused):
+    """Fault 8: methods took what fills up an epoch's last batch for samples like others."""
+    cfg = resolve("simclr-digits", ["data.last=pad", f"batch_size={size}"])
+    source = open_source(cfg.data.source, 0).train.select(np.arange(20))
+    loader = PretrainLoader(source, cfg.views(), batch_size=size, seed=0, last="pad")
+    if not refused:
+        return check_steps(cfg, loader)
+    with pytest.raises(ConfigError, match="give data.last=drop, or batch_size=[45], which divides"):
+        check_steps(cfg, loader)
+
+
+def test_mostly_bad_data_are_told_by_an_evaluation(tmp_path, monkeypatch):
+    """Fault 43: it said that the encoder could not be evaluated."""
+    data = put(tmp_path / "data", *range(40))
+    cfg = resolve("simclr-digits", ["data.source.name=folder", f"data.source.path={data}"])
+    split = open_source(cfg.data.source, 0)
+    for part in split:
+        for i in range(2, len(part)):
+            (data / part.name(i)).write_bytes(b"no image")
+
+    def refuse(*args, **options):
+        raise ValueError("too few")
+
+    monkeypatch.setattr(results, "evaluate_features", refuse)
+    with pytest.raises(DataError, match="most of the data is unreadable, 36 of 40 items"):
+        results.evaluate_on(cfg, split, cfg.views(), raw_input)
