@@ -38,9 +38,7 @@ class Late:
 _REMEDY = "pip install 'fastssl-torch[rivals]'"
 
 
-def library(
-    module: str, build: Callable[[Any], Rival], *, remedy: str = _REMEDY
-) -> Rival | Absent:
+def library(module: str, build: Callable[[Any], Rival], *, remedy: str = _REMEDY) -> Rival | Absent:
     """The rival that `build(module)` makes, or Absent(remedy) where its package is not installed.
 
     module: dotted name; only its first part is looked for here.  What the import or the build
