@@ -80,7 +80,7 @@ def probe(model: nn.Module, shape: tuple[int, ...]) -> Any:
     """
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad:
-        side, patch = shape[-1], max(embed.patch_size)
+        side, patch = shape[-1], int(max(embed.patch_size))
         if side % patch:
             fits = max(side // patch, 1) * patch
             raise ValueError(
