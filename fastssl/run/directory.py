@@ -6,11 +6,13 @@ OUTPUT/.NAME.replaced/   the run that overwrite=true replaces, until the new one
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastssl import config, distributed
 from fastssl.config import ConfigError, RunConfig

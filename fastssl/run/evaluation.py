@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl import distributed
 from fastssl.config import RunConfig
-from fastssl.data.errors import BadItem
+from fastssl.data.errors import BadItem, DataError
 from fastssl.data.seeds import sample_seed
 from fastssl.data.sources.base import Source, Split
 from fastssl.data.views.spec import ViewSpec, apply

@@ -74,7 +74,15 @@ def test_a_whole_run(tmp_path):
     names = ["curves", "embedding", "embedding_random", "reconstructions", "views"]
     event = {"kind": "event", "step": 7, "what": "bad_image", "detail": "a.jpg: truncated"}
     page = write(tmp_path, results(), "method: simclr", json.dumps(event) + '\n{"kin', names)
-    for text in ("98.1\xa0%", "91.0\xa0%", "61.2", "1,400", "1 min 15 s", "774 MiB", "torch 2.15.0"):
+    for text in (
+        "98.1\xa0%",
+        "91.0\xa0%",
+        "61.2",
+        "1,400",
+        "1 min 15 s",
+        "774 MiB",
+        "torch 2.15.0",
+    ):
         assert text in page.text
     assert "fastssl pretrain simclr-digits" in page.text and "method: simclr" in page.text
     assert "1 × bad_image" in page.text and "step 7  bad_image  a.jpg: truncated" in page.text
