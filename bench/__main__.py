@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from fastssl.bench import record
+from fastssl.bench.cases import select
 from fastssl.bench.measure.peaks import measure_ceilings
 from fastssl.bench.measure.run import Settings, plan, run_case
 from fastssl.bench.record import Ceiling, Run
-from fastssl.bench.registry import OURS, SIZES, Case, select
+from fastssl.bench.registry import OURS, SIZES, Case
 from fastssl.bench.report import compare, table
 from fastssl.bench.report.published import quote
 from fastssl.bench.report.scaling import fits

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastssl.bench.cases import all_cases
 from fastssl.bench.measure.gate import judge, step
 from fastssl.bench.measure.turns import wait
-from fastssl.bench.registry import OURS, REFERENCE, Absent, Case, Problem, Shape, all_cases
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Case, Problem, Shape
 
 SIZE = os.environ.get("FASTSSL_BENCH_SIZE", "quick")
 DTYPE = os.environ.get("FASTSSL_BENCH_DTYPE", "float32")

@@ -39,7 +39,7 @@ ROOMS = {
     "export": "config engine data evaluate models files safetensors timm numpy",
     "run": "config engine data methods evaluate report models distributed export files *",
     "diagnose": "run config engine data methods kernels models distributed *",
-    "bench": "methods models losses kernels masking engine data *",
+    "bench": "methods models losses kernels masking engine data report *",
     "cli": "config run diagnose data export files bench *",
     "__main__": "cli",
     "__init__": "",

@@ -153,7 +153,7 @@ def probe(rehearsal: bool) -> dict[str, str] | str:
 
 
 def _case_names() -> list[str]:
-    from fastssl.bench.registry import all_cases
+    from fastssl.bench.cases import all_cases
 
     return list(all_cases())
 

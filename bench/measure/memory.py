@@ -25,15 +25,10 @@ from fastssl.bench.registry import Absent, Make, Problem, Rival, Shape
 
 SPARE = 1 << 30  # bytes left to everybody else
 CHILD_LIMIT_S = 300.0
-# Imported once, before the children fork; what is not installed is passed over.
-PRELOAD = [
-    "torch",
-    "fastssl.losses",
-    "fastssl.bench.measure.gate",
-    "fastssl.bench.cases",
-    "lightly.loss",
-]
-PRELOAD += ["open_clip.loss", "pytorch_metric_learning.losses", "fastssl.methods"]
+# Imported once, before the children fork; what is not installed is passed over.  The cases add
+# themselves.
+PRELOAD = ["torch", "fastssl.losses", "fastssl.bench.measure.gate", "fastssl.methods"]
+PRELOAD += ["lightly.loss", "open_clip.loss", "pytorch_metric_learning.losses"]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-import fastssl
 from fastssl.bench.record import Run
 from fastssl.bench.report import formatting, scaling, table
 
-FOLDERS = (Path(__file__).parent, Path(fastssl.__file__).parent / "report")  # page, base
+PACKAGES = ("fastssl.bench.report", "fastssl.report")  # where the page lies, and its base
 CLASSES = {
     "": "",
     "ours": "ours",
@@ -43,7 +42,7 @@ def write_page(run: Run, path: Path) -> Path:
     older page then stays as it was.
     """
     environment = Environment(
-        loader=FileSystemLoader([folder / "templates" for folder in FOLDERS]),
+        loader=ChoiceLoader([PackageLoader(name) for name in PACKAGES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.bench.cases import optim, rivals
+from fastssl.bench.cases import all_cases, optim, rivals
 from fastssl.bench.measure.gate import judge, step
-from fastssl.bench.registry import OURS, REFERENCE, SIZES, Absent, all_cases
+from fastssl.bench.registry import OURS, REFERENCE, SIZES, Absent
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -252,7 +252,8 @@ import sys
 for name in ("numpy", "timm", "pydantic", "deepspeed", "lightly", "torchvision", "open_clip"):
     sys.modules[name] = None
 import torch
-from fastssl.bench.registry import OURS, Absent, all_cases
+from fastssl.bench.cases import all_cases
+from fastssl.bench.registry import OURS, Absent
 for name, case in all_cases().items():
     if not name.endswith("-ranks"):
         problem = case.make(dict(case.shapes["quick"][0]), torch.float32, torch.device("cpu"))

@@ -18,11 +18,12 @@ import torch
 
 from fastssl.bench import __main__ as bench
 from fastssl.bench import record
+from fastssl.bench.cases import all_cases
 from fastssl.bench.compiler import tune
 from fastssl.bench.gpu import __main__ as gpu
 from fastssl.bench.gpu import steps as stepping
 from fastssl.bench.gpu.steps import CUT, FAILED, NOT_RUN, OK, Step, run_command, run_steps
-from fastssl.bench.registry import OURS, all_cases
+from fastssl.bench.registry import OURS
 
 from .sample import run as sample_run
 

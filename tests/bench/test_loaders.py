@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.bench.cases import loaders, photos
+from fastssl.bench.cases import all_cases, loaders, photos
 from fastssl.bench.cases.loaders import OurLoader, Pictures, PlainLoader, Setting, TorchvisionViews
-from fastssl.bench.registry import OURS, Absent, all_cases
+from fastssl.bench.registry import OURS, Absent
 from fastssl.data.sources.folder import scan_folder
 from fastssl.data.sources.webdataset import WebDatasetSource
 from fastssl.data.views.image import preset

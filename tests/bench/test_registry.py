@@ -3,7 +3,8 @@
 import pytest
 
 from fastssl.bench import registry
-from fastssl.bench.registry import SIZES, Sweep, all_cases, case, select
+from fastssl.bench.cases import all_cases, select
+from fastssl.bench.registry import SIZES, Sweep, case
 
 
 @pytest.fixture(autouse=True)
