@@ -252,7 +252,7 @@ def main(
         print(f"{_parser().prog}: {error}", file=sys.stderr)
         return 2
     device = device or torch.device("cuda", torch.cuda.current_device())
-    where = conditions(device, ["python", "-m", "fastssl.bench.tune", *argv])
+    where = conditions(device, [*"python -m fastssl.bench.tune".split(), *argv])
     if args.json:
         args.json.unlink(missing_ok=True)
         write_line(args.json, "run", where)
