@@ -11,12 +11,12 @@ demo: $(OURS:bin=train) ## pretrain on real images, evaluate, write runs/simclr-
 	$(BIN)/fastssl pretrain simclr-digits overwrite=true
 
 test: lint             ## everything CI runs; the last line compiles what is launched, each on a chip in turn
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2 --dist worksteal
 	$(BIN)/python -m fastssl.bench.aot --used > aot.log || (cat aot.log; false)
 	@tail -n 1 aot.log
 
 test-all: lint         ## every case of every product of parameters, and all of `make aot`
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --full --benchmark-disable --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --full --benchmark-disable --numprocesses 2 --dist worksteal
 	$(MAKE) aot
 
 lint: $(OURS:bin=dev)
