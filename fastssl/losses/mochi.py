@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even
+from fastssl.distributed import Group
 from fastssl.kernels import pairwise_lse, pairwise_topk
-from fastssl.losses._checks import check_counts, check_embeddings
+from fastssl.losses._checks import check_batch, check_counts
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
@@ -19,24 +19,23 @@ class MoCHiLoss(ContrastiveLoss):
 
     Of the top_n keys of the queue most alike to query q, picked at random with replacement:
 
-        h_k  = normalise(a_k n_i + (1 - a_k) n_j)      a_k ~ U(0, 1)      s of them
-        h'_k = normalise(b_k q + (1 - b_k) n_j)        b_k ~ U(0, 0.5)    s_prime of them
-        loss = mean -log [ e^(q.k / t) / (e^(q.k / t) + sum over queue, h, h' of e^(q.n / t)) ]
+        h_k  = normalize(a_k n_i + (1 - a_k) n_j)      a_k ~ U(0, 1)      s of them
+        h'_k = normalize(b_k q + (1 - b_k) n_j)        b_k ~ U(0, 0.5)    s_prime of them
 
-    The synthetic ones are constants: no gradient passes through them to q.  s = s_prime = 0 is
-    MoCo, as for a warm-up: both may be set between steps.
+    The formula of the loss is `mochi_reference`, in nats.  The synthetic ones are constants: no
+    gradient passes through them to q.  s = s_prime = 0 is MoCo, as for a warm-up: both may be set
+    between steps.
 
-    Shapes   query, key (B, dim): normalised here; any float dtype.  key gets no gradient.
-    Returns  scalar float32, in nats: the mean over this rank's B queries.  0 <= loss.
+    Shapes   query, key (B, dim): normalized here; any float dtype.  key gets no gradient.
+    Returns  scalar float32: the mean over this rank's B queries.  0 <= loss.
     State    queue: a `Queue` of `size` keys; steps, 0-d int64, how often the queue was moved.  The
              draws depend on it, the seed and a query's place in the joined batch alone.  Both are
              in state_dict.
     Memory   B (s + s_prime) dim floats, a few times over; nothing of B x size is held.
-    Raises   ValueError: shapes that are not two equal (B, dim), none empty; dtypes or devices that
-             differ, or are not floats; temperature not > 0; size or dim below 1; top_n outside
-             1..size; s or s_prime below 0; batches that differ between ranks (on every rank).
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
+             temperature not > 0; size or dim below 1; top_n outside 1..size; s or s_prime below 0.
     Ranks    every rank has the same queue, meets it with its own queries, and draws what one
-             process would: the mean over ranks of value and gradient is that of the joined batch.
+             process would: the mean over ranks of value and gradient is the joined batch's.
     Source   Kalantidis et al. 2020, arXiv:2010.01028, sections 3.2, 4.1 and 4.2.
 
     >>> loss = MoCHiLoss(4, temperature=1.0, size=2, top_n=1, s=1, s_prime=0)
@@ -47,6 +46,7 @@ class MoCHiLoss(ContrastiveLoss):
     """
 
     steps: Tensor
+    shown = ("temperature", "top_n", "s", "s_prime")
 
     def __init__(
         self,
@@ -69,8 +69,7 @@ class MoCHiLoss(ContrastiveLoss):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, query: Tensor, key: Tensor, *, update: bool = True) -> Tensor:
-        require_all_even(self.process_group, query=query, key=key)
-        check_embeddings(query=query, key=key)
+        check_batch(self.process_group, query=query, key=key)
         self.queue.fit(key)
         q, t = unit(query), self.temperature
         keys = self.queue.keys.to(q)
@@ -101,24 +100,14 @@ class MoCHiLoss(ContrastiveLoss):
         with_query = b * q.unsqueeze(1) + (1 - b) * pick(at)
         return F.normalize(torch.cat([pairs, with_query], dim=1), dim=-1)
 
-    def extra_repr(self) -> str:
-        mixes = f"top_n={self.top_n}, s={self.s}, s_prime={self.s_prime}"
-        return f"temperature={self.temperature}, {mixes}"
-
 
 def mochi_reference(
     query: Tensor, key: Tensor, queue: Tensor, synthetic: Tensor, temperature: float
 ) -> Tensor:
     """The formula, all scores at once; queue (size, D), synthetic (B, s + s_prime, D) as drawn."""
     q, k = unit(query), unit(key.detach())
-    scores = torch.cat(
-        [
-            (q * k).sum(1, keepdim=True),
-            q @ queue.to(q).T,
-            torch.einsum("bd,bsd->bs", q, synthetic.to(q)),
-        ],
-        dim=1,
-    )
+    mixed = torch.einsum("bd,bsd->bs", q, synthetic.to(q))
+    scores = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.to(q).T, mixed], dim=1)
     return F.cross_entropy(scores / temperature, scores.new_zeros(len(q), dtype=torch.int64))
 
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.losses import CLIPLoss
 from fastssl.losses.clip import clip_reference
-from tests.losses.views import pairwise
+from tests.covering import pairwise
 from tests.oracle import (
     DEVICE,
     UPSTREAM,

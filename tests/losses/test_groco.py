@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from fastssl.losses.groco import GroCoLoss, groco_reference, last_place_mass, sorting_matrix
-from tests.losses.views import pairwise, views
+from tests.covering import pairwise
+from tests.losses.views import views
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 from tests.ranks import run_ranks
 

@@ -4,7 +4,8 @@ from torch import nn
 
 from fastssl.losses import MoCoLoss
 from fastssl.losses.mochi import MoCHiLoss, mochi_reference, uniform
-from tests.losses.views import pairwise, unit, views
+from tests.covering import pairwise
+from tests.losses.views import unit, views
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, saved_elements
 from tests.ranks import run_ranks
 

@@ -5,7 +5,7 @@ from fastssl.kernels import Normalized, gather_patches
 from fastssl.losses import MAELoss
 from fastssl.losses.reconstruction import mae_reference
 from fastssl.masking import random_masking
-from tests.losses.views import pairwise
+from tests.covering import pairwise
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 
