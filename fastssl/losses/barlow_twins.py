@@ -92,7 +92,7 @@ class MixedBarlowTwinsLoss(BarlowTwinsLoss):
     Shapes   z_a, z_b, z_m (B, D): embeddings of two views of the same images and of the mixture.
              perm (B,) int64: which row of this rank's z_b each image was mixed with.  alpha: a
              number, or a 0-d or (B, 1) tensor.
-    Options  mixup: the weight of the regulariser, their s; the others as in BarlowTwinsLoss.  The
+    Options  mixup: the weight of the regularizer, their s; the others as in BarlowTwinsLoss.  The
              authors' lambda is 0.0078125 at D = 1024 and their variance unbiased (unbiased=True).
     Returns  scalar float32; the same on every rank.  By Grams 1.5 times the products of Barlow
              Twins (`fastssl.kernels.mixed_correlation`).

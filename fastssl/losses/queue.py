@@ -1,4 +1,4 @@
-"""A queue of past keys: the negatives, or the neighbours, that a batch alone does not have."""
+"""A queue of past keys: the negatives, or the neighbors, that a batch alone does not have."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class SSLEYLoss(Loss):
              float dtype.
     Returns  scalar float32; the mean over ranks is the loss.  At least -D (views - 1)^2, when all
              views are alike and their covariance is (views - 1) / views times the identity: so the
-             loss sets the embeddings' scale, and wants no normalisation before it.
+             loss sets the embeddings' scale, and wants no normalization before it.
     Memory   tr(C) by sums over rows: |sum_i Z_i|^2 - sum_i |Z_i|^2.  |V|^2 by one product of the
              views * B rows, through their Gram matrix when that is cheaper than D x D.
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; fewer than

@@ -128,7 +128,7 @@ class VICRegLLoss(Loss):
 
 
 def _match(x: Tensor, y: Tensor, at_x: Tensor, at_y: Tensor, most: int | None) -> View:
-    """The places of x nearest to y's, and their neighbours: x (B, P, E), y (B, Q, E) -> (B, m, E).
+    """The places of x nearest to y's, and their neighbors: x (B, P, E), y (B, Q, E) -> (B, m, E).
 
     at_x, at_y: what distances are taken between.
     """
@@ -136,10 +136,10 @@ def _match(x: Tensor, y: Tensor, at_x: Tensor, at_y: Tensor, most: int | None) -
     most = P if most is None or most == -1 else min(most, P)
     with torch.no_grad(), full_precision(x.device):
         wide = accumulator(at_x.dtype)
-        distance, neighbour = torch.cdist(at_x.to(wide), at_y.to(wide)).min(2)
+        distance, neighbor = torch.cdist(at_x.to(wide), at_y.to(wide)).min(2)
         best = distance.topk(most, dim=1, largest=False).indices
-        neighbour = neighbour.gather(1, best)
-    return _rows(x, best), _rows(y, neighbour)
+        neighbor = neighbor.gather(1, best)
+    return _rows(x, best), _rows(y, neighbor)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ _REFUSED = {
 
 
 def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any]):
-    """The timm model `name`, randomly initialised, `num_classes=0`.
+    """The timm model `name`, randomly initialized, `num_classes=0`.
 
     shape: of what it reads, without the batch: (C, H, W) of images, which are square.
     kwargs: anything the timm model takes (embed_dim, depth, patch_size, drop_path_rate ...).

@@ -90,7 +90,7 @@ def first_half(z):
 
 
 def pointing(z):
-    """Without rows of zeros, which have no nearest neighbour."""
+    """Without rows of zeros, which have no nearest neighbor."""
     return torch.where((z == 0).all(1, keepdim=True), 1, z)
 
 

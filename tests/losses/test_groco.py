@@ -128,7 +128,7 @@ def each_rank(rank, world):
     return value, gradients, heard, GroCoLoss()(one, one)
 
 
-@pytest.mark.parametrize("W", [2, 4])
+@pytest.mark.parametrize("W", [2])
 def test_mean_over_ranks_is_the_joined_batch(W):
     seen = run_ranks(each_rank, W)
     value, gradients = step(torch.cat([data_of(rank) for rank in range(W)], dim=1).double())

@@ -187,7 +187,7 @@ def each_rank(rank, world):
     return value, gradients, heard
 
 
-@pytest.mark.parametrize("W", [2, 4])
+@pytest.mark.parametrize("W", [2])
 def test_mean_over_ranks_is_the_joined_batch(W):
     seen = run_ranks(each_rank, W)
     joined = torch.cat([data_of(rank) for rank in range(W)], dim=2)

@@ -46,7 +46,7 @@ def test_kinds_over_clips_and_signals(kind, want):
         assert loss(pred, images, ids).item() == pytest.approx(want)
 
 
-def test_normalised_images():
+def test_normalized_images():
     images = torch.randint(256, (5, 3, 8, 12), dtype=torch.uint8, device=DEVICE)
     mean, std = torch.rand(2, 3, device=DEVICE) + 0.5
     masked = random_masking(torch.arange(5, device=DEVICE), 6, 2).masked

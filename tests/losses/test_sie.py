@@ -53,7 +53,7 @@ def test_16_bits_in_float32_out(dtype):
         assert cosine > 0.9999
 
 
-def test_regularisers_are_lightlys():
+def test_regularizers_are_lightlys():
     z_a, z_b, p = (x.double() for x in embeddings(20, 8, 3))
     terms = SIELoss().terms(z_a, z_b, p)
     spread = sum(lightly.variance_loss(x) for x in (z_a, z_b, p)) / 2
@@ -110,9 +110,7 @@ def test_refuses_shapes(shapes, words):
 
 def test_refuses_dtypes():
     z = torch.zeros(4, 3)
-    with pytest.raises(
-        ValueError, match="predicted must share dtype .* torch.float64 on cpu"
-    ):
+    with pytest.raises(ValueError, match="predicted must share dtype .* torch.float64 on cpu"):
         SIELoss()(z, z, z.double())
     with pytest.raises(ValueError, match="got torch.int64 on cpu"):
         SIELoss()(*[z.long()] * 3)
