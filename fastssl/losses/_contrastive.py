@@ -64,7 +64,7 @@ class ContrastiveLoss(Loss):
 
     def __init__(
         self,
-        temperature: float,
+        temperature: float = 0.1,
         gather_distributed: bool = True,
         process_group: Group = None,
         strategy: str = "gather",

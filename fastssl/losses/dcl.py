@@ -55,18 +55,12 @@ class DCLLoss(ContrastiveLoss):
         positive = views.positives() / self.temperature
         if self.weight_fn is not None:
             first, second = views.rows.unflatten(0, (-1, 2)).unbind(1)
-            positive = positive * torch.stack(
-                [self._weights(first, second), self._weights(second, first)], dim=1
-            )
+            weights = self.weight_fn(first, second), self.weight_fn(second, first)
+            if any(w.shape != first.shape[:1] for w in weights):
+                want, got = (len(first),), tuple(weights[0].shape)
+                raise ValueError(f"weight_fn must return weights {want}, got {got}")
+            positive = positive * torch.stack(weights, dim=1)
         return (views.others(1 / self.temperature) - positive).mean()
-
-    def _weights(self, anchors: Tensor, positives: Tensor) -> Tensor:
-        assert self.weight_fn is not None
-        weights = self.weight_fn(anchors, positives)
-        if weights.shape != anchors.shape[:1]:
-            want, got = (len(anchors),), tuple(weights.shape)
-            raise ValueError(f"weight_fn must return weights {want}, got {got}")
-        return weights
 
 
 class DCLWLoss(DCLLoss):

@@ -114,17 +114,27 @@ class ISogCLRLoss(ContrastiveLoss):
 
     def gather_state(self) -> Tensor:
         """t, log u and m of every image, (size, 3) float32, on every rank: all must ask for it."""
-        return self.samples.joined()
+        mine, size = self.samples.values[:-1], self.size
+        by_rank = all_gather_nograd(mine, self.process_group, check=False)
+        by_place = by_rank.unflatten(0, (self.samples.world, -1)).transpose(0, 1)
+        return by_place.flatten(0, 1)[:size].clone()
 
     def load_state(self, state: Tensor) -> None:
         """Take what `gather_state` gave.  Raises ValueError unless it is (size, 3)."""
-        self.samples.split(state)
+        if state.shape != (self.size, 3):
+            raise ValueError(f"state must be ({self.size}, 3), got {tuple(state.shape)}")
+        mine = state[self.samples.rank :: self.samples.world].to(self.samples.values)
+        self.samples.values[: len(mine)] = mine
 
     def get_extra_state(self) -> dict[str, Any]:
-        return self.samples.saved()
+        return {"values": self.samples.values[:-1].clone(), **self.samples.about()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.samples.restore(state)
+        want = self.samples.about()
+        got = {name: state[name] for name in want}
+        if got != want:
+            raise ValueError(f"want the per-sample state of {want}, got that of {got}")
+        self.samples.values[:-1] = state["values"].to(self.samples.values)
 
 
 class _Samples:
@@ -161,27 +171,8 @@ class _Samples:
         everyone = all_gather_nograd(mine.float(), self.group, check=False)
         self.values.index_copy_(0, places, everyone)
 
-    def joined(self) -> Tensor:
-        by_rank = all_gather_nograd(self.values[:-1], self.group, check=False)
-        by_place = by_rank.unflatten(0, (self.world, -1)).transpose(0, 1)
-        return by_place.flatten(0, 1)[: self.size].clone()
-
-    def split(self, state: Tensor) -> None:
-        if state.shape != (self.size, 3):
-            raise ValueError(f"state must be ({self.size}, 3), got {tuple(state.shape)}")
-        mine = state[self.rank :: self.world].to(self.values)
-        self.values[: len(mine)] = mine
-
-    def saved(self) -> dict[str, Any]:
-        mine = {"size": self.size, "rank": self.rank, "world": self.world}
-        return {"values": self.values[:-1].clone(), **mine}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        want = {"size": self.size, "rank": self.rank, "world": self.world}
-        got = {name: state[name] for name in want}
-        if got != want:
-            raise ValueError(f"want the per-sample state of {want}, got that of {got}")
-        self.values[:-1] = state["values"].to(self.values)
+    def about(self) -> dict[str, int]:
+        return {"size": self.size, "rank": self.rank, "world": self.world}
 
 
 def isogclr_reference(

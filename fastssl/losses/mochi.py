@@ -12,6 +12,7 @@ from fastssl.losses._checks import check_batch, check_counts
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
+from fastssl.random import mix, uniform
 
 
 class MoCHiLoss(ContrastiveLoss):
@@ -90,7 +91,7 @@ class MoCHiLoss(ContrastiveLoss):
         hardest = pairwise_topk(q, keys, self.top_n)[1]
         sizes = [self.s] * 3 + [self.s_prime] * 2
         rows = joined_ids(len(q), self.process_group, q.device)
-        i, j, a, at, b = uniform(self.steps, rows, sum(sizes)).split(sizes, dim=1)
+        i, j, a, at, b = uniform(mix(self.steps + 1) + rows, sum(sizes)).split(sizes, 1)
 
         def pick(place: Tensor) -> Tensor:
             return keys[hardest.gather(1, (place * self.top_n).long())]
@@ -109,26 +110,3 @@ def mochi_reference(
     mixed = torch.einsum("bd,bsd->bs", q, synthetic.to(q))
     scores = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.to(q).T, mixed], dim=1)
     return F.cross_entropy(scores / temperature, scores.new_zeros(len(q), dtype=torch.int64))
-
-
-def uniform(step: Tensor, rows: Tensor, n: int) -> Tensor:
-    """(B, n) float32 numbers in [0, 1), a function of step (0-d) and of each of rows (B,) alone.
-
-    So W ranks draw for their rows what one process draws for the joined batch, and a resumed run
-    what it would have drawn.  splitmix64 (Steele et al. 2014, Fast splittable pseudorandom number
-    generators) as a hash: of the step, then of that and the row, then of that and the place.
-
-    >>> rows, step = torch.arange(4), torch.tensor(0)
-    >>> torch.equal(uniform(step, rows, 3)[2:], uniform(step, rows[2:], 3))
-    True
-    """
-    start = _scramble(_scramble(step + 1) + rows)
-    bits = _scramble(start.unsqueeze(1) + torch.arange(n, device=rows.device))
-    return ((bits >> 40) & 0xFFFFFF).float() / (1 << 24)
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """splitmix64's last step of int64: the masks make its shifts those of unsigned numbers."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)

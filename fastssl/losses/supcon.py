@@ -37,16 +37,6 @@ class SupConLoss(ContrastiveLoss):
     0.2395
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        *,
-        gather_distributed: bool = True,
-        process_group: Group = None,
-        strategy: str = "gather",
-    ) -> None:
-        super().__init__(temperature, gather_distributed, process_group, strategy)
-
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         group = self.process_group
         check_batch(group, "B, V, D", ids={"labels": labels}, features=features)

@@ -87,12 +87,9 @@ class TiCoLoss(Loss):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take the saved shape: C has none before the first batch."""
         saved = state_dict.get(prefix + "C")
-        self.C = None if saved is None else torch.empty_like(saved, device=_device(self.C, saved))
+        device = None if self.C is None else self.C.device
+        self.C = None if saved is None else torch.empty_like(saved, device=device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def _device(mine: Tensor | None, saved: Tensor) -> torch.device:
-    return saved.device if mine is None else mine.device
 
 
 class _Terms(torch.autograd.Function):
