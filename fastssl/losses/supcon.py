@@ -69,9 +69,9 @@ def _by_label(x: Tensor, V: int, labels: Tensor, group: Group) -> tuple[Tensor, 
     many views have a positive.
     """
     everyone = all_gather_rows(x, group, check=False)
-    given, order = all_gather_nograd(labels, group, check=False).sort(stable=True)
+    ordered, order = all_gather_nograd(labels, group, check=False).sort(stable=True)
     # Labels are numbered in their order: how many there are need not be asked of the device.
-    new = (given != given.roll(1)).long()
+    new = (ordered != ordered.roll(1)).long()
     new[0] = 0
     number = torch.empty_like(order).index_copy(0, order, new.cumsum(0))
     images = torch.zeros_like(number).index_put((number,), torch.ones_like(number), accumulate=True)

@@ -91,12 +91,12 @@ class VICRegLLoss(Loss):
             raise ValueError(f"want a global view and another, got {G} of {len(views)}")
         # First what all ranks refuse together: one that left alone would leave the others waiting.
         # A view that is no pair, or has no tensors, is a mistake of the program: on every rank.
-        parts = zip(views, grids, strict=True)
-        given = [(f"{i}", x) for i, ((g, z), grid) in enumerate(parts) for x in (g, z, grid)]
-        names = ("global features of view ", "local features of view ", "grid of view ")
-        named = {names[j % 3] + i: x for j, (i, x) in enumerate(given)}
-        require_all_even(self.vicreg.process_group, **named)
-        _check(views, grids, world_size(self.vicreg.process_group))
+        named: dict[str, Tensor] = {}
+        for i, ((g, z), grid) in enumerate(zip(views, grids, strict=True)):
+            named |= {f"global features of view {i}": g, f"local features of view {i}": z}
+            named[f"grid of view {i}"] = grid
+        require_all_even(self.process_group, **named)
+        _check(views, grids, world_size(self.process_group))
         pairs = [(a, b) for a in range(G) for b in range(len(views)) if a != b]
         whole = self._whole([g for g, _ in views], pairs)
         local = self._local([z.flatten(1, 2) for _, z in views], grids, pairs)
@@ -118,8 +118,8 @@ class VICRegLLoss(Loss):
         where = [grid.flatten(1, 2) for grid in grids]
         for x, y, most in asked:
             for at in (places, where):
-                found = _match(places[x], places[y], at[x], at[y], most)
-                matched.setdefault(found[0].shape[1], []).append(found)
+                pair = _match(places[x], places[y], at[x], at[y], most)
+                matched.setdefault(pair[0].shape[1], []).append(pair)
         total = places[0].new_zeros((), dtype=torch.float32)
         for some in matched.values():
             x, y = (torch.cat(side, 1) for side in zip(*some, strict=True))
