@@ -27,7 +27,7 @@ ROOMS = {
     "kernels.patches": "kernels.common triton",
     "kernels.tokens": "kernels.common triton",
     "kernels.regression": "kernels.common triton",
-    "losses": "kernels distributed",
+    "losses": "kernels distributed random",
     "models": "kernels masking distributed timm",
     "methods": "models losses kernels masking random schedules section pydantic",
     "data": "random distributed files section *",

@@ -118,16 +118,17 @@ def average_running_statistics(model: nn.Module) -> None:
 
     They are moving averages, so that to average after each step or once at the end is the same.
     """
-    found = [
+    statistics = [
         buffer
         for module in model.modules()
         if not is_global(module)
         for name, buffer in module.named_buffers(recurse=False)
         if name.startswith("running_")
     ]
-    if found and world_size() > 1:
-        mean = all_reduce_sum(torch.cat([b.flatten().float() for b in found])) / world_size()
-        for buffer, part in zip(found, mean.split([b.numel() for b in found]), strict=True):
+    if statistics and world_size() > 1:
+        mean = all_reduce_sum(torch.cat([b.flatten().float() for b in statistics])) / world_size()
+        parts = mean.split([b.numel() for b in statistics])
+        for buffer, part in zip(statistics, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
 
