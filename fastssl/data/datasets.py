@@ -28,7 +28,6 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from fastssl.data.seeds import SPLIT, mix
 from fastssl.data.sources.arrays import ArrayImages as ArrayImages
 from fastssl.data.sources.arrays import ArraysSource
 from fastssl.data.sources.base import Split
@@ -47,6 +46,7 @@ from fastssl.data.synthetic.clouds import CloudsSource
 from fastssl.data.synthetic.fractals import FractalsSource
 from fastssl.data.synthetic.signals import SignalsSource
 from fastssl.data.synthetic.volumes import VolumesSource
+from fastssl.random import SPLIT, mix
 
 SourceConfig = Annotated[
     DigitsSource

@@ -21,10 +21,10 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.render.encoded import Encoded, drawn_columns, encoded_item, packed, union
 from fastssl.data.render.torchvision import draw_views, drawn_parameters
-from fastssl.data.seeds import REPLACE, mix, sample_seeds
 from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec, apply, blank
+from fastssl.random import REPLACE, mix, sample_seeds
 
 _REPLACEMENTS = 16  # items tried in the place of one bad one
 Batch = dict[str, Any]

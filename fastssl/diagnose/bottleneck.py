@@ -25,11 +25,11 @@ from fastssl.data.batch.ops import apply_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.errors import BadItem
 from fastssl.data.render.backend import choose_backend
-from fastssl.data.seeds import REPLACE, mix
 from fastssl.data.sources.base import EncodedSource, Source
 from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.engine import Engine
+from fastssl.random import REPLACE, mix
 from fastssl.run.train import build, build_loader, check_source, with_backend
 
 Batch = dict[str, Any]

@@ -127,9 +127,11 @@ def _members(window: Window, title: str) -> Iterator[Member]:
             continue
         at = archive.offset
         sparse = info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers)
-        place = (info.offset_data, min(info.size, _LARGEST)) if info.isreg() and not sparse else None
+        place = None
         if info.islnk() or info.issym():
             place = places.get(_linked(info))
+        elif info.isreg() and not sparse:
+            place = (info.offset_data, min(info.size, _LARGEST))
         if place is not None:
             places[posixpath.normpath(info.name)] = place
             yield Member(info.name, *place)

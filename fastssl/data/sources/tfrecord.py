@@ -53,7 +53,7 @@ def _example_class() -> Any:
     example.proto, with bytes for its map's keys."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-    file = descriptor_pb2.FileDescriptorProto(name="fastssl.proto", syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", syntax="proto3")
     for message, fields in _EXAMPLE.items():
         made = file.message_type.add(name=message)
         for number, (name, kind, repeated) in fields.items():
