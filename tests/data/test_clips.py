@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fastssl.data.render.torchvision import draw, render
-from fastssl.data.synthetic.clips import MOTIONS, ClipsSource, ClipViews, clip, clip_views, path
+from fastssl.data.synthetic.clips import MOTIONS, ClipsSource, clip, path
+from fastssl.data.views.clip import ClipViews, clip_views
 from fastssl.data.views.spec import apply, view_spec
 
 SHAPE = (3, 8, 24)

@@ -9,7 +9,7 @@ in training cannot be standardised, and is refused.
 
 import csv
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from typing_extensions import Self
 
 from fastssl.data.errors import DataError
 from fastssl.data.sources.base import Source, SourceOptions, absolute
-from fastssl.data.views.item import ItemViews
 
 Shipped = Literal["breast_cancer", "wine", "iris", "digits"]
 
@@ -173,35 +172,3 @@ class TableSource(SourceOptions):
         if self.path is not None:
             return (read_csv(self.path, self.label),)
         return (_shipped(str(self.dataset)),)
-
-
-class TableViews(ItemViews):
-    """Rows as they are, float32 (F,): a table has no augmentation that keeps its meaning."""
-
-    kind: ClassVar[str] = "row"
-
-    def shapes(self, channels: int) -> list[tuple[int, ...]]:
-        """(channels,) of each view."""
-        return [(channels,)] * self.count
-
-    def evaluation(self) -> "TableViews":
-        return self.with_fields(count=1)
-
-    def shown(self, view: Tensor) -> Tensor:
-        """Rows as they are."""
-        return view
-
-    def check(self, item: Tensor) -> None:
-        if item.ndim != 1 or not item.is_floating_point():
-            raise ValueError(f"row: want float (F,), got {item.dtype} {list(item.shape)}")
-
-    def view(self, item: Tensor, key: int) -> Tensor:
-        return item.float()
-
-
-def table_views(size: int, **overrides: Any) -> TableViews:
-    """The rows; they have the size of their table, whatever `size`.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return TableViews.preset("table", {}, overrides)
