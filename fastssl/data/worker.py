@@ -189,7 +189,7 @@ class _TrainFetch(Fetch):
 
 
 def mostly_bad(how_many: str, found: list[tuple[str, str]]) -> DataError:
-    """The refusal of data that are mostly unreadable, with some of those found."""
+    """The error for data that are mostly unreadable; it names up to three items of `found`."""
     examples = "; ".join(f"{name}: {reason}" for name, reason in list(dict(found).items())[:3])
     return DataError(
         f"most of the data is unreadable, {how_many} ({examples}): remove or mend these files"

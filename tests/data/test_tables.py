@@ -1,4 +1,4 @@
-"""Tables: standardised by the training part alone; constant and missing columns; plain errors."""
+"""Tables: standardized by the training part alone; constant and missing columns; plain errors."""
 
 import numpy as np
 import pytest

@@ -252,7 +252,7 @@ def test_one_operation_leaves_the_others_as_they_were(name):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
 
-def test_shown_undoes_the_normalisation():
+def test_shown_undoes_the_normalization():
     x = item(channels=3)
     plain = volume_views(16).evaluation()
     (view,) = plain.apply(x, 0)

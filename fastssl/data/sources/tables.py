@@ -1,10 +1,10 @@
-"""Tables: numeric rows, each column standardised by the training part.
+"""Tables: numeric rows, each column standardized by the training part.
 
     z_ij = (x_ij - mean_j) / deviation_j,   mean and (biased) deviation over the training rows
 
 A missing cell (empty, or "nan") takes the training mean, which is 0.  A column that is constant in
 training has deviation 1: it stays, as the difference from that constant.  A column without a value
-in training cannot be standardised, and is refused.
+in training cannot be standardized, and is refused.
 """
 
 import csv
@@ -26,7 +26,7 @@ Shipped = Literal["breast_cancer", "wine", "iris", "digits"]
 class Table:
     """Rows (N, F) float64, nan where a cell is missing, as float32 items (F,).
 
-    mean, deviation: (F,), what items are standardised by; until `fitted` 0 and 1.
+    mean, deviation: (F,), what items are standardized by; until `fitted` 0 and 1.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Table:
         return chosen
 
     def fitted(self, train: np.ndarray) -> "Table":
-        """The same table, standardised by the rows `train` (int64).
+        """The same table, standardized by the rows `train` (int64).
 
         Raises DataError naming a column that has no value there.
         """

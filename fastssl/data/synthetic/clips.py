@@ -56,7 +56,7 @@ def _wave(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, cycles: float)
 
 
 def _painted(amount: np.ndarray, rng: np.random.Generator, channels: int) -> np.ndarray:
-    """(..., C): colours between two random ones."""
+    """(..., C): colors between two random ones."""
     low, high = rng.random((2, channels), np.float32)
     return low + amount[..., None] * (high - low)
 
@@ -92,11 +92,11 @@ def clip(
     bulge = sum(lobes[k] * np.cos((k + 2) * bearing + phases[k]) for k in range(4))
     edge = rng.uniform(0.16, 0.26) * (1 + bulge)
     inside = ((edge - radius) * side + 0.5).clip(0, 1)[..., None]  # a pixel wide
-    shape_colours = _painted(_wave(own_x, own_y, rng, rng.uniform(2, 5)), rng, channels)
+    shape_colors = _painted(_wave(own_x, own_y, rng, rng.uniform(2, 5)), rng, channels)
     pixels = (
         np.broadcast_to(inside, ground.shape)
         if plain
-        else ground + inside * (shape_colours - ground)
+        else ground + inside * (shape_colors - ground)
     )
     pixels = pixels + 0.03 * rng.standard_normal(pixels.shape, np.float32)
     pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
@@ -110,7 +110,7 @@ class ClipsSource(GeneratedOptions):
     classes: int = Field(default=8, ge=1, le=len(MOTIONS), description="how many motions")
     frames: int = Field(default=16, ge=2, le=256, description="length, frames")
     size: int = Field(default=32, ge=8, le=512, description="height and width, pixels")
-    channels: Literal[1, 3] = Field(default=3, description="1: grey")
+    channels: Literal[1, 3] = Field(default=3, description="1: gray")
     plain: bool = Field(default=False, description="white shapes on black, without stripes")
 
     def layout(self) -> tuple[tuple[str, ...], int]:

@@ -27,7 +27,7 @@ class ClipViews(ItemViews):
     the rest    as in images' views (views.py), one draw for all frames; contrast is about the mean
                 of each frame; mean and std are of all channels
     Source: Tong et al. 2022, VideoMAE, arXiv:2203.12602 (crop and flip; no other augmentation), and
-    for colours and blur Qian et al. 2021, CVRL, arXiv:2008.03800, section 3.2 (consistent in time).
+    for colors and blur Qian et al. 2021, CVRL, arXiv:2008.03800, section 3.2 (consistent in time).
     """
 
     kind: ClassVar[str] = "clip"
@@ -50,16 +50,16 @@ class ClipViews(ItemViews):
     flip: Probability = Field(default=0.5, description="probability of a left-right flip")
     rotate: float = Field(default=0.0, ge=0, le=180, description="largest rotation, degrees")
     jitter: Probability = Field(
-        default=0.0, description="probability of the four colour changes below"
+        default=0.0, description="probability of the four color changes below"
     )
     brightness: Strength = Field(default=0.0, description="brightness factor is within 1 +- this")
     contrast: Strength = Field(default=0.0, description="contrast factor is within 1 +- this")
     saturation: Strength = Field(default=0.0, description="saturation factor is within 1 +- this")
     hue: float = Field(default=0.0, ge=0, le=0.5, description="largest hue shift, turns either way")
-    colour: Literal["sequential", "linear"] = Field(
+    color: Literal["sequential", "linear"] = Field(
         default="linear", description="the changes one by one, or as one linear map: faster"
     )
-    grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
+    grayscale: Probability = Field(default=0.0, description="probability of dropping color")
     blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
     blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(check_order)] = Field(
         default=(0.1, 2.0), description="standard deviation of the blur, output pixels: low, high"
@@ -72,10 +72,10 @@ class ClipViews(ItemViews):
         return [(channels, self.frames, self.size, self.size)] * self.count
 
     def evaluation(self) -> "ClipViews":
-        """The middle frames' largest centred square."""
+        """The middle frames' largest centered square."""
         whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "rotate": 0.0}
-        own_colours = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
-        return self.with_fields(count=1, start="middle", **whole, **own_colours)
+        own_colors = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
+        return self.with_fields(count=1, start="middle", **whole, **own_colors)
 
     def shown(self, view: Tensor) -> Tensor:
         """Clips in [0, 1]."""

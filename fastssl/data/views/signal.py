@@ -19,7 +19,7 @@ class SignalViews(ItemViews):
     """Views of signals, float32 (C, W) -> float32 (C, length).
 
     crop        `length` samples from a start drawn uniformly; a signal too short is repeated
-    normalise   to mean 0 and deviation 1 over the view, all channels alike; silence to 0
+    normalize   to mean 0 and deviation 1 over the view, all channels alike; silence to 0
     gain        times exp(U(log gain)), the same for all channels
     """
 
@@ -30,7 +30,7 @@ class SignalViews(ItemViews):
         default="random", description="where the view starts among the samples that it could"
     )
     gain: Annotated[tuple[Gain, Gain], AfterValidator(check_order)] = Field(
-        default=(0.8, 1.25), description="factor after the normalisation: low, high"
+        default=(0.8, 1.25), description="factor after the normalization: low, high"
     )
 
     def shapes(self, channels: int) -> list[tuple[int, ...]]:
@@ -38,7 +38,7 @@ class SignalViews(ItemViews):
         return [(channels, self.length)] * self.count
 
     def evaluation(self) -> "SignalViews":
-        """The middle of the signal, normalised."""
+        """The middle of the signal, normalized."""
         return self.with_fields(count=1, start="middle", gain=(1.0, 1.0))
 
     def shown(self, view: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class SignalViews(ItemViews):
 
 
 def signal_views(size: int, **overrides: Any) -> SignalViews:
-    """Views of `size` samples: random crops, normalised, of slightly varied loudness.
+    """Views of `size` samples: random crops, normalized, of slightly varied loudness.
 
     Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
     """

@@ -43,7 +43,7 @@ class ViewSpec(Protocol):
         ...
 
     def shown(self, view: Tensor) -> Tensor:
-        """Views (n, ...) as pictures show them: the normalisation undone."""
+        """Views (n, ...) as pictures show them: the normalization undone."""
         ...
 
 

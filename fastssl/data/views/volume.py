@@ -34,7 +34,7 @@ class VolumeViews(ItemViews):
                3 sigma, reflected at the border
     gamma      v -> l + (h - l) ((v - l) / (h - l))^g, l and h the least and the largest value of a
                channel, log g ~ U(-log gamma, log gamma)
-    normalise  (v - mean) / std, v in [0, 1] of uint8, else as it is
+    normalize  (v - mean) / std, v in [0, 1] of uint8, else as it is
     intensity  v -> f v + b, f ~ U(1 - gain, 1 + gain), b ~ U(-shift, shift)
     noise      with probability noise: plus normal numbers, sigma ~ U(noise_sigma)
 
@@ -131,7 +131,7 @@ class VolumeViews(ItemViews):
         return maps
 
     def _shaded(self, x: Tensor, key: int) -> Tensor:
-        """The changes of values, and the normalisation."""
+        """The changes of values, and the normalization."""
         u = _stream("shade", key, 5)
         if self.gamma > 1:
             low, high = (x.flatten(1).aminmax(dim=1)[i][:, None, None, None] for i in (0, 1))
