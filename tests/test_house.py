@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A module belongs to the room with the longest name that fits; `*` is any library.
 ROOMS = {
     "distributed": "",
-    "random": "",
+    "random": "numpy",
     "schedules": "pydantic",
     "files": "",
     "section": "pydantic pydantic_core",
@@ -33,12 +33,12 @@ ROOMS = {
     "data": "random distributed files section *",
     "engine": "models distributed schedules section files "
     "deepspeed timm pydantic safetensors numpy",
-    "evaluate": "data kernels distributed sklearn numpy",
+    "evaluate": "data kernels random distributed sklearn numpy",
     "report": "masking files *",
     "config": "methods engine data schedules section pydantic yaml",
     "export": "config engine data evaluate models files safetensors timm numpy",
-    "run": "config engine data methods evaluate report models distributed export files *",
-    "diagnose": "run config engine data methods kernels models distributed *",
+    "run": "random config engine data methods evaluate report models distributed export files *",
+    "diagnose": "random run config engine data methods kernels models distributed *",
     "bench": "methods models losses kernels masking engine data report *",
     "cli": "config run diagnose data export files bench *",
     "__main__": "cli",

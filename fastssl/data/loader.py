@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.errors import DataError
 from fastssl.data.render.backend import Rendering
-from fastssl.data.seeds import ORDER, permutation
 from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec
@@ -38,6 +37,7 @@ from fastssl.data.worker import (
     mostly_bad,
     sent,
 )
+from fastssl.random import ORDER, permutation
 
 log = logging.getLogger(__name__)
 

@@ -243,7 +243,7 @@ def tiny_sie(**changes):
     return SIE(Tiny(), SIEConfig.model_validate(cfg))
 
 
-@pytest.mark.parametrize("follows", [["rotation"], ["colour", "geometry"]], ids=str)
+@pytest.mark.parametrize("follows", [["rotation"], ["color", "geometry"]], ids=str)
 @pytest.mark.parametrize("share, split", [(0.5, 12), (0.25, 18)])
 def test_the_loss_is_that_of_the_split_embeddings(follows, share, split):
     ours = tiny_sie(follows=follows, share=share, reader=[5])
