@@ -133,8 +133,8 @@ def first_failure(code: int, log: Path) -> str:
         return f"ended with {code}"
     if code == 1 or failed:
         return failed[0].partition(" ")[2].partition(" - ")[0].rpartition("::")[2]
-    if code == NOT_RUN:
-        raise SystemExit(f"pytest did not start: {log.read_text()}")
+    if code not in (0, 2):
+        raise SystemExit(f"pytest ended with {code}: " + " ".join(lines[-3:]))
     # What the tests import is broken: noticed, if it is the mutated tree that is.
     return "at import" if any("rror" in x for x in lines) and code == 2 else "SURVIVED"
 

@@ -119,7 +119,7 @@ def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     coarse = torch.rand(B, 3, 8, 8)
     smooth = F.interpolate(coarse, size=(S, S), mode="bicubic").clamp(0, 1)
     pixels = (255 * smooth).to(torch.uint8)
-    rivals: Rivals = {OURS: Absent("pip install 'fastssl[train]'")}
+    rivals: Rivals = {OURS: Absent("pip install 'fastssl-torch[train]'")}
     if has_packages("pydantic", "numpy", "torchvision"):
         rivals[OURS] = Late(lambda: _ours(pixels, V))
     v2 = library("torchvision.transforms.v2", lambda m: _torchvision(m, pixels, V))

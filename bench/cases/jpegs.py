@@ -32,7 +32,7 @@ from fastssl.bench.cases.loaders import OurLoader, PlainLoader, Setting
 from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, Sweep, case
 
-_DALI = "pip install 'fastssl[dali]'"
+_DALI = "pip install 'fastssl-torch[dali]'"
 _TEST = "tests/data/test_dali.py"
 _CPU = {"N": 256, "B": 64, "W": 500, "V": 224, "workers": 2}
 _CUDA = {"N": 2048, "B": 256, "W": 500, "V": 224, "workers": 8}
@@ -77,7 +77,7 @@ def _problem(kind: _Kind, shape: Shape, device: torch.device, origin: str = "fol
 
     The others read "arrays" too where ours does, and the folder in place of shards.
     """
-    missing = Absent("pip install 'fastssl[train]' scikit-learn")
+    missing = Absent("pip install 'fastssl-torch[train]' scikit-learn")
     if not has_packages("pydantic", "torchvision", *photos.NEEDS):
         none: Rivals = dict.fromkeys((OURS, REFERENCE), missing)
         return Problem((torch.empty(1),), none, bytes_moved={"run": 1.0})

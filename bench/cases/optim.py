@@ -163,7 +163,7 @@ def _problem(shape: Shape, device: torch.device, step: _Step) -> Problem:
     sizes = _sizes(shape["W"], shape["L"])
     start = {name: 0.1 * torch.randn(size, device=device) for name, size in sizes.items()}
     grads = tuple(0.01 * torch.randn(size, device=device) for size in sizes.values())
-    rivals: Rivals = {OURS: Absent("pip install 'fastssl[train]'")}
+    rivals: Rivals = {OURS: Absent("pip install 'fastssl-torch[train]'")}
     if has_packages("timm", "pydantic"):
         rivals[OURS] = Late(lambda: _Stepped(start, partial(_ours, step.ours)))
     rivals[REFERENCE] = Late(lambda: _AsWritten(step.rule, start))

@@ -60,7 +60,7 @@ def _rows_in_bfloat16(z_a: Tensor, z_b: Tensor) -> Tensor:
     loss = BarlowTwinsLoss()
     a, b = (standardize(z, eps=loss.eps) for z in (z_a, z_b))
     correlation = cross_correlation(a, b)
-    return loss._from(correlation.diagonal, correlation.off_diagonal_sq, len(a))
+    return loss._weigh(correlation.diagonal, correlation.off_diagonal_sq, len(a))
 
 
 def _autocast(z_a: Tensor, z_b: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _problem(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Re
 
 def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Recipe) -> Rivals:
     if not has_packages("timm", "pydantic"):
-        missing = Absent("pip install 'fastssl[train]'")
+        missing = Absent("pip install 'fastssl-torch[train]'")
         return dict.fromkeys((OURS, OURS + " engine", REFERENCE, "compile", "lightly"), missing)
     new = partial(_method, shape, recipe, device)
 
@@ -128,7 +128,7 @@ def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Rec
         model, forward = recipe.lightly[1](module, method)
         return Loop(model, method.encoder, forward, recipe.optim, dtype)
 
-    engine: Any = Absent("pip install 'fastssl[train]'")
+    engine: Any = Absent("pip install 'fastssl-torch[train]'")
     if has_packages("deepspeed"):
         engine = Late(lambda: UnderEngine(new(), recipe.optim, dtype, shape["B"]))
     return {

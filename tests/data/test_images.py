@@ -211,6 +211,13 @@ def test_decompression_bomb_is_bad_and_silent(tmp_path, monkeypatch, limit):
 
 def test_a_large_image_is_converted_in_strips(monkeypatch):
     """Fault 42: each step of a conversion was a copy of the whole: 2.7 GB for 9,400 x 9,400."""
+    seen, to_rgb = [], room._to_rgb
+
+    def look(image):
+        seen.append(image.width * image.height)
+        return to_rgb(image)
+
+    monkeypatch.setattr(room, "_to_rgb", look)
     pixels = np.random.default_rng(0).integers(0, 256, (37, 20, 4), np.uint8)
     grey = pixels[..., 0].astype(np.uint16) * 257
     for array in (
@@ -228,4 +235,6 @@ def test_a_large_image_is_converted_in_strips(monkeypatch):
         monkeypatch.setattr(room, "_STRIP", 2**22)
         whole = decode_bytes(file.getvalue(), "x")
         monkeypatch.setattr(room, "_STRIP", 100)
+        seen.clear()
         assert torch.equal(decode_bytes(file.getvalue(), "x"), whole)
+        assert seen and max(seen) <= 100

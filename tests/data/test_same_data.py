@@ -4,14 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fastssl.config.schema import ConfigError, load, resolve
-from fastssl.data.datasets import fingerprint, open_source
+from fastssl.config import ConfigError, load, resolve
+from fastssl.data.datasets import ArrayImages, fingerprint, open_source
 from fastssl.data.errors import DataError
 from fastssl.data.loader import PretrainLoader
+from fastssl.data.sources.base import Split
 from fastssl.evaluate.embed import raw_input
-from fastssl.run import results
+from fastssl.run import evaluation
 from fastssl.run.directory import prepared
 from fastssl.run.train import check_steps
 
@@ -58,6 +60,18 @@ def test_the_same_data_may_lie_elsewhere(tmp_path):
         start(other, tmp_path, "resume=auto")
 
 
+def test_other_labels_or_classes_are_other_data():
+    """Fault 33: of shards, whose names may stay the same."""
+
+    def printed(labels, classes):
+        pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        part = ArrayImages(pixels, torch.tensor(labels), classes, ["a", "b", "c"])
+        return fingerprint(Split(part, part))["names"]
+
+    told = [printed([0, 1, 1], "ab"), printed([0, 1, 0], "ab"), printed([0, 1, 1], "ac")]
+    assert len({*told}) == 3 and told[0] == printed([0, 1, 1], "ab")
+
+
 @pytest.mark.parametrize("size, refused", [(5, False), (6, True), (8, True)])
 def test_padding_is_not_trained_on(tmp_path, size, refused):
     """Fault 8: methods took what fills up an epoch's last batch for samples like others."""
@@ -82,6 +96,6 @@ def test_mostly_bad_data_are_told_by_an_evaluation(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise ValueError("too few")
 
-    monkeypatch.setattr(results, "evaluate_features", refuse)
+    monkeypatch.setattr(evaluation, "evaluate_features", refuse)
     with pytest.raises(DataError, match="most of the data is unreadable, 36 of 40 items"):
-        results.evaluate_on(cfg, split, cfg.views(), raw_input)
+        evaluation.evaluate_on(cfg, split, cfg.views(), raw_input)

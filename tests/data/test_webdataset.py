@@ -91,6 +91,9 @@ def test_names_with_dots_are_no_sample_lost(tmp_path):
         assert names(whole)[5] == "a.tar/photo.0005"
     (one,) = opened(tmp_path, image="0002.png", labels=False)
     assert reds(one) == [2]
+    tar(tmp_path / "a.tar", pairs(2, ("png",), key="photo.{}"))
+    with pytest.raises(DataError, match="a sample has 2 images"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["labels last", "labels first", "text", "twice"])
@@ -252,7 +255,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
         with pytest.raises(DataError, match="a.tar' cannot be read .It is a pipe or a device"):
             opened(tmp_path)
     else:
-        assert reds(opened(tmp_path)[0]) == [0, 1, 2]
+        assert reds(opened(tmp_path)[0]) == [0, 1, 2] and (tmp_path / name).is_fifo()
 
 
 def test_a_file_that_is_no_index_is_left_as_it_is(tmp_path, caplog):
