@@ -399,6 +399,20 @@ def test_too_few_readable_images_to_measure(tmp_path):
     assert results["train"]["bad_images"] == 2
 
 
+def test_the_log_is_json_and_forgets_what_is_done_again(tmp_path):
+    """Faults 37 and 45: what is not finite is null, and a name is escaped."""
+    log = RunLog(tmp_path, Silent(), writing=True)
+    for step in (1, 2, 3):
+        log.row("train", step, epoch=0.5, loss=float("nan"), lr=0.1)
+        log.bad_images(step, [(f"\x1b{step}", "no image"), ("a", "no image")])
+    lines = [json.loads(x, parse_constant=pytest.fail) for x in log.path.read_text().splitlines()]
+    assert [row["loss"] for row in lines if row["kind"] == "train"] == [None] * 3
+    again = RunLog(tmp_path, Silent(), writing=True)
+    again.cut(2)
+    assert [row["step"] for row in again.rows() if row["kind"] == "train"] == [1, 2]
+    assert list(again.bad) == ["\\x1b1", "a", "\\x1b2"]
+
+
 def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
     cfg = tiny("mae", tmp_path)
     (cfg.directory / "metrics.jsonl").mkdir(parents=True)
