@@ -4,9 +4,13 @@ CONFIG = "tests/test_config.py"
 ENGINE = "tests/engine/test_engine.py"
 
 TESTS = {
-    "config/load": (CONFIG, "not recipe_is_complete"),
+    "config/load": (
+        CONFIG,
+        "hostile or broken_files or another_choice or trap or old_names or rate_chosen or leaves_to"
+        " or as_they_are",
+    ),
     "config/keys": (CONFIG, "refusals or names_of"),
-    "config/schema": (CONFIG, "not recipe_is_complete"),
+    "config/schema": (CONFIG, "rate_chosen or refusals or difference or annealed"),
     "config/errors": (CONFIG, "refusals or missing"),
     "section": (CONFIG, "refusals"),
     "engine/config": (ENGINE, "deepspeed_keys"),
