@@ -27,7 +27,6 @@ TABLES = sorted(path.stem for path in (ROOT / "tests/mutations").glob("[a-z]*.py
 LIBRARIES = "torch triton numpy pytest lightly.loss open_clip.loss"  # not pytest's plugins
 LIBRARIES += " pytorch_metric_learning.losses pydantic omegaconf typer rich"
 HEAVY = "torchvision.transforms.v2 timm deepspeed sklearn.linear_model matplotlib.figure"
-NOT_RUN = 70  # the exit code of a fork in which pytest did not start
 LIMIT = 300  # seconds of one mutation; a hang is noticed too
 
 
@@ -87,7 +86,7 @@ def start(mutation: Mutation, folder: Path, log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = NOT_RUN
+    code = 70  # pytest did not start
     try:
         os.setpgid(0, 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
