@@ -152,7 +152,7 @@ def _started(loader: DataLoader) -> Any:
             f"loader processes cannot be started ({error}): give /dev/shm room, {FEW_FILES}"
         ) from error
     if getattr(batches, "_worker_pids_set", False):
-        torch.utils.data._utils.signal_handling._remove_worker_pids(id(batches))
+        torch._C._remove_worker_pids(id(batches))
         batches._worker_pids_set = False
     return batches
 

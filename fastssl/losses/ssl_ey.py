@@ -82,7 +82,7 @@ class _Between(torch.autograd.Function):
 def ssl_ey_reference(views: Sequence[Tensor]) -> Tensor:
     """The formula by whole covariances (D, D), in one process."""
     centered = [z - z.mean(0) for z in views]
-    n, total = len(views[0]) - 1, sum(centered)
-    within = sum(z.T @ z for z in centered) / n  # V
+    n, total = len(views[0]) - 1, torch.stack(centered).sum(0)
+    within = torch.stack([z.T @ z for z in centered]).sum(0) / n  # V
     between = total.T @ total / n - within  # C
     return (within @ within).trace() - 2 * between.trace()

@@ -180,7 +180,7 @@ def vicregl_reference(
         for x, y, most in ((a, b, num_matches[0]), (b, a, num_matches[1])):
             features = [views[v][1].flatten(1, 2) for v in (x, y)]  # (B, places, E)
             for places in (features, [grids[v].flatten(1, 2) for v in (x, y)]):
-                distance, nearest = torch.cdist(*places).min(2)
+                distance, nearest = torch.cdist(places[0], places[1]).min(2)
                 best = distance.argsort(1)[:, :most]
                 row = torch.arange(len(best), device=best.device)[:, None]
                 pair = features[0][row, best], features[1][row, nearest.gather(1, best)]

@@ -25,10 +25,10 @@ class _GlobalNorm(torch.autograd.Function):
         variances, means = all_gather_nograd(own[None], check=False).unbind(1)
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
-        affine = [None if p is None else p.to(mean.dtype) for p in (weight, bias)]
+        weight_, bias_ = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
         ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, *affine, eps=eps), mean, var
+        return F.batch_norm(x, mean, var, weight_, bias_, eps=eps), mean, var
 
     @staticmethod
     @once_differentiable

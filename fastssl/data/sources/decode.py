@@ -20,7 +20,7 @@ from fastssl.data.errors import BadItem
 SUFFIXES = frozenset(
     (
         ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2"
-        + " .avif" * features.check("avif")
+        + " .avif" * bool(features.check("avif"))
     ).split()
 )
 _ORIENTATION = 0x0112  # the EXIF tag
