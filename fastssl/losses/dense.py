@@ -99,7 +99,7 @@ class DenseInfoNCELoss(ContrastiveLoss):
 class _ImageLSE(torch.autograd.Function):
     """Log-sum-exp over an image's positions but the match, of a few images at a time.
 
-    Kept are each row's maximum m and sum l apart, as in pairwise.py; a row without others is -inf.
+    Kept are each row's maximum m and sum l apart; a row without others is -inf.
     """
 
     @staticmethod

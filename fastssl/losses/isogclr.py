@@ -34,7 +34,7 @@ class ISogCLRLoss(ContrastiveLoss):
              index (B,): integers in [0, size), each image's place in the data set.  Of an image
              that a batch has twice, one of the updates is kept.
     Returns  scalar float32: the mean over this rank's 2B rows.  Nothing of N x N is held; G costs
-             a second pass over the pairs, 6 units where the loss alone has 4 (see pairwise.py).
+             a second pass over the pairs, 6 units where the loss alone has 4 (`pairwise_lse`).
              torch.compile breaks its graph there.
     State    t_i, log u_i and m_i: 12 bytes an image, float32.  Rank r of W keeps images r, r + W,
              ...  state_dict has this rank's alone: each rank saves and loads its own.

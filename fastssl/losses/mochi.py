@@ -30,7 +30,7 @@ class MoCHiLoss(ContrastiveLoss):
     Shapes   query, key (B, dim): normalized here; any float dtype.  key gets no gradient.
     Returns  scalar float32: the mean over this rank's B queries.  0 <= loss.
     State    queue: a `Queue` of `size` keys; steps, 0-d int64, how often the queue was moved.  The
-             draws depend on it, the seed and a query's place in the joined batch alone.  Both are
+             draws depend on it and a query's place in the joined batch alone.  Both are
              in state_dict.
     Memory   B (s + s_prime) dim floats, a few times over; nothing of B x size is held.
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;

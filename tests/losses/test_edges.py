@@ -36,6 +36,7 @@ from fastssl.losses import (
     vicreg,
     vicregl,
 )
+from fastssl.losses._unit import unit
 from tests.oracle import DEVICE
 
 LARGEST = torch.finfo(torch.float32).max
@@ -334,3 +335,11 @@ def test_gives_what_float64_gives_or_refuses(name):
     chance = random.Random(name)
     seen = [check(name, draw(chance)) for _ in range(16)]
     assert "near" in seen
+
+
+def test_rows_of_any_size_get_length_one():
+    """The references take `unit` too, so it has an oracle of its own.  (fault 35)"""
+    z = torch.tensor([[3.0, 4.0], [-0.6, 0.8]], device=DEVICE)
+    want = torch.tensor([[0.6, 0.8], [-0.6, 0.8]], device=DEVICE)
+    for size in (1e-30, 1e-13, 1.0, 1e15, 1e25):
+        torch.testing.assert_close(unit(size * z), want)

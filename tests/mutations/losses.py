@@ -6,7 +6,7 @@ TESTS = {
     "losses": (EDGES, ""),
     "losses/_checks": ("tests/losses/test_refusals.py tests/losses/test_contrastive.py", "refuse"),
     "losses/_loss": ("tests/losses/test_mmcr.py", "prints"),
-    "losses/_unit": (EDGES, "ntxent or dcl"),
+    "losses/_unit": (EDGES, "length_one"),
     "losses/_contrastive": (
         "tests/losses/test_dcl.py tests/losses/test_moco.py tests/losses/test_grouped.py",
         "lightly or formula",
