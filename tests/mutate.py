@@ -97,7 +97,6 @@ def start(mutation: Mutation, folder: Path, log: Path) -> int:
         import pytest
 
         argv = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
-        argv += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # anyio is imported already
         only = ["-k", mutation.only] if mutation.only else []
         code = int(pytest.main([*argv, *mutation.tests.split(), *only]))
     finally:
@@ -129,8 +128,6 @@ def first_failure(code: int, log: Path) -> str:
         return f"ended with {code}"
     if code == 1 or failed:
         return failed[0].partition(" ")[2].partition(" - ")[0].rpartition("::")[2]
-    if code not in (0, 2):
-        raise SystemExit(f"pytest ended with {code}: " + " ".join(lines[-3:]))
     # What the tests import is broken: noticed, if it is the mutated tree that is.
     return "at import" if any("rror" in x for x in lines) and code == 2 else "SURVIVED"
 
