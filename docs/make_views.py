@@ -3,7 +3,7 @@
     python docs/make_views.py docs/views
 
 For each preset of images OUT/PRESET.png: a row a photograph, and for each kind of view up to two,
-side by side as torchvision makes them, as DALI makes the same draws, and, where colours change, as
+side by side as torchvision makes them, as DALI makes the same draws, and, where colors change, as
 torchvision makes them one by one (the others in one linear map).  OUT/batch-ops.png has what is
 done to whole batches, OUT/clips.png and OUT/volumes.png what is no single image.  OUT/README.md
 shows them all.  The photographs are the two that come with scikit-learn.
@@ -38,7 +38,7 @@ from fastssl.data.views.presets import PRESETS
 from fastssl.data.views.spec import ViewSpec, apply, view_spec
 
 CELL, GAP, HEAD, SIDE = 88, 4, 54, 8  # pixels: of a cell, between them, above and beside all
-DPI, COLOURS = 100, 256  # of the palette that keeps a sheet small
+DPI, COLORS = 100, 256  # of the palette that keeps a sheet small
 SIZE, SEED = 224, 5
 SAID = "one by one"
 OPS = ("mixup", "noise", "style", "fields", "low_frequency")
@@ -77,7 +77,7 @@ def views_of(source: Source, views: Views, *, dali: bool = False) -> list[Tensor
 
 def preset_columns(source: Source, name: str) -> list[Column]:
     """The columns of a preset's sheet, the photographs first."""
-    views = preset(name, SIZE, colour="linear")
+    views = preset(name, SIZE, color="linear")
     made = {"torchvision": views_of(source, views)}
     if choose_backend("auto", views, source).backend == "dali":
         made["DALI"] = views_of(source, views, dali=True)
@@ -99,10 +99,10 @@ def _shown(views: Views) -> Iterator[int]:
 
 
 def batch_op_columns(source: Source) -> list[Column]:
-    """A column an operation, on a batch of the photographs' centres."""
+    """A column an operation, on a batch of the photographs' centers."""
     views = preset("plain", SIZE)
     pixels = views_of(source, views)[0]
-    norm = views.normalisation(3)
+    norm = views.normalization(3)
     mean, std = (torch.tensor(v)[:, None, None] for v in norm)
     batch = {"views": [(pixels - mean) / std], "seeds": torch.arange(len(pixels)) + SEED}
     columns = [Column("as it is", list(pixels))]
@@ -165,14 +165,14 @@ def draw(
         text(SIDE, HEAD + row * step + cell / 2, label, va="center")
     written = BytesIO()
     figure.savefig(written, format="png")
-    _in_few_colours(Image.open(written).convert("RGB")).save(path, optimize=True)
+    _in_few_colors(Image.open(written).convert("RGB")).save(path, optimize=True)
 
 
-def _in_few_colours(picture: Image.Image) -> Image.Image:
+def _in_few_colors(picture: Image.Image) -> Image.Image:
     """The picture with a palette of its own, in which there are black and white for the words."""
-    own = picture.quantize(COLOURS - 2).getpalette() or []
+    own = picture.quantize(COLORS - 2).getpalette() or []
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*own[: 3 * (COLOURS - 2)], 0, 0, 0, 255, 255, 255])
+    palette.putpalette([*own[: 3 * (COLORS - 2)], 0, 0, 0, 255, 255, 255])
     return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
@@ -201,8 +201,8 @@ def page() -> str:
         "# What the augmentations make",
         "",
         "Made by `python docs/make_views.py docs/views`. A row is a photograph. *torchvision* and "
-        "*DALI* make the same draws with `colour=linear`, and must look alike; *one by one* is "
-        "the default of torchvision's, `colour=sequential`.",
+        "*DALI* make the same draws with `color=linear`, and must look alike; *one by one* is "
+        "the default of torchvision's, `color=sequential`.",
     ]
     for name in PRESETS:
         lines += ["", f"**{name}**: {about(name)}", "", f"![{name}]({name}.png)"]

@@ -11,7 +11,7 @@ and the mean over ranks of the parameters' gradients (DDP, ZeRO, FSDP) is exactl
     all_to_all_rows     (W * b, ...): block s goes to rank s  all-to-all
 
 `group` is a process group, None (the world; one process when torch.distributed is not
-initialised) or LOCAL (this rank alone, whatever runs beside it).  A group of one costs nothing.
+initialized) or LOCAL (this rank alone, whatever runs beside it).  A group of one costs nothing.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _MOST_TENSORS = 127  # that one check compares
 _DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
-def _initialised(group: Group) -> bool:
+def _initialized(group: Group) -> bool:
     return group != LOCAL and dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: Group = None) -> int:
-    """Ranks in the group; 1 for LOCAL and when torch.distributed is not initialised.
+    """Ranks in the group; 1 for LOCAL and when torch.distributed is not initialized.
 
     Raises ValueError when this rank does not belong to the group.
 
     >>> world_size(), world_size(LOCAL)
     (1, 1)
     """
-    size = dist.get_world_size(group) if _initialised(group) else 1
+    size = dist.get_world_size(group) if _initialized(group) else 1
     if size < 1:
         raise ValueError(f"process_group {group} does not contain this rank")
     return size
@@ -52,7 +52,7 @@ def world_size(group: Group = None) -> int:
 
 def rank(group: Group = None) -> int:
     """This process's place in the group; 0 for LOCAL and without torch.distributed."""
-    return dist.get_rank(group) if _initialised(group) else 0
+    return dist.get_rank(group) if _initialized(group) else 0
 
 
 def _host_group(group: Group) -> Any:

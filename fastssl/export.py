@@ -165,7 +165,7 @@ def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
     for fact in ("classifier", "first_conv"):  # what timm replaces and adapts for fine-tuning
         prepared[fact] = getattr(known, fact, None)
     if isinstance(views, Views):
-        mean, std = views.normalisation(channels)
+        mean, std = views.normalization(channels)
         prepared |= {"mean": list(mean), "std": list(std)}
         prepared |= {"interpolation": "bilinear", "crop_pct": 1.0}
     return {

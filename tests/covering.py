@@ -28,6 +28,20 @@ def crossed(**axes: Mapping[str, Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(", ".join(axes), list(values), ids=list(ids))
 
 
+def pairwise(axes: Mapping[str, Sequence[Any] | Mapping[str, Any]]) -> dict[str, Any]:
+    """Arguments of parametrize(): a covering array of the product of axes, all of it with --full.
+
+    axes: {"B, D": [(2, 3), ...], "temperature": [...], ...}; a dict as an axis gives its values.
+    """
+    values = [list(axis.values() if isinstance(axis, Mapping) else axis) for axis in axes.values()]
+    rows = list(product(*(range(len(axis)) for axis in values)))
+    cases = []
+    for i in range(len(rows)) if FULL else covering(rows):
+        chosen = zip(axes, values, rows[i], strict=True)
+        cases.append([x for n, axis, k in chosen for x in (axis[k] if "," in n else [axis[k]])])
+    return {"argnames": ", ".join(axes), "argvalues": cases}
+
+
 def covering(rows: Sequence[tuple[Hashable, ...]]) -> list[int]:
     """Indices of rows in which any two columns' values meet that meet in all rows.
 

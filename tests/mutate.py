@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "tests" / "mutations.md"
 TABLES = sorted(path.stem for path in (ROOT / "tests/mutations").glob("[a-z]*.py"))
 # What a test process imports besides the project: once, here, before anything is forked.
-LIBRARIES = "torch triton numpy pytest hypothesis lightly.loss open_clip.loss"
+LIBRARIES = "torch triton numpy pytest lightly.loss open_clip.loss"  # not pytest's plugins
 LIBRARIES += " pytorch_metric_learning.losses pydantic omegaconf typer rich"
 HEAVY = "torchvision.transforms.v2 timm deepspeed sklearn.linear_model matplotlib.figure"
 LIMIT = 300  # seconds of one mutation; a hang is noticed too
@@ -85,7 +86,7 @@ def start(mutation: Mutation, folder: Path, log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 70
+    code = 70  # pytest did not start
     try:
         os.setpgid(0, 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -97,8 +98,11 @@ def start(mutation: Mutation, folder: Path, log: Path) -> int:
         import pytest
 
         argv = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+        argv += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what LIBRARIES imported
         only = ["-k", mutation.only] if mutation.only else []
         code = int(pytest.main([*argv, *mutation.tests.split(), *only]))
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -128,6 +132,8 @@ def first_failure(code: int, log: Path) -> str:
         return f"ended with {code}"
     if code == 1 or failed:
         return failed[0].partition(" ")[2].partition(" - ")[0].rpartition("::")[2]
+    if code not in (0, 2):
+        raise SystemExit(f"pytest ended with {code}: " + " ".join(lines[-3:]))
     # What the tests import is broken: noticed, if it is the mutated tree that is.
     return "at import" if any("rror" in x for x in lines) and code == 2 else "SURVIVED"
 

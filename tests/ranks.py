@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 # Ranks fork from one server that has imported these already: a second each, not ten.
 _PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
+_PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 400) -> list[Any]:

@@ -118,7 +118,7 @@ def test_the_back_end_and_colour_are_advised(folder, tmp_path, monkeypatch):
     coloured = {"data__overrides": {"jitter": 0.8}}
     cfg = tiny("simclr", tmp_path, data__backend="torch", **coloured)  # arrays: torch's by rule
     said = advice(cfg, [RANK], DigitsSource().open()[0])
-    assert said[0].startswith("data.overrides.colour=linear")
+    assert said[0].startswith("data.overrides.color=linear")
     monkeypatch.setattr("fastssl.data.render.backend.find_spec", lambda name: None)
     cfg = of_photos(folder, tmp_path, data__backend="torch")
     assert "pip install 'fastssl-torch[dali]'" in advice(cfg, [RANK], source_of(cfg))[0]

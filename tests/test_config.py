@@ -15,6 +15,7 @@ from fastssl.config import (
     resolve,
 )
 from fastssl.config.keys import known_keys, names_of
+from fastssl.data.views.spec import view_spec
 from tests.runs import tiny
 
 
@@ -235,6 +236,30 @@ def test_numbers_dates_and_texts_survive_yaml(tmp_path):
     assert load(tmp_path) == cfg
     read = resolve("simclr-digits", ["model.kwargs={a: 1e-3, b: 2024-01-01}"]).model.kwargs
     assert (read["a"], read["b"]) == (1e-3, "2024-01-01")
+
+
+def test_old_spellings_are_read_with_a_warning(tmp_path):
+    own = ["data.preset=byol", "data.overrides.colour=linear", "data.overrides.view1.solarise=0.3"]
+    with pytest.warns(FutureWarning, match="is called") as said:
+        cfg = resolve("simclr-digits", own)
+    assert [str(one.message) for one in said] == [
+        "data.overrides.colour is called data.overrides.color now",
+        "data.overrides.view1.solarise is called data.overrides.view1.solarize now",
+    ]
+    looks = cfg.views().views
+    assert looks[0].color == "linear" and [look.solarize for look in looks] == [0.0, 0.3]
+    new = dump(cfg)
+    assert "colour" not in new and "solarise" not in new
+    (tmp_path / "config.yaml").write_text(new.replace("color:", "colour:"))
+    with pytest.warns(FutureWarning, match="is called data.overrides.color now"):
+        assert load(tmp_path) == cfg  # a run of an earlier version
+    with pytest.raises(ConfigError, match="is the old name of data.overrides.color, and both"):
+        resolve("simclr-digits", [*own, "data.overrides.color=linear"])
+    with pytest.warns(FutureWarning, match="data.source.name=hub is called .*=hf_datasets now"):
+        source = resolve("simclr-digits", ["data.source.name=hub", "data.source.path=/x"])
+    assert source.data.source.name == "hf_datasets"
+    with pytest.warns(FutureWarning, match="colour is called color now"):
+        assert view_spec("clips", 8, colour="sequential").color == "sequential"
 
 
 def test_old_names_of_keys_are_read_with_a_warning(monkeypatch):

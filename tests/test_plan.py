@@ -7,10 +7,12 @@ from fastssl.diagnose.plan import make_plan
 from fastssl.methods.base import PARAMETERS
 from fastssl.run.summary import peak_memory
 from fastssl.run.train import build
-from tests.runs import METHODS, tiny
+from tests.runs import tiny
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["simclr", "mocov3", "nnclr", "clip", "sie", "mae", "gmml", "cropmae", "data2vec"]
+)
 def test_activations_are_what_autograd_keeps(method, tmp_path):
     cfg = tiny(method, tmp_path, batch_size=64)
     plan = make_plan(cfg, channels=1, world=2)

@@ -123,14 +123,14 @@ def _rivals(kind: _Kind, shape: Shape, device: torch.device, origin: str) -> Riv
 
     rivals: Rivals = {OURS: Absent(f"{_DALI}; {OURS} torchvision runs without")}
     if _has_dali():
-        rivals[OURS] = ours(origin, dali=True, colour="linear")
+        rivals[OURS] = ours(origin, dali=True, color="linear")
     rivals[OURS + " torchvision"] = ours(origin, dali=False)
     if any(view.jitter for view in spec.views):
-        rivals[OURS + " torchvision linear"] = ours(origin, dali=False, colour="linear")
+        rivals[OURS + " torchvision linear"] = ours(origin, dali=False, color="linear")
     if origin == "shards":
         rivals[OURS + " folder"] = rivals[OURS]
         if _has_dali():
-            rivals[OURS + " folder"] = ours("folder", dali=True, colour="linear")
+            rivals[OURS + " folder"] = ours("folder", dali=True, color="linear")
     rivals[REFERENCE] = Late(lambda: plain(loaders.TorchvisionViews(spec)))
     if any(view.blur for view in spec.views):
         rivals["torchvision blur"] = Late(

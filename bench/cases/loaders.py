@@ -180,8 +180,8 @@ def _operations(v2: Any, view: Any, pillow_blur: bool) -> list[Any]:
         if not pillow_blur:
             blur = v2.GaussianBlur(view.size // 20 * 2 + 1, view.blur_sigma)
         operations.append(v2.RandomApply([blur], view.blur))
-    if view.solarise:
-        operations.append(v2.RandomSolarize(255 * view.solarise_threshold, view.solarise))
+    if view.solarize:
+        operations.append(v2.RandomSolarize(255 * view.solarize_threshold, view.solarize))
     return operations
 
 
@@ -215,7 +215,7 @@ def _kornia(K: Any, view: Any, spec: Any) -> nn.Sequential:
     if view.blur:
         taps = 2 * round(3 * view.blur_sigma[1]) + 1
         operations.append(K.RandomGaussianBlur((taps, taps), view.blur_sigma, p=view.blur))
-    if view.solarise:
-        operations.append(K.RandomSolarize(view.solarise_threshold, 0.0, p=view.solarise))
+    if view.solarize:
+        operations.append(K.RandomSolarize(view.solarize_threshold, 0.0, p=view.solarize))
     mean, std = (torch.tensor(values) for values in (spec.mean, spec.std))
     return nn.Sequential(*operations, K.Normalize(mean, std))

@@ -58,17 +58,26 @@ def check_model(mapping: dict[str, Any]) -> None:
 
     Read from their source, since importing timm takes seconds; what passes, timm looks up itself.
     """
-    model, timm = mapping.get("model"), find_spec("timm")
+    model = mapping.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    if not isinstance(name, str) or timm is None or timm.origin is None:
-        return
+    if isinstance(name, str) and (problem := _no_model(name)):
+        raise ConfigError(problem)
+
+
+@lru_cache
+def _no_model(name: str) -> str:
+    """Why timm and we have no model of that name, or nothing."""
+    timm = find_spec("timm")
+    if timm is None or timm.origin is None:
+        return ""
     folders = Path(timm.origin).parent / "models", Path(__file__).parents[1] / "models"
     text = "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.py")))
-    if not re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text):
-        known = re.findall(r"@register_model\s+def (\w+)", text)
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"model.name={name!r} is not a timm model{hint}")
+    if re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text):
+        return ""
+    known = re.findall(r"@register_model\s+def (\w+)", text)
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"model.name={name!r} is not a timm model{hint}"
 
 
 def names_of(model: Any, path: str = "") -> dict[str, Any]:

@@ -8,11 +8,14 @@ nothing is taken from the environment, so that a stranger's run can be opened.
 
 import re
 import warnings
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from fastssl.data.views.presets import OLD_FIELDS
 
 from .errors import ConfigError, closest, sentence
 from .keys import check_keys, check_model, tagged
@@ -23,7 +26,16 @@ if TYPE_CHECKING:
 SWITCHED = ("method", "model", "data.source", "optim.schedule")
 _SOURCE = tuple(f"data.source.{key}" for key in ("path", "val", "cache", "image", "label"))
 VERBATIM = ("name", "output", "model.name", *_SOURCE)
-RENAMED: dict[str, str] = {}  # a key's old dotted name -> its new one, in the same section
+# A key's old dotted name, * for any part -> its new one, in the same section
+RENAMED: dict[str, str] = {
+    old.format(key): old.format(new)
+    for old in ("data.overrides.{}", "data.overrides.*.{}")
+    for key, new in OLD_FIELDS.items()
+}
+RENAMED_VALUES = {  # (key, its old value) -> its new one
+    ("data.source.name", "hub"): "hf_datasets",
+    ("method.follows", "colour"): "color",
+}
 
 
 def recipes() -> dict[str, Path]:
@@ -180,13 +192,17 @@ def _renamed(tree: Any, path: str = "") -> Any:
     if isinstance(tree, list):
         return [_renamed(part, path) for part in tree]
     if not isinstance(tree, dict):
-        return tree
+        new = RENAMED_VALUES.get((path, tree)) if isinstance(tree, str) else None
+        if new is not None:
+            warnings.warn(f"{path}={tree} is called {path}={new} now", FutureWarning, stacklevel=2)
+        return tree if new is None else new
     found: dict[str, Any] = {}
     for key, value in tree.items():
         at = f"{path}.{key}".lstrip(".")
-        new = RENAMED.get(at)
+        new = next((to for old, to in RENAMED.items() if fnmatchcase(at, old)), None)
         if new is not None:
             key = new.rpartition(".")[2]
+            new = f"{path}.{key}".lstrip(".")
             if key in tree:
                 raise ConfigError(f"{at} is the old name of {new}, and both are given")
             warnings.warn(f"{at} is called {new} now", FutureWarning, stacklevel=2)

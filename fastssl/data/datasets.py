@@ -3,7 +3,7 @@
 A source (source.py) is a sequence of items with names, and labels where it has them.  Its config
 says which; `open_source` opens it:
 
-    digits      scikit-learn's 1,797 handwritten digits, 8 x 8 grey: real data, no download
+    digits      scikit-learn's 1,797 handwritten digits, 8 x 8 gray: real data, no download
     fractals    generated, any size and count, ten thousand classes if need be (sources/fractals.py)
     folder      image files: one folder a class, or flat (sources/folder.py)
     clips       generated clips whose class is a motion (clips.py)
@@ -11,7 +11,7 @@ says which; `open_source` opens it:
     webdataset  tar shards, local or remote (sources/webdataset.py)
     tfrecord    TFRecord files of tf.train.Example, local or remote (sources/tfrecord.py)
     lmdb        an LMDB database, one image a key (sources/lmdbs.py)
-    hub         a data set of Hugging Face's `datasets` on the local disk (sources/hub.py)
+    hf_datasets a data set of Hugging Face's `datasets`, on the local disk (sources/hf_datasets.py)
     arrays      a .npy or .npz file of images (sources/arrays.py)
     frames      clips as folders of frames (sources/frames.py)
     wavs        .wav files, in folders as images are (sources/wavs.py)
@@ -28,14 +28,13 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from fastssl.data.seeds import SPLIT, mix
 from fastssl.data.sources.arrays import ArrayImages as ArrayImages
 from fastssl.data.sources.arrays import ArraysSource
 from fastssl.data.sources.base import Split
 from fastssl.data.sources.digits import DigitsSource
 from fastssl.data.sources.folder import FolderSource
 from fastssl.data.sources.frames import FramesSource
-from fastssl.data.sources.hub import HubSource
+from fastssl.data.sources.hf_datasets import HFDatasetsSource
 from fastssl.data.sources.lmdbs import LmdbSource
 from fastssl.data.sources.npy import NpySource
 from fastssl.data.sources.tables import TableSource
@@ -47,6 +46,7 @@ from fastssl.data.synthetic.clouds import CloudsSource
 from fastssl.data.synthetic.fractals import FractalsSource
 from fastssl.data.synthetic.signals import SignalsSource
 from fastssl.data.synthetic.volumes import VolumesSource
+from fastssl.random import SPLIT, mix
 
 SourceConfig = Annotated[
     DigitsSource
@@ -55,7 +55,7 @@ SourceConfig = Annotated[
     | WebDatasetSource
     | TFRecordSource
     | LmdbSource
-    | HubSource
+    | HFDatasetsSource
     | ArraysSource
     | FramesSource
     | ClipsSource
@@ -91,7 +91,7 @@ def open_source(cfg: SourceConfig, seed: int) -> Split:
     """The train and test parts of a source, fixed by `seed` and stratified by class.
 
     A folder with its own train/ and val/ keeps them.  A source with `fitted(train)` (a table, which
-    is standardised by its training rows) is given the training part's indices.
+    is standardized by its training rows) is given the training part's indices.
     Raises DataError, saying what to do, for data that cannot be used.
     """
     found = cfg.open()

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.errors import DataError
 from fastssl.data.render.backend import Rendering
-from fastssl.data.seeds import ORDER, permutation
 from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec
@@ -38,6 +37,7 @@ from fastssl.data.worker import (
     mostly_bad,
     sent,
 )
+from fastssl.random import ORDER, permutation
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _started(loader: DataLoader) -> Any:
             f"loader processes cannot be started ({error}): give /dev/shm room, {FEW_FILES}"
         ) from error
     if getattr(batches, "_worker_pids_set", False):
-        torch.utils.data._utils.signal_handling._remove_worker_pids(id(batches))
+        torch._C._remove_worker_pids(id(batches))
         batches._worker_pids_set = False
     return batches
 

@@ -21,10 +21,10 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.render.encoded import Encoded, drawn_columns, encoded_item, packed, union
 from fastssl.data.render.torchvision import draw_views, drawn_parameters
-from fastssl.data.seeds import REPLACE, mix, sample_seeds
 from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec, apply, blank
+from fastssl.random import REPLACE, mix, sample_seeds
 
 _REPLACEMENTS = 16  # items tried in the place of one bad one
 Batch = dict[str, Any]
@@ -189,7 +189,7 @@ class _TrainFetch(Fetch):
 
 
 def mostly_bad(how_many: str, found: list[tuple[str, str]]) -> DataError:
-    """The refusal of data that are mostly unreadable, with some of those found."""
+    """The error for data that are mostly unreadable; it names up to three items of `found`."""
     examples = "; ".join(f"{name}: {reason}" for name, reason in list(dict(found).items())[:3])
     return DataError(
         f"most of the data is unreadable, {how_many} ({examples}): remove or mend these files"

@@ -25,11 +25,11 @@ from fastssl.data.batch.ops import apply_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.errors import BadItem
 from fastssl.data.render.backend import choose_backend
-from fastssl.data.seeds import REPLACE, mix
 from fastssl.data.sources.base import EncodedSource, Source
 from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.engine import Engine
+from fastssl.random import REPLACE, mix
 from fastssl.run.train import build, build_loader, check_source, with_backend
 
 Batch = dict[str, Any]
@@ -139,7 +139,7 @@ def _pipeline(stream: Any, seconds: float) -> tuple[float, float, Batch]:
 def _model(cfg: RunConfig, engine: Engine, batch: Batch, channels: int, seconds: float) -> float:
     """Images a second of training steps on one batch, at a learning rate of 0."""
     views = cfg.views()
-    norm = views.normalisation(channels) if isinstance(views, Views) else None
+    norm = views.normalization(channels) if isinstance(views, Views) else None
     held = {k: v.to(engine.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     held["views"] = [view.to(engine.device) for view in batch["views"]]
 
@@ -217,9 +217,9 @@ def _of_backend(cfg: RunConfig, source: Source) -> list[str]:
         return ["data.backend=dali: DALI makes these views in less time"]
     said = [f"{chosen.note}"] if chosen.note else []
     jitter = isinstance(views, Views) and any(
-        view.jitter and view.colour == "sequential" for view in views.views
+        view.jitter and view.color == "sequential" for view in views.views
     )
-    return said + (["data.overrides.colour=linear: all colour changes at once"] if jitter else [])
+    return said + (["data.overrides.color=linear: all colour changes at once"] if jitter else [])
 
 
 def _of_workers(cfg: RunConfig, world: int) -> list[str]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastssl import distributed
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.loader import EvalLoader
-from fastssl.data.seeds import EVALUATE, mix, sample_seed
 from fastssl.data.sources.base import Source
 from fastssl.data.views.spec import ViewSpec, apply, blank
+from fastssl.random import EVALUATE, mix, sample_seed
 
 Features = Callable[[Tensor], Tensor]  # views (B, ...) -> (B, F)
 

@@ -1,12 +1,15 @@
-"""What losses refuse alike: numbers out of range, and embeddings that do not fit together."""
+"""What losses refuse alike: numbers out of range, and batches that do not fit together."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from fastssl.distributed import Group, require_all_even, world_size
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -47,25 +50,55 @@ def is_finite(value: float) -> bool:
         return False
 
 
-def check_embeddings(shape: str = "B, D", **given: Tensor) -> None:
+def check_batch(
+    group: Group,
+    axes: str = "B, D",
+    *,
+    ids: Mapping[str, Tensor | None] | None = None,
+    least: int = 1,
+    **views: Tensor,
+) -> int:
+    """The images of the joined batch, of which every rank has one of each view.
+
+    Raises ValueError unless the ranks have the same shapes and dtypes, the views pass
+    `check_embeddings` and the ids, those that are not None, `check_ids`, and the images are at
+    least `least`.
+    """
+    ids, first = ids or {}, next(iter(views.values()))
+    # First what all ranks refuse together: one that left alone would leave the others waiting.
+    require_all_even(group, **views, **ids)
+    check_embeddings(axes, **views)
+    for name, x in ids.items():
+        if x is not None:
+            check_ids(name, x, first)
+    images = len(first) * world_size(group)
+    if images < least:
+        raise ValueError(f"the joined batch must have at least {least} images, got {images}")
+    return images
+
+
+def check_embeddings(axes: str = "B, D", **views: Tensor) -> None:
     """Raise ValueError unless all have one shape, with the axes named, none of them empty, and
     one floating dtype and device."""
-    first, names = next(iter(given.values())), " and ".join(given)
-    axes = len(shape.split(","))
-    if any(x.ndim != axes or x.shape != first.shape or 0 in x.shape for x in given.values()):
-        shapes = " and ".join(str(tuple(x.shape)) for x in given.values())
-        both = "both " if len(given) == 2 else ""
-        raise ValueError(f"{names} must {both}be ({shape}), none of them empty, got {shapes}")
-    if any(not x.is_floating_point() for x in given.values()):
-        seen = " and ".join(str(x.dtype) for x in given.values())
-        raise ValueError(f"{names} must be floating-point, got {seen}")
-    if any(x.dtype != first.dtype or x.device != first.device for x in given.values()):
-        seen = " and ".join(f"{x.dtype} on {x.device}" for x in given.values())
-        raise ValueError(f"{names} must share dtype and device, got {seen}")
+    first, names = next(iter(views.values())), " and ".join(views)
+    many = "..." in axes
+    least = axes.count(",") + 1 - many
+    fits = [x.ndim >= least if many else x.ndim == least for x in views.values()]
+    if not all(fits) or any(x.shape != first.shape or 0 in x.shape for x in views.values()):
+        shapes = " and ".join(str(tuple(x.shape)) for x in views.values())
+        both = {1: "", 2: "both "}.get(len(views), "all ")
+        raise ValueError(f"{names} must {both}be ({axes}), none of them empty, got {shapes}")
+    kinds = [f"{x.dtype} on {x.device}" for x in views.values()]
+    if not all(x.is_floating_point() for x in views.values()):
+        raise ValueError(f"{names} must be floating-point, got {' and '.join(kinds)}")
+    if len(set(kinds)) > 1:
+        raise ValueError(f"{names} must share dtype and device, got {' and '.join(kinds)}")
 
 
-def check_ids(name: str, ids: Tensor, z: Tensor) -> None:
-    """Raise ValueError unless ids are integers, one for each image, on the embeddings' device."""
-    if ids.shape != z.shape[:1] or ids.dtype not in INTEGERS or ids.device != z.device:
+def check_ids(name: str, ids: Tensor, z: Tensor, axes: int = 1) -> None:
+    """Raise ValueError unless ids are integers on the embeddings' device, one for each place that
+    the first `axes` axes of z have."""
+    want = z.shape[:axes]
+    if ids.shape != want or ids.dtype not in INTEGERS or ids.device != z.device:
         got = f"{tuple(ids.shape)} {ids.dtype} on {ids.device}"
-        raise ValueError(f"{name} must be ({len(z)},) integers on {z.device}, got {got}")
+        raise ValueError(f"{name} must be {tuple(want)} integers on {z.device}, got {got}")

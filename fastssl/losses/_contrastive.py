@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import LOCAL, Group, rank, require_all_even, world_size
+from fastssl.distributed import Group, rank
 from fastssl.kernels import exclude_self, pairwise_lse
-from fastssl.losses._checks import check_embeddings, check_ids, check_positive
+from fastssl.losses._checks import check_batch, check_positive
+from fastssl.losses._loss import Loss
 from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
@@ -30,6 +31,23 @@ def info_nce(positive: Tensor, negative: Tensor) -> Tensor:
     return -F.logsigmoid(positive - negative)
 
 
+def lse_of_others(
+    rows: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    group: Group,
+    strategy: str,
+    *,
+    both: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`sharded_lse` without the pairs of a row and the key in its place."""
+    ids = joined_ids(len(rows), group, rows.device)
+    rules = (Rule(exclude_self, ids, ids),)
+    return sharded_lse(
+        rows, keys, scale, rules=rules, both=both, process_group=group, strategy=strategy
+    )
+
+
 def against_queue(z: Tensor, keys: Tensor, queue: Queue, temperature: float) -> Tensor:
     """The mean InfoNCE of rows z (B, D), each with its positive in keys, against the queue's."""
     queue.fit(keys)
@@ -39,20 +57,21 @@ def against_queue(z: Tensor, keys: Tensor, queue: Queue, temperature: float) -> 
     return info_nce(positive, pairwise_lse(rows, queue.keys.to(rows), 1 / temperature)).mean()
 
 
-class ContrastiveLoss(nn.Module):
-    """What every contrastive loss has: a temperature, and the ranks that it contrasts over."""
+class ContrastiveLoss(Loss):
+    """What every contrastive loss has: a temperature, and how it meets the other ranks' keys."""
+
+    shown = ("temperature", "gather_distributed")
 
     def __init__(
         self,
-        temperature: float,
+        temperature: float = 0.1,
         gather_distributed: bool = True,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(gather_distributed, process_group)
         self.check_temperature(temperature)
         self.temperature = temperature
-        self.process_group = process_group if gather_distributed else LOCAL
         self.strategy = check_strategy(strategy)
 
     def check_temperature(self, temperature: float) -> None:
@@ -60,31 +79,29 @@ class ContrastiveLoss(nn.Module):
         if temperature < 1e-8:
             raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
 
-    def two_views(self, z0: Tensor, z1: Tensor, **ids: Tensor) -> TwoViews:
+    def two_views(self, z0: Tensor, z1: Tensor, *, least: int = 1, **ids: Tensor) -> TwoViews:
         """Check z0, z1 (B, D) and ids (B,), then lay the views of an image side by side."""
-        # First what all ranks refuse together: one that left alone would leave the others waiting.
-        require_all_even(self.process_group, z0=z0, z1=z1, **ids)
-        check_embeddings(z0=z0, z1=z1)
-        for name, given in ids.items():
-            check_ids(name, given, z0)
-        rows = torch.stack([unit(z0), unit(z1)], dim=1).flatten(0, 1)
-        images = joined_ids(len(z0), self.process_group, z0.device)
-        return TwoViews(rows, twice(images), z0.dtype, self.process_group, self.strategy)
+        count = check_batch(self.process_group, ids=ids, least=least, z0=z0, z1=z1)
+        return self.lay_out(unit(z0), unit(z1), z0.dtype, count)
 
-    def extra_repr(self) -> str:
-        gather = self.process_group != LOCAL
-        return f"temperature={self.temperature}, gather_distributed={gather}"
+    def lay_out(self, first: Tensor, second: Tensor, dtype: torch.dtype, count: int) -> TwoViews:
+        """TwoViews of rows of length one, of `count` images on all ranks."""
+        rows = torch.stack([first, second], dim=1).flatten(0, 1)
+        images = joined_ids(len(first), self.process_group, rows.device)
+        return TwoViews(rows, twice(images), count, dtype, self.process_group, self.strategy)
 
 
 class TwoViews(NamedTuple):
     """This rank's b images: 2b rows of length one, the two of an image together, and their ids.
 
-    dtype: of the products of all pairs.  Embeddings of 16 bits are normalised in float32, and then
+    count: the images of all ranks.
+    dtype: of the products of all pairs.  Embeddings of 16 bits are normalized in float32, and then
     rounded back: a GPU multiplies those many times as fast, and the ranks send half as much.
     """
 
     rows: Tensor
     images: Tensor
+    count: int
     dtype: torch.dtype
     group: Group
     strategy: str
@@ -99,24 +116,17 @@ class TwoViews(NamedTuple):
 
         scale: a number, or one for each row.  rules: which of those pairs are kept, by row.
         """
-        self_out = Rule(exclude_self, self.images, self.images)
-        rows = self.rows.to(self.dtype)
-        negatives, _ = sharded_lse(
-            rows,
-            rows,
-            scale,
-            rules=(self_out, *rules),
-            process_group=self.group,
-            strategy=self.strategy,
+        rules = (Rule(exclude_self, self.images, self.images), *rules)
+        rows, group = self.rows.to(self.dtype), self.group
+        lse, _ = sharded_lse(
+            rows, rows, scale, rules=rules, process_group=group, strategy=self.strategy
         )
-        return negatives.unflatten(0, (-1, 2))
+        return lse.unflatten(0, (-1, 2))
 
-    def joined_images(self, at_least: int = 1) -> int:
-        """The images of the joined batch.  Raises ValueError when they are too few."""
-        images = len(self.rows) // 2 * world_size(self.group)
-        if images < at_least:
-            raise ValueError(f"the joined batch must have at least {at_least} images, got {images}")
-        return images
+    def nt_xent(self, temperature: float, *rules: Rule) -> Tensor:
+        """The mean InfoNCE of each view with its other view and `others`."""
+        others = self.others(1 / temperature, *rules)
+        return info_nce(self.positives() / temperature, others).mean()
 
 
 def twice(per_image: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class _ByPosition(torch.autograd.Function):
 
 
 def variance_covariance(z: Tensor, eps: float, group: Group) -> tuple[Tensor, Tensor]:
-    """VICReg's two regularisers of z (N, ..., D), over the joined batch: scalars, float32.
+    """VICReg's two regularizers of z (N, ..., D), over the joined batch: scalars, float32.
 
     The mean over positions and features of max(0, 1 - sqrt(var + eps)), and the mean over positions
     of the sum of squared covariances of different features, divided by D.

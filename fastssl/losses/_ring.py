@@ -65,13 +65,13 @@ class _RingLSE(torch.autograd.Function):
     def forward(ctx: Any, q, k, scale, row_ids, col_ids, *options):
         mask, both, engine, group = ctx.options = options
         same = k is None
-        journey, given = _Journey(group, same), (scale, row_ids, mask)
+        journey, scoring = _Journey(group, same), (scale, row_ids, mask)
         rows = _empty_statistics(len(q), q)
         of_block = _empty_statistics(len(q if same else k), q)  # its keys', by the ranks so far
         for t, block in journey.visits(_present(q if same else k, col_ids)):
             alone = same and t == 0
             if journey.computes(t):
-                pairs = _pairs(q, block, given, alone)
+                pairs = _pairs(q, block, scoring, alone)
                 of_rows, of_cols = engine.statistics(pairs, (both or same) and not alone)
                 del pairs  # and with it the block
                 rows = engine.join(rows, of_rows)
@@ -96,13 +96,13 @@ class _RingLSE(torch.autograd.Function):
         mine = engine.weights(rows, grad_rows)
         theirs = mine if same else engine.weights(cols, grad_cols) if both else mine.new_empty(2, 0)
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] or same, ctx.needs_input_grad[2])
-        journey, given = _Journey(group, same), (scale, row_ids, mask)
+        journey, scoring = _Journey(group, same), (scale, row_ids, mask)
         dq, carried = (torch.zeros_like(x, dtype=rows.dtype) for x in (q, q if same else k))
         dscale = torch.zeros_like(scale, dtype=rows.dtype)
         for t, block in journey.visits(_present(q if same else k, col_ids, theirs)):
             alone = same and t == 0
             if journey.computes(t):
-                pairs, side = _pairs(q, block[:-1], given, alone), block[-1]
+                pairs, side = _pairs(q, block[:-1], scoring, alone), block[-1]
                 side = None if alone or not side.numel() else side
                 grads = engine.gradients(pairs, mine, side, (*need, False))
                 del pairs, side
@@ -117,9 +117,9 @@ class _RingLSE(torch.autograd.Function):
         return dq.to(q.dtype), dk, dscale.to(scale.dtype), *(None,) * 6
 
 
-def _pairs(q: Tensor, block: list[Tensor], given: Any, alone: bool) -> Pairs:
+def _pairs(q: Tensor, block: list[Tensor], scoring: Any, alone: bool) -> Pairs:
     """This rank's rows and a block of keys, with their ids if there are any."""
-    scale, row_ids, mask = given
+    scale, row_ids, mask = scoring
     col_ids = block[1] if len(block) > 1 else None
     return Pairs(q, q if alone else block[0], scale, None, row_ids, col_ids, mask, alone)
 

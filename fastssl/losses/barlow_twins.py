@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import LOCAL, Group, require_all_even, world_size
+from fastssl.distributed import Group
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
-from fastssl.losses._checks import check_not_negative
+from fastssl.losses._checks import check_batch, check_not_negative
+from fastssl.losses._loss import Loss
 from fastssl.losses._moments import widen
 
 
-class BarlowTwinsLoss(nn.Module):
+class BarlowTwinsLoss(Loss):
     """The cross-correlation of two views' embeddings should be the identity.
 
-        C = A^T B / N,  A and B standardised per column over the batch (biased variance, eps 1e-5)
-        loss = scale * (sum_i (1 - C_ii)^2 + lambda * sum_{i != j} C_ij^2)
+    The formula is `barlow_twins_reference`, times `scale`.
 
     Shapes   z_a, z_b (B, D): the two views of the same B images, row by row; any float dtype.
     Options  scale: solo-learn multiplies by 0.025 (its lambda, and the official one: 0.0051).
@@ -26,23 +26,21 @@ class BarlowTwinsLoss(nn.Module):
              the plan of `fastssl.kernels.cross_correlation` to take.
     Returns  scalar float32, 0 <= loss up to rounding; the same on every rank.  No D x D matrix is
              made when N < 0.75 D: see `fastssl.kernels.cross_correlation`.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ; fewer than 2 rows in the joined batch; lambda_param, scale or eps < 0 or not
-             finite; batches that differ between ranks (on every rank).
-    Ranks    A and B are standardised with the statistics of the joined batch.  Value, and the mean
-             over ranks of the gradient, are those of the joined batch in one process.
-             gather_distributed=False standardises and correlates within each rank's batch only, as
-             the official code does without SyncBatchNorm: C then has the noise of B rows, not of
-             W B, so the off-diagonal sum is too large by about D^2 (1/B - 1/(W B)), and the
-             gradient pushes against correlations that the joined batch has not.
-    16 bits  On CUDA the standardised rows are rounded to z's dtype and multiplied so, summed in
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; fewer than
+             2 images in the joined batch; lambda_param, scale or eps < 0 or not finite.
+    Ranks    statistics and correlations are the joined batch's: so are the value, and the mean over
+             ranks of the gradient.  gather_distributed=False: each rank's batch alone, as in the
+             official code without SyncBatchNorm.  C then has the noise of B rows, not of W B, so
+             the off-diagonal sum is too large by about D^2 (1/B - 1/(W B)), and the gradient pushes
+             against correlations that the joined batch has not.
+    16 bits  On CUDA the standardized rows are rounded to z's dtype and multiplied so, summed in
              float32; elsewhere they are float32.  The gradient errs by less than under autocast
              (`python -m fastssl.bench.precision`); float32 views have float32 products.
     Edges    A constant column stays finite: it becomes zeros, and adds (1 - 0)^2.
     Source   Zbontar et al. 2021, Barlow Twins, arXiv:2103.03230, eq. 1 and algorithm 1.
     Differs  from lightly.loss.BarlowTwinsLoss, whose value and gradient it has in one process:
              gathers by default, and across ranks its statistics are the joined batch's, where
-             lightly standardises per rank and then averages C.
+             lightly standardizes per rank and then averages C.
 
     >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     >>> round(BarlowTwinsLoss()(z, z).item(), 4), round(BarlowTwinsLoss()(z, -z).item(), 3)
@@ -50,6 +48,7 @@ class BarlowTwinsLoss(nn.Module):
     """
 
     plan = "auto"
+    shown = ("lambda_param", "gather_distributed")
 
     def __init__(
         self,
@@ -61,17 +60,15 @@ class BarlowTwinsLoss(nn.Module):
         gather_distributed: bool = True,
         process_group: Group = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gather_distributed, process_group)
         check_not_negative(lambda_param=lambda_param, scale=scale, eps=eps)
         self.lambda_param, self.scale = lambda_param, scale
         self.unbiased, self.eps = unbiased, eps
-        self.process_group = process_group if gather_distributed else LOCAL
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        _check_views(self.process_group, z_a=z_a, z_b=z_b)
+        n = check_batch(self.process_group, least=2, z_a=z_a, z_b=z_b)
         a, b = (self._standardize(z) for z in (z_a, z_b))
         C = cross_correlation(a, b, plan=self.plan, process_group=self.process_group)
-        n = a.shape[0] * world_size(self.process_group)
         return self._weigh(C.diagonal, C.off_diagonal_sq, n)
 
     def _standardize(self, z: Tensor) -> Tensor:
@@ -84,42 +81,18 @@ class BarlowTwinsLoss(nn.Module):
         loss = torch.add(on_diagonal, off_diagonal_sq, alpha=self.lambda_param / n**2)
         return loss if self.scale == 1 else self.scale * loss
 
-    def extra_repr(self) -> str:
-        gather = self.process_group != LOCAL
-        return f"lambda_param={self.lambda_param}, gather_distributed={gather}"
-
-
-def _check_views(group: Group, **views: Tensor) -> None:
-    # First what all ranks refuse together: one that left alone would leave the others waiting.
-    require_all_even(group, **views)
-    shapes = {name: tuple(z.shape) for name, z in views.items()}
-    if len(set(shapes.values())) > 1 or any(len(s) != 2 or 0 in s for s in shapes.values()):
-        names = " and ".join(shapes)
-        seen = " and ".join(str(shape) for shape in shapes.values())
-        raise ValueError(f"{names} must all be (B, D), none empty, got {seen}")
-    kinds = {name: f"{z.dtype} on {z.device}" for name, z in views.items()}
-    if len(set(kinds.values())) > 1:
-        seen = " and ".join(kinds.values())
-        raise ValueError(f"{' and '.join(kinds)} must have one dtype and device, got {seen}")
-    n = next(iter(views.values())).shape[0] * world_size(group)
-    if n < 2:
-        raise ValueError(f"the joined batch must have at least 2 rows, got {n}")
-
 
 class MixedBarlowTwinsLoss(BarlowTwinsLoss):
     """Barlow Twins, and mixed images should have mixed embeddings.
 
-        x_M = alpha x_A + (1 - alpha) x_B[perm],  A, B, M standardised as in BarlowTwinsLoss
-        R = M - alpha A - (1 - alpha) B[perm]
-        loss = Barlow Twins(A, B) + scale * mixup * lambda * (|R^T A|^2 + |R^T B|^2) / N^2
-
-    which is the authors' distance between the cross-correlations of M with A and B and what those
-    of A and B make of them, in two products for their seven.
+    The formula is `mixed_barlow_twins_reference`, times `scale`: the authors' distance between the
+    cross-correlations of the mixed embeddings with either view's and the mixtures of the views'
+    own, in two products for their seven.
 
     Shapes   z_a, z_b, z_m (B, D): embeddings of two views of the same images and of the mixture.
              perm (B,) int64: which row of this rank's z_b each image was mixed with.  alpha: a
              number, or a 0-d or (B, 1) tensor.
-    Options  mixup: the weight of the regulariser, their s; the others as in BarlowTwinsLoss.  The
+    Options  mixup: the weight of the regularizer, their s; the others as in BarlowTwinsLoss.  The
              authors' lambda is 0.0078125 at D = 1024 and their variance unbiased (unbiased=True).
     Returns  scalar float32; the same on every rank.  By Grams 1.5 times the products of Barlow
              Twins (`fastssl.kernels.mixed_correlation`).
@@ -146,17 +119,15 @@ class MixedBarlowTwinsLoss(BarlowTwinsLoss):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, z_a: Tensor, z_b: Tensor, z_m: Tensor, perm: Tensor, alpha: float | Tensor
     ) -> Tensor:
-        _check_views(self.process_group, z_a=z_a, z_b=z_b, z_m=z_m)
+        n = check_batch(self.process_group, least=2, z_a=z_a, z_b=z_b, z_m=z_m)
         if perm.shape != z_a.shape[:1] or perm.dtype != torch.int64:
-            raise ValueError(
-                f"perm must be ({len(z_a)},) int64, got {tuple(perm.shape)} {perm.dtype}"
-            )
+            got = f"{tuple(perm.shape)} {perm.dtype}"
+            raise ValueError(f"perm must be ({len(z_a)},) int64, got {got}")
         if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be within [0, 1], got {alpha}")
         a, b, m = (self._standardize(z) for z in (z_a, z_b, z_m))
         r = m - alpha * a - (1 - alpha) * b[perm]
         terms = mixed_correlation(a, b, r, plan=self.plan, process_group=self.process_group)
-        n = a.shape[0] * world_size(self.process_group)
         weight = self.scale * self.mixup * self.lambda_param / n**2
         return self._weigh(terms.diagonal, terms.off_diagonal_sq, n) + weight * terms.residual_sq
 

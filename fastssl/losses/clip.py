@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even
-from fastssl.kernels import exclude_self
+from fastssl.distributed import Group
 from fastssl.kernels.common import accumulator
-from fastssl.losses._checks import check_embeddings
-from fastssl.losses._contrastive import info_nce, joined_ids
-from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
+from fastssl.losses._checks import check_batch
+from fastssl.losses._contrastive import info_nce, lse_of_others
+from fastssl.losses._loss import Loss
+from fastssl.losses._sharded import check_strategy
 
 
-class CLIPLoss(nn.Module):
+class CLIPLoss(Loss):
     """The mean of two cross-entropies, of images over all texts and of texts over all images.
 
-        s_ij = scale x_i . t_j
-        loss = mean_i [ lse_j s_ij + lse_j s_ji - 2 s_ii ] / 2        [nats]
-
-    A pair's own score is left out of both sums and comes back as -log sigmoid(own - others), which
-    keeps its digits where the match is near perfect.  One pass over the pairs gives both sums.
+    The formula is `clip_reference`, in nats.  A pair's own score is left out of both sums
+    and comes back as -log sigmoid(own - others), which keeps its digits where the match is near
+    perfect.  One pass over the pairs gives both sums.
 
     Shapes   image_features, text_features (B, D): a pair in each row, any float dtype, used as they
-             are: normalise them first.  logit_scale: a number or a tensor of one element, with
+             are: normalize them first.  logit_scale: a number or a tensor of one element, with
              gradient, as it multiplies (the model learns its logarithm, and caps it by a clamp of
              the parameter after the step, as `fastssl.methods.clip` does, not by one in the
              forward).  logit_bias: as open_clip takes it; a shift of all scores, which changes
              nothing: its gradient is zero.
     Returns  scalar float32 (float64 for float64); with output_dict=True as "contrastive_loss" of a
              dict.  0 <= loss; ln(W B) on W ranks where all embeddings agree.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; a logit_scale of several elements; other strategies; batches
-             that differ between ranks (on every rank).  A non-finite input is not an error here:
-             it gives a non-finite loss.
-    Ranks    the mean over ranks of value and gradient is that of the joined batch, the scale's
-             included.  "gather": the texts are gathered once, in their own dtype, and this rank's
-             images meet them all.  "ring": the texts go round, and no rank holds them all.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; other
+             strategies.  A non-finite input is no error: it gives a non-finite loss.
+    Ranks    the mean over ranks of value and gradient is the joined batch's, the scale's included.
+             "gather": the texts are gathered once, in their own dtype, and this rank's images meet
+             them all.  "ring": the texts go round, and no rank holds them all.
              process_group=LOCAL contrasts within each rank's batch.
     Source   Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3.
     Differs  from open_clip.loss.ClipLoss, whose value and gradient it has in one process: exact
@@ -46,11 +42,12 @@ class CLIPLoss(nn.Module):
              rank and world_size are taken and not used; holds no (B, B) logits; sums
              in float32 whatever the dtype.
 
-    >>> import torch
     >>> x = torch.eye(2)
     >>> round(CLIPLoss()(x, x, 10.0).item(), 6)  # log1p(e^-10)
     4.5e-05
     """
+
+    shown = ("strategy",)
 
     def __init__(
         self,
@@ -63,8 +60,8 @@ class CLIPLoss(nn.Module):
         strategy: str = "gather",
         process_group: Group = None,
     ) -> None:
-        super().__init__()
-        self.process_group, self.strategy = process_group, check_strategy(strategy)
+        super().__init__(process_group=process_group)
+        self.strategy = check_strategy(strategy)
 
     def forward(
         self,
@@ -75,9 +72,7 @@ class CLIPLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         x, t, group = image_features, text_features, self.process_group
-        # First what all ranks refuse together: one that left alone would leave the others waiting.
-        require_all_even(group, image_features=x, text_features=t)
-        check_embeddings(image_features=x, text_features=t)
+        check_batch(group, image_features=x, text_features=t)
         scale = logit_scale
         if isinstance(scale, Tensor):  # some models learn one of shape (1,)
             if scale.numel() != 1:
@@ -85,23 +80,11 @@ class CLIPLoss(nn.Module):
             scale = scale.reshape(())
         acc = accumulator(x.dtype)
         own = (x.to(acc) * t.to(acc)).sum(1) * scale
-        places = joined_ids(len(x), group, x.device)
-        rows, cols = sharded_lse(
-            x,
-            t,
-            scale,
-            rules=[Rule(exclude_self, places, places)],
-            both=True,
-            process_group=group,
-            strategy=self.strategy,
-        )
+        rows, cols = lse_of_others(x, t, scale, group, self.strategy, both=True)
         loss = (info_nce(own, rows) + info_nce(own, cols)).mean() / 2
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum()  # no parameter is left without a gradient
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def extra_repr(self) -> str:
-        return f"strategy={self.strategy!r}"
 
 
 def clip_reference(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

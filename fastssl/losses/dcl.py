@@ -17,27 +17,21 @@ from fastssl.losses._unit import unit
 class DCLLoss(ContrastiveLoss):
     """NT-Xent without the positive in its denominator, and with a weight on the positive.
 
-    With z the 2N normalised embeddings and p(i) the other view of i:
-
-        loss = mean_i [ n_i - w_i z_i.z_p(i) / t ]                                   [nats]
-        n_i = log sum_{j not i, p(i)} exp(z_i.z_j / t)
+    The formula is `dcl_reference`, in nats.
 
     Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
-             weight_fn: None, all w = 1; or a function of two (B, D) tensors, the normalised views
-             of this rank in float32, the anchors first: their weights (B,).  It is called for
-             either direction, and its gradient is kept: detach in it what should have none.
+             weight_fn: None, all 1; or a function of two (B, D) tensors, the normalized views of
+             this rank in float32, the anchors first: their weights (B,).  It is called for either
+             direction, and its gradient is kept: detach in it what should have none.
     Returns  scalar float32: the mean over this rank's 2B rows.  It has no lower end at 0;
-             ln(2N - 2) when all embeddings agree.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; a joined batch of one image, which has no negatives; weights
-             that are not (B,); temperature not > 0; batches that differ between ranks (on every
-             rank).
-    Ranks    each rank's rows meet the keys of all (strategy: "gather" or "ring").  The mean over
-             ranks of value and gradient is that of the joined batch.  gather_distributed=False
-             contrasts within each rank's batch only.
+             ln(2N - 2) when all embeddings of N images agree.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; a joined
+             batch of one image, which has no negatives; weights that are not (B,); temperature
+             not > 0.
+    Ranks    as NTXentLoss.
     Source   Yeh et al. 2021, Decoupled Contrastive Learning, arXiv:2110.06848, eq. 6.
     Differs  from lightly.loss.DCLLoss, whose value and gradient it has in one process: gathers by
-             default; normalises and sums in float32 whatever the dtype; temperature > 0.
+             default; normalizes and sums in float32 whatever the dtype; temperature > 0.
 
     >>> z = torch.eye(4)
     >>> round(DCLLoss(temperature=0.5)(z, z).item(), 4)  # ln 6 - 2
@@ -57,30 +51,22 @@ class DCLLoss(ContrastiveLoss):
         self.weight_fn = weight_fn
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        views = self.two_views(z0, z1)
-        views.joined_images(at_least=2)
+        views = self.two_views(z0, z1, least=2)
         positive = views.positives() / self.temperature
         if self.weight_fn is not None:
             first, second = views.rows.unflatten(0, (-1, 2)).unbind(1)
-            positive = positive * torch.stack(
-                [self._weights(first, second), self._weights(second, first)], dim=1
-            )
+            weights = self.weight_fn(first, second), self.weight_fn(second, first)
+            if any(w.shape != first.shape[:1] for w in weights):
+                want, got = (len(first),), tuple(weights[0].shape)
+                raise ValueError(f"weight_fn must return weights {want}, got {got}")
+            positive = positive * torch.stack(weights, dim=1)
         return (views.others(1 / self.temperature) - positive).mean()
-
-    def _weights(self, anchors: Tensor, positives: Tensor) -> Tensor:
-        assert self.weight_fn is not None
-        weights = self.weight_fn(anchors, positives)
-        if weights.shape != anchors.shape[:1]:
-            want, got = (len(anchors),), tuple(weights.shape)
-            raise ValueError(f"weight_fn must return weights {want}, got {got}")
-        return weights
 
 
 class DCLWLoss(DCLLoss):
     """DCL that dwells on the pairs that do not match yet: negative von Mises-Fisher weights.
 
-        w_i = 2 - N softmax_i(z0_i.z1_i / sigma), over the N images; no gradient
-
+    The formula is `dclw_reference`.
     Raises   ValueError: sigma not > 0, and what DCLLoss raises.
     Ranks    the softmax is over the joined batch (gather_distributed=False: this rank's).
     Source   Yeh et al. 2021, arXiv:2110.06848.
@@ -90,6 +76,8 @@ class DCLWLoss(DCLLoss):
     >>> round(DCLWLoss(temperature=0.5)(z, z).item(), 4)  # all weights are 1
     -0.2082
     """
+
+    shown = (*DCLLoss.shown, "sigma")
 
     def __init__(
         self,
@@ -106,9 +94,6 @@ class DCLWLoss(DCLLoss):
         check_positive(sigma=sigma)
         self.sigma = sigma
         self.weight_fn = partial(_mises_fisher, sigma=sigma, group=self.process_group)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sigma={self.sigma}"
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels import exclude_self
 from fastssl.kernels.common import first_order, full_precision
-from fastssl.losses._checks import INTEGERS, check_embeddings
+from fastssl.losses._checks import check_embeddings, check_ids
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
 from fastssl.losses._sharded import Rule, sharded_lse
 from fastssl.losses._unit import unit
@@ -22,10 +22,9 @@ SCORES = 2**22  # how many scores are held at a time, 16 MB; or those of one ima
 class DenseInfoNCELoss(ContrastiveLoss):
     """InfoNCE of local features: position l of one view must find its match m(l) in the other.
 
-        loss = mean_l -log [ e^(q_l.k_m(l) / t) / sum_j e^(q_l.k_j / t) ]            [nats]
-        j: the positions of the same image (negatives="image"), or of all images ("batch")
-
-    One direction: the symmetric loss is loss(z0, z1) + loss(z1, z0), with either's match.
+    The formula is `dense_info_nce_reference`, in nats; negatives are the other positions of the
+    image (negatives="image"), or of all images ("batch").  One direction: the symmetric loss is
+    loss(z0, z1) + loss(z1, z0), with either's match.
 
     Shapes   z0 (B, L, D), z1 (B, M, D): local features of two views of the same B images; any float
              dtype.  match (B, L): integers, the position in z1 of the same image that shows what
@@ -35,12 +34,10 @@ class DenseInfoNCELoss(ContrastiveLoss):
              features agree ln M ("image") or ln(B M) ("batch").
     Memory   "image": the L x M scores of a few images at a time, made again for backward: 16 MB in
              float32, or one image's if more.  "batch": no scores are held.
-    Raises   ValueError: z0 and z1 that are not (B, L, D) and (B, M, D), none empty; dtypes or
-             devices that differ, or are not floats; a match that is not (B, L) integers beside
-             them, or left out with L != M; negatives that are neither; temperature not > 0; batches
-             that differ between ranks (on every rank).
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; a match
+             left out with L != M; negatives that are neither; temperature not > 0.
     Ranks    "batch" meets the positions of all ranks (strategy: "gather" or "ring").  The mean over
-             ranks of value and gradient is that of the joined batch.
+             ranks of value and gradient is the joined batch's.
     Source   Chaitanya et al. 2020, arXiv:2006.10511 ("image"); Wang et al. 2021, DenseCL,
              arXiv:2011.09157, with the batch's keys in the queue's place ("batch").
 
@@ -70,14 +67,14 @@ class DenseInfoNCELoss(ContrastiveLoss):
         B, L, _ = q.shape
         M = k.shape[1]
         match = torch.arange(L, device=q.device).expand(B, L) if match is None else match.long()
-        found = (match >= 0) & (match < M)
+        matched = (match >= 0) & (match < M)
         match = match.clamp(0, M - 1)
         # By index, not gather: the sum of its backward has one order.
-        matched = k.flatten(0, 1)[torch.arange(B, device=k.device).unsqueeze(1) * M + match]
-        positive = (q * matched).sum(-1) / self.temperature
+        keys = k.flatten(0, 1)[torch.arange(B, device=k.device).unsqueeze(1) * M + match]
+        positive = (q * keys).sum(-1) / self.temperature
         across = self._across if self.negatives == "batch" else self._within
-        losses = torch.where(found, info_nce(positive, across(q, k, match, z0.dtype)), 0)
-        count = all_reduce_sum(found.sum(), group)
+        losses = torch.where(matched, info_nce(positive, across(q, k, match, z0.dtype)), 0)
+        count = all_reduce_sum(matched.sum(), group)
         return losses.sum() * world_size(group) / count.clamp(min=1)
 
     def _within(self, q: Tensor, k: Tensor, match: Tensor, _: torch.dtype) -> Tensor:
@@ -88,15 +85,11 @@ class DenseInfoNCELoss(ContrastiveLoss):
         """(B, L) log-sum-exps of all other positions of the joined batch.  dtype: see TwoViews."""
         B, M = k.shape[:2]
         ids = joined_ids(B * M, self.process_group, k.device)
-        own = ids[::M].unsqueeze(1) + match
-        lse, _ = sharded_lse(
-            q.flatten(0, 1).to(dtype),
-            k.flatten(0, 1).to(dtype),
-            1 / self.temperature,
-            rules=(Rule(exclude_self, own.flatten(), ids),),
-            process_group=self.process_group,
-            strategy=self.strategy,
-        )
+        own = (ids[::M].unsqueeze(1) + match).flatten()
+        options = {"process_group": self.process_group, "strategy": self.strategy}
+        rows, keys = (x.flatten(0, 1).to(dtype) for x in (q, k))
+        rules = (Rule(exclude_self, own, ids),)
+        lse, _ = sharded_lse(rows, keys, 1 / self.temperature, rules=rules, **options)
         return lse.view(match.shape)
 
     def extra_repr(self) -> str:
@@ -155,11 +148,8 @@ def _check(z0: Tensor, z1: Tensor, match: Tensor | None) -> None:
         raise ValueError(f"z0 and z1 must share dtype and device, got {got}")
     if match is None and z0.shape[1] != z1.shape[1]:
         raise ValueError(f"without match L must be M, got {z0.shape[1]} and {z1.shape[1]}")
-    if match is None:
-        return
-    if match.shape != z0.shape[:2] or match.dtype not in INTEGERS or match.device != z0.device:
-        got = f"{tuple(match.shape)} {match.dtype} on {match.device}"
-        raise ValueError(f"match must be {tuple(z0.shape[:2])} integers by z0, got {got}")
+    if match is not None:
+        check_ids("match", match, z0, axes=2)
 
 
 def dense_info_nce_reference(
@@ -167,10 +157,10 @@ def dense_info_nce_reference(
 ) -> Tensor:
     """The formula, all scores at once, in one process."""
     (B, M, _), q, k = z1.shape, unit(z0), unit(z1)
-    found = (match >= 0) & (match < M)
+    matched = (match >= 0) & (match < M)
     if negatives == "image":
         scores, target = torch.einsum("bld,bmd->blm", q, k), match
     else:
         scores = torch.einsum("bld,nd->bln", q, k.flatten(0, 1))
         target = match + M * torch.arange(B, device=k.device)[:, None]
-    return F.cross_entropy(scores[found] / temperature, target[found].long())
+    return F.cross_entropy(scores[matched] / temperature, target[matched].long())

@@ -5,65 +5,58 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_nograd, require_all_even
+from fastssl.distributed import Group, all_gather_nograd
 from fastssl.kernels import exclude_self, pairwise_topk
-from fastssl.losses._checks import check_counts, check_embeddings, check_positive
+from fastssl.losses._checks import check_batch, check_counts, check_positive
 from fastssl.losses._contrastive import joined_ids
+from fastssl.losses._loss import Loss
 from fastssl.losses._unit import unit
 
 
-class GroCoLoss(nn.Module):
+class GroCoLoss(Loss):
     """Each view's other view must sort above the most alike views of other images.
 
     For an anchor z_i, of the view v, an odd-even sorting network sorts n + 1 numbers, upwards: its
     n greatest cosines with view v of other images, and above them that with its other view.  An
-    exchange of neighbours a, b is relaxed: both keep their place by the share
-
-        A = 1/2 + arctan(steepness (b - a)) / pi          (a Cauchy distribution's)
-
-    so that at the end m_e of each number e lies in the last place, the positive's:
-
-        loss = mean over anchors, of both views, and over the n + 1 numbers e of
-               -log m_e for the positive, -log(1 - m_e) for a negative               [nats]
-
-    Keys get no gradient: each view is moved as an anchor, to keys that stay.
+    exchange of neighbors is relaxed: both keep their place by a share, a Cauchy distribution's, so
+    that at the end a part of each number lies in the last place, the positive's.  The formula is
+    `groco_reference`, in nats.  Keys get no gradient: each view is moved as an anchor, to keys that
+    stay.
 
     Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
     Returns  scalar float32: the mean over this rank's 2B anchors.  0 <= loss; no number has more
              than 87 nats.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; negatives < 1; steepness not > 0; a joined batch of one
-             image, which has no negatives; batches that differ between ranks (on every rank).  A
-             non-finite input is not an error here: it gives a non-finite loss.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; negatives
+             < 1; steepness not > 0; a joined batch of one image, which has no negatives.  A
+             non-finite input is no error: it gives a non-finite loss.
     Ranks    the views are gathered once, without gradient; this rank's anchors sort the nearest of
-             all ranks.  The mean over ranks of value and gradient is that of the joined batch.
+             all ranks: the mean over ranks of value and gradient is the joined batch's.
     Source   Shvetsova et al. 2023, arXiv:2301.02009, section 3; the network: Petersen et al. 2022,
              arXiv:2203.09630, and the authors' code.  The places' masses are propagated backwards
              through the network, of which the permutation matrix is never made.
     Differs  from the authors' code: a joined batch of n images or fewer gives fewer negatives,
-             where theirs fails; m is clamped at the least float, where theirs clamps the logarithm
-             at -100.
+             where theirs fails; a mass is clamped at the least float, where theirs clamps the
+             logarithm at -100.
 
     >>> round(GroCoLoss(1)(torch.eye(2), torch.eye(2)).item(), 4)  # arctan(1) is pi / 4: -ln(3/4)
     0.2877
     """
 
+    shown = ("negatives", "steepness")
+
     def __init__(
         self, negatives: int = 10, steepness: float = 1.0, *, process_group: Group = None
     ) -> None:
-        super().__init__()
+        super().__init__(process_group=process_group)
         check_counts(negatives=negatives)
         check_positive(steepness=steepness)
-        self.negatives, self.steepness, self.process_group = negatives, steepness, process_group
+        self.negatives, self.steepness = negatives, steepness
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        require_all_even(self.process_group, z0=z0, z1=z1)
-        check_embeddings(z0=z0, z1=z1)
+        check_batch(self.process_group, least=2, z0=z0, z1=z1)
         everyone = all_gather_nograd(torch.stack([z0, z1], 1), self.process_group, check=False)
-        if len(everyone) < 2:
-            raise ValueError("the joined batch must have at least 2 images, got 1")
         x0, x1 = unit(z0), unit(z1)
         keys0, keys1 = unit(everyone).unbind(1)
         return (self._order_loss(x0, x1, keys0) + self._order_loss(x1, x0, keys1)) / 2
@@ -78,9 +71,6 @@ class GroCoLoss(nn.Module):
         mass = last_place_mass(torch.einsum("bd,bnd->bn", anchors, numbers), self.steepness)
         right = torch.cat([1 - mass[:, :-1], mass[:, -1:]], dim=1)
         return -right.clamp_min(torch.finfo(right.dtype).tiny).log().mean()
-
-    def extra_repr(self) -> str:
-        return f"negatives={self.negatives}, steepness={self.steepness}"
 
 
 def last_place_mass(x: Tensor, steepness: float) -> Tensor:
@@ -107,7 +97,7 @@ def last_place_mass(x: Tensor, steepness: float) -> Tensor:
 
 
 def _exchange(x: Tensor, start: int, share: Tensor) -> Tensor:
-    """x, its pairs of neighbours from `start` on mixed: each keeps `share` and takes the rest."""
+    """x, its pairs of neighbors from `start` on mixed: each keeps `share` and takes the rest."""
     a, b = _split_neighbors(x, start)
     swap = (1 - share) * (b - a)
     mixed = torch.stack([a + swap, b - swap], dim=-1).flatten(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group
 from fastssl.kernels import different_group, same_group
-from fastssl.losses._contrastive import ContrastiveLoss, info_nce, twice
+from fastssl.losses._contrastive import ContrastiveLoss, twice
 from fastssl.losses._sharded import Rule
 from fastssl.losses._unit import unit
 
@@ -18,32 +18,27 @@ _RULES = {"same": same_group, "different": different_group}
 class GroupedNTXentLoss(ContrastiveLoss):
     """NT-Xent whose negatives come from the same group alone, or from the other groups alone.
 
-        loss = mean_i -log [ e^p_i / (e^p_i + sum_j e^(z_i.z_j / t)) ],   p_i = z_i.z_p(i) / t
-        j: all views of *other* images that are in i's group   (negatives="same")
-           all views of images that are in another group       (negatives="different")
+    The formula is `grouped_ntxent_reference`, in nats.
 
     "same": a site, a video or a patient is told apart from itself only, so that what the group
     shares is no short cut.  "different": what is in one group is not pushed apart.
 
     Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
              groups (B,): integers of any size, the group of each image.
-    Returns  scalar float32, in nats: the mean over this rank's 2B rows; a row with no negative left
+    Returns  scalar float32: the mean over this rank's 2B rows; a row with no negative left
              counts with loss 0 and gradient 0.  0 <= loss.  Nothing of N x N is held.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; groups that are not (B,) integers beside them; negatives
-             that are neither; temperature not > 0; batches that differ between ranks (on every
-             rank).
-    Ranks    groups are compared over the joined batch, and each rank's rows meet the keys of all
-             (strategy: "gather" or "ring").  The mean over ranks of value and gradient is that of
-             the joined batch.  gather_distributed=False: this rank's batch only.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; negatives
+             that are neither; temperature not > 0.
+    Ranks    as NTXentLoss; groups are compared over the joined batch.
     Source   NT-Xent: Chen et al. 2020, arXiv:2002.05709, eq. 1; with one group of all images
              "same" is that loss, and so is "different" with a group for each image.
 
-    >>> import torch
     >>> z, groups = torch.eye(4), torch.tensor([5, 5, 9, 9])
     >>> round(GroupedNTXentLoss(temperature=0.5)(z, z, groups).item(), 4)  # ln(e^2 + 2) - 2
     0.2395
     """
+
+    shown = (*ContrastiveLoss.shown, "negatives")
 
     def __init__(
         self,
@@ -62,11 +57,7 @@ class GroupedNTXentLoss(ContrastiveLoss):
     def forward(self, z0: Tensor, z1: Tensor, groups: Tensor) -> Tensor:
         views = self.two_views(z0, z1, groups=groups)
         ids = twice(groups)
-        negative = views.others(1 / self.temperature, Rule(_RULES[self.negatives], ids, ids))
-        return info_nce(views.positives() / self.temperature, negative).mean()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, negatives={self.negatives!r}"
+        return views.nt_xent(self.temperature, Rule(_RULES[self.negatives], ids, ids))
 
 
 def grouped_ntxent_reference(

@@ -16,25 +16,16 @@ from fastssl.losses._unit import unit
 class HCLLoss(ContrastiveLoss):
     """NT-Xent whose negatives weigh exp(beta s), corrected for positives among them.
 
-    With s_ij = z_i.z_j / t, p_i the score of i's other view, and sums over its n = 2N - 2
-    negatives:
-
-        R_i = n sum_j e^((1 + beta) s_ij) / sum_j e^(beta s_ij)
-        G_i = max((R_i - tau_plus n e^p_i) / (1 - tau_plus), n e^(-1/t))
-        loss = mean_i -log [ e^p_i / (e^p_i + G_i) ]                                   [nats]
-
-    R is the difference of two log-sum-exps at two scales; nothing is exponentiated that could
-    overflow.  beta=0, tau_plus=0 is NT-Xent, and costs one log-sum-exp.
+    The formula is `hcl_reference`, in nats.  Its `hard` is computed as the difference of two
+    log-sum-exps at two scales; nothing is exponentiated that could overflow.  beta=0, tau_plus=0
+    is NT-Xent, and costs one log-sum-exp.
 
     Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
     Returns  scalar float32: the mean over this rank's 2B rows.  0 <= loss.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; a joined batch of one image, which has no negatives;
-             temperature not > 0; tau_plus outside [0, 1); beta < 0; batches that differ between
-             ranks (on every rank).
-    Ranks    each rank's rows meet the keys of all (strategy: "gather" or "ring").  The mean over
-             ranks of value and gradient is that of the joined batch.  gather_distributed=False
-             contrasts within each rank's batch only.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; a joined
+             batch of one image, which has no negatives; temperature not > 0; tau_plus outside
+             [0, 1); beta < 0.
+    Ranks    as NTXentLoss.
     Source   Robinson et al. 2021, Contrastive Learning with Hard Negative Samples,
              arXiv:2010.04592; as in the authors' code, beta multiplies s, which is over t.
 
@@ -42,6 +33,8 @@ class HCLLoss(ContrastiveLoss):
     >>> round(HCLLoss(temperature=0.5, tau_plus=0, beta=0)(z, z).item(), 4)  # ln(e^2 + 6) - 2
     0.5944
     """
+
+    shown = (*ContrastiveLoss.shown, "tau_plus", "beta")
 
     def __init__(
         self,
@@ -60,27 +53,24 @@ class HCLLoss(ContrastiveLoss):
         self.tau_plus, self.beta = tau_plus, beta
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        views, t = self.two_views(z0, z1), self.temperature
+        views, t = self.two_views(z0, z1, least=2), self.temperature
         views = views._replace(dtype=views.rows.dtype)  # small differences of large numbers follow
-        log_n = math.log(2 * views.joined_images(at_least=2) - 2)
+        log_n = math.log(2 * views.count - 2)
         positive = views.positives() / t
         hard = views.others((1 + self.beta) / t)
-        mean = hard - (views.others(self.beta / t) if self.beta else log_n)  # log R / n
+        mean = hard - (views.others(self.beta / t) if self.beta else log_n)  # log(hard / n)
         return info_nce(positive, log_n + self._debiased(mean, positive)).mean()
 
     def _debiased(self, mean: Tensor, positive: Tensor) -> Tensor:
-        """log G / n."""
+        """The log of the reference's mass, over the number of negatives."""
         if self.tau_plus == 0:
             return mean.clamp(min=-1 / self.temperature)
         share = math.log(self.tau_plus) + positive - mean
-        # Where positives take it all G is at its least; the log of a stand-in has a gradient.
+        # Where positives take all the mass is at its least; the log of a stand-in has a gradient.
         over = share >= 0
         rest = (-torch.expm1(torch.where(over, -1.0, share))).log()
         debiased = mean + rest - math.log1p(-self.tau_plus)
         return torch.where(over, -torch.inf, debiased).clamp(min=-1 / self.temperature)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, tau_plus={self.tau_plus}, beta={self.beta}"
 
 
 def hcl_reference(

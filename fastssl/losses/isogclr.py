@@ -1,4 +1,4 @@
-"""Contrast with a temperature for each image, and normalisers that remember past batches."""
+"""Contrast with a temperature for each image, and normalizers that remember past batches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from fastssl.losses._unit import unit
 
 
 class ISogCLRLoss(ContrastiveLoss):
-    """A global contrastive objective: each image has its own temperature and its own normaliser.
+    """A global contrastive objective: each image has its own temperature and its own normalizer.
 
     Of a view z of image i, with s_j = z.z_j over the n = 2N - 2 views of the batch's other images:
 
         g = mean_j exp(s_j / t_i)         u = (1 - gamma) u_i + gamma g   (g on the first visit)
-        loss = mean [ t_i (log u + rho) - z.z' ],   z' the other view     (the value)
-        d loss = mean [ mean_j exp(s_j / t_i) / u ds_j - d(z.z') ]        (the gradient)
 
-    u stands for the mean over the whole data set, so that a small batch has nearly the gradient of
-    a large one; it is not the gradient of the value, which is a report.  Then, in training:
+    The value and the gradient are those of `isogclr_reference`, two formulas: the value is a report
+    alone.  u stands for the mean over the whole data set, so that a small batch has nearly the
+    gradient of a large one.  Then, in training:
 
         G = log u + rho - mean_j exp(s_j / t_i) / u s_j / t_i, the objective's slope in t_i
         m_i = (1 - beta) m_i + beta G     G the two views' mean, cut to +-3
@@ -43,11 +42,10 @@ class ISogCLRLoss(ContrastiveLoss):
              Without gradients, in eval(), and for an image whose new numbers would not be finite,
              nothing is updated.
     Fixed    gamma = 0.8, beta = 0.9, as the authors' code: attributes, to be set if need be.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; an index that is not (B,) integers beside them, or (on a
-             CPU, where looking costs no wait) outside the data set; a joined batch of one image;
-             size < 1; not 0 < tau_range[0] <= tau_init <= tau_range[1]; rho or eta < 0; batches
-             that differ between ranks (on every rank); more ranks than when it was made.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; an index
+             (on a CPU, where looking costs no wait) outside the data set; a joined batch of one
+             image; size < 1; not 0 < tau_range[0] <= tau_init <= tau_range[1]; rho or eta < 0;
+             more ranks than when it was made.
     Ranks    as one process with the joined batch: value, mean gradient, and state.
     Source   Qiu et al. 2023, arXiv:2305.11965, algorithm 1; as in the authors' code for images,
              the positive stands outside u, and G is cut.  Their loss is the sum of the two views',
@@ -59,6 +57,7 @@ class ISogCLRLoss(ContrastiveLoss):
     """
 
     gamma, beta, grad_clip = 0.8, 0.9, 3.0
+    shown = ("size", "tau_range", "rho", "eta")
 
     def __init__(
         self,
@@ -82,8 +81,8 @@ class ISogCLRLoss(ContrastiveLoss):
         self.samples = _Samples(size, (tau_init, -math.inf, 0.0), process_group)
 
     def forward(self, z0: Tensor, z1: Tensor, index: Tensor) -> Tensor:
-        views = self.two_views(z0, z1, index=index)
-        log_n = math.log(2 * views.joined_images(at_least=2) - 2)
+        views = self.two_views(z0, z1, least=2, index=index)
+        log_n = math.log(2 * views.count - 2)
         where = self.samples.places(index)
         everyone = self.samples.read(where)
         state = everyone.unflatten(0, (-1, len(z0)))[rank(self.process_group)]
@@ -115,20 +114,27 @@ class ISogCLRLoss(ContrastiveLoss):
 
     def gather_state(self) -> Tensor:
         """t, log u and m of every image, (size, 3) float32, on every rank: all must ask for it."""
-        return self.samples.joined()
+        mine, size = self.samples.values[:-1], self.size
+        by_rank = all_gather_nograd(mine, self.process_group, check=False)
+        by_place = by_rank.unflatten(0, (self.samples.world, -1)).transpose(0, 1)
+        return by_place.flatten(0, 1)[:size].clone()
 
     def load_state(self, state: Tensor) -> None:
         """Take what `gather_state` gave.  Raises ValueError unless it is (size, 3)."""
-        self.samples.split(state)
+        if state.shape != (self.size, 3):
+            raise ValueError(f"state must be ({self.size}, 3), got {tuple(state.shape)}")
+        mine = state[self.samples.rank :: self.samples.world].to(self.samples.values)
+        self.samples.values[: len(mine)] = mine
 
     def get_extra_state(self) -> dict[str, Any]:
-        return self.samples.saved()
+        return {"values": self.samples.values[:-1].clone(), **self.samples.about()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.samples.restore(state)
-
-    def extra_repr(self) -> str:
-        return f"size={self.size}, tau_range={self.tau_range}, rho={self.rho}, eta={self.eta}"
+        want = self.samples.about()
+        got = {name: state[name] for name in want}
+        if got != want:
+            raise ValueError(f"want the per-sample state of {want}, got that of {got}")
+        self.samples.values[:-1] = state["values"].to(self.samples.values)
 
 
 class _Samples:
@@ -165,27 +171,8 @@ class _Samples:
         everyone = all_gather_nograd(mine.float(), self.group, check=False)
         self.values.index_copy_(0, places, everyone)
 
-    def joined(self) -> Tensor:
-        by_rank = all_gather_nograd(self.values[:-1], self.group, check=False)
-        by_place = by_rank.unflatten(0, (self.world, -1)).transpose(0, 1)
-        return by_place.flatten(0, 1)[: self.size].clone()
-
-    def split(self, state: Tensor) -> None:
-        if state.shape != (self.size, 3):
-            raise ValueError(f"state must be ({self.size}, 3), got {tuple(state.shape)}")
-        mine = state[self.rank :: self.world].to(self.values)
-        self.values[: len(mine)] = mine
-
-    def saved(self) -> dict[str, Any]:
-        mine = {"size": self.size, "rank": self.rank, "world": self.world}
-        return {"values": self.values[:-1].clone(), **mine}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        want = {"size": self.size, "rank": self.rank, "world": self.world}
-        got = {name: state[name] for name in want}
-        if got != want:
-            raise ValueError(f"want the per-sample state of {want}, got that of {got}")
-        self.values[:-1] = state["values"].to(self.values)
+    def about(self) -> dict[str, int]:
+        return {"size": self.size, "rank": self.rank, "world": self.world}
 
 
 def isogclr_reference(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.kernels import chamfer, scaled_cosine_error
 from fastssl.losses._checks import check_positive
+from fastssl.losses._loss import Loss
 
 
-class ScaledCosineLoss(nn.Module):
+class ScaledCosineLoss(Loss):
     """Predict the features of the hidden places, by direction.
 
-        loss = mean over chosen rows of (1 - cos(pred, target))^gamma
+    The formula is `scaled_cosine_reference`, over the chosen rows.
 
     Shapes   pred, target (N, D), or (B, L, D) with ids (B, K) int64: the hidden places, each at
              most once; without ids every row counts.  gamma >= 1: what is nearly right counts less.
@@ -22,11 +23,12 @@ class ScaledCosineLoss(nn.Module):
     Ranks    no collective: with as many rows on every rank, averaging gradients is exact.
     Source   Hou et al. 2022, GraphMAE, arXiv:2205.10803, eq. 2.
 
-    >>> import torch
     >>> pred, target = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [4, 0]])
     >>> ScaledCosineLoss(gamma=3.0)(pred, target).item()
     0.5
     """
+
+    shown = ("gamma",)
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
@@ -41,11 +43,8 @@ class ScaledCosineLoss(nn.Module):
             raise ValueError(f"pred must have at least one chosen row, got {tuple(errors.shape)}")
         return errors.mean()
 
-    def extra_repr(self) -> str:
-        return f"gamma={self.gamma}"
 
-
-class ChamferLoss(nn.Module):
+class ChamferLoss(Loss):
     """Predict the points of the hidden groups, in whatever order.
 
         "l2"  loss = mean over groups of mean_n min_m |p_n - t_m|^2 + mean_m min_n |p_n - t_m|^2
@@ -59,10 +58,11 @@ class ChamferLoss(nn.Module):
     Ranks    no collective: with as many groups on every rank, averaging gradients is exact.
     Source   Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 3.3 ("l2").
 
-    >>> import torch
     >>> ChamferLoss()(torch.zeros(1, 2, 3), torch.ones(1, 4, 3)).item()
     6.0
     """
+
+    shown = ("kind",)
 
     def __init__(self, kind: str = "l2") -> None:
         super().__init__()
@@ -77,9 +77,6 @@ class ChamferLoss(nn.Module):
         if distances.numel() == 0:
             raise ValueError(f"pred must have at least one group, got {tuple(pred.shape)}")
         return distances.mean()
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}"
 
 
 def scaled_cosine_reference(pred: Tensor, target: Tensor, gamma: float) -> Tensor:

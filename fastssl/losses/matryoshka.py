@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastssl.losses._loss import Loss
 
-class MatryoshkaLoss(nn.Module):
+
+class MatryoshkaLoss(Loss):
     """The sum of one loss over nested prefixes of the embeddings: their first m of D numbers.
 
-        loss = sum_m w_m loss_m(z0[..., :m], z1[..., :m], ...)
-
-    A loss that normalises its inputs, as ours do, normalises each prefix on its own.
+    The formula is `matryoshka_reference`.  A loss that normalizes its inputs, as ours do,
+    normalizes each prefix on its own.
 
     loss     the loss; or one for each of dims, for those that keep state (a queue, per-sample
              temperatures): prefixes must not share it.
@@ -35,6 +36,8 @@ class MatryoshkaLoss(nn.Module):
     >>> round(loss(z, z).item(), 4)  # 2 ln 7
     3.8918
     """
+
+    shown = ("dims", "weights")
 
     def __init__(
         self,
@@ -66,15 +69,11 @@ class MatryoshkaLoss(nn.Module):
             got = [tuple(x.shape) for x in cut]
             raise ValueError(f"want embeddings (..., D) of one D >= {self.dims[-1]}, got {got}")
         losses = list(self.losses) * (len(self.dims) if len(self.losses) == 1 else 1)
-        values = [
-            weight
-            * loss(*(_prefix(x, m) for x in inputs), **{n: _prefix(x, m) for n, x in named.items()})
-            for loss, m, weight in zip(losses, self.dims, self.weights, strict=True)
-        ]
+        values = []
+        for loss, m, weight in zip(losses, self.dims, self.weights, strict=True):
+            prefixes = {name: _prefix(x, m) for name, x in named.items()}
+            values.append(weight * loss(*(_prefix(x, m) for x in inputs), **prefixes))
         return torch.stack(values).sum()
-
-    def extra_repr(self) -> str:
-        return f"dims={self.dims}, weights={self.weights}"
 
 
 def _has_state(loss: nn.Module) -> bool:

@@ -5,42 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import (
-    LOCAL,
-    Group,
-    all_gather_nograd,
-    all_reduce_sum,
-    rank,
-    require_all_even,
-    world_size,
-)
+from fastssl.distributed import LOCAL, Group, all_gather_nograd, all_reduce_sum, rank, world_size
 from fastssl.kernels.common import accumulator, finished, first_order, full_precision
-from fastssl.losses._checks import check_embeddings, check_not_negative
+from fastssl.losses._checks import check_batch, check_not_negative
+from fastssl.losses._loss import Loss
 
 
-class MMCRLoss(nn.Module):
+class MMCRLoss(Loss):
     """The nuclear norm of the images' centroids, against that of each image's views.
 
-        Z_b: the 2k embeddings of image b, online and momentum together, (2k, D)
-        C: the means of Z_1 ... Z_B, (B, D)                        |.|_*: the sum of singular values
-        loss = -|C|_* + lmda * mean_b |Z_b|_*
+    The formula is `mmcr_reference`: a nuclear norm is the sum of singular values.
 
     Shapes   online, momentum (B, k, D): k views of B images through two networks; any float dtype.
              Rows are taken as they are: the paper's have length one.
     Returns  scalar float32; the mean over ranks is the loss.  It grows with the batch: for rows of
-             length one |C|_* is at most sqrt(B min(B, D)).
+             length one the centroids' norm is at most sqrt(B min(B, D)).
     Accuracy singular values are roots of the eigenvalues of the smaller Gram matrix, summed in
              float64: exact to 1e-8 of the largest, below a rounding of float32.  The gradient is
              U V^T of the directions with a singular value above max(rows, D) * 2^-23 of the largest
              (2^-26 for float64), the subgradient of least norm: where views coincide, or
              embeddings collapse, the other directions are rounding, and get none.
-    Raises   ValueError: shapes that are not two equal (B, k, D), or are empty; dtypes or devices
-             that differ; fewer than 2 images in the joined batch; lmda < 0; batches that differ
-             between ranks (on every rank).
-    Ranks    C has the images of all ranks.  Averaged over ranks, value and gradient are those of
-             the joined batch in one process.  gather_distributed=False: each rank's own centroids.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; fewer than
+             2 images in the joined batch; lmda < 0.
+    Ranks    centroids are those of all ranks' images, and the mean over ranks of value and gradient
+             is the joined batch's.  gather_distributed=False: each rank's own centroids.
              A part's norm is less than the whole's, and by how much depends on how alike the
              parts are: ranks may then spread over the same few directions at no cost.
     Source   Yerxa et al. 2023, arXiv:2303.03307; loss and lmda as in lightly.
@@ -52,35 +42,24 @@ class MMCRLoss(nn.Module):
     (-4.0, -2.5858)
     """
 
+    shown = ("lmda", "gather_distributed")
+
     def __init__(
-        self,
-        lmda: float = 5e-3,
-        *,
-        gather_distributed: bool = True,
-        process_group: Group = None,
+        self, lmda: float = 5e-3, *, gather_distributed: bool = True, process_group: Group = None
     ) -> None:
-        super().__init__()
+        super().__init__(gather_distributed, process_group)
         check_not_negative(lmda=lmda)
         self.lmda = lmda
-        self.process_group = process_group if gather_distributed else LOCAL
 
     def forward(self, online: Tensor, momentum: Tensor) -> Tensor:
         group = self.process_group
-        # First what all ranks refuse together: one that left alone would leave the others waiting.
-        require_all_even(group, online=online, momentum=momentum)
-        check_embeddings("B, k, D", online=online, momentum=momentum)
-        images = len(online) * world_size(group)
-        if images < 2:
-            raise ValueError(f"the joined batch must have at least 2 images, got {images}")
+        check_batch(group, "B, k, D", least=2, online=online, momentum=momentum)
         acc = accumulator(online.dtype)
         z = torch.cat([online, momentum], dim=1).to(acc)
         with full_precision(z.device):
             spread = _NuclearNorm.apply(z.mean(1), group)
             size = _NuclearNorm.apply(z, LOCAL).mean()  # pyright: ignore
         return self.lmda * size - spread
-
-    def extra_repr(self) -> str:
-        return f"lmda={self.lmda}, gather_distributed={self.process_group != LOCAL}"
 
 
 class _NuclearNorm(torch.autograd.Function):

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even
+from fastssl.distributed import Group
 from fastssl.kernels import pairwise_lse, pairwise_topk
-from fastssl.losses._checks import check_counts, check_embeddings
+from fastssl.losses._checks import check_batch, check_counts
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
+from fastssl.random import mix, uniform
 
 
 class MoCHiLoss(ContrastiveLoss):
@@ -19,24 +20,23 @@ class MoCHiLoss(ContrastiveLoss):
 
     Of the top_n keys of the queue most alike to query q, picked at random with replacement:
 
-        h_k  = normalise(a_k n_i + (1 - a_k) n_j)      a_k ~ U(0, 1)      s of them
-        h'_k = normalise(b_k q + (1 - b_k) n_j)        b_k ~ U(0, 0.5)    s_prime of them
-        loss = mean -log [ e^(q.k / t) / (e^(q.k / t) + sum over queue, h, h' of e^(q.n / t)) ]
+        h_k  = normalize(a_k n_i + (1 - a_k) n_j)      a_k ~ U(0, 1)      s of them
+        h'_k = normalize(b_k q + (1 - b_k) n_j)        b_k ~ U(0, 0.5)    s_prime of them
 
-    The synthetic ones are constants: no gradient passes through them to q.  s = s_prime = 0 is
-    MoCo, as for a warm-up: both may be set between steps.
+    The formula of the loss is `mochi_reference`, in nats.  The synthetic ones are constants: no
+    gradient passes through them to q.  s = s_prime = 0 is MoCo, as for a warm-up: both may be set
+    between steps.
 
-    Shapes   query, key (B, dim): normalised here; any float dtype.  key gets no gradient.
-    Returns  scalar float32, in nats: the mean over this rank's B queries.  0 <= loss.
+    Shapes   query, key (B, dim): normalized here; any float dtype.  key gets no gradient.
+    Returns  scalar float32: the mean over this rank's B queries.  0 <= loss.
     State    queue: a `Queue` of `size` keys; steps, 0-d int64, how often the queue was moved.  The
              draws depend on it, the seed and a query's place in the joined batch alone.  Both are
              in state_dict.
     Memory   B (s + s_prime) dim floats, a few times over; nothing of B x size is held.
-    Raises   ValueError: shapes that are not two equal (B, dim), none empty; dtypes or devices that
-             differ, or are not floats; temperature not > 0; size or dim below 1; top_n outside
-             1..size; s or s_prime below 0; batches that differ between ranks (on every rank).
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
+             temperature not > 0; size or dim below 1; top_n outside 1..size; s or s_prime below 0.
     Ranks    every rank has the same queue, meets it with its own queries, and draws what one
-             process would: the mean over ranks of value and gradient is that of the joined batch.
+             process would: the mean over ranks of value and gradient is the joined batch's.
     Source   Kalantidis et al. 2020, arXiv:2010.01028, sections 3.2, 4.1 and 4.2.
 
     >>> loss = MoCHiLoss(4, temperature=1.0, size=2, top_n=1, s=1, s_prime=0)
@@ -47,6 +47,7 @@ class MoCHiLoss(ContrastiveLoss):
     """
 
     steps: Tensor
+    shown = ("temperature", "top_n", "s", "s_prime")
 
     def __init__(
         self,
@@ -69,8 +70,7 @@ class MoCHiLoss(ContrastiveLoss):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, query: Tensor, key: Tensor, *, update: bool = True) -> Tensor:
-        require_all_even(self.process_group, query=query, key=key)
-        check_embeddings(query=query, key=key)
+        check_batch(self.process_group, query=query, key=key)
         self.queue.fit(key)
         q, t = unit(query), self.temperature
         keys = self.queue.keys.to(q)
@@ -91,7 +91,7 @@ class MoCHiLoss(ContrastiveLoss):
         hardest = pairwise_topk(q, keys, self.top_n)[1]
         sizes = [self.s] * 3 + [self.s_prime] * 2
         rows = joined_ids(len(q), self.process_group, q.device)
-        i, j, a, at, b = uniform(self.steps, rows, sum(sizes)).split(sizes, dim=1)
+        i, j, a, at, b = uniform(mix(self.steps + 1) + rows, sum(sizes)).split(sizes, 1)
 
         def pick(place: Tensor) -> Tensor:
             return keys[hardest.gather(1, (place * self.top_n).long())]
@@ -101,45 +101,12 @@ class MoCHiLoss(ContrastiveLoss):
         with_query = b * q.unsqueeze(1) + (1 - b) * pick(at)
         return F.normalize(torch.cat([pairs, with_query], dim=1), dim=-1)
 
-    def extra_repr(self) -> str:
-        mixes = f"top_n={self.top_n}, s={self.s}, s_prime={self.s_prime}"
-        return f"temperature={self.temperature}, {mixes}"
-
 
 def mochi_reference(
     query: Tensor, key: Tensor, queue: Tensor, synthetic: Tensor, temperature: float
 ) -> Tensor:
     """The formula, all scores at once; queue (size, D), synthetic (B, s + s_prime, D) as drawn."""
     q, k = unit(query), unit(key.detach())
-    scores = torch.cat(
-        [
-            (q * k).sum(1, keepdim=True),
-            q @ queue.to(q).T,
-            torch.einsum("bd,bsd->bs", q, synthetic.to(q)),
-        ],
-        dim=1,
-    )
+    mixed = torch.einsum("bd,bsd->bs", q, synthetic.to(q))
+    scores = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.to(q).T, mixed], dim=1)
     return F.cross_entropy(scores / temperature, scores.new_zeros(len(q), dtype=torch.int64))
-
-
-def uniform(step: Tensor, rows: Tensor, n: int) -> Tensor:
-    """(B, n) float32 numbers in [0, 1), a function of step (0-d) and of each of rows (B,) alone.
-
-    So W ranks draw for their rows what one process draws for the joined batch, and a resumed run
-    what it would have drawn.  splitmix64 (Steele et al. 2014, Fast splittable pseudorandom number
-    generators) as a hash: of the step, then of that and the row, then of that and the place.
-
-    >>> rows, step = torch.arange(4), torch.tensor(0)
-    >>> torch.equal(uniform(step, rows, 3)[2:], uniform(step, rows[2:], 3))
-    True
-    """
-    start = _scramble(_scramble(step + 1) + rows)
-    bits = _scramble(start.unsqueeze(1) + torch.arange(n, device=rows.device))
-    return ((bits >> 40) & 0xFFFFFF).float() / (1 << 24)
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """splitmix64's last step of int64: the masks make its shifts those of unsigned numbers."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)

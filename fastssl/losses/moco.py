@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even
-from fastssl.kernels import exclude_self
-from fastssl.losses._checks import check_embeddings
-from fastssl.losses._contrastive import ContrastiveLoss, against_queue, info_nce, joined_ids
-from fastssl.losses._sharded import Rule, sharded_lse
+from fastssl.distributed import Group
+from fastssl.losses._checks import check_batch
+from fastssl.losses._contrastive import ContrastiveLoss, against_queue, info_nce, lse_of_others
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
 
@@ -18,25 +16,20 @@ from fastssl.losses.queue import Queue
 class MoCoLoss(ContrastiveLoss):
     """Each query must find its own key among the keys of a queue.
 
-        loss = mean_i -log [ e^(q_i.k_i / t) / (e^(q_i.k_i / t) + sum_{k in queue} e^(q_i.k / t)) ]
+    The formula is `moco_reference`, in nats.  Then, in training, the keys of all ranks take the
+    oldest ones' place in the queue: the loss is that of the queue before.  update=False leaves the
+    queue alone: a symmetric loss is loss(q0, k1, update=False) + loss(q1, k0).
 
-    Then, in training, the keys of all ranks take the oldest ones' place in the queue: the loss is
-    that of the queue before.  update=False leaves the queue alone, so that a symmetric loss is
-
-        loss(q0, k1, update=False) + loss(q1, k0)
-
-    Shapes   query, key (B, dim): normalised here; any float dtype.  key gets no gradient.
-    Returns  scalar float32, in nats: the mean over this rank's B queries.  0 <= loss.
+    Shapes   query, key (B, dim): normalized here; any float dtype.  key gets no gradient.
+    Returns  scalar float32: the mean over this rank's B queries.  0 <= loss.
     State    queue: a `Queue` of `size` keys, in state_dict.  Nothing of B x size is held.
-    Raises   ValueError: shapes that are not two equal (B, dim), none empty; dtypes or devices that
-             differ, or are not floats; temperature not > 0; size or dim below 1; batches that
-             differ between ranks (on every rank).
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
+             temperature not > 0; size or dim below 1.
     Ranks    every rank has the same queue, and meets it with its own queries: the mean over ranks
-             of value and gradient is that of the joined batch.
+             of value and gradient is the joined batch's.
     Source   He et al. 2020, MoCo, arXiv:1911.05722, eq. 1 and algorithm 1 (t = 0.07, 65536 keys);
              MoCo v2, arXiv:2003.04297, has t = 0.2.
 
-    >>> import torch
     >>> loss = MoCoLoss(4, temperature=1.0, size=2)
     >>> loss.queue.push(torch.eye(4)[:2])
     >>> z = torch.eye(4)[2:]
@@ -47,19 +40,13 @@ class MoCoLoss(ContrastiveLoss):
     """
 
     def __init__(
-        self,
-        dim: int,
-        temperature: float = 0.07,
-        size: int = 65536,
-        *,
-        process_group: Group = None,
+        self, dim: int, temperature: float = 0.07, size: int = 65536, *, process_group: Group = None
     ) -> None:
         super().__init__(temperature, process_group=process_group)
         self.queue = Queue(size, dim)
 
     def forward(self, query: Tensor, key: Tensor, *, update: bool = True) -> Tensor:
-        require_all_even(self.process_group, query=query, key=key)
-        check_embeddings(query=query, key=key)
+        check_batch(self.process_group, query=query, key=key)
         loss = against_queue(query, key.detach(), self.queue, self.temperature)
         if self.training and update:
             self.queue.push(key, self.process_group, check=False)
@@ -69,23 +56,17 @@ class MoCoLoss(ContrastiveLoss):
 class MoCoV3Loss(ContrastiveLoss):
     """Each query must find its own key among the keys of the whole batch: MoCo without a queue.
 
-        loss = 2 t mean_i [ log sum_j exp(q_i.k_j / t) - q_i.k_i / t ]
+    The formula is `moco_v3_reference`: its factor 2 t keeps the size of the gradient when the
+    temperature t changes.  The paper's loss is symmetric: loss(q0, k1) + loss(q1, k0).
 
-    2 t keeps the size of the gradient when t changes.  The paper's loss is symmetric:
-    loss(q0, k1) + loss(q1, k0).
-
-    Shapes   query, key (B, D): normalised here; any float dtype.  key gets no gradient.
+    Shapes   query, key (B, D): normalized here; any float dtype.  key gets no gradient.
     Returns  scalar float32: the mean over this rank's B queries.  0 <= loss; 2 t ln N when all
-             embeddings agree.  Nothing of N x N is held.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; temperature not > 0; batches that differ between ranks (on
-             every rank).
-    Ranks    each rank's queries meet the keys of all (strategy: "gather" or "ring").  The mean
-             over ranks of value and gradient is that of the joined batch.
-             gather_distributed=False contrasts within each rank's batch only.
+             embeddings of N images agree.  Nothing of N x N is held.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
+             temperature not > 0.
+    Ranks    as NTXentLoss.
     Source   Chen et al. 2021, MoCo v3, arXiv:2104.02057, algorithm 1.
 
-    >>> import torch
     >>> round(MoCoV3Loss(temperature=0.5)(torch.eye(4), torch.eye(4)).item(), 4)  # ln(e^2 + 3) - 2
     0.3408
     """
@@ -102,15 +83,10 @@ class MoCoV3Loss(ContrastiveLoss):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         group, t = self.process_group, self.temperature
-        require_all_even(group, query=query, key=key)
-        check_embeddings(query=query, key=key)
+        check_batch(group, query=query, key=key)
         q, k = unit(query), unit(key.detach())
-        ids = joined_ids(len(q), group, q.device)
-        rules = (Rule(exclude_self, ids, ids),)
         rows, keys = q.to(query.dtype), k.to(query.dtype)  # see TwoViews
-        negative, _ = sharded_lse(
-            rows, keys, 1 / t, rules=rules, process_group=group, strategy=self.strategy
-        )
+        negative, _ = lse_of_others(rows, keys, 1 / t, group, self.strategy)
         return 2 * t * info_nce((q * k).sum(-1) / t, negative).mean()
 
 

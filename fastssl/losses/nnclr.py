@@ -5,37 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even
+from fastssl.distributed import Group
 from fastssl.kernels import pairwise_topk
-from fastssl.losses._checks import check_embeddings
-from fastssl.losses._contrastive import ContrastiveLoss, TwoViews, info_nce, joined_ids, twice
+from fastssl.losses._checks import check_batch
+from fastssl.losses._contrastive import ContrastiveLoss
 from fastssl.losses._unit import unit
 from fastssl.losses.ntxent import ntxent_reference
 from fastssl.losses.queue import Queue
 
 
 class NNCLRLoss(ContrastiveLoss):
-    """Each view's nearest neighbour in a queue of past projections must find the other view.
+    """Each view's nearest neighbor in a queue of past projections must find the other view.
 
-        nn(z) = the key of the queue with the greatest cosine to z
-        loss  = 1/2 NTXent(nn(z0), p1) + 1/2 NTXent(nn(z1), p0)                        [nats]
-
-    Then, in training, z1 of all ranks takes the oldest keys' place: the neighbours are of the
-    queue before.  update=False leaves the queue alone.
+    The formula is `nnclr_reference`, in nats.  Then, in training, z1 of all ranks takes the oldest
+    keys' place: the neighbors are of the queue before.  update=False leaves the queue alone.
 
     Shapes   z0, z1 (B, dim): projections; p0, p1 (B, dim): the predictions made from them.  All
-             are normalised here; any float dtype.  z0 and z1 get no gradient.
+             are normalized here; any float dtype.  z0 and z1 get no gradient.
     Returns  scalar float32: the mean over this rank's rows of both terms.  0 <= loss.
     State    queue: a `Queue` of `size` keys, in state_dict.  dim=None: as wide as the first z0.
-    Raises   ValueError: shapes that are not four equal (B, dim), none empty; dtypes or devices
-             that differ, or are not floats; temperature not > 0; size or dim below 1; batches that
-             differ between ranks (on every rank).  A NaN in z0 or z1 makes the loss NaN.
-    Ranks    every rank has the same queue; the rows meet neighbours and predictions of all ranks
-             (strategy: "gather" or "ring").  The mean over ranks of value and gradient is that of
-             the joined batch.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
+             temperature not > 0; size or dim below 1.  A NaN in z0 or z1 makes the loss NaN.
+    Ranks    as NTXentLoss; every rank has the same queue.
     Source   Dwibedi et al. 2021, arXiv:2104.14548, section 3.2.
     Differs  from the paper's eq. 3 and 4, where only the predictions stand in the denominator, by
-             SimCLR's, where neighbours contrast with each other too: as lightly composes it of
+             SimCLR's, where neighbors contrast with each other too: as lightly composes it of
              NNMemoryBankModule and NTXentLoss, whose value and gradient this has in one process.
              The queue wraps where `Queue` says.
 
@@ -61,22 +55,17 @@ class NNCLRLoss(ContrastiveLoss):
     def forward(
         self, z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, *, update: bool = True
     ) -> Tensor:
-        require_all_even(self.process_group, z0=z0, z1=z1, p0=p0, p1=p1)
-        check_embeddings(z0=z0, z1=z1, p0=p0, p1=p1)
+        count = check_batch(self.process_group, z0=z0, z1=z1, p0=p0, p1=p1)
         self.queue.fit(z0)
-        loss = (self._contrast(z0, p1) + self._contrast(z1, p0)) / 2
+        loss = (self._contrast(z0, p1, count) + self._contrast(z1, p0, count)) / 2
         if self.training and update:
             self.queue.push(z1, self.process_group, check=False)
         return loss
 
-    def _contrast(self, z: Tensor, p: Tensor) -> Tensor:
-        """The NT-Xent of the neighbours of z with p."""
-        rows = torch.stack([self._find_neighbors(z), unit(p)], dim=1).flatten(0, 1)
-        images = twice(joined_ids(len(p), self.process_group, p.device))
-        views = TwoViews(rows, images, p.dtype, self.process_group, self.strategy)
-        return info_nce(
-            views.positives() / self.temperature, views.others(1 / self.temperature)
-        ).mean()
+    def _contrast(self, z: Tensor, p: Tensor, count: int) -> Tensor:
+        """The NT-Xent of the neighbors of z with p."""
+        views = self.lay_out(self._find_neighbors(z), unit(p), p.dtype, count)
+        return views.nt_xent(self.temperature)
 
     @torch.no_grad()
     def _find_neighbors(self, z: Tensor) -> Tensor:

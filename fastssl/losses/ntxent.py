@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even
-from fastssl.losses._checks import check_embeddings, is_finite
-from fastssl.losses._contrastive import ContrastiveLoss, against_queue, info_nce
+from fastssl.distributed import Group
+from fastssl.losses._checks import check_batch, is_finite
+from fastssl.losses._contrastive import ContrastiveLoss, against_queue
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
 
@@ -18,34 +18,29 @@ from fastssl.losses.queue import Queue
 class NTXentLoss(ContrastiveLoss):
     """SimCLR: each view must find its image's other view among all other views of the batch.
 
-    With z the 2N normalised embeddings and p(i) the other view of i:
+    The formula is `ntxent_reference`, in nats.  Computed is the mean of -log sigmoid(p - n), p a
+    view's score with its other view and n the log-sum-exp of the negatives': near a perfect match
+    a cross-entropy is a difference of numbers near 1 / t, of which float32 keeps nothing.
 
-        loss = mean_i [ log sum_{j != i} exp(z_i.z_j / t) - z_i.z_p(i) / t ]        [nats]
-             = mean_i -log sigmoid(z_i.z_p(i) / t - n_i),  n_i the log-sum-exp of i's negatives
-
-    The second form is the one computed: near a perfect match the first is a difference of two
-    numbers near 1 / t, and float32 keeps nothing of it.
-
-    With a memory bank, z0_i must find z1_i among the bank's keys, and rows are the N of z0 alone.
-    Then z1, of all ranks, takes the oldest keys' place, if z0 requires a gradient: an evaluation
-    leaves the bank as it is.  The loss is that of the bank before.
+    With a memory bank each row of z0 must find its row of z1 among the bank's keys.  Then z1, of
+    all ranks, takes the oldest keys' place, if z0 requires a gradient: an evaluation leaves the
+    bank as it is.  The loss is that of the bank before.
 
     Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
              memory_bank_size: 0, or (keys, D).
     Returns  scalar float32: the mean over this rank's rows.  0 <= loss; ln(2N - 1) when all
-             embeddings agree.  Only the log-sum-exp meets N x N pairs, and it holds none of them.
+             embeddings of N images agree.  No N x N scores are held.
     State    memory_bank: a `Queue`, in state_dict.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; dtypes or devices that
-             differ, or are not floats; abs(temperature) < 1e-8 or not finite; a bank that is not 0
-             or (keys, D); batches that differ between ranks (on every rank).  A non-finite
-             input is not an error here: it gives a non-finite loss.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
+             abs(temperature) < 1e-8 or not finite; a bank that is not 0 or (keys, D).  A non-finite
+             input is no error: it gives a non-finite loss.
     Ranks    each rank's rows meet the keys of all, gathered once (strategy="gather") or passed
-             round ("ring").  The mean over ranks of value and gradient is that of the joined batch.
-             gather_distributed=False contrasts within each rank's batch only.
+             round ("ring"): the mean over ranks of value and gradient is the joined batch's.
+             gather_distributed=False: each rank's batch alone.
     Source   Chen et al. 2020, SimCLR, arXiv:2002.05709, eq. 1; the bank: MoCo, arXiv:1911.05722.
     Differs  from lightly.loss.NTXentLoss, whose value and gradient it has in one process: gathers
              by default, because W small batches are not the large batch that was asked for;
-             normalises and sums in float32 whatever the dtype; the bank begins with the same keys
+             normalizes and sums in float32 whatever the dtype; the bank begins with the same keys
              on every rank, is saved, and wraps where `Queue` says.
 
     >>> z = torch.eye(4)
@@ -78,13 +73,10 @@ class NTXentLoss(ContrastiveLoss):
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         if self.memory_bank is not None:
             return self._against_bank(z0, z1, self.memory_bank)
-        views = self.two_views(z0, z1)
-        positive = views.positives() / self.temperature
-        return info_nce(positive, views.others(1 / self.temperature)).mean()
+        return self.two_views(z0, z1).nt_xent(self.temperature)
 
     def _against_bank(self, z0: Tensor, z1: Tensor, bank: Queue) -> Tensor:
-        require_all_even(self.process_group, z0=z0, z1=z1)
-        check_embeddings(z0=z0, z1=z1)
+        check_batch(self.process_group, z0=z0, z1=z1)
         loss = against_queue(z0, z1, bank, self.temperature)
         if z0.requires_grad and torch.is_grad_enabled():
             bank.push(z1, self.process_group, check=False)

@@ -1,4 +1,4 @@
-"""A queue of past keys: the negatives, or the neighbours, that a batch alone does not have."""
+"""A queue of past keys: the negatives, or the neighbors, that a batch alone does not have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastssl.losses._unit import unit
 
 
 class Queue(nn.Module):
-    """The last `size` keys, normalised: first in, first out.
+    """The last `size` keys, normalized: first in, first out.
 
     size     how many keys; the oldest give way to new ones.
     dim      their width; None: that of the first keys the queue is fitted to.
@@ -29,7 +29,7 @@ class Queue(nn.Module):
     Differs  from lightly's MemoryBankModule: a batch that reaches past the end goes on at the
              start, where lightly drops what is left over (equal when the batch divides the size);
              of a batch larger than the queue the last keys stay, there the first; keys are
-             normalised here; always (size, dim), never (dim, size); the state is saved.
+             normalized here; always (size, dim), never (dim, size); the state is saved.
     Source   He et al. 2020, MoCo, arXiv:1911.05722, section 3.2.
 
     >>> queue = Queue(3, 2)
@@ -76,7 +76,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor, process_group: Group = None, *, check: bool = True) -> None:
-        """Put every rank's keys (B, dim), any float dtype, normalised, in the oldest ones' place.
+        """Put every rank's keys (B, dim), any float dtype, normalized, in the oldest ones' place.
 
         check=False leaves out the comparison of shapes between ranks, for a caller that made it.
         """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.kernels import Normalized, patch_mse
+from fastssl.losses._loss import Loss
 
 
-class MAELoss(nn.Module):
+class MAELoss(Loss):
     """Predict the pixels of the hidden patches of images, clips, spectrograms or signals.
 
         target = (x - mean(x)) / sqrt(var(x) + 1e-6) over each patch's own values (norm_pix)
@@ -37,6 +38,8 @@ class MAELoss(nn.Module):
     0.5
     """
 
+    shown = ("patch", "norm_pix", "kind")
+
     def __init__(
         self, patch: int | tuple[int, ...], norm_pix: bool = True, kind: str = "l2"
     ) -> None:
@@ -49,9 +52,6 @@ class MAELoss(nn.Module):
             raise ValueError(f"masked_ids must name at least one hidden patch, got shape {got}")
         options = {"norm_pix": self.norm_pix, "kind": self.kind}
         return patch_mse(pred, images, masked_ids, self.patch, **options).mean()
-
-    def extra_repr(self) -> str:
-        return f"patch={self.patch}, norm_pix={self.norm_pix}, kind={self.kind!r}"
 
 
 def mae_reference(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import LOCAL, Group, require_all_even, world_size
+from fastssl.distributed import Group, require_all_even
 from fastssl.kernels import column_moments
-from fastssl.losses._checks import check_not_negative, check_positive
+from fastssl.losses._checks import check_batch, check_embeddings, check_not_negative, check_positive
+from fastssl.losses._loss import Loss
 from fastssl.losses._moments import variance_covariance
 from fastssl.losses.vicreg import invariance, spread_reference
 
@@ -23,30 +24,22 @@ class SIETerms(NamedTuple):
     covariance: Tensor
 
 
-class SIELoss(nn.Module):
+class SIELoss(Loss):
     """Two views' embeddings agree in their first D - E features, and in their last E when moved.
 
-        z = [i | e], i (B, D - E) invariant, e (B, E) equivariant; p = predictor(e_a, t), what e_b
-        should be after the transformation t from the first view to the second
+    The formula is `sie_reference`.  The regularizers see whole embeddings, so that neither part
+    repeats the other; the variance of `predicted` keeps the predictor from answering with a mean.
 
-        invariance   = mean (i_a - i_b)^2
-        equivariance = mean (p - e_b)^2
-        variance     = (V(z_a) + V(z_b) + V(p)) / 2      V(x) = mean_d max(0, 1 - sqrt(var_d + eps))
-        covariance   = C(z_a) + C(z_b)                   C(x) = sum_{i != j} cov_ij^2 / D
-        loss = sum of lambda * term; variances and covariances are unbiased
-
-    The regularisers see whole embeddings, so that neither part repeats the other; the variance of p
-    keeps the predictor from answering with a mean.
-
-    Shapes   z_a, z_b (B, D): the two views of the same B images, row by row; predicted (B, E) with
-             E < D, or E = D for equivariance alone; one float dtype.
+    Shapes   z_a, z_b (B, D): the two views of the same B images, row by row; predicted (B, E): what
+             the last E features of z_b should be after the transformation from the first view to
+             the second.  E < D, or E = D for equivariance alone; one float dtype.
     Returns  scalar float32, >= 0 up to rounding.  terms() has the four by name.
-    Raises   ValueError: other shapes; dtypes or devices that differ; fewer than 2 rows in the
-             joined batch; a weight < 0, eps <= 0; batches that differ between ranks (on every
-             rank).  A column that does not vary is no error.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; fewer than
+             2 images in the joined batch; a weight < 0, eps <= 0.  A column that does not vary is
+             no error.
     Ranks    variances and covariances are the joined batch's, the two errors are means over this
-             rank's rows.  Averaged over ranks, value and gradient are those of the joined batch in
-             one process.  gather_distributed=False: statistics of each rank's own rows.
+             rank's rows: the mean over ranks of value and gradient is the joined batch's.
+             gather_distributed=False: statistics of each rank's own rows.
     Source   Garrido et al. 2023, SIE, arXiv:2302.10283, section 4; the terms, their divisors and
              the default weights are those that the authors train with (0.45 * 10 for equivariance).
 
@@ -57,6 +50,8 @@ class SIELoss(nn.Module):
     >>> [abs(round(loss(z, turned, sign * z[:, 1:]).item(), 4)) for sign in (-1, 1)]
     [0.0, 18.0]
     """
+
+    shown = ("lambda_inv", "lambda_equi", "lambda_var", "lambda_cov", "eps", "gather_distributed")
 
     def __init__(
         self,
@@ -69,13 +64,13 @@ class SIELoss(nn.Module):
         gather_distributed: bool = True,
         process_group: Group = None,
     ) -> None:
-        super().__init__()
-        weights = (lambda_inv, lambda_equi, lambda_var, lambda_cov)
-        names = ("lambda_inv", "lambda_equi", "lambda_var", "lambda_cov")
-        check_not_negative(**dict(zip(names, weights, strict=True)))
+        super().__init__(gather_distributed, process_group)
+        self.weights = (lambda_inv, lambda_equi, lambda_var, lambda_cov)
+        for name, weight in zip(self.shown, self.weights, strict=False):
+            check_not_negative(**{name: weight})
+            setattr(self, name, weight)
         check_positive(eps=eps)
-        self.weights, self.eps = weights, eps
-        self.process_group = process_group if gather_distributed else LOCAL
+        self.eps = eps
 
     def forward(self, z_a: Tensor, z_b: Tensor, predicted: Tensor) -> Tensor:
         return self.weigh(self.terms(z_a, z_b, predicted))
@@ -90,7 +85,7 @@ class SIELoss(nn.Module):
         group = self.process_group
         # First what all ranks refuse together: one that left alone would leave the others waiting.
         require_all_even(group, z_a=z_a, z_b=z_b, predicted=predicted)
-        _check(z_a, z_b, predicted, world_size(group))
+        _check(z_a, z_b, predicted, group)
         split = z_a.shape[1] - predicted.shape[1]
         agreement = invariance(z_a[:, :split], z_b[:, :split]) if split else z_a.new_zeros(())
         var_a, cov_a = variance_covariance(z_a, self.eps, group)
@@ -104,32 +99,16 @@ class SIELoss(nn.Module):
             covariance=cov_a + cov_b,
         )
 
-    def extra_repr(self) -> str:
-        names = ("lambda_inv", "lambda_equi", "lambda_var", "lambda_cov")
-        shown = [f"{name}={w}" for name, w in zip(names, self.weights, strict=True)]
-        gather = self.process_group != LOCAL
-        return f"{', '.join(shown)}, eps={self.eps}, gather_distributed={gather}"
 
-
-def _check(z_a: Tensor, z_b: Tensor, predicted: Tensor, world: int) -> None:
-    given = {"z_a": z_a, "z_b": z_b, "predicted": predicted}
-    flat = any(x.ndim != 2 or 0 in x.shape for x in given.values())
-    if flat or z_a.shape != z_b.shape or len(predicted) != len(z_a):
-        shapes = ", ".join(str(tuple(x.shape)) for x in given.values())
-        raise ValueError(
-            f"z_a and z_b must both be (B, D) and predicted (B, E), none empty, got {shapes}"
-        )
-    if predicted.shape[1] > z_a.shape[1]:
-        raise ValueError(
-            f"predicted must have at most the {z_a.shape[1]} features of z_a, "
-            f"got {predicted.shape[1]}"
-        )
-    kinds = [f"{x.dtype} on {x.device}" for x in given.values()]
-    if not z_a.is_floating_point() or len(set(kinds)) > 1:
-        got = ", ".join(kinds)
-        raise ValueError(f"z_a, z_b and predicted must share a float dtype and a device, got {got}")
-    if len(z_a) * world < 2:
-        raise ValueError(f"the joined batch must have at least 2 rows, got {len(z_a) * world}")
+def _check(z_a: Tensor, z_b: Tensor, predicted: Tensor, group: Group) -> None:
+    check_batch(group, least=2, z_a=z_a, z_b=z_b)
+    check_embeddings(predicted=predicted)
+    if len(predicted) != len(z_a) or predicted.shape[1] > z_a.shape[1]:
+        want = f"({len(z_a)}, E) with E of at most {z_a.shape[1]}"
+        raise ValueError(f"predicted must be {want}, got {tuple(predicted.shape)}")
+    if (predicted.dtype, predicted.device) != (z_a.dtype, z_a.device):
+        got = f"{z_a.dtype} on {z_a.device} and {predicted.dtype} on {predicted.device}"
+        raise ValueError(f"z_a and predicted must share dtype and device, got {got}")
 
 
 def sie_reference(

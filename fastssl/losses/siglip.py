@@ -6,47 +6,38 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import (
-    Group,
-    all_gather_rows,
-    rank,
-    require_all_even,
-    shift,
-    world_size,
-)
+from fastssl.distributed import Group, all_gather_rows, rank, shift, world_size
 from fastssl.kernels import same_group
 from fastssl.kernels.common import first_order
 from fastssl.kernels.pairwise import Masks, pairwise_sigmoid, pairwise_sigmoid_grads
 from fastssl.kernels.pairwise import SigmoidNeed as Need
 from fastssl.kernels.pairwise import SigmoidResults as Results
+from fastssl.losses._checks import check_batch
+from fastssl.losses._loss import Loss
 from fastssl.losses._sharded import check_strategy
 
 
-class SigLIPLoss(nn.Module):
+class SigLIPLoss(Loss):
     """Each image matches its own text, and none of all the others.
 
-        loss = sum_ij softplus(-y_ij (scale x_i . t_j + bias)) / B        [nats]
-
-    with y_ij = 1 where image i and text j are a pair and -1 elsewhere; B images on this rank, and
-    the texts of all ranks.
+    The formula is `siglip_reference`, in nats, of the B images of this rank and all ranks' texts.
 
     Shapes   image_features, text_features (B, D): a pair in each row, any float dtype, used as they
-             are: normalise them first.  logit_scale, logit_bias: numbers or tensors of one element,
+             are: normalize them first.  logit_scale, logit_bias: numbers or tensors of one element,
              with gradients; the scale as it multiplies (the model learns its logarithm), the bias
              None for 0.  Recommended at the start: scale 10 (its logarithm ln 10), bias -10, so
              that the B - 1 negatives of a row do not outweigh its one positive.
     Returns  scalar float32 (float64 for float64); with output_dict=True as "contrastive_loss" of a
              dict.  0 <= loss; W B ln 2 on W ranks where scale and bias are 0.
-    Raises   ValueError: shapes that are not two equal (B, D), none empty; other strategies; batches
-             that differ between ranks (on every rank); what `pairwise_sigmoid` refuses.  A
-             non-finite input is not an error here: it gives a non-finite loss.
-    Ranks    the mean over ranks of value and gradient is that of the joined batch, B then counting
-             all images.  "gather": the texts are gathered once, in their own dtype.  "ring": they
-             travel from rank to rank, each beside the gradient it collects, and no rank holds more
-             than its own texts and two others' blocks; the gradients are made in the forward, so
-             every rank must multiply its loss by the same factor before backward.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; other
+             strategies.  A non-finite input is no error: it gives a non-finite loss.
+    Ranks    the mean over ranks of value and gradient is the joined batch's.  "gather": the
+             texts are gathered once, in their own dtype.  "ring": they travel from rank to rank,
+             each beside the gradient it collects, and no rank holds more than its own texts and two
+             others' blocks; the gradients are made in the forward, so every rank must multiply its
+             loss by the same factor before backward.
              process_group=LOCAL contrasts within each rank's batch.
     Source   Zhai et al. 2023, SigLIP, arXiv:2303.15343, section 3.2; the ring is of 3.3.
     Differs  from open_clip.loss.SigLipLoss, whose value and gradient it has: the group tells rank
@@ -59,6 +50,8 @@ class SigLIPLoss(nn.Module):
     0.6932
     """
 
+    shown = ("strategy",)
+
     def __init__(
         self,
         cache_labels: bool = False,
@@ -69,8 +62,8 @@ class SigLIPLoss(nn.Module):
         strategy: str = "gather",
         process_group: Group = None,
     ) -> None:
-        super().__init__()
-        self.strategy, self.process_group = check_strategy(strategy), process_group
+        super().__init__(process_group=process_group)
+        self.strategy = check_strategy(strategy)
 
     def forward(
         self,
@@ -81,13 +74,7 @@ class SigLIPLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         x, t, group = image_features, text_features, self.process_group
-        # First what all ranks refuse together: one that left alone would leave the others waiting.
-        require_all_even(group, image_features=x, text_features=t)
-        if x.ndim != 2 or x.shape != t.shape or 0 in x.shape:
-            got = f"{tuple(x.shape)} and {tuple(t.shape)}"
-            raise ValueError(
-                f"image_features and text_features must be (B, D), not empty, got {got}"
-            )
+        check_batch(group, image_features=x, text_features=t)
         numbers = _number(logit_scale), 0.0 if logit_bias is None else _number(logit_bias)
         if world_size(group) == 1:
             total = pairwise_sigmoid(x, t, *numbers, positive=same_group)
@@ -99,9 +86,6 @@ class SigLIPLoss(nn.Module):
             total = pairwise_sigmoid(x, texts, *numbers, positive=positive)
         loss = total / len(x)
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def extra_repr(self) -> str:
-        return f"strategy={self.strategy!r}"
 
 
 def _number(value: float | Tensor) -> float | Tensor:

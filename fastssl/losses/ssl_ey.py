@@ -6,36 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import LOCAL, Group, require_all_even, world_size
+from fastssl.distributed import Group, world_size
 from fastssl.kernels import frobenius_sq
 from fastssl.kernels.common import accumulator, first_order
+from fastssl.losses._checks import check_batch
+from fastssl.losses._loss import Loss
 from fastssl.losses._moments import center, covariance_scale
 
 
-class SSLEYLoss(nn.Module):
+class SSLEYLoss(Loss):
     """The views' covariances between them against those within, at their best for CCA's subspace.
 
-        C = sum_{i != j} cov(Z_i, Z_j)      V = sum_i cov(Z_i, Z_i)      i, j: the views, 2 or more
-        loss = -2 tr(C) + |V|_F^2           covariances (D, D), unbiased: divided by B - 1
-
-    Both (i, j) and (j, i) are in C: of two views tr(C) is 2 tr(cov(Z_1, Z_2)).
+    The formula is `ssl_ey_reference`.  Both orders of two views are in C, the sum of covariances
+    between views: of two views tr(C) is 2 tr(cov(Z_1, Z_2)).
 
     Shapes   views: a sequence of at least two (B, D), the same B images row by row in each; any
              float dtype.
     Returns  scalar float32; the mean over ranks is the loss.  At least -D (views - 1)^2, when all
              views are alike and their covariance is (views - 1) / views times the identity: so the
-             loss sets the embeddings' scale, and wants no normalisation before it.
+             loss sets the embeddings' scale, and wants no normalization before it.
     Memory   tr(C) by sums over rows: |sum_i Z_i|^2 - sum_i |Z_i|^2.  |V|^2 by one product of the
              views * B rows, through their Gram matrix when that is cheaper than D x D.
-    Raises   ValueError: fewer than two views; shapes that are not equal (B, D), or are empty;
-             dtypes or devices that differ; fewer than 2 rows in the joined batch; batches that
-             differ between ranks (on every rank).  A column that does not vary is no error.
-    Ranks    covariances are the joined batch's.  Averaged over ranks, value and gradient are those
-             of the joined batch in one process.  gather_distributed=False: each rank's own
-             covariances; the noise of few rows is squared into |V|^2, which then pushes embeddings
-             to be smaller than the joined batch would.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; fewer than
+             two views, or 2 images in the joined batch.  A column that does not vary is no error.
+    Ranks    covariances are the joined batch's, and so is the mean over ranks of value and
+             gradient.  gather_distributed=False: each rank's own covariances; the noise of few rows
+             is squared in the loss, which then wants smaller embeddings than the joined batch's.
     Source   Chapman, Wells & Lawry Aguila 2023, arXiv:2310.01012 (the EY loss, with the A
              and B of multiview CCA); for two views as in the authors' own code.
 
@@ -45,20 +43,16 @@ class SSLEYLoss(nn.Module):
     (-2.0, 6.0)
     """
 
+    shown = ("gather_distributed",)
+
     def __init__(self, *, gather_distributed: bool = True, process_group: Group = None) -> None:
-        super().__init__()
-        self.process_group = process_group if gather_distributed else LOCAL
+        super().__init__(gather_distributed, process_group)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         group = self.process_group
         if len(views) < 2:
             raise ValueError(f"views must be at least 2, got {len(views)}")
-        # First what all ranks refuse together: one that left alone would leave the others waiting.
-        require_all_even(group, **{f"views[{i}]": z for i, z in enumerate(views)})
-        _check(views)
-        n = len(views[0]) * world_size(group)
-        if n < 2:
-            raise ValueError(f"the joined batch must have at least 2 rows, got {n}")
+        n = check_batch(group, least=2, **{f"views[{i}]": z for i, z in enumerate(views)})
         scale = covariance_scale(views[0], n)
         unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where rows have been scaled
         rows = center(torch.stack(tuple(views), 1), scale, group)
@@ -66,9 +60,6 @@ class SSLEYLoss(nn.Module):
         between = _Between.apply(rows)
         # `between` has this rank's rows: times the ranks, so that the mean over ranks is their sum.
         return within * unit**2 - between * (2 * unit * world_size(group))
-
-    def extra_repr(self) -> str:
-        return f"gather_distributed={self.process_group != LOCAL}"
 
 
 class _Between(torch.autograd.Function):
@@ -88,21 +79,10 @@ class _Between(torch.autograd.Function):
         return (wide.sum(1, keepdim=True) - wide).mul_(2 * grad).to(z.dtype)
 
 
-def _check(views: Sequence[Tensor]) -> None:
-    first = views[0]
-    if any(z.ndim != 2 or z.shape != first.shape or 0 in z.shape for z in views):
-        shapes = ", ".join(str(tuple(z.shape)) for z in views)
-        raise ValueError(f"views must all be (B, D), none empty, got {shapes}")
-    floats = all(z.is_floating_point() for z in views)
-    if not floats or any((z.dtype, z.device) != (first.dtype, first.device) for z in views):
-        seen = ", ".join(f"{z.dtype} on {z.device}" for z in views)
-        raise ValueError(f"views must share a float dtype and a device, got {seen}")
-
-
 def ssl_ey_reference(views: Sequence[Tensor]) -> Tensor:
     """The formula by whole covariances (D, D), in one process."""
     centered = [z - z.mean(0) for z in views]
-    n, total = len(views[0]) - 1, sum(centered)
-    within = sum(z.T @ z for z in centered) / n  # V
+    n, total = len(views[0]) - 1, torch.stack(centered).sum(0)
+    within = torch.stack([z.T @ z for z in centered]).sum(0) / n  # V
     between = total.T @ total / n - within  # C
     return (within @ within).trace() - 2 * between.trace()

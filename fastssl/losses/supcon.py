@@ -5,42 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.distributed import (
-    Group,
-    all_gather_nograd,
-    all_gather_rows,
-    rank,
-    require_all_even,
-    world_size,
-)
-from fastssl.kernels import exclude_self
-from fastssl.losses._checks import check_embeddings, check_ids
-from fastssl.losses._contrastive import ContrastiveLoss, joined_ids
-from fastssl.losses._sharded import Rule, sharded_lse
+from fastssl.distributed import Group, all_gather_nograd, all_gather_rows, rank, world_size
+from fastssl.losses._checks import check_batch
+from fastssl.losses._contrastive import ContrastiveLoss, lse_of_others
 from fastssl.losses._unit import unit
 
 
 class SupConLoss(ContrastiveLoss):
     """Each view must find all views of its label's images among all other views of the batch.
 
-    With z the normalised views of the batch, P(i) the other views whose image has i's label:
-
-        loss_i = log sum_{j != i} exp(z_i.z_j / t) - mean_{p in P(i)} z_i.z_p / t     [nats]
-
-    The mean over positives stands outside the logarithm (the paper's L_out), so that it is
-    z_i . (S - z_i) / |P(i)| with S the sum over i's label: no pair but the log-sum-exp's is seen.
+    The formula is `supcon_reference`, in nats.  The mean over positives stands outside the
+    logarithm (the paper's L_out), so that a view meets the sum of its label's other views: no pair
+    but the log-sum-exp's is seen.
 
     Shapes   features (B, V, D): V views of B images; any float dtype.  labels (B,): integers of any
              size, or None: each image is its own label (SimCLR's loss over V views).
-    Returns  scalar float32: the mean of loss_i over the anchors that have a positive, 0 when none
+    Returns  scalar float32: the mean over the views that have a positive, 0 when none
              has.  0 <= loss; ln(N - 1) when all N embeddings agree.  Nothing of N x N is held.  Of
              two views without labels it is NTXentLoss, which keeps more digits near a match.
-    Raises   ValueError: features that are not (B, V, D), none empty, or not floats; labels that are
-             not (B,) integers beside them; one view without labels; temperature not > 0; batches
-             that differ between ranks (on every rank).
-    Ranks    labels are compared over the joined batch; with them, each image's summed views are
-             gathered whatever the strategy ("gather" or "ring").  The mean over ranks of value and
-             gradient is that of the joined batch.  gather_distributed=False: this rank's batch.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; one view
+             without labels; temperature not > 0.
+    Ranks    as NTXentLoss.  Labels are compared over the joined batch; with them, each image's
+             summed views are gathered whatever the strategy.
     Source   Khosla et al. 2020, Supervised Contrastive Learning, arXiv:2004.11362, eq. 2.
     Differs  from pytorch_metric_learning's SupConLoss, whose value and gradient it has: that takes
              (B V, D) and (B V,); leaves anchors whose loss rounds to 0 out of the mean; and is 0 in
@@ -51,27 +37,15 @@ class SupConLoss(ContrastiveLoss):
     0.2395
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        *,
-        gather_distributed: bool = True,
-        process_group: Group = None,
-        strategy: str = "gather",
-    ) -> None:
-        super().__init__(temperature, gather_distributed, process_group, strategy)
-
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         group = self.process_group
-        require_all_even(group, features=features, labels=labels)
-        check_embeddings("B, V, D", features=features)
+        check_batch(group, "B, V, D", ids={"labels": labels}, features=features)
         z = unit(features)
         B, V, _ = z.shape
         rows = z.flatten(0, 1).to(features.dtype)  # see TwoViews
         # Positives are of the rounded rows too: else their mean may pass the log-sum-exp.
         z = z + (rows.detach().view_as(z) - z.detach())
         if labels is not None:
-            check_ids("labels", labels, features)
             sums, images, anchors = _by_label(z.sum(1), V, labels, group)
         elif V > 1:
             sums, images = z.sum(1), torch.ones(B, dtype=torch.int64, device=z.device)
@@ -81,15 +55,7 @@ class SupConLoss(ContrastiveLoss):
         positives = (images * V - 1).unsqueeze(1)
         dots = (z * (sums.unsqueeze(1) - z)).sum(-1)  # (B, V)
         positive = dots / positives.clamp(min=1) / self.temperature
-        ids = joined_ids(len(rows), group, rows.device)
-        lse, _ = sharded_lse(
-            rows,
-            rows,
-            1 / self.temperature,
-            rules=(Rule(exclude_self, ids, ids),),
-            process_group=group,
-            strategy=self.strategy,
-        )
+        lse, _ = lse_of_others(rows, rows, 1 / self.temperature, group, self.strategy)
         losses = torch.where(positives > 0, lse.view_as(positive) - positive, 0)
         # Below 0 is rounding alone.  What is taken away is a constant: the gradient stays.
         losses = losses - losses.detach().clamp(max=0)
@@ -103,9 +69,9 @@ def _by_label(x: Tensor, V: int, labels: Tensor, group: Group) -> tuple[Tensor, 
     many views have a positive.
     """
     everyone = all_gather_rows(x, group, check=False)
-    given, order = all_gather_nograd(labels, group, check=False).sort(stable=True)
+    ordered, order = all_gather_nograd(labels, group, check=False).sort(stable=True)
     # Labels are numbered in their order: how many there are need not be asked of the device.
-    new = (given != given.roll(1)).long()
+    new = (ordered != ordered.roll(1)).long()
     new[0] = 0
     number = torch.empty_like(order).index_copy(0, order, new.cumsum(0))
     images = torch.zeros_like(number).index_put((number,), torch.ones_like(number), accumulate=True)

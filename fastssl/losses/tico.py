@@ -5,27 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import (
-    LOCAL,
-    Group,
-    all_gather_nograd,
-    all_reduce_sum,
-    require_all_even,
-    world_size,
-)
+from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
 from fastssl.kernels.common import first_order, full_precision
-from fastssl.losses._checks import check_embeddings, check_not_negative, check_within
+from fastssl.losses._checks import check_batch, check_not_negative, check_within
+from fastssl.losses._loss import Loss
 from fastssl.losses._unit import unit
 
 
-class TiCoLoss(nn.Module):
-    """Invariance of two views, and contrast with a moving covariance of embeddings.
+class TiCoLoss(Loss):
+    """Invariance of two views, and contrast with a moving covariance C of embeddings.
 
-        B_t = (1 / B) sum_n a_n a_n^T       C_t = beta C_{t-1} + (1 - beta) B_t       C_0 = 0
-        loss = 1 - mean_n a_n . b_n + rho * mean_n a_n^T C_t a_n
-        a, b: z_a and z_b with rows of length one.  C_t has no gradient, B_t's part included.
+    The formula is `tico_reference`.  C has no gradient, this batch's part of it included.
 
     Shapes   z_a, z_b (B, D): two views of the same B images, row by row; any float dtype.
     Returns  scalar float32; the mean over ranks is the loss.  0 <= loss; the second term is at most
@@ -34,13 +26,12 @@ class TiCoLoss(nn.Module):
              after it, and the same on every rank.  update_covariance_matrix=False reads it only,
              and then makes no matrix of features of a batch of fewer than D rows.
     Cost     two products of B D^2; backward has none: the gradient is what the second one gave.
-    Raises   ValueError: shapes that are not two equal (B, D), or are empty; dtypes or devices that
-             differ; a D other than C's; fewer than 2 rows in the joined batch; beta outside
-             [0, 1]; rho < 0; batches that differ between ranks (on every rank).
-    Ranks    B_t is the joined batch's.  Averaged over ranks, value and gradient are those of the
-             joined batch in one process.  gather_distributed=False: each rank has a C of its own,
-             of its own b rows.  The rows that B_t is made of meet themselves in it, which adds
-             rho (1 - beta) / b to the loss, and W times as much as in the joined batch.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; a D other
+             than C's; fewer than 2 images in the joined batch; beta outside [0, 1]; rho < 0.
+    Ranks    C is of the joined batch, and the mean over ranks of value and gradient is the joined
+             batch's.  gather_distributed=False: each rank has a C of its own, of its own b rows.
+             Rows meet themselves in it, which adds rho (1 - beta) / b to the loss, and W times as
+             much as in the joined batch.
     Source   Zhu et al. 2022, TiCo, arXiv:2206.10698.
     Differs  from lightly.loss.TiCoLoss, whose value and gradient it has in one process: gathers by
              default, and C is a buffer that is saved.
@@ -53,6 +44,7 @@ class TiCoLoss(nn.Module):
     """
 
     C: Tensor | None
+    shown = ("beta", "rho", "gather_distributed")
 
     def __init__(
         self,
@@ -62,21 +54,14 @@ class TiCoLoss(nn.Module):
         gather_distributed: bool = True,
         process_group: Group = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gather_distributed, process_group)
         check_within(0, 1, beta=beta)
         check_not_negative(rho=rho)
         self.beta, self.rho = beta, rho
-        self.process_group = process_group if gather_distributed else LOCAL
         self.register_buffer("C", None)
 
     def forward(self, z_a: Tensor, z_b: Tensor, update_covariance_matrix: bool = True) -> Tensor:
-        group = self.process_group
-        # First what all ranks refuse together: one that left alone would leave the others waiting.
-        require_all_even(group, z_a=z_a, z_b=z_b)
-        check_embeddings(z_a=z_a, z_b=z_b)
-        n, D = len(z_a) * world_size(group), z_a.shape[1]
-        if n < 2:
-            raise ValueError(f"the joined batch must have at least 2 rows, got {n}")
+        n, D = check_batch(self.process_group, least=2, z_a=z_a, z_b=z_b), z_a.shape[1]
         if self.C is not None and len(self.C) != D:
             raise ValueError(f"z_a must have the {len(self.C)} features of C, got {D}")
         a, b = unit(z_a), unit(z_b)
@@ -102,16 +87,9 @@ class TiCoLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take the saved shape: C has none before the first batch."""
         saved = state_dict.get(prefix + "C")
-        self.C = None if saved is None else torch.empty_like(saved, device=_device(self.C, saved))
+        device = None if self.C is None else self.C.device
+        self.C = None if saved is None else torch.empty_like(saved, device=device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def extra_repr(self) -> str:
-        gather = self.process_group != LOCAL
-        return f"beta={self.beta}, rho={self.rho}, gather_distributed={gather}"
-
-
-def _device(mine: Tensor | None, saved: Tensor) -> torch.device:
-    return saved.device if mine is None else mine.device
 
 
 class _Terms(torch.autograd.Function):

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even, world_size
+from fastssl.distributed import require_all_even, world_size
 from fastssl.kernels.common import accumulator, full_precision
 from fastssl.losses._checks import check_not_negative, check_within
+from fastssl.losses._loss import Loss
 from fastssl.losses._moments import variance_covariance
 from fastssl.losses.vicreg import VICRegLoss, invariance, spread_reference, vicreg_reference
 
 View = tuple[Tensor, Tensor]
 
 
-class VICRegLLoss(nn.Module):
-    """VICReg of the views' global features, and of their local ones, matched by nearest neighbours.
+class VICRegLLoss(Loss):
+    """VICReg of the views' global features, and of their local ones, matched by nearest neighbors.
 
-        pairs    (a, b): a a global view, b any other view; (a, b) and (b, a) of two global ones
-        global   lambda * mean over pairs of mean (g_a - g_b)^2
-                 + mean over views of (mu * variance + nu * covariance) of g
-        local    mean over pairs of [V(a, b, m_0) + V(b, a, m_1)] / 2, by features, and the same
-                 again by grid; V(x, y, m): VICReg, with nu / 2, of the m places of x nearest to
-                 their nearest place of y, in order of distance, and those places of y
-        loss = alpha * global + (1 - alpha) * local
+    The formula is `vicregl_reference`.  A pair is a global view and any other; of two global ones
+    both orders count.  The local term of a pair is VICReg of the m places of either view that are
+    nearest to their nearest place in the other, in order of distance, and those places: once by
+    the features' distance, once by the grids'.
 
     Shapes   a view is (g, l): global features g (B, D), local features l (B, H, W, E); any float
              dtype.  Its grid (B, H, W, 2) says where its places lie in the image.  H and W may
@@ -33,9 +32,8 @@ class VICRegLLoss(nn.Module):
              and -1 mean all.  Where places are equally near, which is taken is left open.
     Returns  scalar float32; the mean over ranks is the loss.  The pairs' matches are put side by
              side, as positions of one VICReg for each number of them.
-    Raises   ValueError: views without grids or as many of both; no pair of views; shapes that do
-             not fit together; what VICRegLoss refuses; batches that differ between ranks (on every
-             rank).
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; views
+             without grids; no pair of views; what VICRegLoss refuses.
     Ranks    as VICRegLoss, which also takes gather_distributed and process_group from here:
              variances and covariances are the joined batch's, of a match by its place in the order
              of distance.
@@ -52,6 +50,8 @@ class VICRegLLoss(nn.Module):
     tensor(True)
     """
 
+    shown = ("alpha", "num_matches", "nu_param")
+
     def __init__(
         self,
         lambda_param: float = 25.0,
@@ -61,9 +61,9 @@ class VICRegLLoss(nn.Module):
         *,
         eps: float = 1e-4,
         num_matches: tuple[int | None, int | None] = (20, 4),
-        **ranks: bool | Group,
+        **ranks: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**ranks)
         check_within(0, 1, alpha=alpha)
         check_not_negative(nu_param=nu_param)
         counts = [m for m in num_matches if m is not None]
@@ -91,12 +91,12 @@ class VICRegLLoss(nn.Module):
             raise ValueError(f"want a global view and another, got {G} of {len(views)}")
         # First what all ranks refuse together: one that left alone would leave the others waiting.
         # A view that is no pair, or has no tensors, is a mistake of the program: on every rank.
-        parts = zip(views, grids, strict=True)
-        given = [(f"{i}", x) for i, ((g, z), grid) in enumerate(parts) for x in (g, z, grid)]
-        names = ("global features of view ", "local features of view ", "grid of view ")
-        named = {names[j % 3] + i: x for j, (i, x) in enumerate(given)}
-        require_all_even(self.vicreg.process_group, **named)
-        _check(views, grids, world_size(self.vicreg.process_group))
+        named: dict[str, Tensor] = {}
+        for i, ((g, z), grid) in enumerate(zip(views, grids, strict=True)):
+            named |= {f"global features of view {i}": g, f"local features of view {i}": z}
+            named[f"grid of view {i}"] = grid
+        require_all_even(self.process_group, **named)
+        _check(views, grids, world_size(self.process_group))
         pairs = [(a, b) for a in range(G) for b in range(len(views)) if a != b]
         whole = self._whole([g for g, _ in views], pairs)
         local = self._local([z.flatten(1, 2) for _, z in views], grids, pairs)
@@ -118,20 +118,17 @@ class VICRegLLoss(nn.Module):
         where = [grid.flatten(1, 2) for grid in grids]
         for x, y, most in asked:
             for at in (places, where):
-                found = _match(places[x], places[y], at[x], at[y], most)
-                matched.setdefault(found[0].shape[1], []).append(found)
+                pair = _match(places[x], places[y], at[x], at[y], most)
+                matched.setdefault(pair[0].shape[1], []).append(pair)
         total = places[0].new_zeros((), dtype=torch.float32)
         for some in matched.values():
             x, y = (torch.cat(side, 1) for side in zip(*some, strict=True))
             total = total + len(some) * self.vicreg(x, y)
         return total / (2 * len(pairs))
 
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, num_matches={self.num_matches}, nu_param={self.nu_param}"
-
 
 def _match(x: Tensor, y: Tensor, at_x: Tensor, at_y: Tensor, most: int | None) -> View:
-    """The places of x nearest to y's, and their neighbours: x (B, P, E), y (B, Q, E) -> (B, m, E).
+    """The places of x nearest to y's, and their neighbors: x (B, P, E), y (B, Q, E) -> (B, m, E).
 
     at_x, at_y: what distances are taken between.
     """
@@ -139,10 +136,10 @@ def _match(x: Tensor, y: Tensor, at_x: Tensor, at_y: Tensor, most: int | None) -
     most = P if most is None or most == -1 else min(most, P)
     with torch.no_grad(), full_precision(x.device):
         wide = accumulator(at_x.dtype)
-        distance, neighbour = torch.cdist(at_x.to(wide), at_y.to(wide)).min(2)
+        distance, neighbor = torch.cdist(at_x.to(wide), at_y.to(wide)).min(2)
         best = distance.topk(most, dim=1, largest=False).indices
-        neighbour = neighbour.gather(1, best)
-    return _rows(x, best), _rows(y, neighbour)
+        neighbor = neighbor.gather(1, best)
+    return _rows(x, best), _rows(y, neighbor)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -163,7 +160,7 @@ def _check(views: Sequence[View], grids: Sequence[Tensor], world: int) -> None:
             seen = f"{g.dtype}, {z.dtype} and {grid.dtype} on {g.device}"
             raise ValueError(f"view {i} must have view 0's float dtypes and device, got {seen}")
     if n < 2:
-        raise ValueError(f"the joined batch must have at least 2 rows, got {n}")
+        raise ValueError(f"the joined batch must have at least 2 images, got {n}")
 
 
 def vicregl_reference(
@@ -183,7 +180,7 @@ def vicregl_reference(
         for x, y, most in ((a, b, num_matches[0]), (b, a, num_matches[1])):
             features = [views[v][1].flatten(1, 2) for v in (x, y)]  # (B, places, E)
             for places in (features, [grids[v].flatten(1, 2) for v in (x, y)]):
-                distance, nearest = torch.cdist(*places).min(2)
+                distance, nearest = torch.cdist(places[0], places[1]).min(2)
                 best = distance.argsort(1)[:, :most]
                 row = torch.arange(len(best), device=best.device)[:, None]
                 pair = features[0][row, best], features[1][row, nearest.gather(1, best)]

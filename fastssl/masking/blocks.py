@@ -4,7 +4,7 @@
 
 Sizes come from tables made on the host and whole-number draws, so that every device cuts the same
 blocks.  Where a count must be exact and a rectangle is too large for it, the rectangle is filled
-line by line from one of its four sides, drawn at random: no corner is favoured.
+line by line from one of its four sides, drawn at random: no corner is favored.
 """
 
 from __future__ import annotations

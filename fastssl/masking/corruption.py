@@ -46,7 +46,7 @@ def corrupt(
     kind: "noise" (standard normal; of uint8 images uniform on 0..255), "zeros", "swap" (the same
     place of the batch's next image, the last taking from the first) or "mixed" (one of the three,
     equally likely, a patch).  Noise and draws depend on the sample's seed and mask alone; a
-    swapped patch also on its neighbour, which is one of this rank's batch.
+    swapped patch also on its neighbor, which is one of this rank's batch.
     images (B, C, *S): float or uint8, 1 to 3 sides; patch: a side or one each, dividing S.
     Raises ValueError for shapes that do not fit, an unknown kind, and swaps in a batch of one.
     Source: Atito et al. 2022, GMML, arXiv:2205.14986, section 3; 2021, SiT, arXiv:2104.03602.

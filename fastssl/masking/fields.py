@@ -66,7 +66,7 @@ def noise_masking(seeds: Tensor, grid: Sequence[int], keep: int, band: str = "ba
 
 
 def _nearest(times: Tensor) -> Tensor:
-    """The least arrival time among each place's neighbours along the sides: (B, *grid)."""
+    """The least arrival time among each place's neighbors along the sides: (B, *grid)."""
     best = torch.full_like(times, _NEVER)
     for side in range(1, times.ndim):
         n = times.shape[side]
@@ -86,7 +86,7 @@ def connected_masking(seeds: Tensor, grid: Sequence[int], keep: int, *, groups: 
 
     Every place has a random cost; a group reaches a place at the least sum of costs over paths
     from its seed (first-passage growth; paths of more steps than lie between opposite corners are
-    not tried), and the earliest reached are hidden.  A place is never hidden before the neighbour
+    not tried), and the earliest reached are hidden.  A place is never hidden before the neighbor
     it was reached from, so each hidden component holds a seed: at most `groups` of them, fewer
     where they meet.  Neighbours share a side.
     Places in the middle of the grid are hidden more often than those at its rim.

@@ -1,4 +1,4 @@
-"""Runs of neighbours along a line, and whole times and bands of a spectrogram."""
+"""Runs of neighbors along a line, and whole times and bands of a spectrogram."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _spans(seeds: Tensor, length: int, hide: int, span: int, stream: int) -> Ten
 
 
 def span_masking(seeds: Tensor, length: int, keep: int, span: int) -> Masking:
-    """Hide runs of `span` neighbours, `length - keep` places in all.
+    """Hide runs of `span` neighbors, `length - keep` places in all.
 
     Runs do not overlap but may touch; one is shorter where span does not divide the hidden count,
     and one may be cut in two by the ends: the sequence is drawn as a ring, so that every place is
@@ -59,7 +59,7 @@ def time_frequency_masking(
 
     grid (F, S): F bands (rows) of S times (columns), as an image of a spectrogram has them.
     Hidden: times F + bands S - times bands places, whatever the sample.  Both are runs, as in
-    `span_masking`, of time_span and band_span neighbours; None: one run.
+    `span_masking`, of time_span and band_span neighbors; None: one run.
     seeds (B,) int64; times in 0..S - 1 and bands in 0..F - 1, not both 0.
     Raises ValueError for counts and spans out of range.
     Source: Liu et al. 2020, TERA, arXiv:2007.06028, section III (time and frequency alteration).

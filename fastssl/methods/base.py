@@ -16,7 +16,7 @@ from torch import Tensor, nn
 Batch = dict[str, Any]
 PARAMETERS = (
     *("left", "top", "width", "height", "flip", "cos", "sin", "shift_x", "shift_y"),
-    *("brightness", "contrast", "saturation", "hue", "grayscale", "sigma", "solarise"),
+    *("brightness", "contrast", "saturation", "hue", "grayscale", "sigma", "solarize"),
 )
 
 

@@ -110,7 +110,7 @@ class VICRegConfig(MethodConfig):
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
 
 
-Followed = Literal["rotation", "geometry", "colour"]
+Followed = Literal["rotation", "geometry", "color"]
 
 
 class SIEConfig(MethodConfig):

@@ -52,11 +52,11 @@ class PointMAE(Method):
         clouds (B, N, 3) float32; a 16-bit coordinate would move its point.
         """
         groups = self.encoder.group(clouds)  # type: ignore[operator]
-        masking = random_masking(seeds, groups.centres.shape[1], self.schedule.keep)
+        masking = random_masking(seeds, groups.centers.shape[1], self.schedule.keep)
         tokens = self.encoder.tokens(_chosen(groups.points, masking.visible))  # type: ignore
-        seen = gather_tokens(groups.centres, masking.visible)
+        seen = gather_tokens(groups.centers, masking.visible)
         x = self.encoder.encode(tokens, seen)  # type: ignore[operator]
-        return self.decoder(x, groups.centres, masking), masking, groups
+        return self.decoder(x, groups.centers, masking), masking, groups
 
     def features(self, clouds: Tensor) -> Tensor:
         """Clouds (B, N, 3) -> features (B, 2 E) float32: the mean and the maximum over groups."""

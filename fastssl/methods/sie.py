@@ -55,18 +55,18 @@ def relation(first: Tensor, second: Tensor, *kinds: str) -> Tensor:
 
     "rotation", 4: T_2 T_1^T, the turn or, where one view is flipped, the reflection
     "geometry", 6: M and d of `frame_change`, which have crops and shifts in them as well
-    "colour", 7: the differences of the columns from brightness to solarise
+    "color", 7: the differences of the columns from brightness to solarize
     """
     M, d = frame_change(first, second)
     numbers = {
         "rotation": (_turn(second) @ _turn(first).mT).flatten(1),
         "geometry": torch.cat([M.flatten(1), d], 1),
-        "colour": (second - first)[:, _AT["brightness"] :],
+        "color": (second - first)[:, _AT["brightness"] :],
     }
     return torch.cat([numbers[kind] for kind in kinds], 1)
 
 
-_NUMBERS = {"rotation": 4, "geometry": 6, "colour": 7}
+_NUMBERS = {"rotation": 4, "geometry": 6, "color": 7}
 
 
 class SIE(Method):

@@ -39,7 +39,7 @@ _REFUSED = {
 
 
 def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any]):
-    """The timm model `name`, randomly initialised, `num_classes=0`.
+    """The timm model `name`, randomly initialized, `num_classes=0`.
 
     shape: of what it reads, without the batch: (C, H, W) of images, which are square.
     kwargs: anything the timm model takes (embed_dim, depth, patch_size, drop_path_rate ...).
@@ -97,14 +97,14 @@ def probe(model: nn.Module, shape: tuple[int, ...]) -> Any:
 
 def backbone_arguments(name: str, shape: tuple[int, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What `timm.create_model` is given besides the name: our defaults, then `kwargs`."""
-    given = {k: v for k, v in kwargs.items() if k not in _REFUSED}
+    asked = {k: v for k, v in kwargs.items() if k not in _REFUSED}
     family: dict[str, Any] = dict(_VIT_DEFAULTS) if is_vit(name) else {}
     if name in OWN:
-        return {"num_classes": 0, **family, **OWN[name](shape), **given}
+        return {"num_classes": 0, **family, **OWN[name](shape), **asked}
     fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
     if fixed or is_vit(name):
         family["img_size"] = shape[-1]
-    return {"num_classes": 0, "in_chans": shape[0], **family, **given}
+    return {"num_classes": 0, "in_chans": shape[0], **family, **asked}
 
 
 def channels_of(

@@ -6,7 +6,7 @@
 
 The first batch sets F.  F is a correlation about 0: means are not taken away.  Dividing by the
 largest eigenvalue makes the largest of W 1 + eps; the paper's eps * max_j s_j is then eps.  W does
-not see how large the inputs are, and the loss it is made for, on normalised rows, would not either.
+not see how large the inputs are, and the loss it is made for, on normalized rows, would not either.
 Why: in BYOL and SimSiam a trained linear predictor aligns its eigenvectors with F's, slowly; this
 sets them.  Cost: a product of N D^2 at each update, an eigendecomposition of O(D^3) at every
 `every`-th.

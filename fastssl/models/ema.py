@@ -49,7 +49,7 @@ class EMA(nn.Module):
                 piece.copy_(mean.lerp_(_piece(theirs).float(), 1 - momentum))
             else:
                 piece.lerp_(_piece(theirs), 1 - momentum)
-            if hasattr(mine, "ds_tensor") and mine.numel() == mine.ds_numel:
+            if mine.numel() == getattr(mine, "ds_numel", None):
                 whole.append(mine)
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)

@@ -25,10 +25,10 @@ class _GlobalNorm(torch.autograd.Function):
         variances, means = all_gather_nograd(own[None], check=False).unbind(1)
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
-        affine = [None if p is None else p.to(mean.dtype) for p in (weight, bias)]
+        weight_, bias_ = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
         ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, *affine, eps=eps), mean, var
+        return F.batch_norm(x, mean, var, weight_, bias_, eps=eps), mean, var
 
     @staticmethod
     @once_differentiable
@@ -118,16 +118,17 @@ def average_running_statistics(model: nn.Module) -> None:
 
     They are moving averages, so that to average after each step or once at the end is the same.
     """
-    found = [
+    statistics = [
         buffer
         for module in model.modules()
         if not is_global(module)
         for name, buffer in module.named_buffers(recurse=False)
         if name.startswith("running_")
     ]
-    if found and world_size() > 1:
-        mean = all_reduce_sum(torch.cat([b.flatten().float() for b in found])) / world_size()
-        for buffer, part in zip(found, mean.split([b.numel() for b in found]), strict=True):
+    if statistics and world_size() > 1:
+        mean = all_reduce_sum(torch.cat([b.flatten().float() for b in statistics])) / world_size()
+        parts = mean.split([b.numel() for b in statistics])
+        for buffer, part in zip(statistics, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
 

@@ -1,8 +1,8 @@
 """A transformer over groups of a cloud's points: clouds (B, N, 3) -> features (B, 2 E).
 
-    G centres, each the point farthest from those before it, the first farthest from the mean
-    group_g = the k points nearest to centre g, less the centre          (B, G, k, 3)
-    token_g = PointNet(group_g)         x = block(x + pos(centre_g)) in every block, a final norm
+    G centers, each the point farthest from those before it, the first farthest from the mean
+    group_g = the k points nearest to center g, less the center          (B, G, k, 3)
+    token_g = PointNet(group_g)         x = block(x + pos(center_g)) in every block, a final norm
     features = [mean_g x ; max_g x]
 
 A point is in several groups or in none.  The embedding of a group, shared by its points, ends in a
@@ -31,10 +31,10 @@ _FROM_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 class Groups(NamedTuple):
-    """points (B, G, k, 3), less their centre; centres (B, G, 3)."""
+    """points (B, G, k, 3), less their center; centers (B, G, 3)."""
 
     points: Tensor
-    centres: Tensor
+    centers: Tensor
 
 
 def farthest_points(cloud: Tensor, count: int) -> Tensor:
@@ -68,11 +68,11 @@ def grouped(cloud: Tensor, groups: int, size: int) -> Groups:
     if not 1 <= size <= cloud.shape[1]:
         raise ValueError(f"size must lie between 1 and {cloud.shape[1]} points, got {size}")
     x = cloud.float()
-    centres = gather_tokens(x, farthest_points(x, groups))
-    gaps = (centres[:, :, None] - x[:, None]).square().sum(-1)
+    centers = gather_tokens(x, farthest_points(x, groups))
+    gaps = (centers[:, :, None] - x[:, None]).square().sum(-1)
     near = gaps.topk(size, dim=2, largest=False).indices
     members = gather_tokens(x, near.flatten(1)).unflatten(1, (groups, size))
-    return Groups(members - centres[:, :, None], centres)
+    return Groups(members - centers[:, :, None], centers)
 
 
 class _PointNet(nn.Module):
@@ -101,7 +101,7 @@ def _position(dim: int) -> nn.Module:
 
 
 class _Blocks(nn.Module):
-    """x = block(x + position(centre)) for each block: positions enter every one."""
+    """x = block(x + position(center)) for each block: positions enter every one."""
 
     def __init__(self, dim: int, depth: int, heads: int):
         super().__init__()
@@ -110,8 +110,8 @@ class _Blocks(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, centres: Tensor) -> Tensor:
-        pos = self.position(centres.to(x.dtype))
+    def forward(self, x: Tensor, centers: Tensor) -> Tensor:
+        pos = self.position(centers.to(x.dtype))
         for block in self.blocks:
             if self.grad_checkpointing:
                 x = checkpoint(block, x + pos, use_reentrant=False)  # type: ignore[assignment]
@@ -158,21 +158,21 @@ class PointTransformer(nn.Module):
         """Groups' points (B, K, k, 3) embedded: (B, K, E), in the weights' dtype."""
         return self.embed(points.to(next(self.embed.parameters()).dtype))
 
-    def encode(self, tokens: Tensor, centres: Tensor) -> Tensor:
-        """Tokens (B, K, E) of groups at centres (B, K, 3) through the blocks, normed."""
-        return self.blocks(tokens, centres)
+    def encode(self, tokens: Tensor, centers: Tensor) -> Tensor:
+        """Tokens (B, K, E) of groups at centers (B, K, 3) through the blocks, normed."""
+        return self.blocks(tokens, centers)
 
     def forward(self, clouds: Tensor) -> Tensor:
-        points, centres = self.group(clouds)
-        x = self.encode(self.tokens(points), centres)
+        points, centers = self.group(clouds)
+        x = self.encode(self.tokens(points), centers)
         return torch.cat([x.mean(1), x.amax(1)], -1)
 
 
 class PointDecoder(nn.Module):
     """Predicts the points of hidden groups from the encoder's tokens of the visible ones.
 
-    tokens (B, K, dim), all centres (B, G, 3), masking of G groups -> (B, G - K, size, 3), less the
-    centres, in the order of `masking.masked`.  width: the decoder's own; heads divide it.
+    tokens (B, K, dim), all centers (B, G, 3), masking of G groups -> (B, G - K, size, 3), less the
+    centers, in the order of `masking.masked`.  width: the decoder's own; heads divide it.
     Source: arXiv:2203.06604, section 3.2: positions of its own in every block, one linear layer
     to the points.  There the decoder is as wide as the encoder.
     """
@@ -190,9 +190,9 @@ class PointDecoder(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"mask_token"}
 
-    def forward(self, tokens: Tensor, centres: Tensor, masking: Masking) -> Tensor:
+    def forward(self, tokens: Tensor, centers: Tensor, masking: Masking) -> Tensor:
         x = restore_tokens(self.embed(tokens), masking.restore, self.mask_token)
-        x = self.blocks(x, centres)
+        x = self.blocks(x, centers)
         return self.head(gather_tokens(x, masking.masked)).unflatten(-1, (-1, 3))
 
 

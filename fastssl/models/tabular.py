@@ -1,7 +1,7 @@
 """A transformer over the columns of a table: rows (B, F) -> features.
 
     token_j = x_j w_j + b_j           F columns, each with weights w_j and b_j (E,) of its own
-    h = blocks([REG; token_1 .. token_F])      R regularisation tokens [REG], then a final norm
+    h = blocks([REG; token_1 .. token_F])      R regularization tokens [REG], then a final norm
 
 The b_j tell columns apart, so there are no other positions, and any subset of the columns is read
 by gathering theirs.  It is registered with timm as `table_transformer`.

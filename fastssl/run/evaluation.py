@@ -10,7 +10,6 @@ from torch import Tensor
 from fastssl import distributed
 from fastssl.config import RunConfig
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.seeds import sample_seed
 from fastssl.data.sources.base import Source, Split
 from fastssl.data.views.spec import ViewSpec, apply
 from fastssl.data.worker import mostly_bad
@@ -18,6 +17,7 @@ from fastssl.engine.engine import Engine
 from fastssl.evaluate import Evaluation, evaluate_features
 from fastssl.evaluate.embed import EmbedConfig, Embedded, Features, embed, raw_input, two_views
 from fastssl.files import printable
+from fastssl.random import sample_seed
 from fastssl.report import (
     PICTURED,
     plot_curves,

@@ -210,7 +210,7 @@ class Run:
         self.evaluator = Evaluator(cfg, split, loader.views, engine)
         self.progress, self.waits = Progress(), _Waits(iter(()))
         views, channels = loader.views, split.train.channels
-        self.norm = views.normalisation(channels) if isinstance(views, Views) else None
+        self.norm = views.normalization(channels) if isinstance(views, Views) else None
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop, self.saved_step = False, 0

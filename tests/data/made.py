@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from fastssl.data.sources.tfrecord import masked_crc
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 
 def encoded(k: int = 0, kind: str = "PNG", size: tuple[int, int] = (6, 5), **options) -> bytes:
@@ -73,7 +72,7 @@ def example(features: dict[str, bytes | str | int | float], packed: bool = True)
 
 def record(data: bytes) -> bytes:
     head = struct.pack("<Q", len(data))
-    crcs = [struct.pack("<I", masked_crc(part)) for part in (head, data)]
+    crcs = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
     return head + crcs[0] + data + crcs[1]
 
 

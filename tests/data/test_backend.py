@@ -29,9 +29,9 @@ def photos(tmp_path_factory):
 
 def test_dali_where_it_is_and_files_are(photos):
     chosen, note = choose_backend("auto", SIMCLR, photos, present)
-    assert chosen == "dali" and "data.overrides.colour=linear" in note
+    assert chosen == "dali" and "data.overrides.color=linear" in note
     assert choose_backend("auto", preset("mae", 32), photos, present) == ("dali", "")
-    linear = preset("simclr", 32, colour="linear")
+    linear = preset("simclr", 32, color="linear")
     assert choose_backend("dali", linear, photos, present) == ("dali", "")
 
 

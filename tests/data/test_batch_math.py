@@ -129,7 +129,7 @@ def luma(x):
 def test_varied_colours_are_their_formulas():
     x = images()
     g = torch.Generator().manual_seed(4)
-    f = {what: 0.3 * torch.randn(B, 1, H, W, generator=g) for what in bm.COLOURS}
+    f = {what: 0.3 * torch.randn(B, 1, H, W, generator=g) for what in bm.COLORS}
     fields = {what: field.numpy() for what, field in f.items()}
     want = x.numpy().astype(np.float64) * (1 + fields["brightness"])
     mean = luma(want).mean((2, 3), keepdims=True)
@@ -164,7 +164,7 @@ def test_displaced_pixels_come_from_their_places():
 def test_zero_fields_and_none_are_the_identity():
     x = images()
     assert bm.vary(x, {}) is x
-    zero = {what: torch.zeros(B, 1, H, W) for what in bm.COLOURS}
+    zero = {what: torch.zeros(B, 1, H, W) for what in bm.COLORS}
     moved = {**zero, "displacement": torch.zeros(B, 2, H, W)}
     torch.testing.assert_close(bm.vary(x, moved), x, atol=1e-5, rtol=0)
 

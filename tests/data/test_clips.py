@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fastssl.data.render.torchvision import draw, render
-from fastssl.data.synthetic.clips import MOTIONS, ClipsSource, ClipViews, clip, clip_views, path
+from fastssl.data.synthetic.clips import MOTIONS, ClipsSource, clip, path
+from fastssl.data.views.clip import ClipViews, clip_views
 from fastssl.data.views.spec import apply, view_spec
 
 SHAPE = (3, 8, 24)
@@ -179,25 +180,25 @@ def test_plain_clips_are_white_on_black():
     assert not torch.equal(plain, own)
 
 
-COLOURS = dict(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+COLORS = dict(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
 
-@pytest.mark.parametrize("colour", ["sequential", "linear"])
-def test_all_frames_are_recoloured_blurred_and_turned_as_one(colour):
+@pytest.mark.parametrize("color", ["sequential", "linear"])
+def test_all_frames_are_recolored_blurred_and_turned_as_one(color):
     still = random_clip(1, 16, 16).expand(-1, 6, -1, -1)
     spec = clip_views(
-        16, frames=6, rotate=30, blur=1.0, grayscale=0.3, colour=colour, **COLOURS, flip=0.5
+        16, frames=6, rotate=30, blur=1.0, grayscale=0.3, color=color, **COLORS, flip=0.5
     )
     for seed in range(6):
         (view,) = spec.apply(still, seed)
         assert (view == view[:, :1]).all()
 
 
-@pytest.mark.parametrize("colour", ["sequential", "linear"])
-def test_each_frame_is_the_image_view_of_the_same_draw(colour):
+@pytest.mark.parametrize("color", ["sequential", "linear"])
+def test_each_frame_is_the_image_view_of_the_same_draw(color):
     """The laws are those of images: frame by frame, with the clip's key."""
     item = random_clip(4, 24, 30)
-    look = dict(rotate=20, grayscale=0.3, blur=0.5, colour=colour, **COLOURS)
+    look = dict(rotate=20, grayscale=0.3, blur=0.5, color=color, **COLORS)
     spec = clip_views(40, frames=4, **look)
     for seed in range(5):
         (view,) = spec.apply(item, seed)
@@ -208,7 +209,7 @@ def test_each_frame_is_the_image_view_of_the_same_draw(colour):
 
 
 def test_colours_leave_crops_flips_and_starts_as_they_were():
-    plain, full = clip_views(16), clip_views(16, blur=0.5, grayscale=0.2, **COLOURS)
+    plain, full = clip_views(16), clip_views(16, blur=0.5, grayscale=0.2, **COLORS)
     for seed in range(20):
         a, b = (draw(spec.look, 20, 28, seed) for spec in (plain, full))
         assert (*a[:5], a.turn) == (*b[:5], b.turn)
@@ -216,7 +217,7 @@ def test_colours_leave_crops_flips_and_starts_as_they_were():
 
 def test_evaluation_leaves_colours():
     item = random_clip(10, 16, 16)
-    plain = clip_views(16, frames=6, rotate=20, blur=1.0, grayscale=1.0, **COLOURS).evaluation()
+    plain = clip_views(16, frames=6, rotate=20, blur=1.0, grayscale=1.0, **COLORS).evaluation()
     assert torch.equal(
         plain.apply(item, 0)[0], clip_views(16, frames=6).evaluation().apply(item, 1)[0]
     )

@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.data.synthetic.clouds import (
-    SURFACES,
-    CloudsSource,
-    CloudViews,
-    _by_area,
-    cloud,
-    cloud_views,
-)
+from fastssl.data.synthetic.clouds import SURFACES, CloudsSource, _by_area, cloud
+from fastssl.data.views.cloud import CloudViews, cloud_views
 from fastssl.data.views.spec import apply, view_spec
 
 

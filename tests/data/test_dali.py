@@ -64,13 +64,13 @@ EXACT = {
     "shifted": (one(size=128, translate=0.2, flip=0.5), 2.5, 0.3),
     "rotated": (one(size=128, rotate=90, translate=0.2, flip=0.5), 3, 0.3),
     "grey": (one(size=128, grayscale=0.5), 2.5, 0.4),
-    "solarised": (one(size=128, solarise=0.5, solarise_threshold=0.0), 2, 0.3),
+    "solarized": (one(size=128, solarize=0.5, solarize_threshold=0.0), 2, 0.3),
     "blurred": (one(size=128, blur=0.7), 2, 0.4),
     "blurred wide": (one(size=128, blur=0.7, blur_sigma=(0.1, 9.0)), 2, 0.4),
     "erased": (one(size=128, erase=0.5), 2, 0.3),
-    "bright": (one(size=128, jitter=1, brightness=0.8, colour="linear"), 3, 0.5),
-    "contrast": (one(size=128, jitter=1, contrast=0.8, colour="linear"), 3, 0.5),
-    "colour": (one(size=128, jitter=1, saturation=0.8, hue=0.5, colour="linear"), 5, 0.6),
+    "bright": (one(size=128, jitter=1, brightness=0.8, color="linear"), 3, 0.5),
+    "contrast": (one(size=128, jitter=1, contrast=0.8, color="linear"), 3, 0.5),
+    "color": (one(size=128, jitter=1, saturation=0.8, hue=0.5, color="linear"), 5, 0.6),
 }
 
 
@@ -100,7 +100,7 @@ RECIPES = ["simclr", "byol", "mocov3", "barlow_twins", "vicreg", "swav", "dino",
 def test_presets_are_the_same_views(photos, name):
     """Linear colour, inner pixels: what a recipe trains on.  The rounding of its operations adds
     up, and the hue's matrix turns it; four of 255 is the worst of a thousand values."""
-    for found in differences(photos, preset(name, 48, colour="linear")):
+    for found in differences(photos, preset(name, 48, color="linear")):
         inner = found[..., 2:-2, 2:-2]
         assert float(inner.mean()) <= 0.6 and largest(inner, 0.999) <= 6
 
@@ -114,13 +114,13 @@ def test_sequential_colour_has_linear_stand_in(photos):
         ("a",),
         [str(k) for k in range(12)],
     )
-    views = one(size=80, colour="sequential", **mild)
+    views = one(size=80, color="sequential", **mild)
     (found,) = differences(soft, views, steps=2)
     assert largest(found) <= 4 and float(found.mean()) <= 0.6
 
 
 def test_half_and_channels_last(photos):
-    views = preset("barlow_twins", 40, colour="linear")
+    views = preset("barlow_twins", 40, color="linear")
     plain = list(loader(photos, views).stream(0, 2))
     for batch, want in zip(loader(photos, views, half=True).stream(0, 2), plain, strict=True):
         for x, y in zip(batch["views"], want["views"], strict=True):
@@ -135,7 +135,7 @@ def test_half_and_channels_last(photos):
 
 def test_the_gpu_graph_makes_the_same(photos, monkeypatch):
     """Its own ways to colour and to blur, run by DALI's CPU operators."""
-    views = preset("byol", 48, colour="linear")
+    views = preset("byol", 48, color="linear")
     here = list(loader(photos, views).stream(0, 3))
     layout = dali.Layout
     monkeypatch.setattr(dali, "Layout", lambda alone, gpu: layout(alone, gpu=True))
@@ -211,7 +211,7 @@ def test_a_file_that_dali_cannot_decode_is_replaced_and_named(photos, capfd):
     good = files()
     broken = [*good]
     broken[4], broken[9] = spoilt(), spoilt()
-    views = preset("simclr", 32, colour="linear")
+    views = preset("simclr", 32, color="linear")
     got = list(loader(Broken(broken), views).stream(0, 6))
     want = list(PretrainLoader(Broken(broken), views, batch_size=6, seed=7).stream(0, 6))
     clean = list(loader(Broken(good), views).stream(0, 6))

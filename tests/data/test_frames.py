@@ -10,7 +10,7 @@ from PIL import Image
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources import frames as room
 from fastssl.data.sources.frames import FramesSource
-from fastssl.data.synthetic.clips import clip_views
+from fastssl.data.views.clip import clip_views
 from fastssl.data.views.spec import apply
 from tests.data.made import names
 

@@ -79,6 +79,11 @@ def test_other_colours_and_formats_are_not_plain():
     assert arithmetic != PLAIN and plain_jpeg_size(arithmetic) is None
 
 
+def test_a_bomb_is_not_plain(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 50 - 1)
+    assert plain_jpeg_size(PLAIN) is None
+
+
 def test_cut_files_are_not_plain():
     assert all(plain_jpeg_size(PLAIN[:n]) is None for n in range(len(PLAIN)))
 

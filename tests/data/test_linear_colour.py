@@ -7,10 +7,10 @@ import pytest
 import torch
 from nvidia.dali import pipeline_def
 
-from fastssl.data.render.torchvision import Drawn, apply, colour_matrix, render
+from fastssl.data.render.torchvision import Drawn, apply, color_matrix, render
 from fastssl.data.views.image import View, preset
 
-VIEW = View(size=24, colour="linear")
+VIEW = View(size=24, color="linear")
 IDENTITY = Drawn(0, 0, 24, 24, False, 0.0, (0.0, 0.0), (), False, 0.0, False)
 LUMA = np.array([0.299, 0.587, 0.114])
 TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -60,7 +60,7 @@ def test_luma_stays_and_greys_stay_grey():
     """Nearly: A is rounded."""
     grey = np.ones(3)
     for saturation, hue in [(0.3, 0.1), (1.6, -0.4)]:
-        m = colour_matrix(saturation, hue).numpy()
+        m = color_matrix(saturation, hue).numpy()
         np.testing.assert_allclose(LUMA @ m, LUMA, atol=1e-6)
         np.testing.assert_allclose(m @ grey, grey, atol=0.01)
 
@@ -90,7 +90,7 @@ def twisted(x, **change):
 def test_saturation_and_hue_are_dalis(saturation, hue):
     x = image().permute(1, 2, 0).float().contiguous().numpy() / 255
     want = twisted(x, saturation=saturation, hue=360 * hue)
-    got = np.einsum("ij,hwj->hwi", colour_matrix(saturation, hue).numpy(), x)
+    got = np.einsum("ij,hwj->hwi", color_matrix(saturation, hue).numpy(), x)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
@@ -110,7 +110,7 @@ def test_what_is_drawn_does_not_depend_on_it():
     """Where nothing is clamped the two ways differ by their hues alone."""
     x = (image() // 4 + 96).to(torch.uint8)
     mild = dict(jitter=1.0, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.0, grayscale=0.3)
-    views = [preset("plain", 24, colour=c, **mild) for c in ("sequential", "linear")]
+    views = [preset("plain", 24, color=c, **mild) for c in ("sequential", "linear")]
     for seed in range(20):
         a, b = (apply(v, x, seed)[0] for v in views)
         assert (a - b).abs().max() < 1.2e-2  # of std .22: torchvision's luma is .2989, .587, .114

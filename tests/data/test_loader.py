@@ -17,8 +17,8 @@ from fastssl.data.datasets import ArrayImages
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.loader import EvalLoader, PretrainLoader
 from fastssl.data.render.torchvision import apply, drawn_parameters
-from fastssl.data.seeds import sample_seed
 from fastssl.data.views.image import preset
+from fastssl.random import sample_seed
 
 VIEWS = preset("simclr", 12)
 PLAIN = preset("plain", 12, mean=(0.5,), std=(0.25,))

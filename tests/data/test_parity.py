@@ -53,7 +53,7 @@ def moments(views, made) -> Tensor:
 
 @pytest.mark.parametrize("name", ["simclr", "byol"])
 def test_moments_agree(photos, name):
-    linear, sequential = (preset(name, 24, colour=c) for c in ("linear", "sequential"))
+    linear, sequential = (preset(name, 24, color=c) for c in ("linear", "sequential"))
     dali = moments(linear, batches(photos, linear, Rendering()))
     apart = (dali - moments(linear, batches(photos, linear))).abs()
     assert apart.max() < 0.004 and apart[:13].max() < 0.002

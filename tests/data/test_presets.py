@@ -16,7 +16,7 @@ def shape(views):
 @pytest.mark.parametrize("name", ["byol", "barlow_twins", "vicreg", "mocov3"])
 def test_byols_two_views(name):
     a, b = preset(name, 224).views
-    assert (a.blur, a.solarise, b.blur, b.solarise) == (1.0, 0.0, 0.1, 0.2)
+    assert (a.blur, a.solarize, b.blur, b.solarize) == (1.0, 0.0, 0.1, 0.2)
     for view in (a, b):
         colour = view.brightness, view.contrast, view.saturation, view.hue
         assert (view.jitter, *colour, view.grayscale) == (0.8, 0.4, 0.4, 0.2, 0.1, 0.2)
@@ -110,8 +110,8 @@ def test_two_views_changed_alike_stay_one_kind():
 
 
 def test_one_view_from_the_command_line():
-    cfg = resolve("simclr-digits", ["data.overrides.view1.solarise=0.3"])
-    assert [v.solarise for v in cfg.views().views] == [0.0, 0.3]
+    cfg = resolve("simclr-digits", ["data.overrides.view1.solarize=0.3"])
+    assert [v.solarize for v in cfg.views().views] == [0.0, 0.3]
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,10 @@ BYTES = {
     "saturation": (0.3, lambda p: ImageEnhance.Color(p).enhance(0.3)),
     "contrast": (1.6, lambda p: ImageEnhance.Contrast(p).enhance(1.6)),
     "sharpness": (0.2, lambda p: ImageEnhance.Sharpness(p).enhance(0.2)),
-    "posterise": (4.0, lambda p: ImageOps.posterize(p, 4)),
-    "solarise": (0.5, lambda p: ImageOps.solarize(p, 128)),
+    "posterize": (4.0, lambda p: ImageOps.posterize(p, 4)),
+    "solarize": (0.5, lambda p: ImageOps.solarize(p, 128)),
     "autocontrast": (0.0, ImageOps.autocontrast),
-    "equalise": (0.0, ImageOps.equalize),
+    "equalize": (0.0, ImageOps.equalize),
 }
 
 
@@ -48,7 +48,7 @@ def test_colours_are_pillows(what):
     amount, theirs = BYTES[what]
     x = unit(pillow(image()))
     # Pillow rounds to bytes; of 4 bits a byte's upper ones are kept, and n / 256 told of n / 255
-    off = 1 / 16 if what == "posterise" else 2 / 255
+    off = 1 / 16 if what == "posterize" else 2 / 255
     assert (apply_operation(x, what, amount) - unit(theirs(pillow(x)))).abs().max() <= off
 
 
@@ -90,7 +90,7 @@ def test_no_magnitude_is_no_change(what):
     amounts = {amount for w, amount in draw_operations(5000, 0.0, 0.0, Random(1)) if w == what}
     for amount in amounts:
         changed = not torch.allclose(apply_operation(image(), what, amount), image(), atol=1e-5)
-        assert changed == (what in ("autocontrast", "equalise"))
+        assert changed == (what in ("autocontrast", "equalize"))
     assert amounts
 
 
@@ -120,7 +120,7 @@ def test_magnitudes_are_normal_and_their_signs_even():
     assert abs(m.mean() - 6) < 4 * 1.5 / math.sqrt(len(m))
     assert abs(m.std() - 1.5) < 0.1 and m.max() <= 10
     assert abs((turns > 0).mean() - 0.5) < 2 / math.sqrt(len(m))
-    assert {a for w, a in draw_operations(500, 9.0, 0.0, Random(0)) if w == "posterise"} == {4.0}
+    assert {a for w, a in draw_operations(500, 9.0, 0.0, Random(0)) if w == "posterize"} == {4.0}
 
 
 def test_the_view_applies_what_is_drawn_after_its_move():
@@ -165,8 +165,8 @@ def test_amounts_are_torchvisions(magnitude, bin_):
     theirs = {
         **{"shear_x": "ShearX", "shear_y": "ShearY", "rotate": "Rotate", "saturation": "Color"},
         **{"translate_x": "TranslateX", "translate_y": "TranslateY", "contrast": "Contrast"},
-        **{"brightness": "Brightness", "sharpness": "Sharpness", "posterise": "Posterize"},
-        "solarise": "Solarize",
+        **{"brightness": "Brightness", "sharpness": "Sharpness", "posterize": "Posterize"},
+        "solarize": "Solarize",
     }
     for what, amount in draw_operations(500, magnitude, 0.0, Random(0)):
         if what in theirs:

@@ -69,8 +69,8 @@ def test_rotation_is_the_relative_turn_whatever_the_crop():
 
 
 def test_relations_stand_side_by_side():
-    p, *_ = views(8, jitter=1.0, brightness=0.5, hue=0.2, solarise=0.5)
-    whole = relation(p[:4], p[4:], "colour", "geometry")
+    p, *_ = views(8, jitter=1.0, brightness=0.5, hue=0.2, solarize=0.5)
+    whole = relation(p[:4], p[4:], "color", "geometry")
     assert whole.shape == (4, 13)
     assert torch.equal(whole[:, :7], p[4:, 9:] - p[:4, 9:])
     M, d = frame_change(p[:4], p[4:])

@@ -14,7 +14,7 @@ from fastssl.data.errors import BadItem, DataError
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.sources import remote
 from fastssl.data.sources.files import Files, read_all, status
-from fastssl.data.sources.tfrecord import example_label
+from fastssl.data.sources.tfrecord import _label
 from fastssl.data.sources.webdataset import WebDatasetSource
 from fastssl.data.views.image import preset
 from tests.data.made import shard
@@ -222,11 +222,11 @@ def test_a_shard_is_not_fetched_to_see_whether_it_is_a_folder(shards, monkeypatc
 
 def test_a_store_that_fails_is_no_damaged_record():
     class Failing:
-        def __getitem__(self, at):
+        def read(self, offset, size):
             raise DataError("could not be read")
 
     with pytest.raises(DataError, match="could not be read"):
-        example_label(Failing(), 100, "label")
+        _label(Failing(), 0, 100, "label")
 
 
 # fsspec's own destructor of an FTP client that was never made

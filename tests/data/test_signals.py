@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.data.synthetic.signals import WAVES, SignalsSource, SignalViews, signal, signal_views
+from fastssl.data.synthetic.signals import WAVES, SignalsSource, signal
+from fastssl.data.views.signal import SignalViews, signal_views
 from fastssl.data.views.spec import apply, view_spec
 
 

@@ -1,4 +1,4 @@
-"""Tables: standardised by the training part alone; constant and missing columns; plain errors."""
+"""Tables: standardized by the training part alone; constant and missing columns; plain errors."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,9 @@ from pydantic import ValidationError
 
 from fastssl.data.datasets import open_source
 from fastssl.data.errors import DataError
-from fastssl.data.sources.tables import Table, TableSource, TableViews, read_csv
+from fastssl.data.sources.tables import Table, TableSource, read_csv
 from fastssl.data.views.spec import apply, view_spec
+from fastssl.data.views.table import TableViews
 
 
 def rows(part):

@@ -74,7 +74,7 @@ FORMULAS = {
         lambda x: (1.4 * (1.7 * x - 0.7 * luma(x).mean()).clip(0, 1)).clip(0, 1),
     ),
     "grayscale": (dict(grayscale=True), lambda x: luma(x).repeat(3, 0)),
-    "solarise": (dict(solarise=True), lambda x: np.where(x >= 0.5, 1 - x, x)),
+    "solarize": (dict(solarize=True), lambda x: np.where(x >= 0.5, 1 - x, x)),
     "blur": (dict(sigma=1.1), lambda x: blurred(x, 1.1)),
 }
 
@@ -123,7 +123,7 @@ def test_one_channel_passes_colour_unchanged():
     np.testing.assert_allclose(got.numpy(), unit(x), atol=1e-6)
 
 
-def test_plain_view_is_the_centred_square_normalised():
+def test_plain_view_is_the_centred_square_normalized():
     views = Views(views=(View(size=24),), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     (got,) = apply(views, image(3, 24, 36), seed=3)
     mean, std = (np.array(v)[:, None, None] for v in (views.mean, views.std))
@@ -138,7 +138,7 @@ def test_normalisation_of_one_channel_by_three_is_their_average():
 
 
 def test_whole_view_applies_its_drawn_operations_in_order():
-    view = preset("simclr", 24, blur=1, jitter=1, grayscale=0.5, solarise=1, flip=1).views[0]
+    view = preset("simclr", 24, blur=1, jitter=1, grayscale=0.5, solarize=1, flip=1).views[0]
     for seed in range(4):
         p = draw(view, 24, 24, seed)
         x = unit(torch.round(render(VIEW, image(), IDENTITY._replace(**_crop(p))) * 255))
@@ -187,7 +187,7 @@ def test_pure_in_the_seed_and_no_global_generator_touched():
 def test_the_image_is_not_written_to():
     x = image()
     before = x.clone()
-    apply(preset("simclr", 24, solarise=1), x, 1)
+    apply(preset("simclr", 24, solarize=1), x, 1)
     assert torch.equal(x, before)
 
 
@@ -261,10 +261,10 @@ def test_crop_that_never_fits_is_the_largest_within_the_ratios(height, width, cr
 
 def test_probabilities_and_their_independence():
     got = draws(
-        flip=0.3, jitter=0.7, brightness=1, grayscale=0.2, blur=0.4, solarise=0.6, contrast=0.4
+        flip=0.3, jitter=0.7, brightness=1, grayscale=0.2, blur=0.4, solarize=0.6, contrast=0.4
     )
     seen = np.array(
-        [[p.flip, bool(p.jitter), p.grayscale, p.sigma > 0, p.solarise] for p in got], float
+        [[p.flip, bool(p.jitter), p.grayscale, p.sigma > 0, p.solarize] for p in got], float
     )
     want = np.array([0.3, 0.7, 0.2, 0.4, 0.6])
     assert (np.abs(seen.mean(0) - want) < 4 * np.sqrt(want * (1 - want) / N)).all()
@@ -273,9 +273,9 @@ def test_probabilities_and_their_independence():
 
 
 def test_never_and_always():
-    got = draws(flip=1, jitter=1, hue=0.1, grayscale=0, blur=1, solarise=0)
+    got = draws(flip=1, jitter=1, hue=0.1, grayscale=0, blur=1, solarize=0)
     assert all(p.flip and p.jitter and p.sigma for p in got)
-    assert not any(p.grayscale or p.solarise for p in got)
+    assert not any(p.grayscale or p.solarize for p in got)
 
 
 def test_factor_laws_and_random_order():
@@ -302,7 +302,7 @@ def test_blur_rotation_and_shift_laws():
 
 
 def test_one_operation_leaves_the_others_as_they_were():
-    full = preset("simclr", 32, blur=0.5, solarise=0.5).views[0]
+    full = preset("simclr", 32, blur=0.5, solarize=0.5).views[0]
     less = full.model_copy(update={"flip": 0.0, "jitter": 0.0})
     for seed in range(50):
         a, b = (draw(view, 40, 50, seed) for view in (full, less))
@@ -341,14 +341,14 @@ def test_parameters_say_where_each_pixel_came_from(seed):
 
 def test_parameters_of_known_changes():
     jitter = (("hue", -0.1), ("contrast", 0.7), ("saturation", 1.5), ("brightness", 1.25))
-    p = IDENTITY._replace(jitter=jitter, grayscale=True, sigma=1.2, solarise=True, shift=(6.0, -3))
+    p = IDENTITY._replace(jitter=jitter, grayscale=True, sigma=1.2, solarize=True, shift=(6.0, -3))
     got = named(VIEW, p, (3, 24, 24))
     want = {"brightness": 0.25, "contrast": -0.3, "saturation": 0.5, "hue": -0.1, "sigma": 0.05}
-    want |= {"grayscale": 1, "solarise": 1, "shift_x": 0.25, "shift_y": -0.125}
+    want |= {"grayscale": 1, "solarize": 1, "shift_x": 0.25, "shift_y": -0.125}
     assert {key: got[key] for key in want} == pytest.approx(want)
     gray = named(VIEW, p, (1, 24, 24))
     assert [gray[key] for key in ("saturation", "hue", "grayscale")] == [0, 0, 0]
-    assert gray["brightness"] == 0.25 and gray["solarise"] == 1
+    assert gray["brightness"] == 0.25 and gray["solarize"] == 1
 
 
 def test_parameters_of_nothing_done_are_neutral():
@@ -359,7 +359,7 @@ def test_parameters_of_nothing_done_are_neutral():
 
 
 def test_drawn_parameters_are_those_of_the_views_that_apply_makes():
-    views = preset("dino", 48, local_count=2, rotate=30, solarise=0.5)
+    views = preset("dino", 48, local_count=2, rotate=30, solarize=0.5)
     x = image(3, 60, 50)
     rows = drawn_parameters(views, x.shape, 11)
     assert rows.shape == (4, len(PARAMETERS)) and rows.dtype == torch.float32

@@ -51,8 +51,8 @@ def test_published_numbers():
 
 def test_barlow_twins_views_are_unequal():
     a, b = preset("barlow_twins", 224).views
-    assert (a.blur, a.solarise, b.blur, b.solarise) == (1.0, 0.0, 0.1, 0.2)
-    assert a.model_copy(update={"blur": b.blur, "solarise": b.solarise}) == b
+    assert (a.blur, a.solarize, b.blur, b.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert a.model_copy(update={"blur": b.blur, "solarize": b.solarize}) == b
 
 
 def test_dino_has_global_then_local_views():
@@ -65,11 +65,11 @@ def test_dino_has_global_then_local_views():
 def test_mae_and_plain_leave_the_colours():
     for name in ("mae", "plain"):
         (view,) = preset(name, 64).views
-        assert view.jitter == view.grayscale == view.blur == view.solarise == 0
+        assert view.jitter == view.grayscale == view.blur == view.solarize == 0
     assert preset("mae", 64).views[0].flip == 0.5 and preset("plain", 64).views[0].flip == 0
 
 
-def test_overrides_reach_every_view_and_the_normalisation():
+def test_overrides_reach_every_view_and_the_normalization():
     views = preset("barlow_twins", 32, flip=0, crop_scale=(0.5, 1), mean=(0.5,), std=(0.2,))
     assert all(v.flip == 0 and v.crop_scale == (0.5, 1) for v in views.views)
     assert (views.mean, views.std) == ((0.5,), (0.2,))
@@ -85,7 +85,7 @@ def test_overrides_reach_every_view_and_the_normalisation():
             "unknown preset 'xyz': valid are simclr, barlow_twins, mae, crop_mae, dino, plain",
         ),
         ("mae", {"flipp": 1}, "unknown override of preset 'mae' 'flipp': did you mean 'flip'?"),
-        ("mae", {"solarize": 1}, "did you mean 'solarise'?"),
+        ("mae", {"solarize": 1}, "did you mean 'solarize'?"),
         ("mae", {"local_count": 2}, "unknown override of preset 'mae' 'local_count'"),
         ("mae", {"flip": 1.5}, "less than or equal to 1"),
         ("mae", {"crop_scale": (0.9, 0.2)}, "the low end 0.9 is above the high end 0.2"),

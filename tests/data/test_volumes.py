@@ -9,15 +9,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as V
 
-from fastssl.data.synthetic.volumes import (
-    SOLIDS,
-    VolumesSource,
-    VolumeViews,
-    distance,
-    volume,
-    volume_views,
-)
+from fastssl.data.synthetic.volumes import SOLIDS, VolumesSource, distance, volume
 from fastssl.data.views.spec import apply, view_spec
+from fastssl.data.views.volume import VolumeViews, volume_views
 
 WHOLE = {"crop_scale": (1.0, 1.0), "flip": 0.0, "mean": 0.0, "std": 1.0}
 N = 2000
@@ -258,7 +252,7 @@ def test_one_operation_leaves_the_others_as_they_were(name):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
 
-def test_shown_undoes_the_normalisation():
+def test_shown_undoes_the_normalization():
     x = item(channels=3)
     plain = volume_views(16).evaluation()
     (view,) = plain.apply(x, 0)

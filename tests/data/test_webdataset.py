@@ -140,9 +140,25 @@ def test_a_size_beyond_all_measure_is_damage(tmp_path, form):
     path.write_bytes(path.read_bytes()[:1024] + info.tobuf(form) + bytes(1024))
     (whole,) = opened(tmp_path)
     assert whole.item(0)[0, 0, 0] == 0
-    if len(whole) > 1:
-        with pytest.raises(BadItem, match="too many for one item"):
-            whole.item(1)
+    with pytest.raises(BadItem, match="too many for one item"):
+        whole.item(1)
+
+
+@pytest.mark.parametrize("size", ["9" * 9, "-512", "no"])
+def test_a_pax_header_of_no_sound_size_stops_nothing(tmp_path, size):
+    info = tarfile.TarInfo("0.png")
+    info.size, info.pax_headers = len(encoded(0)), {"size": size}
+    data = info.tobuf(tarfile.PAX_FORMAT) + encoded(0) + bytes(-len(encoded(0)) % 512)
+    (tmp_path / "a.tar").write_bytes(data + shard(tmp_path / "b", 1, 1).read_bytes())
+    assert opened(tmp_path)[0].name(0) == "a.tar/0"
+
+
+def test_headers_of_headers_without_end_are_refused(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.USTAR_FORMAT) * 1000)
+    with pytest.raises(DataError, match="a.tar' has headers of headers without end: remove it"):
+        opened(tmp_path)
 
 
 def test_what_is_no_plain_file_is_passed_over(tmp_path, caplog):

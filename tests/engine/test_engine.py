@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from fastssl import distributed
 from fastssl.engine import launch
 from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.engine import Engine
@@ -15,7 +16,7 @@ from tests.engine import state_worker
 from tests.ranks import run_ranks
 from tests.runs import VIT, tiny
 
-KINDS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+KINDS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
 def method(tmp_path="."):
@@ -180,9 +181,31 @@ def test_activation_checkpointing_changes_nothing_but_memory():
 
 def test_raw_deepspeed_keys_are_merged_last():
     with launch.session("cpu"):
-        e = engine(2, "fp32")
-        zero = e.ds.config["zero_optimization"]
-        assert zero == {"stage": 2, "stage3_param_persistence_threshold": 0}
+        zero = [engine(stage, "fp32").ds.config["zero_optimization"] for stage in (2, 3)]
+        assert zero[0] == {"stage": 2, "stage3_param_persistence_threshold": 0}
+        assert zero[1] == {**zero[0], "stage": 3, "memory_efficient_linear": False}  # fault 39
+
+
+# fault 40
+def test_a_skipped_step_of_one_process_changes_no_buffer():
+    with launch.session("cpu"):
+        assert state_worker.skipped(0, 1) == []
+
+
+# fault 3
+def test_micro_batches_of_one_image_need_joined_norms(monkeypatch):
+    class Stub:
+        cfg, notes = EngineConfig(sync_batchnorm=False), []
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    normed = build_method(
+        build_backbone("test_resnet", shape=(1, 32, 32), kwargs={}), tiny("simclr", ".").method
+    )
+    with pytest.raises(EngineError, match="sync_batchnorm=false, but .*micro-batches of one"):
+        Engine._join_batch_norms(Stub, normed, 1)
+    Engine._join_batch_norms(Stub, normed, 2)
+    Engine._join_batch_norms(Stub, method(), 1)
+    assert len(Stub.notes) == 1 and "each of 2 processes" in Stub.notes[0]
 
 
 # fault 12

@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 import time
 
 import pytest
 import torch.distributed as dist
 
-from fastssl.engine.peers import watched
+from fastssl.engine.peers import _watch, watched
 
 
 def rank_of_two(rank, folder, how):
@@ -38,6 +40,23 @@ def test_a_rank_does_not_wait_for_a_dead_one(how, codes, tmp_path):
     for process in ranks:
         process.kill()
     assert ended == codes
+
+
+@pytest.mark.parametrize("said, lost", [(b"", [1]), (b".", [])])
+def test_a_closed_connection_is_a_death_unless_it_was_announced(said, lost):
+    (ours, theirs), (done, leave), found = socket.socketpair(), os.pipe(), []
+    watch = threading.Thread(target=_watch, args=({ours: 1}, None, done, found))
+    theirs.sendall(said)
+    theirs.close()
+    watch.start()
+    while lost and not found:
+        time.sleep(0.01)
+    os.write(leave, b".")
+    watch.join()
+    assert found == lost
+    for descriptor in (done, leave):
+        os.close(descriptor)
+    ours.close()
 
 
 def worker(told):

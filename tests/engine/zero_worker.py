@@ -23,8 +23,9 @@ CONFIGS = {
     "lamb": OptimConfig(name="lamb", lr=0.05, weight_decay=0.05),
     "adamw": OptimConfig(name="adamw", lr=0.05, weight_decay=0.5),
 }
-RUNS = [
-    *itertools.product(("lars", "lamb"), (0, 1, 2, 3), ("fp32",)),
+RUNS = [  # any two of optimizer, stage and precision meet
+    *itertools.product(("lars",), (1, 3), ("fp32",)),
+    *itertools.product(("lamb",), (0, 2), ("fp32",)),
     *itertools.product(("lars",), (0, 2), ("bf16",)),
     *itertools.product(("lamb",), (1, 3), ("bf16",)),
     ("lamb", 1, "bf16, fp32 gradients"),

@@ -180,10 +180,10 @@ def test_makes_no_matrix_of_features_when_the_batch_is_smaller():
     [
         (
             ((4, 3), (4, 2)),
-            r"must all be \(B, D\), none empty, got \(4, 3\) and \(4, 2\)",
+            r"must both be \(B, D\), none of them empty, got \(4, 3\) and \(4, 2\)",
         ),
         (((4,), (4,)), r"got \(4,\) and \(4,\)"),
-        (((1, 3), (1, 3)), "the joined batch must have at least 2 rows, got 1"),
+        (((1, 3), (1, 3)), "the joined batch must have at least 2 images, got 1"),
     ],
 )
 def test_refuses_shapes(shapes, words):
@@ -194,7 +194,7 @@ def test_refuses_shapes(shapes, words):
 def test_refuses_dtypes_and_devices_that_differ():
     z = torch.zeros(4, 3)
     for other, words in ((z.double(), "torch.float64 on cpu"), (z.to("meta"), "on meta")):
-        with pytest.raises(ValueError, match=f"z_a and z_b must have one dtype .*{words}"):
+        with pytest.raises(ValueError, match=f"z_a and z_b must share dtype .*{words}"):
             BarlowTwinsLoss()(z, other)
 
 

@@ -172,7 +172,7 @@ def each_rank(rank, world):
     return seen
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda w: f"W={w}")
+@pytest.fixture(scope="module", params=[4], ids=lambda w: f"W={w}")
 def ranks(request):
     return run_ranks(each_rank, request.param)
 

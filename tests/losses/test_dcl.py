@@ -6,7 +6,8 @@ import torch
 from lightly.loss.dcl_loss import negative_mises_fisher_weights
 
 from fastssl.losses import DCLLoss, DCLWLoss
-from tests.losses.views import pairwise, views
+from tests.covering import pairwise
+from tests.losses.views import views
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads
 
 # lightly wraps its weights in torch.tensor(), which torch warns of.

@@ -6,7 +6,8 @@ import torch
 import fastssl.losses.dense
 from fastssl.losses import DenseInfoNCELoss
 from fastssl.losses.dense import dense_info_nce_reference
-from tests.losses.views import assert_as_good, pairwise
+from tests.covering import pairwise
+from tests.losses.views import assert_as_good
 from tests.oracle import DEVICE, UPSTREAM, grads, largest_tensor, saved_elements
 
 
@@ -127,5 +128,5 @@ def test_refuses_maps(z0, z1, words):
     "match", [torch.zeros(2, 3), torch.zeros(2, 5).long(), torch.zeros(3).long()]
 )
 def test_refuses_matches(match):
-    with pytest.raises(ValueError, match=r"match must be \(2, 3\) integers by z0, got"):
+    with pytest.raises(ValueError, match=r"match must be \(2, 3\) integers on cpu, got"):
         DenseInfoNCELoss()(torch.ones(2, 3, 4), torch.ones(2, 5, 4), match)

@@ -90,7 +90,7 @@ def first_half(z):
 
 
 def pointing(z):
-    """Without rows of zeros, which have no nearest neighbour."""
+    """Without rows of zeros, which have no nearest neighbor."""
     return torch.where((z == 0).all(1, keepdim=True), 1, z)
 
 
@@ -253,7 +253,7 @@ PRIMITIVES = {  # name: a function of two (B, D) and of impl
         a, b, 0.5, -1.0, positive=K.same_group, impl=impl
     ),
     "pairwise_topk": lambda a, b, impl: K.pairwise_topk(a, b, 1, impl=impl)[0],
-    "standardise": lambda a, b, impl: K.standardise(a, eps=1e-5, impl=impl),
+    "standardize": lambda a, b, impl: K.standardize(a, eps=1e-5, impl=impl),
     "column_moments": lambda a, b, impl: torch.stack(K.column_moments(a, impl=impl)),
     "cross_diagonal": lambda a, b, impl: K.cross_diagonal(a, b, impl=impl),
     "cross_correlation": lambda a, b, impl: K.cross_correlation(a, b, impl=impl)[1],

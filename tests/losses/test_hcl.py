@@ -5,7 +5,8 @@ import torch
 
 from fastssl.losses import HCLLoss, NTXentLoss
 from fastssl.losses.hcl import hcl_reference
-from tests.losses.views import assert_as_good, pairwise, views
+from tests.covering import pairwise
+from tests.losses.views import assert_as_good, views
 from tests.oracle import DEVICE, UPSTREAM, grads
 
 

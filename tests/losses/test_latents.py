@@ -3,7 +3,7 @@ import torch
 
 from fastssl.losses import ChamferLoss, ScaledCosineLoss
 from fastssl.losses.latents import chamfer_reference, scaled_cosine_reference
-from tests.losses.views import pairwise
+from tests.covering import pairwise
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fastssl.losses.mmcr import MMCRLoss
-from tests.losses.views import pairwise
+from tests.covering import pairwise
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor
 
 SHAPES = [(5, 2, 3), (12, 1, 40), (40, 3, 12), (6, 4, 5), (2, 1, 1)]

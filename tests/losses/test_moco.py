@@ -5,7 +5,8 @@ import torch
 
 from fastssl.losses import MoCoLoss, MoCoV3Loss
 from fastssl.losses.moco import moco_reference, moco_v3_reference
-from tests.losses.views import pairwise, unit, views
+from tests.covering import pairwise
+from tests.losses.views import unit, views
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, saved_elements
 
 

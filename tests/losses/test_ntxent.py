@@ -6,7 +6,8 @@ import torch
 
 from fastssl.losses import NTXentLoss
 from fastssl.losses.ntxent import ntxent_reference
-from tests.losses.views import pairwise, views
+from tests.covering import pairwise
+from tests.losses.views import views
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, grads, saved_elements
 
 

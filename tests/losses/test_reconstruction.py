@@ -5,7 +5,7 @@ from fastssl.kernels import Normalized, gather_patches
 from fastssl.losses import MAELoss
 from fastssl.losses.reconstruction import mae_reference
 from fastssl.masking import random_masking
-from tests.losses.views import pairwise
+from tests.covering import pairwise
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 
@@ -46,7 +46,7 @@ def test_kinds_over_clips_and_signals(kind, want):
         assert loss(pred, images, ids).item() == pytest.approx(want)
 
 
-def test_normalised_images():
+def test_normalized_images():
     images = torch.randint(256, (5, 3, 8, 12), dtype=torch.uint8, device=DEVICE)
     mean, std = torch.rand(2, 3, device=DEVICE) + 0.5
     masked = random_masking(torch.arange(5, device=DEVICE), 6, 2).masked

@@ -53,7 +53,7 @@ def test_16_bits_in_float32_out(dtype):
         assert cosine > 0.9999
 
 
-def test_regularisers_are_lightlys():
+def test_regularizers_are_lightlys():
     z_a, z_b, p = (x.double() for x in embeddings(20, 8, 3))
     terms = SIELoss().terms(z_a, z_b, p)
     spread = sum(lightly.variance_loss(x) for x in (z_a, z_b, p)) / 2
@@ -95,12 +95,12 @@ def test_terms_weighed_are_the_loss():
 @pytest.mark.parametrize(
     "shapes, words",
     [
-        (((4, 3), (4, 2), (4, 1)), r"\(B, D\) .* got \(4, 3\), \(4, 2\), \(4, 1\)"),
-        (((4, 3), (4, 3), (5, 1)), r"got \(4, 3\), \(4, 3\), \(5, 1\)"),
-        (((4,), (4,), (4,)), r"got \(4,\), \(4,\), \(4,\)"),
-        (((4, 3), (4, 3), (4, 0)), r"none empty, got \(4, 3\), \(4, 3\), \(4, 0\)"),
-        (((4, 3), (4, 3), (4, 4)), "predicted must have at most the 3 features of z_a, got 4"),
-        (((1, 3), (1, 3), (1, 1)), "the joined batch must have at least 2 rows, got 1"),
+        (((4, 3), (4, 2), (4, 1)), r"must both be \(B, D\), .* got \(4, 3\) and \(4, 2\)"),
+        (((4, 3), (4, 3), (5, 1)), r"predicted must be \(4, E\) .* got \(5, 1\)"),
+        (((4,), (4,), (4,)), r"got \(4,\) and \(4,\)"),
+        (((4, 3), (4, 3), (4, 0)), r"predicted must be \(B, D\), none of them empty, got \(4, 0\)"),
+        (((4, 3), (4, 3), (4, 4)), r"predicted must be \(4, E\) with E of at most 3, got \(4, 4\)"),
+        (((1, 3), (1, 3), (1, 1)), "the joined batch must have at least 2 images, got 1"),
     ],
 )
 def test_refuses_shapes(shapes, words):
@@ -110,7 +110,7 @@ def test_refuses_shapes(shapes, words):
 
 def test_refuses_dtypes():
     z = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match="share a float dtype .* torch.float64 on cpu"):
+    with pytest.raises(ValueError, match="predicted must share dtype .* torch.float64 on cpu"):
         SIELoss()(z, z, z.double())
     with pytest.raises(ValueError, match="got torch.int64 on cpu"):
         SIELoss()(*[z.long()] * 3)

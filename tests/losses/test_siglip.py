@@ -77,7 +77,7 @@ def test_a_nan_shows():
 @pytest.mark.parametrize(
     "shapes, words",
     [
-        (((4, 3), (5, 3)), r"must be \(B, D\), not empty, got \(4, 3\) and \(5, 3\)"),
+        (((4, 3), (5, 3)), r"must both be \(B, D\), none of them empty, got \(4, 3\) and \(5, 3\)"),
         (((4, 3), (4, 2)), r"got \(4, 3\) and \(4, 2\)"),
         (((0, 3), (0, 3)), r"got \(0, 3\)"),
         (((4,), (4,)), r"got \(4,\)"),
@@ -94,7 +94,7 @@ def test_refuses_other_arguments():
         SigLIPLoss(strategy="star")
     with pytest.raises(ValueError, match=r"scale must be a number .* got \(4,\)"):
         SigLIPLoss()(x, x, torch.ones(4), 0.0)
-    with pytest.raises(ValueError, match="q must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(ValueError, match="must be floating-point, got torch.int64"):
         SigLIPLoss()(x.long(), x.long(), 1.0, 0.0)
 
 
@@ -175,7 +175,7 @@ def each_rank(rank, world):
     return seen
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda w: f"W={w}")
+@pytest.fixture(scope="module", params=[4], ids=lambda w: f"W={w}")
 def ranks(request):
     return run_ranks(each_rank, request.param)
 

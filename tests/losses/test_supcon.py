@@ -6,7 +6,8 @@ from pytorch_metric_learning.losses import SupConLoss as Rival
 
 from fastssl.losses import NTXentLoss, SupConLoss
 from fastssl.losses.supcon import supcon_reference
-from tests.losses.views import pairwise, views
+from tests.covering import pairwise
+from tests.losses.views import views
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fastssl.losses.tico import TiCoLoss
-from tests.losses.views import pairwise, views
+from tests.covering import pairwise
+from tests.losses.views import views
 from tests.oracle import UPSTREAM, assert_no_worse, grads, largest_tensor
 
 
@@ -125,7 +126,7 @@ def test_zero_rows_are_finite_and_nan_is_handed_on():
     [
         (((4, 3), (4, 2)), r"both be \(B, D\), none of them empty, got \(4, 3\) and \(4, 2\)"),
         (((4,), (4,)), r"got \(4,\) and \(4,\)"),
-        (((1, 3), (1, 3)), "the joined batch must have at least 2 rows, got 1"),
+        (((1, 3), (1, 3)), "the joined batch must have at least 2 images, got 1"),
         (((4, 5), (4, 5)), "z_a must have the 3 features of C, got 5"),
     ],
 )

@@ -121,10 +121,13 @@ def test_makes_no_matrix_of_features_when_the_batch_is_smaller(shape):
 @pytest.mark.parametrize(
     "shapes, words",
     [
-        (((4, 3), (4, 2)), r"must both be \(B, ..., D\), none empty, got \(4, 3\) and \(4, 2\)"),
+        (
+            ((4, 3), (4, 2)),
+            r"must both be \(B, ..., D\), none .* got \(4, 3\) and \(4, 2\)",
+        ),
         (((4,), (4,)), r"got \(4,\) and \(4,\)"),
         (((4, 0, 2), (4, 0, 2)), r"got \(4, 0, 2\) and"),
-        (((1, 3), (1, 3)), "the joined batch must have at least 2 rows, got 1"),
+        (((1, 3), (1, 3)), "the joined batch must have at least 2 images, got 1"),
     ],
 )
 def test_refuses_shapes(shapes, words):
@@ -134,9 +137,9 @@ def test_refuses_shapes(shapes, words):
 
 def test_refuses_dtypes():
     z = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match="must share a float dtype and a device, got torch.float6"):
+    with pytest.raises(ValueError, match="must share dtype and device, got torch.float"):
         VICRegLoss()(z.double(), z)
-    with pytest.raises(ValueError, match="must share a float dtype and a device, got torch.int64"):
+    with pytest.raises(ValueError, match="must be floating-point, got torch.int64"):
         VICRegLoss()(z.long(), z.long())
 
 

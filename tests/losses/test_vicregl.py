@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fastssl.losses.vicregl import VICRegLLoss
-from tests.losses.views import pairwise
+from tests.covering import pairwise
 from tests.oracle import DEVICE, UPSTREAM, grads
 
 B, D, E = 6, 7, 5
@@ -144,7 +144,7 @@ def test_refuses_counts():
         VICRegLLoss()([one, one], [grid] * 2, [one])
     with pytest.raises(ValueError, match="want a global view and another, got 1 of 1"):
         VICRegLLoss()([one], [grid])
-    with pytest.raises(ValueError, match="the joined batch must have at least 2 rows, got 1"):
+    with pytest.raises(ValueError, match="the joined batch must have at least 2 images, got 1"):
         VICRegLLoss()([view(1)] * 2, [grid[:1]] * 2)
 
 

@@ -1,7 +1,5 @@
 """Two views of made-up images, and the long way to their scores."""
 
-from itertools import combinations, product
-
 import torch
 
 from tests.oracle import DEVICE, as_accurate_as_eager, grads
@@ -18,7 +16,7 @@ def unit(z):
 
 
 def stacked(z0, z1):
-    """All 2B normalised views, the first ones first, and which pairs are of different images."""
+    """All 2B normalized views, the first ones first, and which pairs are of different images."""
     z, image = unit(torch.cat([z0, z1])), torch.arange(len(z0), device=z0.device).repeat(2)
     return z, image[:, None] != image
 
@@ -36,23 +34,3 @@ def assert_as_good(ours, eager, inputs, reduce, score, slack=2.0):
     assert error <= eagers + torch.finfo(torch.float32).eps * max(score, truth[0].abs().item())
     for a, e, t in zip(mine[1:], par[1:], truth[1:], strict=True):
         as_accurate_as_eager(a, e, t, slack)
-
-
-def pairwise(axes):
-    """Arguments of parametrize: cases of the product of the axes in which any two values meet.
-
-    axes: {"B, D": [(2, 3), ...], "temperature": [...], ...}; a dict as an axis gives its values.
-    Faults hide in one value or where two meet; the whole product of many axes only costs more.
-    """
-    values = [list(axis.values() if isinstance(axis, dict) else axis) for axis in axes.values()]
-    every = list(product(*(range(len(axis)) for axis in values)))
-    sides = list(combinations(range(len(values)), 2))
-    left = {(i, j, case[i], case[j]) for case in every for i, j in sides}
-    chosen = []
-    while left:
-        case = max(every, key=lambda c: len({(i, j, c[i], c[j]) for i, j in sides} & left))
-        left -= {(i, j, case[i], case[j]) for i, j in sides}
-        chosen.append([])
-        for names, axis, k in zip(axes, values, case, strict=True):
-            chosen[-1] += axis[k] if "," in names else [axis[k]]
-    return {"argnames": ", ".join(axes), "argvalues": chosen}

@@ -86,7 +86,7 @@ def test_one_block_is_a_rectangle_anywhere():
 
 
 def test_a_surplus_is_left_out_at_every_side_alike():
-    """18 places of a 4 x 5 block: two neighbours are missing, at a corner, any of eight ways."""
+    """18 places of a 4 x 5 block: two neighbors are missing, at a corner, any of eight ways."""
     n = 8000
     made = ~shown(block_masking(seeds(n), (9, 9), 63, least=18, aspect=(0.8, 0.8), tries=1))
     made = made.view(n, 9, 9)

@@ -44,7 +44,7 @@ def test_noise_is_filtered_as_stated(grid, few, many, band):
 
 
 def alike(made, H, W):
-    """How often two neighbours are both visible, relative to what chance gives."""
+    """How often two neighbors are both visible, relative to what chance gives."""
     x = made.view(-1, H, W).double()
     pairs = (x[:, 1:] * x[:, :-1]).mean() / 2 + (x[..., 1:] * x[..., :-1]).mean() / 2
     return (pairs / x.mean() ** 2).item()
@@ -63,17 +63,17 @@ def test_low_bands_clump_and_high_ones_spread():
 def test_green_masks_have_a_band_of_frequencies():
     """Their spectrum peaks between those of red and of blue noise."""
     frequency = torch.hypot(*torch.meshgrid(*[torch.fft.fftfreq(28).abs()] * 2, indexing="ij"))
-    centre = {}
+    center = {}
     for band in ("red", "green", "blue"):
         made = shown(noise_masking(seeds(100), (28, 28), 196, band)).cpu().double()
         power = torch.fft.fft2(made.view(-1, 28, 28) - 0.25).abs().square().mean(0)
-        centre[band] = float((power * frequency).sum() / power.sum())
-    assert centre["red"] < 0.8 * centre["green"] < 0.64 * centre["blue"]
+        center[band] = float((power * frequency).sum() / power.sum())
+    assert center["red"] < 0.8 * center["green"] < 0.64 * center["blue"]
 
 
-def test_colours_are_names_of_bands():
-    for colour, band in (("red", "low"), ("blue", "high"), ("green", "band"), ("purple", "stop")):
-        a, b = (noise_masking(seeds(3), (6, 6), 9, x).visible for x in (colour, band))
+def test_colors_are_names_of_bands():
+    for color, band in (("red", "low"), ("blue", "high"), ("green", "band"), ("purple", "stop")):
+        a, b = (noise_masking(seeds(3), (6, 6), 9, x).visible for x in (color, band))
         assert torch.equal(a, b)
 
 

@@ -91,7 +91,7 @@ def test_known_masks(name):
 
 
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
-def test_neighbouring_seeds_and_far_ones(make):
+def test_neighboring_seeds_and_far_ones(make):
     far = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)], device=DEVICE)
     first = parts(make(far))[0]
     assert len({str(row) for row in first.tolist()}) > 1

@@ -60,7 +60,7 @@ def test_hashes_are_those_of_splitmix64():
 
 
 def shown(start, n=20_000, L=12, keep=3, step=1):
-    """1.0 where a place is visible, for n neighbouring seeds."""
+    """1.0 where a place is visible, for n neighboring seeds."""
     numbers = start + step * torch.arange(n, device=DEVICE)
     visible = random_masking(numbers, L, keep).visible
     return torch.zeros(n, L, device=DEVICE).scatter_(1, visible, 1.0)
@@ -69,7 +69,7 @@ def shown(start, n=20_000, L=12, keep=3, step=1):
 @pytest.mark.parametrize(
     "step", [1, 2**32, 0x9E3779B97F4A7C15 - 2**64], ids=["1", "2**32", "gamma"]
 )
-def test_places_are_equally_likely_and_neighbours_independent(step):
+def test_places_are_equally_likely_and_neighbors_independent(step):
     x = shown(0, step=step)
     p = 3 / 12
     deviation = (p * (1 - p) / len(x)) ** 0.5
@@ -78,7 +78,7 @@ def test_places_are_equally_likely_and_neighbours_independent(step):
     pairs = x.T @ x / len(x)
     pairs.fill_diagonal_(3 / 12 * 2 / 11)
     assert ((pairs - 3 / 12 * 2 / 11).abs() < 5 * (0.0455 / len(x)) ** 0.5).all()
-    # Places of two neighbouring samples know nothing of each other.
+    # Places of two neighboring samples know nothing of each other.
     across = x[:-1].T @ x[1:] / (len(x) - 1)
     assert ((across - p * p).abs() < 5 * (p * p * (1 - p * p) / len(x)) ** 0.5).all()
 

@@ -40,6 +40,27 @@ def test_every_method_has_options_here():
     assert set(METHODS) == set(OPTIONS) | set(OTHERS)
 
 
+def learns(method, batch):
+    """Twenty bare steps on one batch: the loss falls."""
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
+    losses = []
+    for step in range(20):
+        loss = method(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(step / 20)
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.97 * sum(losses[:3]), losses
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_twenty_steps_learn(name, tmp_path):
+    ours, _ = method(name, tmp_path)
+    params = torch.rand(2, 16, len(PARAMETERS), generator=torch.Generator().manual_seed(0)) + 0.5
+    learns(ours, {**batch(ours.views, 16), "params": list(params)})
+
+
 @pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")  # lightly's own
 @pytest.mark.parametrize(
     "name, rival",
@@ -243,7 +264,7 @@ def tiny_sie(**changes):
     return SIE(Tiny(), SIEConfig.model_validate(cfg))
 
 
-@pytest.mark.parametrize("follows", [["rotation"], ["colour", "geometry"]], ids=str)
+@pytest.mark.parametrize("follows", [["rotation"], ["color", "geometry"]], ids=str)
 @pytest.mark.parametrize("share, split", [(0.5, 12), (0.25, 18)])
 def test_the_loss_is_that_of_the_split_embeddings(follows, share, split):
     ours = tiny_sie(follows=follows, share=share, reader=[5])
@@ -345,7 +366,7 @@ def explained(parts, target):
 def test_the_equivariant_part_knows_the_turn_and_the_invariant_part_does_not():
     ours = tiny_sie(hidden_dim=128, projection_dim=64)
     optimiser = torch.optim.AdamW(ours.parameters(), 2e-3)
-    for step in range(150):
+    for step in range(100):
         data, _ = turned(256, step)
         loss = ours(data)["loss"]
         optimiser.zero_grad()

@@ -1,6 +1,5 @@
 """Methods on clips, signals, rows and clouds: whole runs, plans, and gradients over ranks."""
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +9,8 @@ from fastssl.diagnose.plan import make_plan
 from fastssl.export import export
 from fastssl.models import channels_of
 from fastssl.run.train import build, open_source, pretrain
-from tests.runs import OTHERS, losses, tiny
+from tests.methods.test_methods import learns
+from tests.runs import OTHERS, tiny
 
 CHANNELS = {"videomae": 3, "signal_mae": 1, "tjepa": 13, "point_mae": 3}
 PICTURES = {"views.png", "reconstructions.png"}
@@ -27,12 +27,10 @@ def made(name, tmp_path, n=6, **changes):
     return method, {"views": [torch.stack(items)], "index": each, "seeds": each + 11}
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_run_learns_and_shows_itself(name, tmp_path):
-    cfg = tiny(name, tmp_path, epochs=4, optim__lr=3e-3)
+@pytest.mark.parametrize("name", ["videomae", "tjepa"])  # with pictures and without
+def test_a_run_shows_itself(name, tmp_path):
+    cfg = tiny(name, tmp_path, epochs=1, optim__lr=3e-3)
     results = pretrain(cfg)
-    curve = losses(cfg)
-    assert np.mean(curve[-3:]) < 0.97 * np.mean(curve[:3])
     rows = {row["encoder"]: row for row in results["rows"]}
     assert set(rows) == {"pretrained", "random initialisation", "raw input"}
     assert rows["pretrained"] != rows["random initialisation"]
@@ -46,6 +44,12 @@ def test_a_run_learns_and_shows_itself(name, tmp_path):
     assert channels_of(model.name, model.kwargs, weights, of) == channels
     with pytest.raises(ConfigError, match="timm is for timm's models"):
         export(cfg.directory, tmp_path / "timm", "timm")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_twenty_steps_learn(name, tmp_path):
+    method, batch = made(name, tmp_path, n=16)
+    learns(method.train(), batch)
 
 
 @pytest.mark.parametrize("name", OTHERS)

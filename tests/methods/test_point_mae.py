@@ -32,7 +32,7 @@ def test_the_encoder_reads_visible_groups_alone(tmp_path):
     _, masking, groups = method.predict(clouds, batch["seeds"])
     rows = torch.arange(6)[:, None]
     torch.testing.assert_close(seen[0], groups.points[rows, masking.visible])
-    torch.testing.assert_close(seen[1], groups.centres[rows, masking.visible])
+    torch.testing.assert_close(seen[1], groups.centers[rows, masking.visible])
 
 
 def test_reconstructions_stand_where_their_centres_are(tmp_path):
@@ -43,7 +43,7 @@ def test_reconstructions_stand_where_their_centres_are(tmp_path):
     assert torch.equal(painted[:, :18], seen)
     assert torch.cdist(seen, clouds).min(2).values.max() < 1e-3  # they are the cloud's own points
     prediction, masking, groups = method.predict(clouds, batch["seeds"])
-    hidden = groups.centres[torch.arange(6)[:, None], masking.masked]
+    hidden = groups.centers[torch.arange(6)[:, None], masking.masked]
     want = prediction + hidden[:, :, None]
     torch.testing.assert_close(painted[:, 18:].unflatten(1, (5, 6)), want)
 

@@ -1,4 +1,4 @@
-"""The projection head, and batch normalisation over the joined batch of two ranks."""
+"""The projection head, and batch normalization over the joined batch of two ranks."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def data():
     return x, torch.randn(12, 7, generator=g, dtype=torch.float64)
 
 
-def normalise(rank, world):
+def normalize(rank, world):
     """Two training steps and one in evaluation mode on this rank's rows."""
     x, upstream = (t.chunk(world)[rank] for t in data())
     norm = BatchNorm1d(7).double()
@@ -54,10 +54,10 @@ def test_bfloat16_stays_bfloat16_across_ranks():
     torch.testing.assert_close(torch.cat(two), one, rtol=0.05, atol=0.1)
 
 
-def test_two_ranks_normalise_as_one():
+def test_two_ranks_normalize_as_one():
     """The oracle is torch's own batch norm, which one process runs."""
-    one = normalise(0, 1)
-    two = run_ranks(normalise, 2)
+    one = normalize(0, 1)
+    two = run_ranks(normalize, 2)
     out, dx, dw, db, mean, var, count, evaluated = (list(pair) for pair in zip(*two, strict=True))
     close = dict(rtol=1e-9, atol=1e-9)
     for joined, whole in ((out, one[0]), (dx, one[1]), (evaluated, one[7])):

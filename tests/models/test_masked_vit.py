@@ -171,7 +171,7 @@ def test_any_strides(layout):
     )
 
 
-def test_images_that_are_normalised_as_they_are_read():
+def test_images_that_are_normalized_as_they_are_read():
     masked = MaskedViT(vit(*CLIP).float())
     raw = torch.randint(256, (3, *CLIP[1]), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.3])

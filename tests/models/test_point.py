@@ -17,7 +17,7 @@ def made(**changes):
     return PointTransformer(**{**shape, **changes}).eval()
 
 
-def test_each_centre_is_the_farthest_from_those_before():
+def test_each_center_is_the_farthest_from_those_before():
     for cloud, ids in zip(CLOUDS, farthest_points(CLOUDS, 12).tolist(), strict=True):
         assert len(set(ids)) == 12
         assert (cloud - cloud.mean(0)).norm(dim=1).argmax() == ids[0]
@@ -26,16 +26,16 @@ def test_each_centre_is_the_farthest_from_those_before():
             assert gaps.argmax() == ids[n]
 
 
-def test_groups_are_the_nearest_points_less_their_centre():
-    points, centres = grouped(CLOUDS, 5, 6)
-    assert points.shape == (3, 5, 6, 3) and centres.shape == (3, 5, 3)
+def test_groups_are_the_nearest_points_less_their_center():
+    points, centers = grouped(CLOUDS, 5, 6)
+    assert points.shape == (3, 5, 6, 3) and centers.shape == (3, 5, 3)
     for b in range(3):
-        gaps = torch.cdist(centres[b], CLOUDS[b])
+        gaps = torch.cdist(centers[b], CLOUDS[b])
         for g in range(5):
             want = CLOUDS[b][gaps[g].argsort()[:6]]
-            found = points[b, g] + centres[b, g]
+            found = points[b, g] + centers[b, g]
             torch.testing.assert_close(found.sort(0).values, want.sort(0).values)
-    assert points.norm(dim=-1).min(2).values.max() < 1e-3  # the centre is in its group
+    assert points.norm(dim=-1).min(2).values.max() < 1e-3  # the center is in its group
 
 
 def test_a_cloud_is_a_set_and_a_sample_its_own():
@@ -58,24 +58,24 @@ def test_groups_do_not_mind_the_order_of_their_points():
 
 def test_features_are_mean_and_maximum_of_the_groups():
     model = made()
-    points, centres = model.group(CLOUDS)
-    x = model.encode(model.tokens(points), centres)
+    points, centers = model.group(CLOUDS)
+    x = model.encode(model.tokens(points), centers)
     torch.testing.assert_close(model(CLOUDS), torch.cat([x.mean(1), x.max(1).values], 1))
 
 
 def test_positions_enter_every_block():
     model = made()
-    points, centres = model.group(CLOUDS)
+    points, centers = model.group(CLOUDS)
     x = tokens = model.tokens(points)
     for block in model.blocks.blocks:
-        x = block(x + model.blocks.position(centres))
-    torch.testing.assert_close(model.encode(tokens, centres), model.blocks.norm(x))
+        x = block(x + model.blocks.position(centers))
+    torch.testing.assert_close(model.encode(tokens, centers), model.blocks.norm(x))
 
 
 def test_the_grouping_is_float32_in_bfloat16():
     model = made().to(torch.bfloat16)
-    points, centres = model.group(CLOUDS)
-    assert points.dtype == centres.dtype == torch.float32
+    points, centers = model.group(CLOUDS)
+    assert points.dtype == centers.dtype == torch.float32
     assert model(CLOUDS).dtype == torch.bfloat16
 
 
@@ -94,13 +94,13 @@ def test_the_decoder_predicts_hidden_groups_in_order():
     torch.manual_seed(0)
     decoder = PointDecoder(24, width=16, depth=2, heads=2, size=7)
     masking = random_masking(torch.arange(3), 9, 4)
-    tokens, centres = torch.randn(3, 4, 24), torch.randn(3, 9, 3)
+    tokens, centers = torch.randn(3, 4, 24), torch.randn(3, 9, 3)
     x = decoder.mask_token.expand(3, 9, 16).scatter(
         1, masking.visible[..., None].expand(-1, -1, 16), decoder.embed(tokens)
     )
-    x = decoder.blocks(x, centres)
+    x = decoder.blocks(x, centers)
     want = decoder.head(x.gather(1, masking.masked[..., None].expand(-1, -1, 16)))
-    out = decoder(tokens, centres, masking)
+    out = decoder(tokens, centers, masking)
     assert out.shape == (3, 5, 7, 3)
     torch.testing.assert_close(out, want.view(3, 5, 7, 3))
 

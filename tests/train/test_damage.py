@@ -8,31 +8,16 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from fastssl.config import ConfigError
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints, damaged
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints, _unreadable, damaged
+from fastssl.engine.config import CheckpointConfig
 from fastssl.export import load_encoder
 from fastssl.report import read_metrics
+from fastssl.run.directory import prepared
 from fastssl.run.train import pretrain
 from tests.runs import final, tiny
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        from tests.runs import without_pictures
-
-        without_pictures(patch.setattr)
-        cfg = tiny("mae", tmp_path_factory.mktemp("finished"), checkpoint__keep=1)
-        pretrain(cfg)
-    return cfg
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of a finished run, with one checkpoint."""
-    shutil.copytree(finished.directory, tmp_path / "run")
-    return finished.model_copy(update={"output": tmp_path, "resume": "auto"})
 
 
 def forged(run, step, **trainer):
@@ -100,10 +85,32 @@ def lists_too_little(checkpoint):
         file.unlink()
 
 
+def lists_no_weights(checkpoint):
+    (checkpoint / "deepspeed/mp_rank_00_model_states.pt").unlink()
+    sign(checkpoint)
+
+
 def links_outside(checkpoint):
     state = checkpoint / "rng-0.pt"
     state.rename(checkpoint.parent / "elsewhere")
     state.symlink_to(checkpoint.parent / "elsewhere")
+
+
+def adds_a_state(checkpoint):
+    (checkpoint / "deepspeed/mp_rank_000_model_states.pt").write_bytes(b"0")
+    sign(checkpoint)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """As `save` leaves one, of step 10 by one process, its states small."""
+    path = tmp_path / "run/checkpoints/step-00000010"
+    (path / "deepspeed").mkdir(parents=True)
+    (path / "trainer.json").write_text('{"step": 10, "world": 1}')
+    (path / "encoder.safetensors").write_bytes(b"weights")
+    for name in ("rng-0.pt", "deepspeed/mp_rank_00_model_states.pt"):
+        torch.save({"a": torch.ones(3)}, path / name)
+    return sign(path)
 
 
 # faults 29 and 30
@@ -120,17 +127,40 @@ def links_outside(checkpoint):
         (lambda c: (c / ".hidden").write_text(""), "does not name .hidden"),
         (lambda c: os.mkfifo(c / "fifo"), "does not name fifo"),
         (lists_too_little, "does not name rng-0.pt"),
+        (lists_no_weights, "does not name any weights"),
         (links_outside, "rng-0.pt is no plain file"),
+        (adds_a_state, "mp_rank_000_model_states.pt is no file of a checkpoint"),
+        (lambda c: (c / "rng-0.pt").unlink(), "rng-0.pt is missing"),
+        (lambda c: (c / "encoder.safetensors").write_bytes(b"w"), "has 1 bytes, not 7"),
+        (lambda c: (c / "encoder.safetensors").write_bytes(b"Weights"), "match its checksum"),
     ],
 )
-def test_a_checkpoint_is_whole_and_of_its_step_or_damaged(spoil, reason, run):
-    checkpoint = run.directory / "checkpoints/step-00000010"
+def test_a_checkpoint_is_whole_and_of_its_step_or_damaged(spoil, reason, checkpoint):
     assert damaged(checkpoint) is None
     if isinstance(spoil, str):
         (checkpoint / "manifest.json").write_text(spoil)
     else:
         spoil(checkpoint)
     assert reason in damaged(checkpoint)
+
+
+# fault 29
+@pytest.mark.parametrize("name", ["rng-0.pt", "deepspeed/mp_rank_00_model_states.pt"])
+def test_a_state_that_is_code_is_not_run(name, checkpoint, tmp_path):
+    assert _unreadable(checkpoint, share=False) is None
+    (checkpoint / name).write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
+    assert f"{name} holds more than tensors" in _unreadable(checkpoint, share=False)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_newest_and_the_best_are_kept_and_the_newest_is_first(checkpoint):
+    checkpoints = Checkpoints(checkpoint.parents[1], CheckpointConfig(keep=1))
+    for step in (2, 4, 100):
+        shutil.copytree(checkpoint, checkpoint.with_name(f"step-{step:08d}"))
+    (checkpoint.parent / "best").write_text("step-00000004")
+    assert checkpoints.latest() == "step-00000100"
+    checkpoints._prune()
+    assert checkpoints.names() == ["step-00000100", "step-00000004"]
 
 
 def forged_step(checkpoint, step):
@@ -148,7 +178,7 @@ def test_weights_that_are_none_are_refused_in_a_sentence(run):
         load_encoder(run.directory)
 
 
-def test_a_reader_that_dies_meanwhile_fails_no_checkpoint(finished, tmp_path):
+def test_a_reader_that_dies_meanwhile_fails_no_checkpoint(tmp_path):
     """Fault 43: torch's handler raises wherever the main thread is."""
 
     class Reached(Exception):
@@ -165,16 +195,16 @@ def test_a_reader_that_dies_meanwhile_fails_no_checkpoint(finished, tmp_path):
     before = signal.signal(signal.SIGCHLD, alarm)
     try:
         with pytest.raises(Reached):
-            Checkpoints(tmp_path, finished.checkpoint).save(Stub(), 1, {}, best=False)
+            Checkpoints(tmp_path, CheckpointConfig()).save(Stub(), 1, {}, best=False)
         assert signal.getsignal(signal.SIGCHLD) is alarm
     finally:
         signal.signal(signal.SIGCHLD, before)
 
 
 # fault 34
-def test_a_directory_in_the_place_of_a_file_is_refused_at_once(run):
-    best = run.directory / "checkpoints/best"
-    best.unlink(missing_ok=True)
-    best.mkdir()
-    with pytest.raises(ConfigError, match="checkpoints/best is a directory"):
-        pretrain(run)
+@pytest.mark.parametrize("name", ["best", "latest"])
+def test_a_directory_in_the_place_of_a_file_is_refused_at_once(name, tmp_path):
+    cfg = tiny("mae", tmp_path)
+    (cfg.directory / "checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"checkpoints/{name} is a directory"), prepared(cfg):
+        pass

@@ -57,7 +57,7 @@ def test_killed_and_resumed_equals_undisturbed(backend, tmp_path):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(losses(killed)) == 8
-    subprocess.run(command(killed, tmp_path, "resume=auto"), check=True, timeout=300)
+    pretrain(killed.model_copy(update={"resume": "auto"}))
     assert losses(killed) == losses(whole) and len(losses(whole)) == 15
     rows = [json.loads((c.directory / "results.json").read_text())["rows"] for c in (whole, killed)]
     assert rows[0] == rows[1]

@@ -14,7 +14,7 @@ from fastssl.engine.checkpoint import damaged
 from fastssl.engine.engine import Engine
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import Silent
-from fastssl.run.train import Interrupted, Progress, Run, pretrain
+from fastssl.run.train import Interrupted, Progress, Run, _Signals, pretrain
 from tests.data.photos import folder
 from tests.runs import final, tiny
 
@@ -31,10 +31,9 @@ def saved_method(cfg):
 @pytest.mark.parametrize(
     "method, stage, precision, number",
     [
-        *[(method, 0, "fp32", signal.SIGTERM) for method in ("simclr", "sie")],
-        ("mae", 0, "fp32", signal.SIGUSR1),  # fault 46
-        ("clip", 0, "fp32", signal.SIGHUP),
-        *[(method, 2, "fp32", signal.SIGINT) for method in ("mocov3", "nnclr")],
+        ("sie", 0, "fp32", signal.SIGHUP),  # fault 46
+        ("mae", 1, "bf16", signal.SIGUSR1),  # fault 46
+        ("nnclr", 2, "fp32", signal.SIGINT),
         ("mocov3", 3, "bf16", signal.SIGTERM),
     ],
 )
@@ -104,6 +103,27 @@ def test_a_rank_leaves_with_another_that_was_asked_to_stop(monkeypatch):
     with pytest.raises(Interrupted, match="together"):
         next(Run.agreed(Stub(), iter([{}])))
     assert saved == [False]
+
+
+# fault 46
+def test_signals_ask_a_run_to_stop_and_no_more():
+    class Stub:
+        asked_to_stop = False
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        stub = Stub()
+        with _Signals(stub):
+            os.kill(os.getpid(), number)
+        assert stub.asked_to_stop
+    assert [signal.getsignal(number) for number in numbers] == before
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with _Signals(Stub()):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
 
 
 class Heard(Silent):

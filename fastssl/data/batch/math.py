@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LUMA = (0.299, 0.587, 0.114)
-COLOURS, MOVES = ("brightness", "contrast", "saturation"), ("displacement",)
+COLORS, MOVES = ("brightness", "contrast", "saturation"), ("displacement",)
 
 
 @torch.no_grad()
 def mixup(x: Tensor, partner: Tensor, alpha: Tensor) -> Tensor:
     """alpha_i x_i + (1 - alpha_i) x_partner(i); x (B, ...), partner (B,) int64, alpha (B,).
 
-    Source: Zhang et al. 2018, mixup, arXiv:1710.09412, equation 1; of unlabelled views, Bandara et
+    Source: Zhang et al. 2018, mixup, arXiv:1710.09412, equation 1; of unlabeled views, Bandara et
     al. 2023, arXiv:2312.02151, algorithm 1, with one alpha for the batch.
     """
     alpha = _rows(alpha, x)
@@ -121,8 +121,8 @@ def vary(x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
     Source: Mansfield et al. 2023, Random Field Augmentations, arXiv:2311.03629: transformations
     whose parameters are independent Gaussian random fields.
     """
-    if other := fields.keys() - {*COLOURS, *MOVES}:
-        raise ValueError(f"fields: want of {(*MOVES, *COLOURS)}, got {sorted(other)}")
+    if other := fields.keys() - {*COLORS, *MOVES}:
+        raise ValueError(f"fields: want of {(*MOVES, *COLORS)}, got {sorted(other)}")
     out = x.float()
     if "displacement" in fields:
         out = _displaced(out, fields["displacement"])
@@ -131,8 +131,8 @@ def vary(x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
     for what in ("contrast", "saturation"):
         if what in fields and (what == "contrast" or x.shape[1] == 3):
             luma = _luma(out)
-            centre = luma.mean((-2, -1), keepdim=True) if what == "contrast" else luma
-            out = torch.lerp(centre, out, 1 + fields[what])
+            center = luma.mean((-2, -1), keepdim=True) if what == "contrast" else luma
+            out = torch.lerp(center, out, 1 + fields[what])
     return out.clamp(0, 1).to(x.dtype) if fields else x
 
 

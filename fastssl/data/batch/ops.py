@@ -2,8 +2,8 @@
 
     data.batch_ops: [{name: mixup, views: [1]}, {name: low_frequency}]
 
-They run one after the other on the device, on the views as normalised; style and fields undo the
-normalisation and put it back.  All they draw comes from the samples' seeds: the result is a
+They run one after the other on the device, on the views as normalized; style and fields undo the
+normalization and put it back.  All they draw comes from the samples' seeds: the result is a
 function of the batch, and a run that is resumed goes on with the same numbers.
 Partners and donors are of the rank's own share of the batch, over all its micro-batches: unlike
 views, what these operations make depends on the number of ranks.  "label", "params" and "index"
@@ -31,7 +31,7 @@ _TAG = 0x6261746368  # apart from what methods draw from the same seeds
 class BatchOp(Section):
     """Base of the operations.  A subclass says what becomes of one view of the batch.
 
-    pixels: whether `changed` is to have values in [0, 1], the normalisation undone.
+    pixels: whether `changed` is to have values in [0, 1], the normalization undone.
     dims: how many dimensions a view must have without the batch; None: any.
     """
 
@@ -74,7 +74,7 @@ class Noise(BatchOp):
     name: Literal["noise"] = "noise"
     in_batch: float = Field(0.1, ge=0, le=4, description="Factor of another sample's deviation.")
     gaussian: float = Field(
-        0.0, ge=0, le=4, description="Standard deviation of normal noise, in normalised units."
+        0.0, ge=0, le=4, description="Standard deviation of normal noise, in normalized units."
     )
 
     def changed(self, x: Tensor, seeds: Tensor, own: Tensor, progress: float) -> Tensor:
@@ -124,7 +124,7 @@ class Fields(BatchOp):
     cutoff: int = Field(8, ge=1, le=64, description="Largest frequency, cycles a side.")
 
     def changed(self, x: Tensor, seeds: Tensor, own: Tensor, progress: float) -> Tensor:
-        names = ("displacement", "displacement", *batch_math.COLOURS)
+        names = ("displacement", "displacement", *batch_math.COLORS)
         count = 2 * batch_math.modes(self.cutoff)
         n = batch_math.normal(uniform(own, len(names) * count)).view(len(x), len(names), 2, -1)
         on = [i for i, name in enumerate(names) if getattr(self, name)]
@@ -169,7 +169,7 @@ class LowFrequency(BatchOp):
 
 
 AnyBatchOp = Annotated[Mixup | Noise | Style | Fields | LowFrequency, Field(discriminator="name")]
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def check_batch_ops(ops: Sequence[BatchOp], shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -197,13 +197,13 @@ def apply_batch_ops(
     ops: Sequence[BatchOp],
     batch: Batch,
     progress: float,
-    normalisation: Normalisation | None = None,
+    normalization: Normalization | None = None,
     device: torch.device | str | None = None,
 ) -> Batch:
     """The batch with its views changed by `ops`, one after the other; others of its keys are kept.
 
     batch: "views", tensors (B, ...), and "seeds" (B,) int64.  progress: of the run, in [0, 1).
-    normalisation: mean and std of the views' channels.  device: where to do it; none: where it is.
+    normalization: mean and std of the views' channels.  device: where to do it; none: where it is.
     """
     if not ops:
         return batch
@@ -214,7 +214,7 @@ def apply_batch_ops(
         for v, view in enumerate(views):
             if op.views is None or v in op.views:
                 given = op, view, keys[:, -1], keys[:, v], progress
-                views[v] = _on_pixels(normalisation, *given) if op.pixels else _changed(*given)
+                views[v] = _on_pixels(normalization, *given) if op.pixels else _changed(*given)
     return {**batch, "views": views}
 
 
@@ -222,9 +222,9 @@ def _changed(op: BatchOp, view: Tensor, seeds: Tensor, own: Tensor, progress: fl
     return op.changed(view, seeds, own, progress)
 
 
-def _on_pixels(normalisation: Normalisation | None, op: BatchOp, view: Tensor, *given) -> Tensor:
-    if normalisation is None:
+def _on_pixels(normalization: Normalization | None, op: BatchOp, view: Tensor, *given) -> Tensor:
+    if normalization is None:
         return _changed(op, view, *given)
-    mean, std = (torch.tensor(v, device=view.device)[:, None, None] for v in normalisation)
+    mean, std = (torch.tensor(v, device=view.device)[:, None, None] for v in normalization)
     pixels = view.float() * std + mean
     return ((_changed(op, pixels, *given) - mean) / std).to(view.dtype)

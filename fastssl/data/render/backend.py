@@ -59,7 +59,7 @@ def choose_backend(
 ) -> Choice:
     """The back end for these views of this source.
 
-    "auto" is DALI where it is installed and the source has encoded images in colour; where only the
+    "auto" is DALI where it is installed and the source has encoded images in color; where only the
     installation is wanting, the note says so.  missing() -> why DALI is not there, or "".
     Raises DataError where "dali" is asked for and cannot be had.
     """
@@ -72,11 +72,11 @@ def choose_backend(
     if reason:
         return Choice("torch", f"views are made by torchvision: {reason}")
     assert isinstance(views, Views)
-    mixed = any(view.colour == "sequential" and view.jitter for view in views.views)
+    mixed = any(view.color == "sequential" and view.jitter for view in views.views)
     return Choice("dali", _LINEAR if mixed else "")
 
 
 _LINEAR = (
-    "views are made by DALI, all colour changes of one in a single linear map: "
-    "data.overrides.colour=linear names it, data.backend=torch makes them one after the other"
+    "views are made by DALI, all color changes of one in a single linear map: "
+    "data.overrides.color=linear names it, data.backend=torch makes them one after the other"
 )

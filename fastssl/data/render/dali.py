@@ -1,7 +1,7 @@
 """The views of images with NVIDIA's DALI, on a GPU or on the CPU.
 
-    bytes -> decode the part that the views lie in -> for each view: crop, resize -> move -> colour
-    -> blur -> solarise -> flip, (v - mean) / std, to float32 or float16, channels first or last
+    bytes -> decode the part that the views lie in -> for each view: crop, resize -> move -> color
+    -> blur -> solarize -> flip, (v - mean) / std, to float32 or float16, channels first or last
     -> erase
 
 Nothing is drawn here: the numbers of torch_views.draw_views come along with the bytes, so that a
@@ -12,7 +12,7 @@ tests/data/test_dali.py:
     decoding            the same bytes
     crop and resize     within 2 of 255; DALI repeats the border where torchvision cuts its filter
                         off, which shows in the outermost pixels of a crop that shrinks
-    colour              `linear` always (views.py).  For `sequential` it stands in: the same where
+    color              `linear` always (views.py).  For `sequential` it stands in: the same where
                         nothing is clamped and the hue is not turned
     all else            within rounding: pixels are uint8 between operations
 
@@ -117,7 +117,7 @@ class _Flow:
         self.pending: deque[_Fed] = deque()
 
     def __call__(self) -> tuple[Any, ...]:
-        batch = next(self.host)  # StopIteration is what DALI wants to hear at the end
+        batch = next(self.host)  # its StopIteration at the end of an epoch ends DALI's, too
         arrays: list[Any] = [unpacked(batch["data"], batch["ends"]), *_ints(batch["part"].numpy())]
         for view, drawn in zip(self.to.views.crops, batch["drawn"].numpy(), strict=True):
             arrays += numbers(view, drawn, self.to.layout).values()
@@ -125,7 +125,7 @@ class _Flow:
         return self.pending[-1].arrays
 
     def taken(self) -> list[Batch]:
-        """The batches under way, which are given up."""
+        """Drop the batches that are still in the pipeline, and return them."""
         batches = [fed.batch for fed in self.pending]
         self.pending.clear()
         return batches
@@ -167,8 +167,8 @@ def numbers(view: View, drawn: np.ndarray, layout: Layout) -> dict[str, Any]:
         found["gain"], found["shift"] = brightness * contrast, brightness * (1 - contrast)
     if view.blur:
         found |= _gaussian(column("sigma"), view.size, layout.gpu)
-    if view.solarise:
-        found["threshold"] = column("solarise")
+    if view.solarize:
+        found["threshold"] = column("solarize")
     if view.erase:
         box = column("erase_top", "erase_left", "erase_height", "erase_width")
         found["anchor"], found["extent"] = (half.astype(np.float32) for half in _ints(box))
@@ -216,13 +216,13 @@ def _graph(to: Renderer, flow: _Flow):
         at = {name: given.pop(0) for name in own}
         x = _placed(view, image, at)
         if "hue" in at:
-            x = (_coloured_gpu if gpu else _coloured_cpu)(x, at)
+            x = (_colored_gpu if gpu else _colored_cpu)(x, at)
         if view.blur:
             x = (_blurred_gpu if gpu else _blurred_cpu)(x, at)
         if "threshold" in at:
             threshold = _gpu(at["threshold"]) if gpu else at["threshold"]
             x = x ^ (types.Constant(255).uint8() * (x >= threshold))
-        made.append(_normalised(x, views.normalisation(3), to.how, at))
+        made.append(_normalized(x, views.normalization(3), to.how, at))
     return tuple(made)
 
 
@@ -246,21 +246,21 @@ def _placed(view: View, image: Node, at: Nodes) -> Node:
 
 
 def _shift(x: Node, at: Nodes) -> Node:
-    """What linear colour adds to every value of an image, of 0 to 255: views.py's b (1 - c) mu."""
+    """What linear color adds to every value of an image, of 0 to 255: views.py's b (1 - c) mu."""
     mean = fn.reductions.mean(x, axes=(0, 1))
     return at["shift"] * (0.299 * mean[0] + 0.587 * mean[1] + 0.114 * mean[2])
 
 
-def _coloured_cpu(x: Node, at: Nodes) -> Node:
-    """Linear colour.  What is added may be added first, for greys stay as they are; so the matrix
+def _colored_cpu(x: Node, at: Nodes) -> Node:
+    """Linear color.  What is added may be added first, for grays stay as they are; so the matrix
     is the last, which clamps and rounds in less time than another operation would."""
     shift = _shift(x, at)
     x = fn.brightness_contrast(x, brightness=at["gain"], brightness_shift=shift, dtype=types.FLOAT)
     return fn.color_twist(x, hue=at["hue"], saturation=at["saturation"], dtype=types.UINT8)
 
 
-def _coloured_gpu(x: Node, at: Nodes) -> Node:
-    """Linear colour.  The mean is on the GPU, where an operation's arguments cannot be."""
+def _colored_gpu(x: Node, at: Nodes) -> Node:
+    """Linear color.  The mean is on the GPU, where an operation's arguments cannot be."""
     shift = _shift(x, at | {"shift": _gpu(at["shift"])})
     x = fn.color_twist(
         x, hue=at["hue"], saturation=at["saturation"], brightness=at["gain"], dtype=types.FLOAT
@@ -278,7 +278,7 @@ def _blurred_gpu(x: Node, at: Nodes) -> Node:
     return fn.gaussian_blur(x, sigma=at["sigma"], window_size=at["window"])
 
 
-def _normalised(x: Node, norm: Norm, how: Rendering, at: Nodes) -> Node:
+def _normalized(x: Node, norm: Norm, how: Rendering, at: Nodes) -> Node:
     x = fn.crop_mirror_normalize(
         x,
         mirror=at.get("mirror", 0),

@@ -1,8 +1,8 @@
 """Batches on their way to DALI: bytes of files, and what each view of them was drawn with.
 
-A worker reads files and draws; it decodes only what DALI should not see.  A plain JPEG file goes on
-as it is, everything else as pixels behind a PPM header, after images.decode_bytes had its say.  So
-the two back ends read the same images, refuse the same, and draw the same views of them.
+A worker reads files and draws the views' parameters.  A plain JPEG file is passed on undecoded;
+every other image is decoded here by sources/decode.py and passed on as a PPM file.  So the two back
+ends read the same images, refuse the same ones, and draw the same views of them.
 """
 
 import math
@@ -25,7 +25,7 @@ COLUMNS = (
     *("top", "left", "height", "width", "flip"),
     *("xx", "xy", "x", "yx", "yy", "y"),  # of all that moves: from output to input, pixels
     *("hue", "saturation", "brightness", "contrast"),
-    *("sigma", "solarise"),  # output pixels; the least value, of 0 to 255, that is inverted
+    *("sigma", "solarize"),  # output pixels; the least value, of 0 to 255, that is inverted
     *("erase_top", "erase_left", "erase_height", "erase_width"),  # output pixels
 )
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
@@ -83,7 +83,7 @@ def drawn_columns(view: View, p: Drawn, top: int, left: int) -> list[float]:
         360 * change.get("hue", 0.0),
         0.0 if p.grayscale else change.get("saturation", 1.0),
         *(change.get("brightness", 1.0), change.get("contrast", 1.0)),
-        *(p.sigma, 255 * view.solarise_threshold if p.solarise else _NEVER),
+        *(p.sigma, 255 * view.solarize_threshold if p.solarize else _NEVER),
         *p.erase,
     ]
 

@@ -45,9 +45,9 @@ PARAMETERS = (
     "contrast",  # factor minus 1 (0)
     "saturation",  # factor minus 1 (0)
     "hue",  # turns (0)
-    "grayscale",  # 1: without colour (0)
+    "grayscale",  # 1: without color (0)
     "sigma",  # of the blur (0)
-    "solarise",  # 1: bright pixels are inverted (0)
+    "solarize",  # 1: bright pixels are inverted (0)
 )
 _CROP_TRIES = 10
 _MATRIX_BLUR = 128  # pixels; measured on one core: 52 us for 170 at 32, 134 for 405 at 96
@@ -69,7 +69,7 @@ class Drawn(NamedTuple):
     jitter: tuple[tuple[str, float], ...]  # what, factor; in the order they apply
     grayscale: bool
     sigma: float  # output pixels; 0: no blur
-    solarise: bool
+    solarize: bool
     flip_vertical: bool = False
     turn: int = 0  # quarters, anticlockwise
     operations: tuple[tuple[str, float], ...] = ()  # of rand_augment: what, amount; in order
@@ -126,7 +126,7 @@ def draw(view: View, height: int, width: int, seed: int) -> Drawn:
         jitter=tuple((what, factor) for _, what, factor in sorted(jitter)),
         grayscale=u[13] < view.grayscale,
         sigma=low + (high - low) * u[15] if u[14] < view.blur else 0.0,
-        solarise=u[16] < view.solarise,
+        solarize=u[16] < view.solarize,
         **_draw_others(view, seed),
     )
 
@@ -177,17 +177,17 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     return F.gaussian_blur(rows, [1, taps], [sigma, sigma])
 
 
-# DALI's: see views.py on linear colour.
+# DALI's: see views.py on linear color.
 _YIQ = torch.tensor(
     [[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]], dtype=torch.float64
 )
 _RGB = torch.linalg.inv(_YIQ)
 
 
-def colour_matrix(saturation: float, hue: float) -> Tensor:
-    """M (3, 3) float32 of views.py: the colours of RGB scaled and turned, `hue` in turns.
+def color_matrix(saturation: float, hue: float) -> Tensor:
+    """M (3, 3) float32 of views.py: the colors of RGB scaled and turned, `hue` in turns.
 
-    >>> bool((colour_matrix(1.0, 0.0) - torch.eye(3)).abs().max() < 1e-6)
+    >>> bool((color_matrix(1.0, 0.0) - torch.eye(3)).abs().max() < 1e-6)
     True
     """
     cos, sin = (saturation * f(2 * math.pi * hue) for f in (math.cos, math.sin))
@@ -195,7 +195,7 @@ def colour_matrix(saturation: float, hue: float) -> Tensor:
     return (_RGB @ turn @ _YIQ).float()
 
 
-def _recoloured(image: Tensor, p: Drawn) -> Tensor:
+def _recolored(image: Tensor, p: Drawn) -> Tensor:
     """The jitter and the grayscale of p as one linear map, clamped at the end."""
     change = dict(p.jitter)
     b, c = (change.get(what, 1.0) for what in ("brightness", "contrast"))
@@ -203,24 +203,24 @@ def _recoloured(image: Tensor, p: Drawn) -> Tensor:
     shift = b * (1 - c) * image.mean((-2, -1), keepdim=True)
     if image.shape[-3] == 1:
         return (b * c * image + shift).clamp_(0, 1)
-    turned = b * c * colour_matrix(saturation, change.get("hue", 0.0))
+    turned = b * c * color_matrix(saturation, change.get("hue", 0.0))
     shift = (_YIQ[0].float()[:, None, None] * shift).sum(-3, keepdim=True)
     return (turned @ image.flatten(-2)).view_as(image).add_(shift).clamp_(0, 1)
 
 
 def _jittered(image: Tensor, p: Drawn) -> Tensor:
     """The jitter and the grayscale of p, one after the other."""
-    colour = image.shape[-3] == 3
+    color = image.shape[-3] == 3
     for what, factor in p.jitter:
-        if colour or what in ("brightness", "contrast"):
+        if color or what in ("brightness", "contrast"):
             image = _ADJUST[what](image, factor)
-    if p.grayscale and colour:
+    if p.grayscale and color:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     return image
 
 
 def render(view: View, image: Tensor, p: Drawn) -> Tensor:
-    """One view, (C, size, size) float32 in [0, 1], of a uint8 (C, H, W) image, to be normalised.
+    """One view, (C, size, size) float32 in [0, 1], of a uint8 (C, H, W) image, to be normalized.
 
     Images may stand behind other dimensions (..., C, H, W): all are treated alike.
     """
@@ -239,11 +239,11 @@ def render(view: View, image: Tensor, p: Drawn) -> Tensor:
     for what, amount in p.operations:
         out = apply_operation(out, what, amount)
     if p.jitter or p.grayscale:
-        out = (_recoloured if view.colour == "linear" else _jittered)(out, p)
+        out = (_recolored if view.color == "linear" else _jittered)(out, p)
     if p.sigma:
         out = _blur(out, p.sigma)
-    if p.solarise:
-        out = F.solarize(out, view.solarise_threshold)
+    if p.solarize:
+        out = F.solarize(out, view.solarize_threshold)
     return out
 
 
@@ -274,7 +274,7 @@ def draw_views(views: Views, height: int, width: int, seed: int) -> list[Drawn]:
 
 
 def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
-    """Every view of one image: `views.count` tensors, (C, size, size) float32, normalised.
+    """Every view of one image: `views.count` tensors, (C, size, size) float32, normalized.
 
     image: (C, H, W) uint8, C = 1 or 3.  seed: a non-negative integer; view v draws from (seed, v),
     so the same seed gives the same views, and torch's global generator is not touched.
@@ -291,7 +291,7 @@ def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
 
 
 def erased(view: Tensor, p: Drawn) -> Tensor:
-    """`view` (..., H, W), normalised, with 0 written into p's rectangle."""
+    """`view` (..., H, W), normalized, with 0 written into p's rectangle."""
     top, left, height, width = p.erase
     view[..., top : top + height, left : left + width] = 0
     return view
@@ -300,9 +300,9 @@ def erased(view: Tensor, p: Drawn) -> Tensor:
 def parameters(view: View, p: Drawn, shape: Sequence[int]) -> list[float]:
     """One number for each of PARAMETERS: what `render` does to an image of `shape` (C, H, W).
 
-    An operation left out has its neutral value, as colour changes have on one-channel images.  An
+    An operation left out has its neutral value, as color changes have on one-channel images.  An
     upside-down flip is a left-right one and half a turn, and quarter turns are part of the angle.
-    Neither the order of the colour changes nor an erased rectangle is told.
+    Neither the order of the color changes nor an erased rectangle is told.
     Raises ValueError for a view with operations of RandAugment, which have no columns.
 
     >>> view = View(size=8, rotate=90)
@@ -317,15 +317,15 @@ def parameters(view: View, p: Drawn, shape: Sequence[int]) -> list[float]:
         )
     channels, height, width = shape
     change = dict(p.jitter)
-    colour = (change.get("saturation", 1.0) - 1, change.get("hue", 0.0), float(p.grayscale))
+    color = (change.get("saturation", 1.0) - 1, change.get("hue", 0.0), float(p.grayscale))
     angle = math.radians(p.angle - 90 * p.turn + 180 * p.flip_vertical)
     return [
         *(p.left / width, p.top / height, p.width / width, p.height / height),
         *(float(p.flip != p.flip_vertical), math.cos(angle), math.sin(angle)),
         *(shift / view.size for shift in p.shift),
         *(change.get(what, 1.0) - 1 for what in ("brightness", "contrast")),
-        *(colour if channels == 3 else (0.0, 0.0, 0.0)),
-        *(p.sigma / view.size, float(p.solarise)),
+        *(color if channels == 3 else (0.0, 0.0, 0.0)),
+        *(p.sigma / view.size, float(p.solarize)),
     ]
 
 

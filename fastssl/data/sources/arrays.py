@@ -118,7 +118,7 @@ def _member(path: Path, mapping: Any, key: str) -> np.ndarray:
 
 
 def _order(path: Path, images: np.ndarray, layout: str) -> tuple[int, ...]:
-    """The axes channels, height, width among an image's own, with a channel axis added to grey.
+    """The axes channels, height, width among an image's own, with a channel axis added to gray.
 
     Raises DataError for what are no images.
     """
@@ -139,7 +139,7 @@ def _order(path: Path, images: np.ndarray, layout: str) -> tuple[int, ...]:
     return (0, 1, 2) if layout == "NCHW" or (layout == "auto" and first) else (2, 0, 1)
 
 
-def _labelled(found: np.ndarray, count: int) -> tuple[Tensor, tuple[str, ...]]:
+def _labeled(found: np.ndarray, count: int) -> tuple[Tensor, tuple[str, ...]]:
     """Labels (N,) and classes, from whole numbers or texts (N,)."""
     got = f"{found.dtype} {list(found.shape)}"
     if found.shape != (count,) or found.dtype.kind not in "iuU":
@@ -179,7 +179,7 @@ class ArraysSource(SourceOptions):
         order = _order(self.path, images, self.layout)
         if self.labels is not None:
             found = _load(self.labels)
-        labels, classes = (None, None) if found is None else _labelled(found, len(images))
+        labels, classes = (None, None) if found is None else _labeled(found, len(images))
         shape = images.shape[1:] if images.ndim == 4 else (1, *images.shape[1:])
         if isinstance(images, np.memmap):
             if not images.flags.c_contiguous:

@@ -1,7 +1,7 @@
 """Decoding one image, of any format and mode Pillow reads, to uint8 (3, H, W).
 
-Colour is what a viewer would show: EXIF orientation applied, transparency over white, CMYK and
-palettes converted, 16-bit grey scaled to 8, and float images stretched unless they are in [0, 1].
+Color is what a viewer would show: EXIF orientation applied, transparency over white, CMYK and
+palettes converted, 16-bit gray scaled to 8, and float images stretched unless they are in [0, 1].
 """
 
 import errno
@@ -20,7 +20,7 @@ from fastssl.data.errors import BadItem
 SUFFIXES = frozenset(
     (
         ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2"
-        + " .avif" * features.check("avif")
+        + " .avif" * bool(features.check("avif"))
     ).split()
 )
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -37,7 +37,7 @@ def of_the_machine(error: Exception) -> bool:
 
 
 def _deep_to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey images of more than 8 bits, which Pillow's own conversion clips to white."""
+    """Gray images of more than 8 bits, which Pillow's own conversion clips to white."""
     pixels = np.asarray(image, np.float64)
     if image.mode == "F":
         low, high = float(pixels.min()), float(pixels.max())

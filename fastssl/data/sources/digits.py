@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits, 8 x 8 grey: real data, no download."""
+"""scikit-learn's 1,797 handwritten digits, 8 x 8 gray: real data, no download."""
 
 from typing import Any, Literal
 

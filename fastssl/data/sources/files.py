@@ -22,6 +22,7 @@ from fastssl.data.sources import remote
 from fastssl.data.sources.base import absolute
 from fastssl.data.sources.decode import MOST_BYTES, of_the_machine
 from fastssl.data.sources.remote import Remote, Status
+from fastssl.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def read_all(path: str) -> bytes:
 
 
 def write_beside(path: str, data: bytes, own: Callable[[bytes], bool]) -> bool:
-    """Write a local file aside and put it in its place; False where that cannot be done.
+    """Write a local file, whole or not at all; False where that cannot be done.
 
     own(first bytes) -> whether a file that is there is of this kind: another's is left as it is.
     """
@@ -71,14 +72,8 @@ def write_beside(path: str, data: bytes, own: Callable[[bytes], bool]) -> bool:
         if not ours:
             log.warning("%s is another's file and left as it is: no index is kept there", path)
             return False
-    aside = f"{path}.{os.getpid()}.partial"
     try:
-        try:
-            Path(aside).write_bytes(data)
-            os.replace(aside, path)
-        finally:
-            with suppress(OSError):
-                os.unlink(aside)
+        write_atomically(Path(path), data)
     except OSError:
         return False
     return True
@@ -159,9 +154,9 @@ class _Handle:
     def __init__(self, path: str):
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a pipe
 
-    def __del__(self):
+    def __del__(self, close: Callable[[int], None] = os.close):  # os may be gone at the end
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
     def read(self, offset: int, size: int) -> bytes:
         data = os.pread(self.fd, size, offset)

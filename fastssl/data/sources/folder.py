@@ -167,7 +167,7 @@ def _mixed(path: Path, found: _Found, kind: Format) -> None:
         raise DataError(
             f"{str(path)!r} has {kind.what}s beside its class folders ({len(loose)}, such as "
             f"{loose[0]!r}): move them into one, or set flat=true to use every {kind.what} "
-            "unlabelled"
+            "unlabeled"
         )
 
 
@@ -239,7 +239,7 @@ def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list
         raise DataError(
             f"{plain[0]!r} has no class folders and the other part has: sort its {kind.what}s into "
             "such folders, give the path of the one with classes alone, or set flat=true to use "
-            f"every {kind.what} unlabelled"
+            f"every {kind.what} unlabeled"
         )
     return _build(path, found, flat, kind)
 

@@ -123,7 +123,7 @@ class FramesSource(SourceOptions):
         if not self.flat and None in every and set(every) != {None}:
             raise DataError(
                 f"{str(root)!r} has clips beside its class folders: move them into one, or set "
-                "flat=true to use every clip unlabelled"
+                "flat=true to use every clip unlabeled"
             )
         plain = self.flat or None in every
         classes = None if plain else tuple(sorted({str(k) for k in every}))

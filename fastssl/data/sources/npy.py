@@ -1,6 +1,6 @@
 """Volumes from .npy files: arrays (D, H, W) or (C, D, H, W) of numbers.
 
-Bytes stay uint8; other numbers become float32, as they are: normalise them by data.overrides.mean
+Bytes stay uint8; other numbers become float32, as they are: normalize them by data.overrides.mean
 and std.
 """
 

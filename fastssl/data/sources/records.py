@@ -74,9 +74,10 @@ class Records:
         """The bytes of image i as stored.  Raises BadItem."""
         name, (file, offset, size, flaw) = self.name(i), (int(part[i]) for part in self.places)
         record = self.files.record(file, offset, size, name)
+        image = record if self._payload is None else self._payload(record, name)
         if flaw:
             raise BadItem(name, FLAWS[flaw])
-        return record if self._payload is None else self._payload(record, name)
+        return image
 
     def item(self, i: int) -> Tensor:
         """Image i, uint8 (3, H, W).  Raises BadItem."""

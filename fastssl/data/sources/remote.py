@@ -1,7 +1,7 @@
 """What lies at a URL (s3, gs, https, ...), through fsspec, and what to do when a store is slow.
 
 fsspec is imported here alone.  A store that fails for a moment (a dropped connection, a 503) is
-asked again for about a minute; what it says for good (no such file, not permitted) is believed.
+asked again for about a minute; a lasting error (no such file, not permitted) is raised at once.
 """
 
 import errno
@@ -77,10 +77,11 @@ def _code(error: Exception) -> int | None:
     return code if isinstance(code, int) else None
 
 
-def _believed(path: str, error: Exception) -> Exception | None:
-    """What to raise where asking again is of no use; None where it may be.
+def _final_error(path: str, error: Exception) -> Exception | None:
+    """The error to raise at once; None where asking again may help.
 
-    fsspec's HTTP calls every failure to tell a file's size FileNotFoundError: its cause counts.
+    fsspec's HTTP file system raises FileNotFoundError whatever kept it from a file's size: the
+    cause decides.
     """
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
     if not isinstance(cause, Exception):
@@ -101,15 +102,15 @@ def patiently(path: str, ask: Callable[[], T]) -> T:
     """What ask() of the store of `path` gives, asked again while the store fails.
 
     Raises DataError when it fails to the end, or refuses; PermissionError; EOFError for a part that
-    begins behind the file's end; and what the file system says for good (_FOR_GOOD) as it is.
+    begins behind the file's end; and the file system's own lasting errors (_FOR_GOOD) as they are.
     """
     waits = iter(WAITS)
     while True:
         try:
             return ask()
         except Exception as error:  # each library has its own
-            if (believed := _believed(path, error)) is not None:
-                raise believed from error
+            if (error_to_raise := _final_error(path, error)) is not None:
+                raise error_to_raise from error
             told = f"{type(error).__name__}: {error}"
             wait = next(waits, None)
             if wait is None:

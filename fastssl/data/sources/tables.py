@@ -1,15 +1,15 @@
-"""Tables: numeric rows, each column standardised by the training part.
+"""Tables: numeric rows, each column standardized by the training part.
 
     z_ij = (x_ij - mean_j) / deviation_j,   mean and (biased) deviation over the training rows
 
 A missing cell (empty, or "nan") takes the training mean, which is 0.  A column that is constant in
 training has deviation 1: it stays, as the difference from that constant.  A column without a value
-in training cannot be standardised, and is refused.
+in training cannot be standardized, and is refused.
 """
 
 import csv
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from typing_extensions import Self
 
 from fastssl.data.errors import DataError
 from fastssl.data.sources.base import Source, SourceOptions, absolute
-from fastssl.data.views.item import ItemViews
 
 Shipped = Literal["breast_cancer", "wine", "iris", "digits"]
 
@@ -27,7 +26,7 @@ Shipped = Literal["breast_cancer", "wine", "iris", "digits"]
 class Table:
     """Rows (N, F) float64, nan where a cell is missing, as float32 items (F,).
 
-    mean, deviation: (F,), what items are standardised by; until `fitted` 0 and 1.
+    mean, deviation: (F,), what items are standardized by; until `fitted` 0 and 1.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Table:
         return chosen
 
     def fitted(self, train: np.ndarray) -> "Table":
-        """The same table, standardised by the rows `train` (int64).
+        """The same table, standardized by the rows `train` (int64).
 
         Raises DataError naming a column that has no value there.
         """
@@ -173,35 +172,3 @@ class TableSource(SourceOptions):
         if self.path is not None:
             return (read_csv(self.path, self.label),)
         return (_shipped(str(self.dataset)),)
-
-
-class TableViews(ItemViews):
-    """Rows as they are, float32 (F,): a table has no augmentation that keeps its meaning."""
-
-    kind: ClassVar[str] = "row"
-
-    def shapes(self, channels: int) -> list[tuple[int, ...]]:
-        """(channels,) of each view."""
-        return [(channels,)] * self.count
-
-    def evaluation(self) -> "TableViews":
-        return self.with_fields(count=1)
-
-    def shown(self, view: Tensor) -> Tensor:
-        """Rows as they are."""
-        return view
-
-    def check(self, item: Tensor) -> None:
-        if item.ndim != 1 or not item.is_floating_point():
-            raise ValueError(f"row: want float (F,), got {item.dtype} {list(item.shape)}")
-
-    def view(self, item: Tensor, key: int) -> Tensor:
-        return item.float()
-
-
-def table_views(size: int, **overrides: Any) -> TableViews:
-    """The rows; they have the size of their table, whatever `size`.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return TableViews.preset("table", {}, overrides)

@@ -1,7 +1,7 @@
 """Where the members of a tar file lie, and the index that keeps it: read, checked, written.
 
 A tar file is blocks of 512 bytes: a header (name, size, checksum), the data padded to whole blocks,
-and zeros at the end.  Names of more than 100 bytes come in a member before (GNU's L, PAX's x).
+and zeros at the end.  The standard library's tarfile reads the headers; what it refuses is damage.
 
 An index in DALI's format (wds2idx writes it) has a line `v1.2 <samples>`, then for each sample
 `<extension> <offset> <size> <name>` for each of its members in turn; v1.1 has no names.  A name
@@ -13,6 +13,7 @@ Sources: POSIX.1-2008, pax, "ustar Interchange Format"; NVIDIA DALI, tools/wds2i
 import logging
 import os
 import posixpath
+import tarfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_WITHOUT_DATA = b"123456"  # links, devices, folders
 _LONGEST_NAME = 2**20
 _LARGEST = 2**62  # bytes: what a damaged header says beyond is no size
 INDEX = "v1.2"
@@ -35,10 +35,6 @@ class Member(NamedTuple):
     name: str
     offset: int  # of its data, bytes
     size: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.size
 
 
 class Component(NamedTuple):
@@ -53,53 +49,46 @@ class Component(NamedTuple):
 Sample = list[Component]
 
 
-def _number(field: bytes) -> int:
-    """An octal text, or a big-endian number whose first byte is 128.  Raises ValueError."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+class _Stream:
+    """A window as the file that tarfile reads headers from."""
+
+    def __init__(self, window: Window):
+        self.window, self.at = window, 0
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, at: int) -> None:
+        self.at = at
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LONGEST_NAME:
+            raise tarfile.HeaderError(f"a name of {size} bytes")
+        data = self.window.read(self.at, size)
+        self.at += len(data)
+        return data
 
 
-class _Header(NamedTuple):
-    kind: bytes
-    name: bytes
-    size: int
-    target: bytes  # of a link
-
-
-def _header(block: bytes) -> _Header | None:
+def _header(block: bytes) -> tarfile.TarInfo | None:
     """What a block says if it is a header."""
-    if len(block) < BLOCK:
-        return None
     try:
-        told = _number(block[148:156])
-        total = sum(block[:148]) + 256 + sum(block[156:])
-        if told != total:
-            return None
-        name, size = block[:100].split(b"\0", 1)[0], _number(block[124:136])
-    except ValueError:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
         return None
-    if block[257:263] == b"ustar\0" and block[345]:
-        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    target = block[157:257].split(b"\0", 1)[0]
-    return _Header(block[156:157], name, size, target) if 0 <= size < _LARGEST else None
 
 
-def _pax(data: bytes) -> dict[bytes, bytes]:
-    """The records `<length> <key>=<value>\\n` of a PAX header; those before the first bad one."""
-    found, at = {}, 0
-    while at < len(data):
-        length, _, _ = data[at:].partition(b" ")
-        try:
-            size = int(length)
-            key, value = data[at + len(length) + 1 : at + size - 1].split(b"=", 1)
-        except ValueError:
-            break
-        if size < len(length) + 4:
-            break
-        found[key] = value
-        at += size
-    return found
+def _read_header(archive: tarfile.TarFile, at: int, title: str) -> tarfile.TarInfo | None:
+    """The member whose headers, those of a long name included, begin at byte `at`; None: damage."""
+    archive.fileobj.seek(at)  # type: ignore[union-attr]
+    try:
+        info = tarfile.TarInfo.fromtarfile(archive)
+    except (DataError, OSError, MemoryError):
+        raise
+    except RecursionError as error:
+        raise DataError(f"{title} has headers of headers without end: remove it") from error
+    except Exception:  # a damaged header leads the reader anywhere
+        return None
+    return info if archive.offset > at and info.size >= 0 else None
 
 
 def _padded(size: int) -> int:
@@ -114,49 +103,40 @@ def _next_header(window: Window, start: int) -> int | None:
     return None
 
 
-def _linked(kind: bytes, name: bytes, target: bytes) -> bytes:
+def _linked(info: tarfile.TarInfo) -> str:
     """The member that a link stands for: a hard link has its name, a symbolic one the way to it."""
-    way = os.path.join(os.path.dirname(name), target) if kind == b"2" else target
-    return posixpath.normpath(way)
+    way = posixpath.dirname(info.name) if info.issym() else ""
+    return posixpath.normpath(posixpath.join(way, info.linkname))
 
 
 def _members(window: Window, title: str) -> Iterator[Member]:
-    at, before, left_out = 0, {}, []
-    places: dict[bytes, tuple[int, int]] = {}  # of the data of each name, for links to it
-    while at + BLOCK <= window.end:
-        block = window.read(at, BLOCK)
-        if block == _ZEROS:
-            break
-        header = _header(block)
-        if header is None:
-            if at == 0:
+    # To write, since a TarFile to read reads a header at once
+    archive = tarfile.TarFile(fileobj=_Stream(window), mode="w", encoding="utf-8")  # type: ignore
+    at, left_out = 0, []
+    places: dict[str, tuple[int, int]] = {}  # of the data of each name, for links to it
+    while at + BLOCK <= window.end and window.read(at, BLOCK) != _ZEROS:
+        info = _read_header(archive, at, title)
+        if info is None:
+            if at == 0 and _header(window.read(0, BLOCK)) is None:
                 raise DataError(f"{title} is no tar file: remove it, or unpack it if it is packed")
             found = _next_header(window, at + BLOCK)
             log.warning("%s is damaged at byte %d; next member at %s", title, at, found)
             if found is None:
                 break
-            at, before = found, {}
+            at = found
             continue
-        kind, name, size, target = header
-        data = at + BLOCK
-        if kind in (b"L", b"K", b"x") and size <= _LONGEST_NAME:
-            text, key = window.read(data, size), b"path" if kind == b"L" else b"linkpath"
-            before |= _pax(text) if kind == b"x" else {key: text.rstrip(b"\0")}
-        elif kind not in (b"g", b"K", b"L", b"x"):
-            name, target = before.get(b"path", name), before.get(b"linkpath", target)
-            told = before.get(b"size", b"")
-            size = min(int(told[:20]), _LARGEST) if told.isdigit() else size
-            sparse = any(k.startswith(b"GNU.sparse") for k in before)
-            place = (data, size) if kind in (b"0", b"\0", b"7") and not sparse else None
-            if kind in (b"1", b"2"):
-                place = places.get(_linked(kind, name, target))
-            if place is not None:
-                places[posixpath.normpath(name)] = place
-                yield Member(os.fsdecode(name), *place)
-            elif kind not in (b"3", b"4", b"5", b"6"):  # devices and folders have no data
-                left_out.append(os.fsdecode(name))
-            before = {}
-        at = data + (0 if kind in _WITHOUT_DATA else _padded(size))
+        at = archive.offset
+        sparse = info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers)
+        place = None
+        if info.islnk() or info.issym():
+            place = places.get(_linked(info))
+        elif info.isreg() and not sparse:
+            place = (info.offset_data, min(info.size, _LARGEST))
+        if place is not None:
+            places[posixpath.normpath(info.name)] = place
+            yield Member(info.name, *place)
+        elif not (info.isdev() or info.isdir()):
+            left_out.append(info.name)
     if left_out:
         log.warning(
             "%s: %d members are left out, such as %r: sparse files, or links to what is not there",

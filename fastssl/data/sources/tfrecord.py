@@ -1,8 +1,6 @@
 """TFRecord files of tf.train.Example, read at random and without TensorFlow.
 
     record   length (uint64), masked CRC-32C of it (uint32), data, masked CRC-32C of the data
-    masked   rotate_right(crc, 15) + 0xa282ead8
-    Example  1: Features { 1: entry { 1: key  2: Feature { 1: bytes  2: floats  3: int64s } } }
 
 A file's index is FILE.idx (or, for x.tfrecord, x.idx), as DALI's tfrecord2idx writes it: a line
 `<offset> <size>` for each record, the 16 bytes around its data included.  It is read, or made and
@@ -13,13 +11,14 @@ Sources: tensorflow/core/lib/io/record_writer.cc, tensorflow/core/example/exampl
 import logging
 import struct
 from collections.abc import Iterator
-from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from functools import cache, partial
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources.base import Source, SourceOptions
+from fastssl.data.sources.decode import MOST_BYTES
 from fastssl.data.sources.files import Files, Window, absolute_pattern, read_all, write_beside
 from fastssl.data.sources.records import (
     Found,
@@ -37,143 +36,90 @@ log = logging.getLogger(__name__)
 
 _HEAD, _AROUND = 12, 16
 SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec")
+_EXAMPLE = {  # message: {number: (name, type, whether repeated)}
+    "Example": {1: ("features", "Features", False)},
+    "Features": {1: ("feature", "Entry", True)},
+    "Entry": {1: ("key", "bytes", False), 2: ("value", "Feature", False)},
+    "Feature": {1: ("bytes_list", "Bytes", False), 3: ("int64_list", "Int64s", False)},
+    "Bytes": {1: ("value", "bytes", True)},
+    "Int64s": {1: ("value", "int64", True)},
+}
 Span = tuple[int, int]  # a record's offset and size
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
+@cache
+def _example_class() -> Any:
+    """The class of tf.train.Example, of the parts that are read here: what is wire-compatible with
+    example.proto, with bytes for its map's keys."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-
-_TABLE = _crc_table()
-
-
-def masked_crc(data: bytes) -> int:
-    """The masked CRC-32C that TFRecord files keep; slow, for a few bytes.
-
-    >>> hex(masked_crc(b"123456789"))
-    '0xc78ab0e5'
-    """
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _TABLE[(crc ^ byte) & 255] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", syntax="proto3")
+    for message, fields in _EXAMPLE.items():
+        made = file.message_type.add(name=message)
+        for number, (name, kind, repeated) in fields.items():
+            one = made.field.add(name=name, number=number, label=3 if repeated else 1)
+            if kind in _EXAMPLE:
+                one.type, one.type_name = one.TYPE_MESSAGE, kind
+            else:
+                one.type = one.TYPE_BYTES if kind == "bytes" else one.TYPE_INT64
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))
 
 
 def _length(head: bytes) -> int | None:
     """The data's bytes, of a record's first 12; None where these are damaged."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
     if len(head) < _HEAD:
         return None
     length, crc = struct.unpack("<QI", head[:_HEAD])
-    return length if crc == masked_crc(head[:8]) and length < 2**62 else None
+    return length if crc == masked_crc32c(head[:8]) and length < 2**62 else None
 
 
-class _Lazy:
-    """A stretch of a file that is sliced as bytes are, and read as far as it is looked at."""
+def parse_example(record: bytes) -> Any:
+    """The Example in a record.  Raises ValueError saying what is wrong with it."""
+    from google.protobuf.message import DecodeError
 
-    def __init__(self, window: Window, start: int):
-        self.window, self.start = window, start
-
-    def __getitem__(self, at: slice) -> bytes:
-        return self.window.read(self.start + at.start, at.stop - at.start)
-
-
-class Value(NamedTuple):
-    """A field of a message: its number, and either a whole number or where its bytes are."""
-
-    field: int
-    number: int
-    start: int
-    end: int
-
-
-def _varint(head: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for k in range(10):
-        if at + k >= len(head):
-            break
-        value |= (head[at + k] & 127) << 7 * k
-        if head[at + k] < 128:
-            return value, at + k + 1
-    raise ValueError("a number without an end")
-
-
-def _fields(data: Any, at: int, end: int) -> Iterator[Value]:
-    """The fields of a protobuf message in data[at:end].  Raises ValueError where it is none."""
-    while at < end:
-        head = data[at : min(at + 20, end)]
-        tag, used = _varint(head, 0)
-        kind, number, start = tag & 7, 0, at + used
-        if kind == 0:
-            number, used = _varint(head, used)
-            start = stop = at + used
-        elif kind == 2:
-            size, used = _varint(head, used)
-            start, stop = at + used, at + used + size
-        elif kind in (1, 5):
-            stop = start + (8 if kind == 1 else 4)
-        else:
-            raise ValueError(f"wire type {kind}")
-        if stop > end:
-            raise ValueError("a field that is longer than what it is in")
-        yield Value(tag >> 3, number, start, stop)
-        at = stop
-
-
-def _features(data: Any, size: int) -> Iterator[tuple[bytes, Value]]:
-    """The key of each feature of an Example in data[:size], and its list of values."""
-    for features in _fields(data, 0, size):
-        if features.field != 1:
-            continue
-        for entry in _fields(data, features.start, features.end):
-            parts = {part.field: part for part in _fields(data, entry.start, entry.end)}
-            if 1 in parts and 2 in parts:
-                key, value = parts[1], parts[2]
-                some = next(_fields(data, value.start, value.end), None)
-                if some is not None:
-                    yield data[key.start : key.end], some
-
-
-def _first(data: Any, values: Value) -> Value | None:
-    return next((v for v in _fields(data, values.start, values.end) if v.field == 1), None)
-
-
-def example_bytes(data: bytes, key: str) -> bytes:
-    """The first bytes of feature `key` of an Example.  Raises ValueError saying what is wrong."""
-    known = []
-    for name, values in _features(data, len(data)):
-        known.append(name.decode(errors="replace"))
-        if known[-1] == key:
-            first = _first(data, values) if values.field == 1 else None
-            if first is None:
-                raise ValueError(f"its feature {key!r} has no bytes")
-            return data[first.start : first.end]
-    raise ValueError(f"it has no feature {key!r}, but {', '.join(map(repr, known)) or 'none'}")
-
-
-def example_label(data: Any, size: int, key: str) -> Label:
-    """The first number, or text, of feature `key` of an Example; None where there is none."""
+    if _length(record) != len(record) - _AROUND:
+        raise ValueError("its record is damaged: the length does not fit")
     try:
-        for name, values in _features(data, size):
-            if name == key.encode():
-                first = _first(data, values)
-                if values.field == 1 and first is not None:
-                    return data[first.start : first.end].decode()
-                if values.field != 3 or first is None:
-                    return None
-                packed = data[first.start : min(first.start + 10, first.end)]
-                number = _varint(packed, 0)[0] if packed else first.number
-                return number if number < 2**63 else None
+        return _example_class().FromString(record[_HEAD:-4])
+    except DecodeError as error:
+        raise ValueError(f"its record is no readable tf.train.Example: {error}") from error
+
+
+def example_bytes(example: Any, key: str) -> bytes:
+    """The first bytes of feature `key` of an Example.  Raises ValueError saying what is wrong."""
+    entries = example.features.feature
+    feature = next((entry.value for entry in entries if entry.key == key.encode()), None)
+    if feature is None:
+        known = ", ".join(repr(entry.key.decode(errors="replace")) for entry in entries)
+        raise ValueError(f"it has no feature {key!r}, but {known or 'none'}")
+    if not feature.bytes_list.value:
+        raise ValueError(f"its feature {key!r} has no bytes")
+    return feature.bytes_list.value[0]
+
+
+def example_label(example: Any, key: str) -> Label:
+    """The first number, or text, of feature `key` of an Example; None where there is none."""
+    for entry in example.features.feature:
+        if entry.key == key.encode():
+            texts, numbers = entry.value.bytes_list.value, entry.value.int64_list.value
+            if texts:
+                return texts[0].decode()
+            return numbers[0] if numbers and numbers[0] >= 0 else None
+    return None
+
+
+def _label(window: Window, at: int, size: int, key: str) -> Label:
+    try:
+        record = window.read(at, size) if size < MOST_BYTES else b""
+        return example_label(parse_example(record), key)
     except DataError:  # the store failed
         raise
     except ValueError:  # damaged: a bad item when its image is asked for
-        pass
-    return None
+        return None
 
 
 def _is_index(head: bytes) -> bool:
@@ -228,12 +174,10 @@ def _read_index(files: Files, k: int, told: Status) -> list[Span] | None:
 
 
 def _image(record: bytes, name: str, key: str) -> bytes:
-    if _length(record) != len(record) - _AROUND:
-        raise BadItem(name, "its record is damaged: the length does not fit")
     try:
-        return example_bytes(record[_HEAD:-4], key)
+        return example_bytes(parse_example(record), key)
     except ValueError as error:
-        raise BadItem(name, f"its record is no readable tf.train.Example: {error}") from error
+        raise BadItem(name, str(error)) from error
 
 
 def _file(files: Files, k: int, label: str | None) -> Iterator[tuple[int, Found]]:
@@ -248,10 +192,7 @@ def _file(files: Files, k: int, label: str | None) -> Iterator[tuple[int, Found]
         window = Window(files, k, told.size)
 
         def find() -> list[Label]:
-            return [
-                example_label(_Lazy(window, at + _HEAD), size - _AROUND, label)
-                for at, size in found
-            ]
+            return [_label(window, at, size, label) for at, size in found]
 
         labels = kept_labels(path, len(found), told, find)
     for n, ((offset, size), known) in enumerate(zip(found, labels, strict=True)):

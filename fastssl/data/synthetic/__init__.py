@@ -1,1 +1,1 @@
-"""Labelled data from formulas: images, clips, volumes, signals, clouds of points."""
+"""Labeled data from formulas: images, clips, volumes, signals, clouds of points."""

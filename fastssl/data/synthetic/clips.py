@@ -1,4 +1,4 @@
-"""Clips: generated ones whose class is a motion, and the views of a clip.
+"""Clips: generated ones whose class is a motion.
 
 A clip shows a lobed, striped shape on a wavy ground, all drawn at random:
 
@@ -8,30 +8,16 @@ A clip shows a lobed, striped shape on a wavy ground, all drawn at random:
 The ground moves along, as if the camera did, and the shape re-enters where it left: no single
 frame says anything of the class, which is the path alone, one of MOTIONS, with a random speed.
 Frames have additive Gaussian noise.
-
-A view is a stretch of frames, cropped and flipped as one: the same draw for every frame.
 """
 
-from random import Random
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from fastssl.data.synthetic.generated import GeneratedOptions
-from fastssl.data.views.image import (
-    Area,
-    Probability,
-    Ratio,
-    Sigma,
-    Spread,
-    Strength,
-    View,
-    check_order,
-)
-from fastssl.data.views.item import ItemViews
 
 MOTIONS = (
     *("right", "left", "down", "up", "clockwise", "anticlockwise", "accelerate", "brake"),
@@ -70,7 +56,7 @@ def _wave(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, cycles: float)
 
 
 def _painted(amount: np.ndarray, rng: np.random.Generator, channels: int) -> np.ndarray:
-    """(..., C): colours between two random ones."""
+    """(..., C): colors between two random ones."""
     low, high = rng.random((2, channels), np.float32)
     return low + amount[..., None] * (high - low)
 
@@ -106,11 +92,11 @@ def clip(
     bulge = sum(lobes[k] * np.cos((k + 2) * bearing + phases[k]) for k in range(4))
     edge = rng.uniform(0.16, 0.26) * (1 + bulge)
     inside = ((edge - radius) * side + 0.5).clip(0, 1)[..., None]  # a pixel wide
-    shape_colours = _painted(_wave(own_x, own_y, rng, rng.uniform(2, 5)), rng, channels)
+    shape_colors = _painted(_wave(own_x, own_y, rng, rng.uniform(2, 5)), rng, channels)
     pixels = (
         np.broadcast_to(inside, ground.shape)
         if plain
-        else ground + inside * (shape_colours - ground)
+        else ground + inside * (shape_colors - ground)
     )
     pixels = pixels + 0.03 * rng.standard_normal(pixels.shape, np.float32)
     pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
@@ -124,7 +110,7 @@ class ClipsSource(GeneratedOptions):
     classes: int = Field(default=8, ge=1, le=len(MOTIONS), description="how many motions")
     frames: int = Field(default=16, ge=2, le=256, description="length, frames")
     size: int = Field(default=32, ge=8, le=512, description="height and width, pixels")
-    channels: Literal[1, 3] = Field(default=3, description="1: grey")
+    channels: Literal[1, 3] = Field(default=3, description="1: gray")
     plain: bool = Field(default=False, description="white shapes on black, without stripes")
 
     def layout(self) -> tuple[tuple[str, ...], int]:
@@ -133,96 +119,3 @@ class ClipsSource(GeneratedOptions):
     def draw(self, label: int, instance: int) -> Tensor:
         shape = (self.channels, self.frames, self.size)
         return clip(self.seed, label, instance, shape, self.plain)
-
-
-class ClipViews(ItemViews):
-    """Views of clips, uint8 (C, T, H, W) -> float32 (C, frames, size, size).
-
-    frames      every `stride`-th from a start drawn uniformly; a clip too short repeats its last
-    the rest    as in images' views (views.py), one draw for all frames; contrast is about the mean
-                of each frame; mean and std are of all channels
-    Source: Tong et al. 2022, VideoMAE, arXiv:2203.12602 (crop and flip; no other augmentation), and
-    for colours and blur Qian et al. 2021, CVRL, arXiv:2008.03800, section 3.2 (consistent in time).
-    """
-
-    kind: ClassVar[str] = "clip"
-
-    size: int = Field(ge=4, le=4096, description="height and width of the view, pixels")
-    frames: int = Field(default=16, ge=1, le=1024, description="length of the view, frames")
-    stride: int = Field(default=1, ge=1, le=64, description="one in so many frames is read")
-    start: Literal["random", "middle"] = Field(
-        default="random", description="where the view starts among the frames that it could"
-    )
-    crop_scale: Annotated[tuple[Area, Area], AfterValidator(check_order)] = Field(
-        default=(0.5, 1.0), description="crop area as a fraction of the frame's: low, high"
-    )
-    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(check_order)] = Field(
-        default=(3 / 4, 4 / 3), description="crop width / height: low, high"
-    )
-    interpolation: Literal["bilinear", "bicubic"] = Field(
-        default="bilinear", description="of the crop's resize, with antialiasing"
-    )
-    flip: Probability = Field(default=0.5, description="probability of a left-right flip")
-    rotate: float = Field(default=0.0, ge=0, le=180, description="largest rotation, degrees")
-    jitter: Probability = Field(
-        default=0.0, description="probability of the four colour changes below"
-    )
-    brightness: Strength = Field(default=0.0, description="brightness factor is within 1 +- this")
-    contrast: Strength = Field(default=0.0, description="contrast factor is within 1 +- this")
-    saturation: Strength = Field(default=0.0, description="saturation factor is within 1 +- this")
-    hue: float = Field(default=0.0, ge=0, le=0.5, description="largest hue shift, turns either way")
-    colour: Literal["sequential", "linear"] = Field(
-        default="linear", description="the changes one by one, or as one linear map: faster"
-    )
-    grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
-    blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
-    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(check_order)] = Field(
-        default=(0.1, 2.0), description="standard deviation of the blur, output pixels: low, high"
-    )
-    mean: float = Field(default=0.45, description="subtracted from values in [0, 1]")
-    std: Spread = Field(default=0.225, description="divided by, after the mean")
-
-    def shapes(self, channels: int) -> list[tuple[int, ...]]:
-        """(channels, frames, size, size) of each view."""
-        return [(channels, self.frames, self.size, self.size)] * self.count
-
-    def evaluation(self) -> "ClipViews":
-        """The middle frames' largest centred square."""
-        whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "rotate": 0.0}
-        own_colours = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
-        return self.with_fields(count=1, start="middle", **whole, **own_colours)
-
-    def shown(self, view: Tensor) -> Tensor:
-        """Clips in [0, 1]."""
-        return (view * self.std + self.mean).clamp(0, 1)
-
-    def check(self, item: Tensor) -> None:
-        if item.ndim != 4 or item.shape[0] not in (1, 3) or item.dtype != torch.uint8:
-            got = f"{item.dtype} {list(item.shape)}"
-            raise ValueError(f"clip: want uint8 (1 or 3, T, H, W), got {got}")
-
-    @property
-    def look(self) -> View:
-        """What images' views would be drawn by."""
-        shared = View.model_fields.keys() & ClipViews.model_fields.keys() - {"count"}
-        return View.model_validate({name: getattr(self, name) for name in shared})
-
-    def view(self, item: Tensor, key: int) -> Tensor:
-        from fastssl.data.render.torchvision import draw, render  # seconds, which a recipe need not
-
-        T, H, W = item.shape[1:]
-        look = self.look
-        slack = max(0, T - (self.frames - 1) * self.stride - 1)
-        random = Random(f"start {key}").random()  # another stream than the crop's
-        start = slack // 2 if self.start == "middle" else int(random * (slack + 1))
-        at = (start + torch.arange(self.frames) * self.stride).clamp(max=T - 1)
-        pixels = render(look, item[:, at].transpose(0, 1), draw(look, H, W, key))
-        return ((pixels - self.mean) / self.std).transpose(0, 1).contiguous()
-
-
-def clip_views(size: int, **overrides: Any) -> ClipViews:
-    """The views of `size` pixels that VideoMAE trains on, with any other field set anew.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return ClipViews.preset("clips", {"size": size}, overrides)

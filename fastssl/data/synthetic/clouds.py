@@ -1,4 +1,4 @@
-"""Clouds of points: generated ones on twelve kinds of surface, and the views of a cloud.
+"""Clouds of points: generated ones on twelve kinds of surface.
 
 A surface is x(u, v) with u, v in [0, 1]; a cloud takes points of it at random, uniformly by area:
 many candidates are drawn with u, v uniform, and kept with probability proportional to the area
@@ -12,16 +12,14 @@ so that no side is up but the vertical one, and proportions tell little.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from fastssl.data.synthetic.generated import GeneratedOptions
-from fastssl.data.views.image import check_order
-from fastssl.data.views.item import ItemViews
 
 SURFACES = (
     *("ellipsoid", "box", "torus", "cone", "cylinder", "pyramid"),
@@ -29,7 +27,6 @@ SURFACES = (
 )
 _CANDIDATES = 6  # a point kept: the area element varies by less
 Curve = Callable[[np.ndarray], np.ndarray]
-Factor = Annotated[float, Field(gt=0, le=10)]
 
 
 def _superquadric(u: np.ndarray, v: np.ndarray, e: float, n: float) -> np.ndarray:
@@ -155,59 +152,3 @@ class CloudsSource(GeneratedOptions):
 
     def draw(self, label: int, instance: int) -> Tensor:
         return cloud(self.seed, label, instance, self.points)
-
-
-class CloudViews(ItemViews):
-    """Views of clouds, float32 (N, 3) -> float32 (points, 3).
-
-    subset     `points` of the N at random, without repetition as far as they go
-    scale      each axis times U(scale)
-    translate  each axis plus U(-translate, translate)
-    Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 4.1 (scaling and translation).
-    """
-
-    kind: ClassVar[str] = "cloud"
-
-    points: int = Field(ge=4, le=2**20, description="points of the view")
-    subset: Literal["random", "first"] = Field(
-        default="random", description="which of the cloud's points are read"
-    )
-    scale: Annotated[tuple[Factor, Factor], AfterValidator(check_order)] = Field(
-        default=(2 / 3, 3 / 2), description="factor of each axis: low, high"
-    )
-    translate: float = Field(default=0.2, ge=0, le=10, description="largest shift of each axis")
-
-    def shapes(self, channels: int) -> list[tuple[int, ...]]:
-        """(points, channels) of each view."""
-        return [(self.points, channels)] * self.count
-
-    def evaluation(self) -> "CloudViews":
-        """The first points, as they are: generated clouds have no order."""
-        return self.with_fields(count=1, subset="first", scale=(1.0, 1.0), translate=0.0)
-
-    def shown(self, view: Tensor) -> Tensor:
-        """Clouds as they are."""
-        return view
-
-    def check(self, item: Tensor) -> None:
-        if item.ndim != 2 or item.numel() == 0 or not item.is_floating_point():
-            raise ValueError(f"cloud: want float (N, 3), N > 0, got {item.dtype} {[*item.shape]}")
-
-    def view(self, item: Tensor, key: int) -> Tensor:
-        N, axes = item.shape
-        draws = np.random.Generator(np.random.PCG64(key))
-        low, high = self.scale
-        factor = low + (high - low) * draws.random(axes)
-        shift = self.translate * (2 * draws.random(axes) - 1)
-        order = np.arange(N) if self.subset == "first" else np.argsort(draws.random(N))
-        chosen = item[torch.from_numpy(np.resize(order, self.points))]
-        moved = chosen.double() * torch.from_numpy(factor) + torch.from_numpy(shift)
-        return moved.float()
-
-
-def cloud_views(size: int, **overrides: Any) -> CloudViews:
-    """The views of `size` points that Point-MAE trains on, with any other field set anew.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return CloudViews.preset("clouds", {"points": size}, overrides)

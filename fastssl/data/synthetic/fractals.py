@@ -1,7 +1,7 @@
-"""Labelled images from a formula: attractors of random iterated function systems (IFS).
+"""Labeled images from a formula: attractors of random iterated function systems (IFS).
 
 A class is an IFS code: n affine maps x -> A_k x + b_k, with A_k = R(t) diag(s1, +-s2) R(u).  An
-instance perturbs the numbers of its code, and takes its own colours and pose: it stands at any
+instance perturbs the numbers of its code, and takes its own colors and pose: it stands at any
 angle, so that pixels alone say little of the class (20 classes at 48 pixels: raw kNN 40 %).  The
 attractor is drawn by the chaos game: points that take a random map at each step, many at once.
 
@@ -55,7 +55,7 @@ class Code(NamedTuple):
 
 
 def _chaos_game(code: Code, points: int, rng: np.random.Generator) -> np.ndarray:
-    """At least `points` points of the attractor, (3, P): x, y and a colour from the maps taken."""
+    """At least `points` points of the attractor, (3, P): x, y and a color from the maps taken."""
     a, p = code.maps()
     n = len(p)
     table = np.concatenate([a.reshape(n, 4), code.shifts], 1).astype(np.float32).T.copy()

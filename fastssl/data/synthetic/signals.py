@@ -1,4 +1,4 @@
-"""Signals: generated waveforms of ten kinds, and the views of a signal.
+"""Signals: generated waveforms of ten kinds.
 
 A waveform is a sum over harmonics h of a tone with phase phi(t), or filtered noise; t in samples:
 
@@ -12,22 +12,18 @@ with pitch f log-uniform over two octaves, and random phase, timbre, modulation,
 5 to 20 dB below the signal.  Two signals of a kind have hardly a sample in common.
 """
 
-from random import Random
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from fastssl.data.synthetic.generated import GeneratedOptions
-from fastssl.data.views.image import check_order
-from fastssl.data.views.item import ItemViews
 
 WAVES = (
     *("tone", "rise", "fall", "tremolo", "vibrato", "pulses", "bursts", "saw", "pink", "brown"),
 )
-Gain = Annotated[float, Field(gt=0, le=100)]
 
 
 def _noise(length: int, slope: float, rng: np.random.Generator) -> np.ndarray:
@@ -95,59 +91,3 @@ class SignalsSource(GeneratedOptions):
 
     def draw(self, label: int, instance: int) -> Tensor:
         return signal(self.seed, label, instance, self.length)
-
-
-class SignalViews(ItemViews):
-    """Views of signals, float32 (C, W) -> float32 (C, length).
-
-    crop        `length` samples from a start drawn uniformly; a signal too short is repeated
-    normalise   to mean 0 and deviation 1 over the view, all channels alike; silence to 0
-    gain        times exp(U(log gain)), the same for all channels
-    """
-
-    kind: ClassVar[str] = "signal"
-
-    length: int = Field(ge=4, le=2**24, description="samples of the view")
-    start: Literal["random", "middle"] = Field(
-        default="random", description="where the view starts among the samples that it could"
-    )
-    gain: Annotated[tuple[Gain, Gain], AfterValidator(check_order)] = Field(
-        default=(0.8, 1.25), description="factor after the normalisation: low, high"
-    )
-
-    def shapes(self, channels: int) -> list[tuple[int, ...]]:
-        """(channels, length) of each view."""
-        return [(channels, self.length)] * self.count
-
-    def evaluation(self) -> "SignalViews":
-        """The middle of the signal, normalised."""
-        return self.with_fields(count=1, start="middle", gain=(1.0, 1.0))
-
-    def shown(self, view: Tensor) -> Tensor:
-        """Signals as they are."""
-        return view
-
-    def check(self, item: Tensor) -> None:
-        if item.ndim != 2 or item.numel() == 0 or not item.is_floating_point():
-            raise ValueError(f"signal: want float (C, W), W > 0, got {item.dtype} {[*item.shape]}")
-
-    def view(self, item: Tensor, key: int) -> Tensor:
-        draws = Random(key)
-        slack = max(0, item.shape[1] - self.length)
-        u, v = draws.random(), draws.random()
-        start = slack // 2 if self.start == "middle" else int(u * (slack + 1))
-        at = (start + torch.arange(self.length)) % item.shape[1]
-        x = item[:, at].double()
-        x = x - x.mean()
-        deviation = float(x.std(correction=0))
-        low, high = self.gain
-        gain = low * (high / low) ** v
-        return (x * (gain / deviation if deviation > 1e-8 else 0.0)).float()
-
-
-def signal_views(size: int, **overrides: Any) -> SignalViews:
-    """Views of `size` samples: random crops, normalised, of slightly varied loudness.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return SignalViews.preset("signals", {"length": size}, overrides)

@@ -4,7 +4,7 @@ The spec names distributions, not a library's classes: every back end draws from
 Operations in order, each a no-op by default:
 
     crop        area ~ U(crop_scale) of the image, log(width / height) ~ U(log crop_ratio), place
-                uniform; 10 tries to fit, else the largest centred crop within crop_ratio;
+                uniform; 10 tries to fit, else the largest centered crop within crop_ratio;
                 resized to size x size with antialiasing, bilinear or (clamped) bicubic;
                 `within` another view: that view's crop stands for the image
     flip        left-right, with probability flip; then upside down, with probability flip_vertical
@@ -14,22 +14,22 @@ Operations in order, each a no-op by default:
     rand        rand_augment operations one after the other, each of RandAugment's fourteen as
                 likely, magnitude ~ N(rand_magnitude, rand_std) cut to [0, 10] (rand_augment.py)
     jitter      with probability jitter: factors ~ U(max(0, 1 - s), 1 + s) of brightness, contrast
-                and saturation, hue shift ~ U(-hue, hue) turns, as `colour` says:
+                and saturation, hue shift ~ U(-hue, hue) turns, as `color` says:
                 sequential  in random order, each clamped to [0, 1], the hue that of HSV
                 linear      all at once, clamped at the end (see below)
     grayscale   ITU-R 601 luma in every channel, with probability grayscale
     blur        with probability blur: Gaussian, sigma ~ U(blur_sigma) pixels of the *output*, cut
                 at 3 sigma, reflected at the border
-    solarise    with probability solarise: v -> 1 - v where v >= solarise_threshold
-    normalise   (v - mean) / std, v in [0, 1]
+    solarize    with probability solarize: v -> 1 - v where v >= solarize_threshold
+    normalize   (v - mean) / std, v in [0, 1]
     erase       with probability erase: 0 in a rectangle, its area ~ U(erase_scale) of the view,
                 log(width / height) ~ U(log erase_ratio), place uniform; the largest in the middle
                 where 10 tries do not fit
 
 One-channel images pass saturation, hue and grayscale unchanged.
 
-Linear colour.  Without their clamps, and with the hue turned in the plane of YIQ's I and Q, the
-four changes commute: saturation s and hue h keep the luma and leave greys as they are, contrast c
+Linear color.  Without their clamps, and with the hue turned in the plane of YIQ's I and Q, the
+four changes commute: saturation s and hue h keep the luma and leave grays as they are, contrast c
 mixes with the mean luma mu, which only brightness b moves.  In any order they make
 
     x -> b c M x + b (1 - c) mu      M = A^-1 diag(1, s R(-2 pi h)) A,  R(t) the turn by t
@@ -38,10 +38,11 @@ mixes with the mean luma mu, which only brightness b moves.  In any order they m
 
 with mu the mean over pixels of .299 r + .587 g + .114 b of what comes to it; grayscale is
 s = 0; one 3 x 3 product a pixel.  h > 0 turns red to yellow, as in HSV.  A is rounded: I and Q of
-white are 0.001, so greys stay grey to 0.01 alone.  These are the numbers of DALI's color_twist.
+white are 0.001, so grays stay gray to 0.01 alone.  These are the numbers of DALI's color_twist.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
@@ -50,7 +51,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from fastssl.data.views.presets import MULTI_CROP, PRESETS
+from fastssl.data.views.presets import MULTI_CROP, OLD_FIELDS, PRESETS
 
 
 def check_order(pair: tuple[float, float]) -> tuple[float, float]:
@@ -117,24 +118,24 @@ class View(BaseModel):
         default=0.5, ge=0, le=10, description="standard deviation of the magnitudes"
     )
     jitter: Probability = Field(
-        default=0.0, description="probability of the four colour changes below"
+        default=0.0, description="probability of the four color changes below"
     )
     brightness: Strength = Field(default=0.0, description="brightness factor is within 1 +- this")
     contrast: Strength = Field(default=0.0, description="contrast factor is within 1 +- this")
     saturation: Strength = Field(default=0.0, description="saturation factor is within 1 +- this")
     hue: float = Field(default=0.0, ge=0, le=0.5, description="largest hue shift, turns either way")
-    colour: Literal["sequential", "linear"] = Field(
+    color: Literal["sequential", "linear"] = Field(
         default="sequential", description="the changes one by one, or as one linear map: faster"
     )
-    grayscale: Probability = Field(default=0.0, description="probability of dropping colour")
+    grayscale: Probability = Field(default=0.0, description="probability of dropping color")
     blur: Probability = Field(default=0.0, description="probability of a Gaussian blur")
     blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(check_order)] = Field(
         default=(0.1, 2.0), description="standard deviation of the blur, output pixels: low, high"
     )
-    solarise: Probability = Field(
+    solarize: Probability = Field(
         default=0.0, description="probability of inverting the bright pixels"
     )
-    solarise_threshold: Probability = Field(
+    solarize_threshold: Probability = Field(
         default=0.5, description="inverted from this value, in [0, 1]"
     )
     erase: Probability = Field(default=0.0, description="probability of a rectangle erased")
@@ -147,7 +148,7 @@ class View(BaseModel):
 
 
 class Views(BaseModel):
-    """All views of an image, in the order in which a batch holds them, and their normalisation."""
+    """All views of an image, in the order in which a batch holds them, and their normalization."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: ClassVar[str] = "image"
@@ -185,7 +186,7 @@ class Views(BaseModel):
         """The spec of each single view, in order: `views` repeated by their counts."""
         return tuple(view for view in self.views for _ in range(view.count))
 
-    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def normalization(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std, `channels` numbers each: their average for one channel, one repeated."""
         given = (self.mean, self.std)
         one = (v if len(v) == channels else (sum(v) / len(v),) for v in given)
@@ -197,20 +198,36 @@ class Views(BaseModel):
         return [(channels, view.size, view.size) for view in self.crops]
 
     def evaluation(self) -> "Views":
-        """The largest centred square at the first view's size, normalised."""
+        """The largest centered square at the first view's size, normalized."""
         first = self.views[0]
         plain = View(size=first.size, interpolation=first.interpolation)
         return Views(views=(plain,), mean=self.mean, std=self.std)
 
     def shown(self, view: Tensor) -> Tensor:
         """Images (..., C, H, W) in [0, 1]."""
-        norm = self.normalisation(view.shape[-3])
+        norm = self.normalization(view.shape[-3])
         mean, std = (torch.tensor(v)[:, None, None] for v in norm)
         return (view * std + mean).clamp(0, 1)
 
 
+def rename_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of views, also those of single ones, with old names as their new ones, with a warning.
+
+    Raises ValueError where both names of one are given.
+    """
+    found: dict[str, Any] = {}
+    for key, value in fields.items():
+        new = OLD_FIELDS.get(key, key)
+        if new != key:
+            if new in fields:
+                raise ValueError(f"{key} is the old name of {new}, and both are given: drop {key}")
+            warnings.warn(f"{key} is called {new} now", FutureWarning, stacklevel=3)
+        found[new] = rename_fields(value) if isinstance(value, Mapping) else value
+    return found
+
+
 def unknown(what: str, got: str, valid: list[str]) -> ValueError:
-    """The refusal of a name, with the closest valid one."""
+    """The error for an unknown name, which suggests the closest valid one."""
     close = get_close_matches(got, valid, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(valid)}"
     return ValueError(f"unknown {what} {got!r}: {hint}")
@@ -222,7 +239,7 @@ def preset(name: str, size: int, **overrides: Any) -> Views:
     overrides: of every view any field of View but size, and mean, std; then of one view alone, with
     the size, a mapping `view0`, `view1`, ..., by its number among all views.  swav, dino, ibot and
     msn also take local_count (0 drops the local views), local_size, and a mapping `local` for all
-    local views.  In a run: data.overrides.blur=0 data.overrides.view1.solarise=0.3.
+    local views.  In a run: data.overrides.blur=0 data.overrides.view1.solarize=0.3.
     Raises ValueError for an unknown name or override, naming the closest, or a value out of bounds.
 
     >>> preset("dino", 224).count, preset("mae", 224).views[0].crop_scale
@@ -230,6 +247,7 @@ def preset(name: str, size: int, **overrides: Any) -> Views:
     >>> [view.blur for view in preset("simclr", 64, blur=0.3, view1={"blur": 0}).views]
     [0.3, 0.0]
     """
+    overrides = rename_fields(overrides)
     if name not in PRESETS:
         raise unknown("preset", name, list(PRESETS))
     own = ("local_count", "local_size", "local") if name in MULTI_CROP else ()

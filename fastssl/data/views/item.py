@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import Self
 
-from fastssl.data.views.image import unknown
+from fastssl.data.views.image import rename_fields, unknown
 
 
 class ItemViews(BaseModel):
@@ -24,6 +24,7 @@ class ItemViews(BaseModel):
 
         Raises ValueError for an override that is no field, naming the closest, or out of bounds.
         """
+        overrides = rename_fields(overrides)
         valid = [field for field in cls.model_fields if field not in fields]
         for key in overrides:
             if key not in valid:

@@ -4,13 +4,18 @@ A preset is a function of the size of the (global) views in pixels that lists ki
 dict of fields of `views.View`.  "Read" in a docstring: in the authors' code, not the paper alone.
 
 Up to 32 pixels nothing is blurred, for two pixels of blur leave nothing to learn (SimCLR's CIFAR-10
-has none), and the strong colour changes have half their strength.
+has none), and the strong color changes have half their strength.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 Kinds = list[dict[str, Any]]
+OLD_FIELDS = {  # of views: an old name, which is still read with a warning -> the new one
+    "colour": "color",
+    "solarise": "solarize",
+    "solarise_threshold": "solarize_threshold",
+}
 
 _CROP = {"crop_ratio": (3 / 4, 4 / 3), "flip": 0.5}
 _CUBIC = {**_CROP, "interpolation": "bicubic"}
@@ -28,9 +33,9 @@ def _strong(size: int) -> dict[str, float]:
 
 
 def _unequal(size: int, look: dict[str, Any]) -> Kinds:
-    """BYOL's two views: the first always blurred, the second seldom, but at times solarised."""
+    """BYOL's two views: the first always blurred, the second seldom, but at times solarized."""
     look = {"size": size, **look, **_MILD, "grayscale": 0.2}
-    return [{**look, **_blur(size, 1.0)}, {**look, **_blur(size, 0.1), "solarise": 0.2}]
+    return [{**look, **_blur(size, 1.0)}, {**look, **_blur(size, 0.1), "solarize": 0.2}]
 
 
 def _local(size: int, given: int | None) -> int:
@@ -41,7 +46,7 @@ def _local(size: int, given: int | None) -> int:
 def simclr(size: int) -> Kinds:
     """Chen et al. 2020, arXiv:2002.05709, appendix A (224 pixels) and B.9 (32: no blur).
 
-    Up to 32 pixels its colour changes have half the strength, as google-research/simclr says for
+    Up to 32 pixels its color changes have half the strength, as google-research/simclr says for
     CIFAR-10 (color_jitter_strength=0.5).
     """
     look = {**_CROP, **_strong(size), **_blur(size, 0.5)}
@@ -152,7 +157,7 @@ def aerial(size: int) -> Kinds:
 
 
 def plain(size: int) -> Kinds:
-    """The largest centred square, resized: what evaluation sees."""
+    """The largest centered square, resized: what evaluation sees."""
     return [{"size": size}]
 
 

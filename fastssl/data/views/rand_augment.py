@@ -7,13 +7,13 @@ An operation of magnitude m in [0, 10]; a sign +- is as likely either way:
     translate_x, translate_y   by +- 0.0453 m (15 / 331) of the side
     rotate                     by +- 3 m degrees
     brightness, contrast, saturation, sharpness    factor 1 +- 0.09 m
-    posterise                  to 8 - round(0.4 m) bits a channel
-    solarise                   v -> 1 - v where v >= 1 - m / 10; m = 0: nowhere
-    autocontrast, equalise     stretched or made flat over [0, 1] (equalise in 256 steps)
+    posterize                  to 8 - round(0.4 m) bits a channel
+    solarize                   v -> 1 - v where v >= 1 - m / 10; m = 0: nowhere
+    autocontrast, equalize     stretched or made flat over [0, 1] (equalize in 256 steps)
 
 Moves are bilinear, black where nothing moved in.  One-channel images pass saturation unchanged.
 Source: Cubuk et al. 2019, RandAugment, arXiv:1909.13719, section 3; the ranges are torchvision's,
-of which those of AutoAugment's authors differ a little in translations and posterisation; random
+of which those of AutoAugment's authors differ a little in translations and posterization; random
 magnitudes are timm's (rand-m9-mstd0.5).
 """
 
@@ -30,7 +30,7 @@ Operation = tuple[str, float]  # what, amount
 
 OPERATIONS = (
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness"),
-    *("saturation", "contrast", "sharpness", "posterise", "solarise", "autocontrast", "equalise"),
+    *("saturation", "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize"),
 )
 _STEP = {  # of a signed operation, the amount a unit of magnitude
     **{"shear_x": 0.03, "shear_y": 0.03, "translate_x": 15 / 331, "translate_y": 15 / 331},
@@ -58,9 +58,9 @@ def _operation(magnitude: float, std: float, rng: Random) -> Operation:
     if what in _STEP:
         amount = math.copysign(_STEP[what] * m, sign - 0.5)
         return what, 1 + amount if what in _FACTORS else amount
-    if what == "posterise":
+    if what == "posterize":
         return what, float(8 - round(0.4 * m))
-    return what, 1 - m / 10 if what == "solarise" else 0.0
+    return what, 1 - m / 10 if what == "solarize" else 0.0
 
 
 def apply_operation(image: Tensor, what: str, amount: float) -> Tensor:
@@ -75,10 +75,10 @@ def apply_operation(image: Tensor, what: str, amount: float) -> Tensor:
         degrees = math.degrees(math.atan(amount))
         shear = [degrees, 0.0] if what == "shear_x" else [0.0, degrees]
         return F.affine(image, 0.0, [0.0, 0.0], 1.0, shear, interpolation=_BILINEAR)
-    return _recoloured(image, what, amount)
+    return _recolored(image, what, amount)
 
 
-def _recoloured(image: Tensor, what: str, amount: float) -> Tensor:
+def _recolored(image: Tensor, what: str, amount: float) -> Tensor:
     if what == "brightness":
         return F.adjust_brightness(image, amount)
     if what == "contrast":
@@ -87,10 +87,10 @@ def _recoloured(image: Tensor, what: str, amount: float) -> Tensor:
         return F.adjust_saturation(image, amount) if image.shape[-3] == 3 else image
     if what == "sharpness":
         return F.adjust_sharpness(image, amount)
-    if what == "posterise":
+    if what == "posterize":
         return F.posterize(image, int(amount)) if amount < 8 else image
-    if what == "solarise":
+    if what == "solarize":
         return torch.where(image >= amount, 1 - image, image) if amount < 1 else image
     if what == "autocontrast":
         return F.autocontrast(image)
-    return F.equalize(image) if what == "equalise" else image
+    return F.equalize(image) if what == "equalize" else image

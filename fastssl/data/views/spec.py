@@ -1,13 +1,13 @@
 """View specs: which random views of an item a run trains on, whatever the kind of its items.
 
 kind      item of a source            one view of it                spec
-image     uint8 (C, H, W)             float32 (C, size, size)       Views (views.py)
-clip      uint8 (C, T, H, W)          float32 (C, frames, s, s)     ClipViews (clips.py)
-volume    uint8 or float32            float32 (C, depth, s, s)      VolumeViews (volumes.py)
+image     uint8 (C, H, W)             float32 (C, size, size)       Views (image.py)
+clip      uint8 (C, T, H, W)          float32 (C, frames, s, s)     ClipViews (clip.py)
+volume    uint8 or float32            float32 (C, depth, s, s)      VolumeViews (volume.py)
           (C, D, H, W)
-signal    float32 (C, W)              float32 (C, length)           SignalViews (signals.py)
-cloud     float32 (N, 3)              float32 (points, 3)           CloudViews (clouds.py)
-row       float32 (F,)                float32 (F,)                  TableViews (tables.py)
+signal    float32 (C, W)              float32 (C, length)           SignalViews (signal.py)
+cloud     float32 (N, 3)              float32 (points, 3)           CloudViews (cloud.py)
+row       float32 (F,)                float32 (F,)                  TableViews (table.py)
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fastssl.data.sources.tables import table_views
-from fastssl.data.synthetic.clips import clip_views
-from fastssl.data.synthetic.clouds import cloud_views
-from fastssl.data.synthetic.signals import signal_views
-from fastssl.data.synthetic.volumes import volume_views
+from fastssl.data.views.clip import clip_views
+from fastssl.data.views.cloud import cloud_views
 from fastssl.data.views.image import PRESETS, Views, preset, unknown
+from fastssl.data.views.signal import signal_views
+from fastssl.data.views.table import table_views
+from fastssl.data.views.volume import volume_views
 
 
 class ViewSpec(Protocol):
@@ -43,7 +43,7 @@ class ViewSpec(Protocol):
         ...
 
     def shown(self, view: Tensor) -> Tensor:
-        """Views (n, ...) as pictures show them: the normalisation undone."""
+        """Views (n, ...) as pictures show them: the normalization undone."""
         ...
 
 

@@ -146,10 +146,10 @@ def _labels(splits: list[Any], column: str) -> tuple[list[np.ndarray], tuple[str
     return numbers, tuple(names or map(str, range(high + 1)))
 
 
-class HubSource(SourceOptions):
+class HFDatasetsSource(SourceOptions):
     """A data set of Hugging Face's `datasets` on the local disk."""
 
-    name: Literal["hub"] = Field(default="hub", description="which source this is")
+    name: Literal["hf_datasets"] = Field(default="hf_datasets", description="which source this is")
     path: Annotated[Path, AfterValidator(absolute)] = Field(
         description="what save_to_disk wrote, or a folder with .parquet files, or of images"
     )
@@ -165,8 +165,8 @@ class HubSource(SourceOptions):
         train = "train" if "train" in splits else next(iter(splits))
         test = next((name for name in TESTS if name in splits and name != train), None)
         chosen = [train] if test is None else [train, test]
-        labelled = _labels([splits[n] for n in chosen], self.label) if self.labels else None
-        numbers, classes = labelled or ([None] * len(chosen), None)
+        labeled = _labels([splits[n] for n in chosen], self.label) if self.labels else None
+        numbers, classes = labeled or ([None] * len(chosen), None)
         sources = []
         for name, own in zip(chosen, numbers, strict=True):
             rows = _image_column(splits[name], self.image)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastssl.data.seeds import mix, permutation, sample_seed, sample_seeds
+from fastssl.random import mix, permutation, sample_seed, sample_seeds
 
 MASK = (1 << 64) - 1
 

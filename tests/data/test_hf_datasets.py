@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources.base import EncodedSource
-from fastssl.data.sources.hub import HubSource
+from fastssl.data.sources.hf_datasets import HFDatasetsSource
 from tests.data.made import encoded, names, reds
 
 
@@ -39,7 +39,7 @@ NAMED = datasets.ClassLabel(names=["cat", "dog"])
 
 
 def opened(path, **options):
-    return HubSource(path=path, cache=path.parent / "cache", **options).open()
+    return HFDatasetsSource(path=path, cache=path.parent / "cache", **options).open()
 
 
 def test_a_saved_data_set(tmp_path):

@@ -1,0 +1,82 @@
+"""Configuration: which tests look at a file, and the tokens that are changed in it."""
+
+CONFIG = "tests/test_config.py"
+ENGINE = "tests/engine/test_engine.py"
+
+TESTS = {
+    "config/load": (
+        CONFIG,
+        "hostile or broken_files or another_choice or trap or old_names or rate_chosen or leaves_to"
+        " or as_they_are",
+    ),
+    "config/keys": (CONFIG, "refusals or names_of"),
+    "config/schema": (CONFIG, "rate_chosen or refusals or difference or annealed"),
+    "config/errors": (CONFIG, "refusals or missing"),
+    "section": (CONFIG, "refusals"),
+    "engine/config": (ENGINE, "deepspeed_keys"),
+    "files": ("tests/test_files.py", ""),
+}
+
+MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "config/load.load": [
+        ('f"{path}: {error}"', 'f"{error}"'),
+        ('f"{run} holds no run', 'f"{run} has none'),
+    ],
+    "config/load.compose_node": [("yaml.AliasEvent", "yaml.DocumentEndEvent")],
+    "config/load.construct_mapping": [("names.count(name) > 1", "names.count(name) > 2")],
+    "config/load._merged": [
+        ("RecursionError", "KeyError"),
+        ("name != _at(read", "name == _at(read"),
+        ('"lr" not in own', '"lr" in own'),
+        ('read.get("batch_size")', 'merged.get("batch_size")'),
+        ("if not isinstance(read, dict):", "if isinstance(read, list):"),
+    ],
+    "config/load._put": [("if key in VERBATIM", "if key not in VERBATIM")],
+    "config/load._unset": [('"???"', '"??"')],
+    "config/load._renamed": [("if key in tree:", "if new in tree:")],
+    "config/keys.check_keys": [
+        ("if name not in names:", "if name is names:"),
+        ("if key not in names:", "if key is names:"),
+        ("if isinstance(value, list) else [value]", "if value else [value]"),
+    ],
+    "config/keys._no_model": [("n=3", "n=1"), ('return ""\n    known', "return name\n    known")],
+    "config/schema.notes": [
+        ("self.batch_size / made_for", "made_for / self.batch_size"),
+        ("(None, self.batch_size)", "(None, made_for)"),
+    ],
+    "config/schema._consistent": [
+        ("views.count != wanted", "views.count < wanted"),
+        ("self.batch_size % self.engine", "0 % self.engine"),
+        ("self.name.startswith", "self.name.isdecimal() and self.name.startswith"),
+    ],
+    "config/schema.differences": [
+        ('"data.changed"', '"data.source"'),
+        ("| new.keys()) - free_leaves", "| new.keys())"),
+        ('"optim.schedule.anneal_steps"', '"optim.schedule.constant"'),
+    ],
+    "config/errors.sentence": [
+        ("if part not in tagged", "if part in tagged"),
+        ('first["type"] == "missing"', 'first["type"] == "absent"'),
+    ],
+    "section.Section": [
+        ("allow_inf_nan=False", "allow_inf_nan=True"),
+        ("bool not in kinds", "bool in kinds"),
+        ("else [value]", "else []"),
+    ],
+    "engine/config._known_keys": [
+        ("if key in _OWN_KEYS:", "if value in ():"),
+        ("if key not in _SECTIONS + _VALUES:", "if key in ():"),
+        ("if key in _SECTIONS and", "if key in _VALUES and"),
+        ('"stage" in given', '"stag" in given'),
+    ],
+    "files.write_atomically": [
+        ("os.fsync(file.fileno())", "file.fileno()"),
+        ("sync(path.parent)", "path.parent"),
+        ('"backslashreplace"', '"replace"'),
+        ("aside.unlink(missing_ok=True)", "aside"),
+    ],
+    "files.printable": [
+        ("or c in keep", "and c in keep"),
+        ("if text.isprintable", "if text.isascii"),
+    ],
+}

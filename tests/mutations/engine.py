@@ -1,0 +1,80 @@
+"""The engine: which tests look at a file, and the tokens that are changed in it."""
+
+ENGINE = "tests/engine/test_engine.py"
+
+TESTS = {
+    "engine/checkpoint": (
+        "tests/train/test_damage.py",
+        "whole_and_of or is_code or newest_and_the_best or directory_in or reader_that_dies",
+    ),
+    "engine/engine": (ENGINE, "infinite_loss or merged_last or one_process or of_one or divide"),
+    "engine/launch": (ENGINE, "launchers or tasks"),
+    "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
+    "engine/optim": ("tests/engine/test_optim.py", "not slices and not differ"),
+    "engine/layerwise": ("tests/engine/test_layerwise.py", "not ranks and not resumed"),
+}
+
+MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "engine/checkpoint._undisturbed": [("signal.SIG_DFL", "signal.getsignal(signal.SIGCHLD)")],
+    "engine/checkpoint.names": [("reverse=True", "reverse=False")],
+    "engine/checkpoint.check": [('("best", "latest")', '("best", "best")')],
+    "engine/checkpoint._prune": [
+        ("names()[: self", "names()[0 : 2 * self"),
+        ("if best.is_file():", "if best.is_dir():"),
+        ("if name not in keep", "if name in keep"),
+    ],
+    "engine/checkpoint.damaged": [
+        ("AttributeError, RecursionError", "AttributeError"),
+        ("KeyError, TypeError", "KeyError"),
+        ("type(step) is not int or", "False or"),
+        ('path.name != f"step', 'path.name == f"step'),
+        ("if f.is_symlink() or not f.is_dir()", "if f.is_file()"),
+        ('- {"manifest.json", *sums}', '- {"manifest.json", *there}'),
+        ('"encoder.safetensors", *(', "*("),
+        ("if wanted - sums.keys() or", "if"),
+        ('or not any(name.endswith("model', 'or any(name.endswith("xmodel'),
+        ("if name not in there:", "if name in ():"),
+        ("_STATES.fullmatch(name)", "_STATES.search(name[-2:]) or True"),
+        ("if file.is_symlink() or not", "if not"),
+        ("st_size != size", "st_size < 0"),
+        ("_sha256(file) != checksum", "_sha256(file) is checksum"),
+    ],
+    "engine/checkpoint._unreadable": [("if _STATES.fullmatch(name)", "if 'rng' in name")],
+    "engine/checkpoint._load_state": [("weights_only=True", "weights_only=False")],
+    "engine/engine.__init__": [("if batch_size % shares:", "if batch_size < shares:")],
+    "engine/engine.step": [
+        ('float("nan"))', "1.0)"),
+        ('on_nonfinite == "skip"', 'on_nonfinite == "stop"'),
+        ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),
+        ("finite & torch.isfinite", "finite | torch.isfinite"),
+    ],
+    "engine/engine._join_batch_norms": [
+        ("micro < 2", "micro < 1"),
+        ('endswith("running_mean")', 'endswith("running_std")'),
+    ],
+    "engine/engine._deepspeed_config": [
+        ('"] = False', '"] = True'),
+        ("self.cfg.zero_stage == 3", "self.cfg.zero_stage == 2"),
+        ("_merge(config, self.cfg.deepspeed)", "_merge(self.cfg.deepspeed, config)"),
+    ],
+    "engine/engine._finish": [
+        ("self._flags[0] == 0", "self._flags[0] >= 0"),
+        ("if plain and not finite:", "if plain and finite is None:"),
+        ("finite=finite and applied", "finite=applied or finite"),
+    ],
+    "engine/launch._launched": [
+        ('"RANK" in os.environ and missing', '"RANK" in os.environ and not missing'),
+        ('not in ("", "1")', 'in ("", "1")'),
+    ],
+    "engine/peers._watch": [("!= _BYE", "== _BYE"), ("lost.append(rank)", "lost.append(0)")],
+    "engine/optim._is_plain": [("param.ndim <= 1", "param.ndim <= 0"), ('"_token"', '"token_"')],
+    "engine/optim._options_fit_the_name": [("0 <= beta < 1", "0 <= beta <= 1")],
+    "engine/optim.parameter_groups": [
+        ("if param.requires_grad", "if param is not None"),
+        ('"weight_decay": 0.0', '"weight_decay": weight_decay'),
+    ],
+    "engine/optim.CosineSchedule": [("(step + 0.5)", "(step + 0.0)")],
+    "engine/layerwise._scale": [
+        ("(norms > 0).all(0)", "(norms >= 0).any(0)"),
+    ],
+}

@@ -1,0 +1,50 @@
+"""Models: which tests look at a file, and the tokens that are changed in it."""
+
+TESTS = {
+    "models/backbones": ("tests/models/test_backbones.py", "efficientnet or encoder"),
+    "models/heads": ("tests/models/test_heads.py", ""),
+    "models/ema": ("tests/models/test_ema.py", ""),
+    "models/directpred": ("tests/models/test_directpred.py", ""),
+    "models/masked_vit": ("tests/models/test_masked_vit.py", ""),
+    "models/point": ("tests/models/test_point.py", ""),
+    "models/tabular": ("tests/models/test_tabular.py", ""),
+    "masking": ("tests/masking/test_laws.py tests/masking/test_blocks.py", ""),
+}
+
+MUTATIONS = {
+    # faults 1 and 15
+    "models/backbones.channels_of": [("== shapes", "!= shapes")],
+    "models/backbones.build_backbone": [
+        ("key in _REFUSED and", "False and"),
+        ("features.ndim != 2", "features.ndim != 3"),
+        ("LookupError, OSError", "OSError"),
+    ],
+    "models/backbones.probe": [("if side % patch", "if side < patch")],
+    "models/backbones.backbone_arguments": [
+        ('"in_chans": shape[0], **family', '"in_chans": 3, **family')
+    ],
+    # fault 3
+    "models/heads._GlobalNorm": [
+        ("(means - mean).square()", "0"),
+        ("all_reduce_sum(sums) / count", "sums / count"),
+        ("z * per_channel(shared[1])", "z"),
+    ],
+    "models/heads._normalize_globally": [("count / (count - 1)", "1"), ("count < 2", "count < 0")],
+    "models/heads.BatchNorm1d": [("world_size() == 1", "world_size() > 0")],
+    "models/heads.synchronize_batch_norms": [("plain or hasattr", "hasattr")],
+    "models/heads._synchronized": [("self.act(self.drop(y))", "y")],
+    "models/heads.average_running_statistics": [("/ world_size()", "/ 1")],
+    "models/heads.projection_head": [("affine=not last", "affine=last")],
+    # fault 36
+    "models/ema.update": [
+        ("_piece(theirs).float(), 1 - momentum", "_piece(theirs).float(), momentum"),
+        ("mine.copy_(theirs)", "mine.copy_(mine)"),
+    ],
+    "models/ema.EMA": [("half.float()", "half")],
+    "models/ema.set_extra_state": [("copy=True", "copy=False")],
+    "models/directpred.update": [
+        ("1 - self.rho if", "self.rho if"),
+        ("self.steps % self.every", "0"),
+    ],
+    "models/directpred._predictor": [("torch.nan)", "0)")],
+}

@@ -1,0 +1,69 @@
+"""Runs: which tests look at a file, and the tokens that are changed in it."""
+
+TRAIN = "tests/train/test_train.py"
+DATA = "tests/data/test_same_data.py"
+
+TESTS = {
+    "run/train": (
+        f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
+        "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding",
+    ),
+    "run/directory": (
+        f"{DATA} {TRAIN} tests/train/test_damage.py",
+        "other_data or may_lie or going_on or directory_in or that_is_a_file",
+    ),
+    "run/evaluation": (DATA, "mostly_bad"),
+    "run/log": (TRAIN, "log_is_json or skipping_ends"),
+}
+
+MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "run/train.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
+    "run/train.check_steps": [
+        ("and count % size", "and count < size"),
+        ("count % k == 0", "k > 0"),
+    ],
+    "run/train.agreed": [
+        ("if not distributed.all_agree", "if distributed.all_agree"),
+        ("best=False", "best=True"),
+    ],
+    "run/train.improves": [
+        ("or not math.isfinite", "or math.isnan(0) and math.isfinite"),
+        ("value <= self", "value < self"),
+        ('if name == "loss"', 'if name != "loss"'),
+    ],
+    "run/train.refuse": [
+        ("state.skipped_in_row < min(", "state.skipped_in_row <= min("),
+        ("min(self.cfg", "max(self.cfg"),
+        ("state.skipped + 1", "state.skipped"),
+        ("images=indices", "images=indices[:16]"),
+        ('if last else "none yet"', "if not last else last"),
+    ],
+    "run/train._Signals": [
+        ("signal.SIGUSR1", "signal.SIGUSR2"),
+        ("signal.signal(number, handler)", "signal.getsignal(number)"),
+        ("!= signal.SIG_IGN", "== signal.SIG_IGN"),
+        ("asked_to_stop = True", "asked_to_stop = False"),
+    ],
+    "run/directory._locked": [
+        ("path.unlink(missing_ok=True)", "path"),
+        ("fcntl.LOCK_EX", "fcntl.LOCK_SH"),
+    ],
+    "run/directory.prepared": [("except OSError as error", "except EOFError as error")],
+    "run/directory._changed": [
+        ('== "allow"', '== "refuse"'),
+        ("same_data=same or allowed", "same_data=allowed"),
+        ("or before is None or same", "or before is not None or same"),
+        ("if counts[0] != counts[1]", "if counts[0] == counts[1]"),
+    ],
+    "run/directory._prepare": [
+        ('{"changed": "refuse"}', '{"changed": "allow"}'),
+        ("if data is not None:", "if data is None:"),
+    ],
+    "run/evaluation.evaluate_on": [
+        ("len(bad) > cfg.data.max_bad", "len(bad) < cfg.data.max_bad"),
+        ("if unreadable:", "if not unreadable and not problem:"),
+    ],
+    "run/log.cut": [('row["step"] <= step', 'row["step"] < step')],
+    "run/log.finite": [("None for k", "0 for k")],
+    "run/log.bad_images": [("map(printable, e)", "e")],
+}
