@@ -287,10 +287,10 @@ def test_the_loss_is_that_of_the_split_embeddings(follows, share, split):
 
 
 # fault 38
-@pytest.mark.parametrize("name", [*OPTIONS, "gmml of zeros"])
+@pytest.mark.parametrize("name", [*OPTIONS, "gmml of zeros", "gmml of swap"])
 def test_the_flag_says_whether_accumulation_changes_the_loss(name, tmp_path):
-    zeros = {"method__corruption": "zeros"} if name == "gmml of zeros" else {}
-    cfg = tiny(name.split()[0], tmp_path, **zeros)
+    name, _, corruption = name.partition(" of ")
+    cfg = tiny(name, tmp_path, **({"method__corruption": corruption} if corruption else {}))
     method, g = build(cfg, 1), torch.Generator().manual_seed(0)
     views = [torch.randn(8, 1, 16, 16, generator=g) for _ in range(method.views)]
     params = [torch.rand(8, len(PARAMETERS), generator=g) for _ in views]

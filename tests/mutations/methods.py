@@ -34,7 +34,6 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "methods/mocov3.forward": [("self.loss(q_0, k_1)", "self.loss(q_0, k_0)")],
     "methods/mocov3.after_step": [("momentum, 1.0", "momentum, 0.9")],
-    "methods/sie.frame_change": [("turn_2 * (size_1 / size_2)", "turn_2 * (size_2 / size_1)")],
     "methods/sie.__init__": [("if min(inv) < 1:", "if min(inv) < 0:")],
     "methods/sie.forward": [("parts[0][1], relation", "parts[1][1], relation")],
     "methods/mae.__init__": [("norm_pix=cfg.norm_pix", "norm_pix=False")],

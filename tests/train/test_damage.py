@@ -90,6 +90,11 @@ def lists_no_weights(checkpoint):
     sign(checkpoint)
 
 
+def lists_no_random_state(checkpoint):
+    (checkpoint / "rng-0.pt").unlink()
+    sign(checkpoint)
+
+
 def links_outside(checkpoint):
     state = checkpoint / "rng-0.pt"
     state.rename(checkpoint.parent / "elsewhere")
@@ -127,6 +132,7 @@ def checkpoint(tmp_path):
         (lambda c: (c / ".hidden").write_text(""), "does not name .hidden"),
         (lambda c: os.mkfifo(c / "fifo"), "does not name fifo"),
         (lists_too_little, "does not name rng-0.pt"),
+        (lists_no_random_state, "does not name rng-0.pt"),
         (lists_no_weights, "does not name any weights"),
         (links_outside, "rng-0.pt is no plain file"),
         (adds_a_state, "mp_rank_000_model_states.pt is no file of a checkpoint"),
