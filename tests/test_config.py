@@ -239,7 +239,7 @@ def test_numbers_dates_and_texts_survive_yaml(tmp_path):
 
 
 def test_old_spellings_are_read_with_a_warning(tmp_path):
-    own = ["data.preset=byol", "data.overrides.colour=linear", "data.overrides.view1.solarise=0.3"]
+    own = ["data.augment=byol", "data.overrides.colour=linear", "data.overrides.view1.solarise=0.3"]
     with pytest.warns(FutureWarning, match="is called") as said:
         cfg = resolve("simclr-digits", own)
     assert [str(one.message) for one in said] == [

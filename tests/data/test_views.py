@@ -85,7 +85,7 @@ def test_overrides_reach_every_view_and_the_normalization():
             "unknown preset 'xyz': valid are simclr, barlow_twins, mae, crop_mae, dino, plain",
         ),
         ("mae", {"flipp": 1}, "unknown override of preset 'mae' 'flipp': did you mean 'flip'?"),
-        ("mae", {"solarize": 1}, "did you mean 'solarize'?"),
+        ("mae", {"solarizes": 1}, "did you mean 'solarize'?"),
         ("mae", {"local_count": 2}, "unknown override of preset 'mae' 'local_count'"),
         ("mae", {"flip": 1.5}, "less than or equal to 1"),
         ("mae", {"crop_scale": (0.9, 0.2)}, "the low end 0.9 is above the high end 0.2"),

@@ -12,7 +12,7 @@ tests/data/test_dali.py:
     decoding            the same bytes
     crop and resize     within 2 of 255; DALI repeats the border where torchvision cuts its filter
                         off, which shows in the outermost pixels of a crop that shrinks
-    color              `linear` always (views.py).  For `sequential` it stands in: the same where
+    color              `linear` always (image.py).  For `sequential` it stands in: the same where
                         nothing is clamped and the hue is not turned
     all else            within rounding: pixels are uint8 between operations
 
@@ -246,7 +246,7 @@ def _placed(view: View, image: Node, at: Nodes) -> Node:
 
 
 def _shift(x: Node, at: Nodes) -> Node:
-    """What linear color adds to every value of an image, of 0 to 255: views.py's b (1 - c) mu."""
+    """What linear color adds to every value of an image, of 0 to 255: image.py's b (1 - c) mu."""
     mean = fn.reductions.mean(x, axes=(0, 1))
     return at["shift"] * (0.299 * mean[0] + 0.587 * mean[1] + 0.114 * mean[2])
 

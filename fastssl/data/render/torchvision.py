@@ -1,6 +1,6 @@
 """The views of one image with torchvision's functional operations: the portable back end.
 
-`draw` turns a seed into the parameters of one view, `render` applies them; the spec in views.py
+`draw` turns a seed into the parameters of one view, `render` applies them; the spec in image.py
 states the laws of the first and the meaning of the second.  `drawn_parameters` tells a method what
 was drawn, as numbers in the order of PARAMETERS.  Images: (C, H, W), C = 1 or 3.
 
@@ -56,7 +56,7 @@ _MATRIX_BLUR = 128  # pixels; measured on one core: 52 us for 170 at 32, 134 for
 class Drawn(NamedTuple):
     """The parameters of one view: the crop in source pixels, then one entry an operation.
 
-    They apply in the order of views.py.
+    They apply in the order of image.py.
     """
 
     top: int
@@ -177,7 +177,7 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     return F.gaussian_blur(rows, [1, taps], [sigma, sigma])
 
 
-# DALI's: see views.py on linear color.
+# DALI's: see image.py on linear color.
 _YIQ = torch.tensor(
     [[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]], dtype=torch.float64
 )
@@ -185,7 +185,7 @@ _RGB = torch.linalg.inv(_YIQ)
 
 
 def color_matrix(saturation: float, hue: float) -> Tensor:
-    """M (3, 3) float32 of views.py: the colors of RGB scaled and turned, `hue` in turns.
+    """M (3, 3) float32 of image.py: the colors of RGB scaled and turned, `hue` in turns.
 
     >>> bool((color_matrix(1.0, 0.0) - torch.eye(3)).abs().max() < 1e-6)
     True

@@ -83,6 +83,6 @@ class SourceOptions(Section):
 def absolute(path: Path) -> Path:
     """The absolute path, so that a saved config can be read from any folder.
 
-    The home of an unknown user (`~nobody`) is not expanded; opening the path says it is missing.
+    The home of an unknown user (`~nobody`) is not expanded: opening the path says it is missing.
     """
     return Path(os.path.expanduser(path)).absolute()

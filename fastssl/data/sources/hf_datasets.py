@@ -23,7 +23,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("the source hub needs a package: pip install datasets") from error
+        raise DataError("the source hf_datasets needs a package: pip install datasets") from error
     return datasets
 
 

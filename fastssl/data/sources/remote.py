@@ -80,8 +80,8 @@ def _code(error: Exception) -> int | None:
 def _final_error(path: str, error: Exception) -> Exception | None:
     """The error to raise at once; None where asking again may help.
 
-    fsspec's HTTP file system raises FileNotFoundError whatever kept it from a file's size: the
-    cause decides.
+    fsspec's HTTP file system raises FileNotFoundError for any failure to get a file's size: then
+    the cause decides.
     """
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
     if not isinstance(cause, Exception):

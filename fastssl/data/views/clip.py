@@ -24,7 +24,7 @@ class ClipViews(ItemViews):
     """Views of clips, uint8 (C, T, H, W) -> float32 (C, frames, size, size).
 
     frames      every `stride`-th from a start drawn uniformly; a clip too short repeats its last
-    the rest    as in images' views (views.py), one draw for all frames; contrast is about the mean
+    the rest    as in images' views (image.py), one draw for all frames; contrast is about the mean
                 of each frame; mean and std are of all channels
     Source: Tong et al. 2022, VideoMAE, arXiv:2203.12602 (crop and flip; no other augmentation), and
     for colors and blur Qian et al. 2021, CVRL, arXiv:2008.03800, section 3.2 (consistent in time).

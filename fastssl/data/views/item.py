@@ -1,4 +1,4 @@
-"""What the view specs of clips, volumes, signals, clouds and rows share; views.py has images'."""
+"""What the view specs of clips, volumes, signals, clouds and rows share; image.py has images'."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
