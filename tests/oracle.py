@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def as_accurate_as_eager(
     actual: Tensor, eager: Tensor, truth: Tensor, slack: float = 2.0, ulps: float = 4.0
 ) -> None:
-    """Fail unless max|actual - truth| <= slack * max|eager - truth| + ulps eps(dtype) max|truth|."""
+    """Fail unless max|actual - truth| <= slack * max|eager - truth| + ulps eps max|truth|."""
     assert actual.shape == truth.shape and actual.dtype == eager.dtype
     assert torch.isfinite(actual).all(), f"{(~torch.isfinite(actual)).sum()} non-finite values"
     if actual.numel() == 0:
