@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.bench import aot
-from fastssl.bench.sass import KB
+from fastssl.bench.compiler import aot
+from fastssl.bench.compiler.aot import KB
 from fastssl.kernels.common.tuning import Config, Kernel, Variant
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastssl.bench import tune
-from fastssl.bench.tune import FAILED, LEFT, OK, SCARCE, WRONG
+from fastssl.bench.compiler import tune
+from fastssl.bench.compiler.tune import FAILED, LEFT, OK, SCARCE, WRONG
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.common.tuning import Config, Kernel, Variant
 from fastssl.kernels.correlation import configs as correlation_configs

@@ -149,7 +149,7 @@ def test_strided_rows(make):
 
 def test_strided_upstream():
     (wide,) = rows(torch.float32, (50, 50))
-    out, inv_std = ops.standardised(wide[:21, :9].contiguous(), 1e-3, False)
+    out, inv_std = ops.standardize(wide[:21, :9].contiguous(), 1e-3, False)
     grad = torch.full((21,), 2.0, device=DEVICE)[:, None].expand(21, 9)  # of either stride
     for g in (grad, wide[:9, :21].T, wide[3:24, :18:2]):
         dz = ops.gradient_whole(g, out, inv_std, 21)

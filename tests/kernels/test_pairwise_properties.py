@@ -8,10 +8,10 @@ from fastssl.kernels import (
     different_group,
     exclude_self,
     exclude_self_and_pair,
+    pairwise_sigmoid,
     pairwise_topk,
     same_group,
 )
-from fastssl.kernels.pairwise import sigmoid as pairwise_sigmoid
 from fastssl.kernels.pairwise.lse import pairwise_lse_reference
 from fastssl.kernels.pairwise.masks import as_masks
 from fastssl.kernels.pairwise.sigmoid import pairwise_sigmoid_reference

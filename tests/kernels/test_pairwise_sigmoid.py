@@ -278,12 +278,12 @@ Q = torch.zeros(4, 3)
         ((Q, Q, torch.ones(4), 0.0), {}, r"scale must .* got \(4,\)"),
         ((Q, Q, 1.0, torch.ones(1)), {}, r"bias must .* got \(1,\)"),
         ((Q, Q, 1.0, torch.tensor(1)), {}, r"bias must .* got \(\) torch.int64"),
-        ((Q, Q, 1.0, 0.0), {"positive": None}, "positive must be a PairMask, .* got None"),
+        ((Q, Q, 1.0, 0.0), {"positive": None}, "positive must be a PairMask, .* got a NoneType"),
         ((Q, Q, 1.0, 0.0), {"positive": same_group(ids(3))}, r"must be \(4,\) on .*, got \(3,\)"),
         (
             (Q, Q, 1.0, 0.0),
             {"impl": "fused"},
-            "reference, triton for pairwise_sigmoid, got 'fused'",
+            "torch, triton, reference for pairwise_sigmoid, got 'fused'",
         ),
     ],
 )
