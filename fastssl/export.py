@@ -31,7 +31,7 @@ from fastssl.models import OWN, backbone_arguments, build_backbone, channels_of,
 
 
 class Encoder(nn.Module):
-    """A pretrained encoder alone: normalised images (B, C, H, W) -> features (B, F) float32."""
+    """A pretrained encoder alone: normalized images (B, C, H, W) -> features (B, F) float32."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()

@@ -46,7 +46,7 @@ def _weighted(x: Tensor) -> Tensor:
 
 
 def _gaps(grad: Tensor) -> Tensor:
-    """The same values, in a tensor whose neighbours in memory are nan."""
+    """The same values, in a tensor whose neighbors in memory are nan."""
     return torch.stack([grad, torch.full_like(grad, torch.nan)], dim=-1)[..., 0]
 
 

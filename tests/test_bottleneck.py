@@ -112,11 +112,11 @@ def test_workers_are_advised_up_to_the_cores(tmp_path, monkeypatch):
     assert "threads of DALI" in "\n".join(advice(cfg, [RANK], source_of(cfg)))
 
 
-def test_the_back_end_and_colour_are_advised(folder, tmp_path, monkeypatch):
+def test_the_back_end_and_color_are_advised(folder, tmp_path, monkeypatch):
     cfg = of_photos(folder, tmp_path, data__backend="torch")
     assert advice(cfg, [RANK], source_of(cfg))[0].startswith("data.backend=dali")
-    coloured = {"data__overrides": {"jitter": 0.8}}
-    cfg = tiny("simclr", tmp_path, data__backend="torch", **coloured)  # arrays: torch's by rule
+    colored = {"data__overrides": {"jitter": 0.8}}
+    cfg = tiny("simclr", tmp_path, data__backend="torch", **colored)  # arrays: torch's by rule
     said = advice(cfg, [RANK], DigitsSource().open()[0])
     assert said[0].startswith("data.overrides.color=linear")
     monkeypatch.setattr("fastssl.data.render.backend.find_spec", lambda name: None)

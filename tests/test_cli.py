@@ -37,7 +37,7 @@ def test_pretrain_prints_the_table_and_the_report(tmp_path):
     cfg = tiny("simclr", tmp_path, epochs=1)
     (tmp_path / "mine.yaml").write_text(dump(cfg))
     out = call("pretrain", tmp_path / "mine.yaml", "name=other")
-    for word in ("pretrained", "random initialisation", "raw input", "knn", "images/s", "report:"):
+    for word in ("pretrained", "random initialization", "raw input", "knn", "images/s", "report:"):
         assert word in out
     assert (tmp_path / "other/report.html").is_file()
 

@@ -35,7 +35,7 @@ def test_sample_seed_is_the_hash_of_its_key():
     assert sample_seed(5, 3, 7) == h >> 1
 
 
-def test_vectorised_equals_scalar_and_is_not_negative():
+def test_vectorized_equals_scalar_and_is_not_negative():
     index = np.arange(2000)
     seeds = sample_seeds(5, 3, index)
     assert seeds.dtype == np.int64 and seeds.min() >= 0

@@ -1,4 +1,4 @@
-"""Patches, and the two stages of masked modelling they are for, beside the formula as written.
+"""Patches, and the two stages of masked modeling they are for, beside the formula as written.
 
 B images of S pixels a side in patches of P; tokens of D features.  Floors as in losses.py, with
 every elementwise operation counted; what only moves data has bytes alone.

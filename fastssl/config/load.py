@@ -32,6 +32,7 @@ RENAMED: dict[str, str] = {
     for old in ("data.overrides.{}", "data.overrides.*.{}")
     for key, new in OLD_FIELDS.items()
 }
+RENAMED["evaluate.neighbours"] = "evaluate.neighbors"
 RENAMED_VALUES = {  # (key, its old value) -> its new one
     ("data.source.name", "hub"): "hf_datasets",
     ("method.follows", "colour"): "color",

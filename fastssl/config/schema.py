@@ -69,7 +69,7 @@ class DataConfig(Section):
 
 class EvaluateConfig(Section):
     every: int = Field(0, ge=0, description="Evaluate every so many epochs; 0: at the end only.")
-    neighbours: int = Field(20, ge=1, description="k of the nearest-neighbour classifier.")
+    neighbors: int = Field(20, ge=1, description="k of the nearest-neighbor classifier.")
     batch_size: int = Field(256, ge=1, description="Images a rank embeds at once.")
     max_images: int = Field(10_000, ge=2, description="Of each split, at most so many embedded.")
 
@@ -93,7 +93,7 @@ class RunConfig(Section):
     )
     overwrite: bool = Field(False, description="Replace a run of this name instead of refusing.")
     epochs: int = Field(100, ge=1, description="Passes over the training images.")
-    batch_size: int = Field(256, ge=2, description="Images in an optimiser step, over all ranks.")
+    batch_size: int = Field(256, ge=2, description="Images in an optimizer step, over all ranks.")
     method: AnyMethodConfig = Field(description="The method and its options.")
     model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
     data: DataConfig

@@ -219,7 +219,7 @@ def _of_backend(cfg: RunConfig, source: Source) -> list[str]:
     jitter = isinstance(views, Views) and any(
         view.jitter and view.color == "sequential" for view in views.views
     )
-    return said + (["data.overrides.color=linear: all colour changes at once"] if jitter else [])
+    return said + (["data.overrides.color=linear: all color changes at once"] if jitter else [])
 
 
 def _of_workers(cfg: RunConfig, world: int) -> list[str]:

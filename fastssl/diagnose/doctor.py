@@ -20,7 +20,7 @@ PARTS = [
         "comes with torch's CUDA build: pip install torch",
     ),
     ("deepspeed", "deepspeed", "the training engine", TRAIN),
-    ("timm", "timm", "backbones and optimisers", TRAIN),
+    ("timm", "timm", "backbones and optimizers", TRAIN),
     ("torchvision", "torchvision", "augmentation on the CPU", TRAIN),
     ("scikit-learn", "sklearn", "digits, linear probe", TRAIN),
     ("nvidia-dali-cuda130", "nvidia.dali", "augmentation pipelines, GPU or CPU (optional)", DALI),
@@ -31,7 +31,7 @@ PARTS = [
     (
         "apex",
         "apex.optimizers",
-        "fused optimisers (optional)",
+        "fused optimizers (optional)",
         "build github.com/NVIDIA/apex, or docker/",
     ),
 ]

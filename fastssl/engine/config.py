@@ -38,12 +38,12 @@ class EngineError(ValueError):
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="DeepSpeed ZeRO: 1 shards optimiser state, 2 gradients too, 3 parameters too.",
+        description="DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: parameters and activations bfloat16, float32 master weights."
     )
-    accumulation: int = Field(1, ge=1, description="Micro-batches an optimiser step is split into.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches an optimizer step is split into.")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A non-finite loss or gradient ends the run, or only skips its step."
     )

@@ -45,7 +45,7 @@ class Step:
 class Engine:
     """`method` on `device` under ZeRO `cfg.zero_stage`, stepped by `optim`.
 
-    batch_size: images in an optimiser step over all ranks and micro-batches.
+    batch_size: images in an optimizer step over all ranks and micro-batches.
     monitor: directory of TensorBoard events, or None.
     notes: sentences that the user of a run should read.
     Raises EngineError when the batch does not divide among ranks and micro-batches,
@@ -86,7 +86,7 @@ class Engine:
         except ValidationError as error:
             raise EngineError(_refusal(error)) from error
         except (AssertionError, ValueError, TypeError, KeyError) as error:
-            raise EngineError(f"DeepSpeed or the optimiser refuses this: {error}") from error
+            raise EngineError(f"DeepSpeed or the optimizer refuses this: {error}") from error
         after_initialize(self.ds)
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
 
@@ -95,7 +95,7 @@ class Engine:
         return self.ds.module
 
     def step(self, batch: dict[str, Any], lr: float, *, stop: bool = False) -> Step:
-        """One optimiser step on this rank's share of the batch, at learning rate `lr`.
+        """One optimizer step on this rank's share of the batch, at learning rate `lr`.
 
         stop: this rank was asked to stop; the answer tells whether any rank was.
         """

@@ -3,7 +3,7 @@
     alignment(a, b)  = mean_i ||a_i - b_i||^alpha              two views of the same images: small
     uniformity(x)    = log mean_{i != j} exp(-t ||x_i - x_j||^2)      spread over the sphere: small
 
-Features are L2-normalised first.  Uniformity lies in [-4t, 0] and is 0 when all points coincide;
+Features are L2-normalized first.  Uniformity lies in [-4t, 0] and is 0 when all points coincide;
 for points spread evenly on a high-dimensional sphere it nears -2t.
 Source: Wang & Isola 2020, arXiv:2005.10242, section 4.1 (alpha = 2, t = 2).
 """

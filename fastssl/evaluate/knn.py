@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features.
+"""Weighted k-nearest-neighbor classification of frozen features.
 
     s_ij = cos(test_i, train_j)
     vote_i(c) = sum of exp(s_ij / tau) over those of the k nearest j that are of class c

@@ -1,6 +1,6 @@
 """Linear probe: multinomial logistic regression on frozen, standardised features.
 
-    minimise over W, b:   mean_i CE(W x_i + b, y_i) + l2 / 2 * ||W||^2
+    minimize over W, b:   mean_i CE(W x_i + b, y_i) + l2 / 2 * ||W||^2
 
 The penalty is on the *mean* loss, so one `l2` means the same for a small and a large train set.
 The bias is free of it.  L-BFGS from zero: no seed, so the same features give the same accuracy.

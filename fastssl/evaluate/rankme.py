@@ -2,7 +2,7 @@
 
     p_k = sigma_k / sum(sigma) + eps      RankMe = exp(-sum_k p_k log p_k)      1 <= RankMe <= D
 
-sigma: the min(N, D) singular values of the (N, D) features, not centred.  They are the roots of
+sigma: the min(N, D) singular values of the (N, D) features, not centered.  They are the roots of
 the eigenvalues of the smaller of the N x N Gram and D x D second-moment matrix, summed in float64
 over chunks of rows: exact to 1e-8 of the largest, below the formula's own eps.
 Source: Garrido et al. 2022, arXiv:2210.02885, equations 1 and 2; the spectrum as a measure of
@@ -17,12 +17,12 @@ from fastssl.evaluate._checks import checked_features
 _ROWS = 8192  # rows in float64 at once
 
 
-def spectrum(x: Tensor, *, centred: bool = True) -> Tensor:
+def spectrum(x: Tensor, *, centered: bool = True) -> Tensor:
     """The eigenvalues of the covariance of features (N, D), any float: (min(N, D),) float64.
 
     In descending order, never below 0; the D - N that are left out when N < D are 0, and with
-    centred=True so is the smallest when N <= D.  Their sum is the features' total variance.
-    centred: the covariance, x minus its mean, divided by N - 1; False: the second moment about 0,
+    centered=True so is the smallest when N <= D.  Their sum is the features' total variance.
+    centered: the covariance, x minus its mean, divided by N - 1; False: the second moment about 0,
     divided by N.  A value is exact to 1e-15 of the largest one.
     Raises ValueError: fewer than 2 samples, non-finite features.
 
@@ -31,14 +31,14 @@ def spectrum(x: Tensor, *, centred: bool = True) -> Tensor:
     """
     x = checked_features("x", x)
     tall = len(x) >= x.shape[1]
-    mean = x.mean(0, dtype=torch.float64) if centred else x.new_zeros(x.shape[1:])
+    mean = x.mean(0, dtype=torch.float64) if centered else x.new_zeros(x.shape[1:])
     # A chunk's rows are samples, or features when those are more: then each has a mean of its own.
     means = mean.expand(len(x), -1) if tall else mean[:, None]
     parts = zip((x if tall else x.T).split(_ROWS), means.split(_ROWS), strict=True)
     gram = sum(rows.T @ rows for rows in (part.double() - about for part, about in parts))
     assert isinstance(gram, Tensor)
     values = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
-    return values / (len(x) - int(centred))
+    return values / (len(x) - int(centered))
 
 
 def rankme(x: Tensor, eps: float = 1e-7) -> float:
@@ -52,7 +52,7 @@ def rankme(x: Tensor, eps: float = 1e-7) -> float:
     """
     if eps <= 0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    sigma = spectrum(x, centred=False).sqrt()
+    sigma = spectrum(x, centered=False).sqrt()
     if sigma.sum() == 0:
         return 0.0
     p = sigma / sigma.sum() + eps

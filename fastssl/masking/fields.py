@@ -88,7 +88,7 @@ def connected_masking(seeds: Tensor, grid: Sequence[int], keep: int, *, groups: 
     from its seed (first-passage growth; paths of more steps than lie between opposite corners are
     not tried), and the earliest reached are hidden.  A place is never hidden before the neighbor
     it was reached from, so each hidden component holds a seed: at most `groups` of them, fewer
-    where they meet.  Neighbours share a side.
+    where they meet.  Neighbors share a side.
     Places in the middle of the grid are hidden more often than those at its rim.
     seeds (B,) int64; grid: any number of sides.
     Raises ValueError for keep outside 1..L - 1 and groups outside 1..L - keep.

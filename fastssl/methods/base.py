@@ -24,7 +24,7 @@ class Method(nn.Module):
     """Base of all methods.  A subclass sets `encoder` and writes `forward`.
 
     forward(batch) -> {"loss": 0-d float32, ...}: other entries are logged as they are.
-    after_step(progress): called after each optimiser step, progress in [0, 1].
+    after_step(progress): called after each optimizer step, progress in [0, 1].
     preset: the augmentation preset of the method's paper.  views: how many views it reads.
     couples_batch: a sample's loss depends on the others of its batch, so accumulation changes it.
     needs_view_params: it reads "params", which batches have only where they are asked for.

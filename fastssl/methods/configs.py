@@ -32,7 +32,7 @@ class MethodConfig(Section):
     """Base of the methods' options."""
 
     def check_source(self, classes: int | None) -> None:
-        """Raise ValueError for images that do not serve; classes: their number, None unlabelled."""
+        """Raise ValueError for images that do not serve; classes: their number, None unlabeled."""
 
 
 class SimCLRConfig(MethodConfig):
@@ -60,7 +60,7 @@ class MoCoV3Config(MethodConfig):
 class NNCLRConfig(MethodConfig):
     name: Literal["nnclr"] = "nnclr"
     temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
-    queue_size: int = Field(65536, ge=1, description="Past projections kept as neighbours.")
+    queue_size: int = Field(65536, ge=1, description="Past projections kept as neighbors.")
     hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
     projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
@@ -135,7 +135,7 @@ class MAEConfig(MethodConfig):
     name: Literal["mae"] = "mae"
     mask_ratio: Ratio = ratio_field(0.75)
     masking: Kind = kind_field()
-    norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
+    norm_pix: bool = Field(True, description="Predict each patch normalized by its own moments.")
     decoder_dim: int = Field(512, ge=1, description="Width of the decoder.")
     decoder_depth: int = Field(8, ge=1, description="Blocks of the decoder.")
     decoder_heads: int = Field(16, ge=1, description="Attention heads of the decoder.")
@@ -162,7 +162,7 @@ class GMMLConfig(MethodConfig):
 class CropMAEConfig(MethodConfig):
     name: Literal["cropmae"] = "cropmae"
     mask_ratio: Ratio = ratio_field(0.985)
-    norm_pix: bool = Field(True, description="Predict each patch normalised by its own moments.")
+    norm_pix: bool = Field(True, description="Predict each patch normalized by its own moments.")
     decoder_dim: int = Field(256, ge=1, description="Width of the decoder.")
     decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
     decoder_heads: int = Field(8, ge=1, description="Attention heads of the decoder.")
@@ -208,7 +208,7 @@ class VideoMAEConfig(MethodConfig):
     decode_ratio: float = Field(
         0.5, gt=0, le=1, description="Share of the hidden tubelets that are predicted."
     )
-    norm_pix: bool = Field(True, description="Predict each tubelet normalised by its own moments.")
+    norm_pix: bool = Field(True, description="Predict each tubelet normalized by its own moments.")
     decoder_dim: int = Field(192, ge=1, description="Width of the decoder.")
     decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
     decoder_heads: int = Field(3, ge=1, description="Attention heads of the decoder.")
@@ -217,7 +217,7 @@ class VideoMAEConfig(MethodConfig):
 class SignalMAEConfig(MAEConfig):
     name: Literal["signal_mae"] = "signal_mae"  # type: ignore[assignment]
     mask_ratio: Ratio = ratio_field(0.6)
-    span: int = Field(4, ge=1, description="Neighbouring patches hidden together; 1: single ones.")
+    span: int = Field(4, ge=1, description="Neighboring patches hidden together; 1: single ones.")
 
 
 class TJEPAConfig(MethodConfig):

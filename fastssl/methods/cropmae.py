@@ -5,7 +5,7 @@
 
 One encoder reads both.  With 2 of 196 patches left there is nothing to interpolate from: they tell
 where in the first view the second lies, and the decoder must look it up there.
-Source: Eymael et al. 2024, CropMAE, arXiv:2403.17823, section 3 (98.5 % hidden, patches normalised
+Source: Eymael et al. 2024, CropMAE, arXiv:2403.17823, section 3 (98.5 % hidden, patches normalized
 by their own moments); the siamese form is SiamMAE's, arXiv:2305.14344, and cross-view completion
 CroCo's, arXiv:2210.10716.  The second crop lies within the first (preset `crop_mae`).
 """
@@ -60,7 +60,7 @@ class CropMAE(Method):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each image (B, C, H, W) the middle, magnified: hidden patches greyed, and predicted.
+        """Of each image (B, C, H, W) the middle, magnified: hidden patches grayed, and predicted.
 
         The image itself is the first view; its middle half, each way, is the second.
         """

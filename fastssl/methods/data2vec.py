@@ -9,7 +9,7 @@ teacher pass and one embedding of its patches, so the teacher's cost is that of 
 Source: Baevski et al. 2022, data2vec, arXiv:2202.03555, sections 3.2 to 3.4, and data2vec 2.0,
 arXiv:2212.07525, section 3 (visible patches only, several masks, L2, a light decoder).  There the
 decoder is convolutional and blocks are taken before their last residual; here it is a transformer,
-for grids of any dimensions, and whole blocks are taken, each normalised token by token.
+for grids of any dimensions, and whole blocks are taken, each normalized token by token.
 """
 
 from typing import Any

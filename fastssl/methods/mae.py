@@ -67,7 +67,7 @@ class MAE(Method):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """The images with hidden patches greyed, and with them predicted; both like `images`."""
+        """The images with hidden patches grayed, and with them predicted; both like `images`."""
         prediction, masking = self.predict(images, seeds)
         norm_pix = self.cfg.norm_pix
         return repainted(images, prediction, masking.masked, self.masked.patch, norm_pix=norm_pix)

@@ -1,4 +1,4 @@
-"""NNCLR: an image's nearest neighbour among past ones stands in for one of its views.
+"""NNCLR: an image's nearest neighbor among past ones stands in for one of its views.
 
 Source: Dwibedi et al. 2021, With a Little Help from My Friends, arXiv:2104.14548, section 3.2.
 """
@@ -26,6 +26,6 @@ class NNCLR(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         z_0, z_1 = (self.head(self.encoder(self.cast(view))) for view in batch["views"])
         loss = self.loss(z_0, z_1, self.predictor(z_0), self.predictor(z_1), update=False)
-        if self.training:  # a step that is skipped must not leave its NaN among the neighbours
+        if self.training:  # a step that is skipped must not leave its NaN among the neighbors
             self.loss.queue.push(z_1.detach().nan_to_num(0.0, 0.0, 0.0), check=False)
         return {"loss": loss}

@@ -32,7 +32,7 @@ def paint(images: Tensor, patches: Tensor, ids: Tensor, patch: tuple[int, ...]) 
 def repainted(
     images: Tensor, prediction: Tensor, ids: Tensor, patch: tuple[int, ...], *, norm_pix: bool
 ) -> tuple[Tensor, Tensor]:
-    """The images with the patches at `ids` greyed, and with them as predicted.
+    """The images with the patches at `ids` grayed, and with them as predicted.
 
     norm_pix: the prediction is of contrast only, so each patch's own mean and deviation are put
     back, as in the MAE paper's figures.
@@ -42,5 +42,5 @@ def repainted(
     if norm_pix:
         std = (truth.var(-1, keepdim=True) + 1e-6).sqrt()
         prediction = prediction * std + truth.mean(-1, keepdim=True)
-    grey = paint(images, torch.zeros_like(truth), ids, patch)
-    return grey, paint(images, prediction, ids, patch)
+    gray = paint(images, torch.zeros_like(truth), ids, patch)
+    return gray, paint(images, prediction, ids, patch)

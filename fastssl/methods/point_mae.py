@@ -1,10 +1,10 @@
 """Point-MAE: hide most groups of a cloud's points, encode the rest, predict the hidden points.
 
-    G groups of k points about their centres, K = round((1 - mask_ratio) G) of them visible
+    G groups of k points about their centers, K = round((1 - mask_ratio) G) of them visible
     loss = mean over the G - K hidden groups of chamfer(predicted points, points)
 
-Points are relative to their group's centre.  The encoder reads the visible groups and their centres
-alone; the decoder is told the hidden centres too, and has to find the shape about each.
+Points are relative to their group's center.  The encoder reads the visible groups and their centers
+alone; the decoder is told the hidden centers too, and has to find the shape about each.
 Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 3 (random masking, 0.6; Chamfer
 distance of squared lengths).
 """
@@ -65,10 +65,10 @@ class PointMAE(Method):
     @torch.no_grad()
     def reconstruct(self, clouds: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """The visible groups' points (B, K k, 3), and with them the predicted ones (B, G k, 3)."""
-        prediction, masking, (points, centres) = self.predict(clouds, seeds)
-        whole = points + centres[:, :, None]
+        prediction, masking, (points, centers) = self.predict(clouds, seeds)
+        whole = points + centers[:, :, None]
         seen = _chosen(whole, masking.visible).flatten(1, 2)
-        hidden = prediction.float() + gather_tokens(centres, masking.masked)[:, :, None]
+        hidden = prediction.float() + gather_tokens(centers, masking.masked)[:, :, None]
         return seen, torch.cat([seen, hidden.flatten(1, 2)], 1)
 
     def after_step(self, progress: float) -> None:

@@ -4,7 +4,7 @@ A predictor, told how the second view lies to the first, must turn the first vie
 embedding into the second's.  It is linear, and its weights are written by that relation alone, so
 it can only succeed where the relation acts on the features as it acts on the image.
 Source: Garrido et al. 2023, SIE, arXiv:2302.10283, section 4: features split, a projector for each
-part, regularised together; one direction, from the first view to the second.
+part, regularized together; one direction, from the first view to the second.
 """
 
 import torch
@@ -22,10 +22,10 @@ _AT = {name: i for i, name in enumerate(PARAMETERS)}
 def frame_change(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """M (B, 2, 2) and d (B, 2): a point at v in the first view is at M v + d in the second.
 
-    first, second (B, P): the views' parameters.  v = (x, y) is measured from a view's centre, in
+    first, second (B, P): the views' parameters.  v = (x, y) is measured from a view's center, in
     shares of its size.  A view takes the image's point q to
 
-        T (q - c) / s + t     crop's centre c and size s, T = turn after flip, shift t
+        T (q - c) / s + t     crop's center c and size s, T = turn after flip, shift t
 
     so that M = T_2 (s_1 / s_2) T_1^T.  It composes: from a to b, then to c, is from a to c.
     """

@@ -1,9 +1,9 @@
 """MAE on signals: spans of a waveform or a series are hidden, and predicted from the rest.
 
-    L patches of p samples; L - K of them hidden, in runs of `span` neighbours
+    L patches of p samples; L - K of them hidden, in runs of `span` neighbors
     loss = mean over hidden patches of the squared error of their samples
 
-Neighbouring patches of a signal nearly tell one another: a run of them must be understood to be
+Neighboring patches of a signal nearly tell one another: a run of them must be understood to be
 filled, single ones need only be joined up.
 Source: He et al. 2022, MAE, arXiv:2111.06377; hidden runs of frames as in Liu et al. 2020, TERA,
 arXiv:2007.06028, section 3.2; MAE on sound, Huang et al. 2022, arXiv:2207.06405, which reads

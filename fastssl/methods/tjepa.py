@@ -9,7 +9,7 @@ needed: a row has none that keeps its meaning.  The [REG] tokens of both encoder
 column, and are never predicted: they keep the features from collapsing.  `target_std`, the spread
 of the targets over the rows, is logged to be watched.
 Source: Thimonier et al. 2024, T-JEPA, arXiv:2410.05016, section 3.  There the sizes of the context
-and of the targets are drawn for each batch, and targets are not normalised; here sizes are fixed,
+and of the targets are drawn for each batch, and targets are not normalized; here sizes are fixed,
 and targets are layer-normed as I-JEPA's (arXiv:2301.08243) unless `norm_targets` is false.
 """
 

@@ -72,7 +72,7 @@ class VideoMAE(Method):
 
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """The clips with all hidden tubelets greyed, and with them predicted; like `clips`."""
+        """The clips with all hidden tubelets grayed, and with them predicted; like `clips`."""
         masking = self.mask(seeds).masking
         prediction = self.predict(clips, masking.visible, masking.masked)
         patch, norm_pix = self.masked.patch, self.cfg.norm_pix

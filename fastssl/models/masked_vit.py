@@ -45,7 +45,7 @@ class MaskedViT(nn.Module):
         super().__init__()
         if not isinstance(vit, VisionTransformer | Eva):
             raise ValueError(
-                f"masked modelling needs a timm VisionTransformer (vit_* or deit*) or Eva, "
+                f"masked modeling needs a timm VisionTransformer (vit_* or deit*) or Eva, "
                 f"got {type(vit).__name__}"
             )
         rope = getattr(vit, "rope", None)

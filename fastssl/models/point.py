@@ -95,7 +95,7 @@ class _PointNet(nn.Module):
 
 
 def _position(dim: int) -> nn.Module:
-    """Centres (B, K, 3) -> (B, K, dim)."""
+    """Centers (B, K, 3) -> (B, K, dim)."""
     hidden = max(4, dim // 3)
     return nn.Sequential(nn.Linear(3, hidden), nn.GELU(), nn.Linear(hidden, dim))
 

@@ -1,4 +1,4 @@
-"""What every picture of a run shares: colours, a figure without global state, an atomic save.
+"""What every picture of a run shares: colors, a figure without global state, an atomic save.
 
 matplotlib's object interface only: no pyplot, no backend choice, nothing kept between calls.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fastssl.files import write_atomically
 
-# Okabe and Ito's palette: told apart under every common colour blindness.
+# Okabe and Ito's palette: told apart under every common color blindness.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072b2", "#d55e00", "#009e73", "#c2185b", "#7b4fa0"
 INK, MUTED, RULE = "#1f2933", "#5f6b76", "#d9dee3"
-GREY = "#808080"  # labels of transparent sheets: read as well on white as on black
+GRAY = "#808080"  # labels of transparent sheets: read as well on white as on black
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -57,7 +57,7 @@ def plot_sheet(
 ) -> None:
     """A contact sheet on a transparent ground: cells[row][column] is an image (C, H, W) in [0, 1].
 
-    C is 1 or 3.  Images smaller than the largest are centred in their cell.
+    C is 1 or 3.  Images smaller than the largest are centered in their cell.
     """
     tall = max(image.shape[1] for row in cells for image in row)
     wide = max(image.shape[2] for row in cells for image in row)
@@ -77,7 +77,7 @@ def plot_sheet(
     axes.imshow(sheet, interpolation="nearest")
     axes.set_xticks([c * step_x + wide / 2 for c in range(len(column_labels))], column_labels)
     axes.set_yticks([r * step_y + tall / 2 for r in range(len(row_labels))], row_labels)
-    axes.tick_params(colors=GREY, labelsize=9, length=0, labeltop=True, labelbottom=False)
+    axes.tick_params(colors=GRAY, labelsize=9, length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     save(figure, path, transparent=True)
 

@@ -11,13 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from fastssl.report._figure import BLUE, GREY, new_figure, plot_sheet, save
+from fastssl.report._figure import BLUE, GRAY, new_figure, plot_sheet, save
 
 FRAMES = 8  # of a clip, evenly spaced, in its strip
 MOST = 4096  # points of a cloud that are drawn
 _LABEL: dict[str, Any] = {
     "fontsize": 9,
-    "color": GREY,
+    "color": GRAY,
     "rotation": 90,
     "ha": "right",
     "va": "center",
@@ -51,7 +51,7 @@ def plot_panels(
 ) -> None:
     """Write `path` (PNG): a panel for each of cells[row][column].
 
-    kind: "signal", (C, W) as a line a channel, or "cloud", (N, 3) as points, coloured by height.
+    kind: "signal", (C, W) as a line a channel, or "cloud", (N, 3) as points, colored by height.
     """
     rows, columns, flat = len(cells), max(map(len, cells)), kind == "signal"
     wide, tall = (2.4, 1.0) if flat else (1.5, 1.5)
@@ -63,7 +63,7 @@ def plot_panels(
             (_lines if flat else _points)(axes, values.detach().float().cpu().numpy())
             axes.set_axis_off()
             if r == 0 and c < len(column_labels):
-                axes.set_title(column_labels[c], fontsize=9, color=GREY)
+                axes.set_title(column_labels[c], fontsize=9, color=GRAY)
             if c == 0 and r < len(row_labels):
                 write = axes.text if flat else axes.text2D  # type: ignore[attr-defined]
                 write(-0.03, 0.5, row_labels[r], transform=axes.transAxes, **_LABEL)

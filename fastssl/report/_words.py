@@ -10,7 +10,7 @@ _METHODS = {
     **{"ijepa": "I-JEPA", "tjepa": "T-JEPA", "cropmae": "CropMAE", "videomae": "VideoMAE V2"},
     **{"signal_mae": "MAE of signals", "point_mae": "Point-MAE"},
 }
-PRETRAINED, RANDOM, RAW = "pretrained", "random initialisation", "raw input"
+PRETRAINED, RANDOM, RAW = "pretrained", "random initialization", "raw input"
 
 
 def method_name(results: dict[str, Any]) -> str:
@@ -93,7 +93,7 @@ def headline(results: dict[str, Any]) -> str:
     rows = {row["encoder"]: row for row in rows_of(results) if "encoder" in row}
     ours = rows.get(PRETRAINED, {})
     name = method_name(results) or "pretrained"
-    measures = {"linear": "A linear probe on", "knn": "A nearest-neighbour vote among"}
+    measures = {"linear": "A linear probe on", "knn": "A nearest-neighbor vote among"}
     for key, measure in measures.items():
         if not number(ours.get(key)):
             continue

@@ -20,7 +20,7 @@ from fastssl.report._figure import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED,
 from fastssl.report._figure import tidy as tidy_axes
 
 Row = dict[str, Any]
-_BASELINES = {"random initialisation": (MUTED, (0, (4, 2))), "raw input": (INK, (0, (1, 1.5)))}
+_BASELINES = {"random initialization": (MUTED, (0, (4, 2))), "raw input": (INK, (0, (1, 1.5)))}
 _MARKED_EVENTS = ("resumed", "nonfinite")
 
 
@@ -29,7 +29,7 @@ class _Panel:
     kind: str
     key: str
     title: str
-    colour: str
+    color: str
     smooth: bool = False
 
 
@@ -73,9 +73,9 @@ def plot_curves(rows: Sequence[Row], path: Path) -> bool:
 
 
 def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean over `reach` neighbours to each side; blind to non-finite values.
+    """The mean over `reach` neighbors to each side; blind to non-finite values.
 
-    Nothing lags: the window is centred.  It is narrow at the steep start, to keep the first value,
+    Nothing lags: the window is centered.  It is narrow at the steep start, to keep the first value,
     and lopsided at the flat end, to keep noise out of the last one.
 
     >>> smoothed(np.array([0.0, 1.0, 2.0, 3.0, 10.0]), reach=1).tolist()
@@ -106,11 +106,11 @@ def _draw(axes: Axes, panel: _Panel, points: np.ndarray) -> None:
     steps, values = points.T
     finite = values[np.isfinite(values)]
     if panel.smooth and len(values) > 20:
-        axes.plot(steps, values, color=panel.colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smoothed(values, max(3, len(values) // 50)), color=panel.colour)
+        axes.plot(steps, values, color=panel.color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(values, max(3, len(values) // 50)), color=panel.color)
     else:
         marker = "o" if len(values) < 40 and panel.kind == "eval" or len(values) == 1 else None
-        axes.plot(steps, values, color=panel.colour, marker=marker, markersize=3.5)
+        axes.plot(steps, values, color=panel.color, marker=marker, markersize=3.5)
     if panel.key == "loss" and len(finite) and finite.min() > 0:
         if finite.max() > 20 * finite.min():
             axes.set_yscale("log")
@@ -127,15 +127,15 @@ def _draw(axes: Axes, panel: _Panel, points: np.ndarray) -> None:
     if panel.kind == "eval" and len(finite):
         last = finite[-1]
         text = f"{last:.1f}" if panel.key == "rankme" else f"{100 * last:.1f} %"
-        axes.set_title(text, loc="right", fontsize=10, fontweight="bold", color=panel.colour)
+        axes.set_title(text, loc="right", fontsize=10, fontweight="bold", color=panel.color)
 
 
 def _draw_baselines(axes: Axes, key: str, baselines: Sequence[Row]) -> None:
     known = [row for row in baselines if isinstance(row.get(key), int | float)]
     for row in known:
-        colour, dashes = _BASELINES.get(row.get("encoder", ""), (MUTED, (0, (2, 2))))
+        color, dashes = _BASELINES.get(row.get("encoder", ""), (MUTED, (0, (2, 2))))
         label = str(row.get("encoder", "baseline"))
-        axes.axhline(row[key], color=colour, linestyle=dashes, linewidth=1.2, label=label)
+        axes.axhline(row[key], color=color, linestyle=dashes, linewidth=1.2, label=label)
     if known:
         axes.margins(y=0.12)
         axes.legend(fontsize=7.5, frameon=False, labelcolor=MUTED, loc="best", handlelength=2.6)
@@ -143,8 +143,8 @@ def _draw_baselines(axes: Axes, key: str, baselines: Sequence[Row]) -> None:
 
 def _mark_events(axes: Axes, events: Sequence[Row]) -> None:
     for event in events:
-        colour = RED if event["what"] == "nonfinite" else MUTED
-        axes.axvline(event["step"], color=colour, linewidth=0.8, linestyle=":")
+        color = RED if event["what"] == "nonfinite" else MUTED
+        axes.axvline(event["step"], color=color, linewidth=0.8, linestyle=":")
         axes.annotate(
             event["what"],
             (event["step"], 1.0),
@@ -152,6 +152,6 @@ def _mark_events(axes: Axes, events: Sequence[Row]) -> None:
             xytext=(2, -2),
             textcoords="offset points",
             fontsize=7,
-            color=colour,
+            color=color,
             va="top",
         )

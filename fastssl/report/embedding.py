@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastssl.report._figure import INK, MUTED, new_figure, save
 
-# Paul Tol's muted scheme, its pale colours darkened until thin signs can be read on white.
-_COLOURS = [
+# Paul Tol's muted scheme, its pale colors darkened until thin signs can be read on white.
+_COLORS = [
     *("#332288", "#3399cc", "#2a9d8f", "#117733", "#8a8a1f"),
     *("#c98a00", "#cc5566", "#882255", "#aa4499", "#444444"),
 ]
@@ -26,9 +26,9 @@ def plot_embedding(
 ) -> None:
     """Write `path` (PNG): features (N, D), any float, on a plane; labels (N,) int64 or None.
 
-    Directions only (rows are L2-normalised): PCA to 50 dimensions, then t-SNE with a fixed seed;
+    Directions only (rows are L2-normalized): PCA to 50 dimensions, then t-SNE with a fixed seed;
     beyond 3000 samples the first two principal components.  Label c is called class_names[c].
-    Every class has its own colour and its own sign, its name when that is one or two characters.
+    Every class has its own color and its own sign, its name when that is one or two characters.
     Raises ValueError: fewer than 3 samples, non-finite features, labels that do not fit.
     """
     if features.ndim != 2 or len(features) < 3:
@@ -45,7 +45,7 @@ def plot_embedding(
     figure = new_figure(5.2, 5.2)
     axes = figure.add_subplot()
     if labels is None:
-        axes.scatter(*points.T, s=9, color=_COLOURS[0], alpha=0.6, linewidths=0)
+        axes.scatter(*points.T, s=9, color=_COLORS[0], alpha=0.6, linewidths=0)
     else:
         _draw_classes(axes, points, y, names)
     axes.set_title(_plain(title), loc="left", pad=18, fontsize=11, fontweight="bold", color=INK)
@@ -82,14 +82,14 @@ def _draw_classes(axes: Axes, points: np.ndarray, y: np.ndarray, names: dict[int
     short = all(len(name) <= 2 and name.isascii() and name.isalnum() for name in names.values())
     halo = [withStroke(linewidth=3, foreground="white")]
     for place, (label, name) in enumerate(names.items()):
-        colour = _COLOURS[place % 10]
-        # Beyond ten classes the colours repeat with another sign, so that pairs stay unique.
+        color = _COLORS[place % 10]
+        # Beyond ten classes the colors repeat with another sign, so that pairs stay unique.
         marker = rf"$\mathsf{{{name}}}$" if short else _MARKERS[(place + place // 10) % 10]
         mine = points[y == label]
         axes.scatter(
             *mine.T,
             s=size * 1.6 if short else size,
-            color=colour,
+            color=color,
             marker=marker,  # pyright: ignore[reportArgumentType]
             linewidths=0.2 if short else 0,
             alpha=0.85,

@@ -10,8 +10,8 @@ from fastssl import masking as m
 from fastssl.report._figure import BLUE, ORANGE, RULE, plot_sheet
 
 _GRID, _CLIP, _PIXELS = (14, 14), (8, 14, 14), 6
-_HIDDEN, _SHOWN, _ASKED = 0, 1, 2  # what a place is: an index into the colours
-_COLOURS = (RULE, BLUE, ORANGE)
+_HIDDEN, _SHOWN, _ASKED = 0, 1, 2  # what a place is: an index into the colors
+_COLORS = (RULE, BLUE, ORANGE)
 
 
 def _shown(masking: m.Masking) -> Tensor:
@@ -71,7 +71,7 @@ def plot_masks(path: Path, first_seed: int = 0) -> None:
 
 
 def _picture(places: Tensor) -> Tensor:
-    """(H, W) indices of colours as an image (3, H * 6, W * 6) in [0, 1]."""
-    table = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in _COLOURS]
+    """(H, W) indices of colors as an image (3, H * 6, W * 6) in [0, 1]."""
+    table = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in _COLORS]
     pixels = torch.tensor(table)[places].permute(2, 0, 1)
     return pixels.repeat_interleave(_PIXELS, 1).repeat_interleave(_PIXELS, 2)

@@ -15,7 +15,7 @@ PICTURED = ("image", "clip", "volume", "signal", "cloud")
 def plot_views(views: Sequence[Tensor], path: Path, kind: str = "image") -> None:
     """Write `path` (PNG): one row per item, one column per view.
 
-    views: V tensors, not normalised; sizes may differ between views.  A batch's `views` limited to
+    views: V tensors, not normalized; sizes may differ between views.  A batch's `views` limited to
     a few items is what is meant.  By kind:
     "image"   (n, C, H, W) in [0, 1], C 1 or 3
     "clip"    (n, C, T, H, W) in [0, 1]: a strip of frames each

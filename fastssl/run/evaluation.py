@@ -131,7 +131,7 @@ def evaluate_on(
     pair = two_views(features, held, views, cfg.seed)
     measured, problem, unreadable = None, "", ""
     if distributed.rank() == 0 and len(train.index) > 1:
-        k = cfg.evaluate.neighbours
+        k = cfg.evaluate.neighbors
         try:
             measured = evaluate_features(
                 train.features, test.features, train_y, test_y, views=pair, k=k
@@ -159,7 +159,7 @@ def scores(measured: Evaluation | None) -> dict[str, float]:
 def contact_sheet(source: Source, views: ViewSpec, seed: int, count: int = 8) -> list[Tensor]:
     """Every view of up to `count` readable items spread over the source, drawn as in training.
 
-    One tensor (n, ...) a view, normalised; none where no item can be read.
+    One tensor (n, ...) a view, normalized; none where no item can be read.
     """
     drawn: list[list[Tensor]] = []
     for i in range(0, len(source), max(1, len(source) // (2 * count))):

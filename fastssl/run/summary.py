@@ -1,6 +1,6 @@
 """What a run ends with: results.json, pictures and the report.
 
-Three encoders stand side by side: the pretrained one, the same at random initialisation (measured
+Three encoders stand side by side: the pretrained one, the same at random initialization (measured
 by the run before its first step), and the raw input.
 """
 

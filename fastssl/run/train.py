@@ -66,7 +66,7 @@ class Progress:
 
 
 def build(cfg: RunConfig, channels: int) -> Method:
-    """The method of `cfg` over its encoder, initialised from the run's seed.
+    """The method of `cfg` over its encoder, initialized from the run's seed.
 
     Raises ConfigError for a model or options that do not fit.
     """
@@ -391,7 +391,7 @@ class Run:
             trained = self.evaluator.metrics()
         encoders = {"pretrained": trained}
         if 0 in evals:  # a log that was deleted is no reason to fail
-            encoders["random initialisation"] = evals[0]
+            encoders["random initialization"] = evals[0]
         results = summarize(
             self.cfg,
             encoders | {"raw input": self.evaluator.raw_metrics()},

@@ -62,7 +62,7 @@ def _standardize(z, eps, unbiased, group, impl):
 
 
 _MOMENTS = declare("column_moments", ColumnMoments.apply, column_moments_reference)
-_STANDARDISE = declare("standardize", _standardize, standardize_reference)
+_STANDARDIZE = declare("standardize", _standardize, standardize_reference)
 _DIAGONAL = declare("cross_diagonal", CrossDiagonal.apply, cross_diagonal_reference)
 
 
@@ -111,7 +111,7 @@ def standardize(
     """
     require_at_least(0, eps=eps)
     check_rows(2, process_group, z=z)
-    return _STANDARDISE(impl, z, eps, unbiased, process_group, inputs={"z": z})
+    return _STANDARDIZE(impl, z, eps, unbiased, process_group, inputs={"z": z})
 
 
 def cross_diagonal(a: Tensor, b: Tensor, *, impl: str = "auto") -> Tensor:

@@ -325,7 +325,7 @@ def test_wrong_views_are_seen(spoil, why):
 
 
 @pytest.mark.parametrize("name", ["optim-lars", "optim-lamb", "optim-adamw"])
-def test_optimisers_stay_right_step_after_step(name):
+def test_optimizers_stay_right_step_after_step(name):
     problem = made(name)
     for _ in range(3):
         said = {who: ask() for who, ask in judge(problem).items()}
@@ -334,7 +334,7 @@ def test_optimisers_stay_right_step_after_step(name):
 
 @pytest.mark.parametrize("name", ["optim-lars", "optim-lamb", "optim-adamw"])
 @pytest.mark.parametrize(("constant", "value"), [("_LR", 0.1001), ("_DECAY", 0.11)])
-def test_a_wrong_optimiser_is_seen(name, constant, value, monkeypatch):
+def test_a_wrong_optimizer_is_seen(name, constant, value, monkeypatch):
     problem = made(name)
     monkeypatch.setattr(optim, constant, value)
     outputs = step(problem.rivals[OURS], problem.inputs)  # built now, with the other constant

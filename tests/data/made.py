@@ -57,7 +57,7 @@ def field(number: int, data: bytes) -> bytes:
 
 
 def example(features: dict[str, bytes | str | int | float], packed: bool = True) -> bytes:
-    """A serialised tf.train.Example."""
+    """A serialized tf.train.Example."""
     entries = b""
     for key, value in features.items():
         if isinstance(value, float):

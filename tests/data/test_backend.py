@@ -45,11 +45,11 @@ def test_torchvision_where_dali_is_not_and_says_so(photos):
 
 @pytest.mark.parametrize("asked", ["auto", "torch"])
 def test_torchvision_for_what_dali_cannot(photos, asked):
-    grey = Images()
-    grey.channels = 1
+    gray = Images()
+    gray.channels = 1
     for views, source in [
         (view_spec("clips", 16), photos),
-        (SIMCLR, grey),
+        (SIMCLR, gray),
         (SIMCLR, Images()),  # in memory already
         (preset("simclr", 32, rand_augment=2), photos),
     ]:

@@ -126,7 +126,7 @@ def luma(x):
     return (x * np.array([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdims=True)
 
 
-def test_varied_colours_are_their_formulas():
+def test_varied_colors_are_their_formulas():
     x = images()
     g = torch.Generator().manual_seed(4)
     f = {what: 0.3 * torch.randn(B, 1, H, W, generator=g) for what in bm.COLORS}
@@ -142,8 +142,8 @@ def test_constant_fields_are_the_plain_changes():
     x = images(c=1)
     bright = bm.vary(x, {"brightness": torch.full((B, 1, H, W), 0.2)})
     torch.testing.assert_close(bright, (1.2 * x).clamp(0, 1))
-    grey = {"saturation": torch.full((B, 1, H, W), 0.7)}
-    torch.testing.assert_close(bm.vary(x, grey), x)
+    gray = {"saturation": torch.full((B, 1, H, W), 0.7)}
+    torch.testing.assert_close(bm.vary(x, gray), x)
 
 
 def test_displaced_pixels_come_from_their_places():

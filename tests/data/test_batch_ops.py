@@ -122,8 +122,8 @@ def test_gaussian_noise_differs_from_view_to_view():
     assert abs((a[0] * a[1]).mean()) < 0.25 * 4 / (3 * 32 * 32) ** 0.5
 
 
-def test_style_is_of_pixels_not_of_normalised_values():
-    """All means become the donor's, as brightnesses, whatever their sign once normalised."""
+def test_style_is_of_pixels_not_of_normalized_values():
+    """All means become the donor's, as brightnesses, whatever their sign once normalized."""
     one = batch()
     mean, std = (torch.tensor(v)[:, None, None] for v in NORM)
     pixels = (one["views"][0] * 0.3).sigmoid()
@@ -143,7 +143,7 @@ def test_fields_of_no_strength_are_the_identity_on_pixels():
 
 def test_one_field_leaves_the_others_as_they_were():
     one = batch()
-    one["views"] = [torch.zeros(B, 3, 16, 16)]  # mid-grey: nothing is clamped, nothing moves
+    one["views"] = [torch.zeros(B, 3, 16, 16)]  # mid-gray: nothing is clamped, nothing moves
     weak = dict(brightness=0.05, contrast=0.0, saturation=0.0)
     a = apply_batch_ops([Fields(**weak, displacement=0.0)], one, 0.0, NORM)["views"][0]
     b = apply_batch_ops([Fields(**weak, displacement=0.1)], one, 0.0, NORM)["views"][0]

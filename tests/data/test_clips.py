@@ -39,10 +39,10 @@ def test_paths_begin_at_rest_and_move_as_named(motion):
             sign = 1 if motion == "clockwise" else -1
             assert not shift.any() and (np.sign(turn[1:]) == sign).all()
         elif "orbit" in motion:
-            centre = shift[0] - 0.25 * shift_of_start(shift)
-            radius = np.linalg.norm(shift - centre, axis=1)
+            center = shift[0] - 0.25 * shift_of_start(shift)
+            radius = np.linalg.norm(shift - center, axis=1)
             np.testing.assert_allclose(radius, 0.25, atol=1e-6)
-            (ax, ay), (bx, by) = shift[1:3] - centre
+            (ax, ay), (bx, by) = shift[1:3] - center
             assert np.sign(ax * by - ay * bx) == (
                 1 if motion == "orbit clockwise" else -1
             )  # y points down
@@ -56,15 +56,15 @@ def test_paths_begin_at_rest_and_move_as_named(motion):
 
 
 def shift_of_start(shift):
-    """The unit vector to the start from the centre of the circle through three points."""
+    """The unit vector to the start from the center of the circle through three points."""
     (ax, ay), (bx, by), (cx, cy) = shift[0], shift[3], shift[6]
     rows = 2 * np.array([[bx - ax, by - ay], [cx - ax, cy - ay]])
-    centre = np.linalg.solve(rows, [bx**2 - ax**2 + by**2 - ay**2, cx**2 - ax**2 + cy**2 - ay**2])
-    return (shift[0] - centre) / np.linalg.norm(shift[0] - centre)
+    center = np.linalg.solve(rows, [bx**2 - ax**2 + by**2 - ay**2, cx**2 - ax**2 + cy**2 - ay**2])
+    return (shift[0] - center) / np.linalg.norm(shift[0] - center)
 
 
 def moved(x, step):
-    """How alike a clip's neighbouring frames are, the later one moved back: (H, W) -> a number."""
+    """How alike a clip's neighboring frames are, the later one moved back: (H, W) -> a number."""
     back = torch.roll(x[:, 1:], (-step[1], -step[0]), (2, 3))
     return (back - x[:, :-1]).abs().mean()
 
@@ -208,14 +208,14 @@ def test_each_frame_is_the_image_view_of_the_same_draw(color):
         torch.testing.assert_close(view, want, atol=1e-5, rtol=0)
 
 
-def test_colours_leave_crops_flips_and_starts_as_they_were():
+def test_colors_leave_crops_flips_and_starts_as_they_were():
     plain, full = clip_views(16), clip_views(16, blur=0.5, grayscale=0.2, **COLORS)
     for seed in range(20):
         a, b = (draw(spec.look, 20, 28, seed) for spec in (plain, full))
         assert (*a[:5], a.turn) == (*b[:5], b.turn)
 
 
-def test_evaluation_leaves_colours():
+def test_evaluation_leaves_colors():
     item = random_clip(10, 16, 16)
     plain = clip_views(16, frames=6, rotate=20, blur=1.0, grayscale=1.0, **COLORS).evaluation()
     assert torch.equal(

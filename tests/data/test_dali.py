@@ -63,7 +63,7 @@ EXACT = {
     "flips and turns": (one(size=128, flip=0.5, flip_vertical=0.5, turn=1.0), 2, 0.3),
     "shifted": (one(size=128, translate=0.2, flip=0.5), 2.5, 0.3),
     "rotated": (one(size=128, rotate=90, translate=0.2, flip=0.5), 3, 0.3),
-    "grey": (one(size=128, grayscale=0.5), 2.5, 0.4),
+    "gray": (one(size=128, grayscale=0.5), 2.5, 0.4),
     "solarized": (one(size=128, solarize=0.5, solarize_threshold=0.0), 2, 0.3),
     "blurred": (one(size=128, blur=0.7), 2, 0.4),
     "blurred wide": (one(size=128, blur=0.7, blur_sigma=(0.1, 9.0)), 2, 0.4),
@@ -98,14 +98,14 @@ RECIPES = ["simclr", "byol", "mocov3", "barlow_twins", "vicreg", "swav", "dino",
 
 @pytest.mark.parametrize("name", [*RECIPES, "crop_mae", "simmim", "plain"])
 def test_presets_are_the_same_views(photos, name):
-    """Linear colour, inner pixels: what a recipe trains on.  The rounding of its operations adds
+    """Linear color, inner pixels: what a recipe trains on.  The rounding of its operations adds
     up, and the hue's matrix turns it; four of 255 is the worst of a thousand values."""
     for found in differences(photos, preset(name, 48, color="linear")):
         inner = found[..., 2:-2, 2:-2]
         assert float(inner.mean()) <= 0.6 and largest(inner, 0.999) <= 6
 
 
-def test_sequential_colour_has_linear_stand_in(photos):
+def test_sequential_color_has_linear_stand_in(photos):
     """The same map where nothing is clamped: mild factors on images without black and white."""
     mild = {"jitter": 1, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1}
     soft = ArrayImages(
@@ -134,7 +134,7 @@ def test_half_and_channels_last(photos):
 
 
 def test_the_gpu_graph_makes_the_same(photos, monkeypatch):
-    """Its own ways to colour and to blur, run by DALI's CPU operators."""
+    """Its own ways to color and to blur, run by DALI's CPU operators."""
     views = preset("byol", 48, color="linear")
     here = list(loader(photos, views).stream(0, 3))
     layout = dali.Layout
@@ -224,7 +224,7 @@ def test_a_file_that_dali_cannot_decode_is_replaced_and_named(photos, capfd):
 
 
 def test_all_modes_are_decoded_as_torchvision_decodes_them(tmp_path):
-    """PNG, CMYK, EXIF, grey ...: Pillow's say, for both."""
+    """PNG, CMYK, EXIF, gray ...: Pillow's say, for both."""
     from PIL import Image
 
     (tmp_path / "a").mkdir()

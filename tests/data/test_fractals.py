@@ -9,7 +9,7 @@ SIZE, CLASSES = 32, 10
 
 
 def shapes(label, instances):
-    """Brightness over the background's, (instances, SIZE * SIZE): what is not colour."""
+    """Brightness over the background's, (instances, SIZE * SIZE): what is not color."""
     pixels = torch.stack([fractal(0, label, i, SIZE) for i in instances]).double().mean(1)
     return (pixels - pixels[:, :1, :1]).abs().flatten(1).clamp(max=30).numpy()
 
@@ -26,7 +26,7 @@ def test_every_number_matters():
     assert len({image.numpy().tobytes() for image in images}) == 4
 
 
-def test_colours_say_nothing_of_the_class():
+def test_colors_say_nothing_of_the_class():
     """Each image has its own: one instance number does not share a ground over the classes."""
     grounds = {tuple(fractal(0, c, 0, 16)[:, 0, 0].tolist()) for c in range(20)}
     assert len(grounds) == 20
@@ -53,7 +53,7 @@ def test_maps_are_their_polar_parts():
 def test_chaos_game_stays_on_the_attractor():
     """The union of the maps' images of the attractor is the attractor."""
     code = class_code(0, 1)
-    x, y, colour = _chaos_game(code, 40_000, np.random.default_rng(0))
+    x, y, color = _chaos_game(code, 40_000, np.random.default_rng(0))
     maps, _ = code.maps()
     moved = np.concatenate([(m @ (x, y)).T + b for m, b in zip(maps, code.shifts, strict=True)])
     span = np.ptp([x, y])
@@ -63,7 +63,7 @@ def test_chaos_game_stays_on_the_attractor():
 
     own, images = cells(np.stack([x, y], -1)), cells(moved)
     assert len(own ^ images) < 0.05 * len(own)
-    assert 0 <= colour.min() and colour.max() <= 1
+    assert 0 <= color.min() and color.max() <= 1
 
 
 def test_classes_fill_their_frame():

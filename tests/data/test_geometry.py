@@ -152,7 +152,7 @@ def test_erased_rectangles_have_their_law():
     assert np.abs(np.sort(top / (200 - height)) - u).max() < slack
 
 
-def test_erased_is_zero_after_the_normalisation_and_nothing_else_moves():
+def test_erased_is_zero_after_the_normalization_and_nothing_else_moves():
     views, whole = (preset("plain", 24, erase=e, erase_scale=(0.2, 0.2)) for e in (1.0, 0.0))
     got, want = (apply(v, image(), 7)[0] for v in (views, whole))
     (p,) = draw_views(views, 24, 24, 7)

@@ -59,16 +59,16 @@ def turned() -> bytes:
 
 FLAT = Image.new("RGB", (6, 5), (200, 40, 90))
 DEEP = Image.fromarray(np.full((5, 6), 257 * 100, np.uint16))
-# name: (bytes, height, width, colour of the first pixel or None)
+# name: (bytes, height, width, color of the first pixel or None)
 GOOD = {
     "plain.png": (saved(FLAT, "PNG"), 5, 6, (200, 40, 90)),
     "cmyk.jpg": (saved(FLAT.convert("CMYK"), "JPEG", quality=95), 5, 6, (200, 40, 90)),
-    "grey.jpg": (saved(FLAT.convert("L"), "JPEG"), 5, 6, (93, 93, 93)),
+    "gray.jpg": (saved(FLAT.convert("L"), "JPEG"), 5, 6, (93, 93, 93)),
     "deep.png": (saved(DEEP, "PNG"), 5, 6, (100, 100, 100)),
     "palette.png": (palette(), 5, 6, (200, 40, 90)),
     "clear palette.png": (palette(transparency=1), 5, 6, (255, 255, 255)),
     "rgba.png": (saved(Image.new("RGBA", (6, 5), (9, 9, 9, 0)), "PNG"), 5, 6, (255, 255, 255)),
-    "grey alpha.png": (saved(Image.new("LA", (6, 5), (7, 255)), "PNG"), 5, 6, (7, 7, 7)),
+    "gray alpha.png": (saved(Image.new("LA", (6, 5), (7, 255)), "PNG"), 5, 6, (7, 7, 7)),
     "bilevel.png": (saved(Image.new("1", (6, 5), 1), "PNG"), 5, 6, (255, 255, 255)),
     "moving.gif": (frames("GIF"), 5, 6, (255, 0, 0)),
     "moving.png": (frames("PNG"), 5, 6, (255, 0, 0)),
@@ -117,12 +117,12 @@ PLACES = {"folder": in_a_folder, "shard": in_a_shard}
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", GOOD)
 def test_an_odd_image_is_an_image(tmp_path, place, name):
-    data, H, W, colour = GOOD[name]
+    data, H, W, color = GOOD[name]
     source, title = PLACES[place](tmp_path, name, data)
     pixels = source.item(0)
     assert source.name(0) == title and source.encoded(0) == data
     assert pixels.shape == (3, H, W) and pixels.dtype == torch.uint8
-    assert (pixels[:, 0, 0].int() - torch.tensor(colour)).abs().max() <= 3
+    assert (pixels[:, 0, 0].int() - torch.tensor(color)).abs().max() <= 3
 
 
 @pytest.mark.parametrize("place", PLACES)

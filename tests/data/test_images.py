@@ -49,8 +49,8 @@ def test_transparency_goes_over_white(tmp_path):
     got = read(saved(tmp_path, Image.fromarray(pixels), "a.png"))
     assert got[0, 0].tolist() == [10, 20, 30] and got[0, 1].tolist() == [255] * 3
     assert np.abs(got[1, 1].astype(int) - 127).max() <= 1
-    grey = read(saved(tmp_path, Image.fromarray(pixels).convert("LA"), "b.png"))
-    assert grey[0, 1].tolist() == [255] * 3
+    gray = read(saved(tmp_path, Image.fromarray(pixels).convert("LA"), "b.png"))
+    assert gray[0, 1].tolist() == [255] * 3
 
 
 def test_palette_with_and_without_transparency(tmp_path):
@@ -78,15 +78,15 @@ def test_float_images(tmp_path):
         assert read(path)[0, :, 0].tolist() == [0, 102, 255]
 
 
-def test_float_images_within_0_and_1_keep_their_grey(tmp_path):
+def test_float_images_within_0_and_1_keep_their_gray(tmp_path):
     path = saved(tmp_path, Image.fromarray(np.array([[0.2, 0.4]], np.float32)), "a.tif")
     assert read(path)[0, :, 0].tolist() == [51, 102]
 
 
-def test_bilevel_and_grey_become_three_channels(tmp_path):
-    grey = Image.fromarray(RGB[..., 0])
-    assert (read(saved(tmp_path, grey, "a.png")) == RGB[..., :1]).all()
-    bits = read(saved(tmp_path, grey.convert("1"), "b.png"))
+def test_bilevel_and_gray_become_three_channels(tmp_path):
+    gray = Image.fromarray(RGB[..., 0])
+    assert (read(saved(tmp_path, gray, "a.png")) == RGB[..., :1]).all()
+    bits = read(saved(tmp_path, gray.convert("1"), "b.png"))
     assert bits.shape == RGB.shape and set(np.unique(bits)) <= {0, 255}
 
 
@@ -219,13 +219,13 @@ def test_a_large_image_is_converted_in_strips(monkeypatch):
 
     monkeypatch.setattr(room, "_to_rgb", look)
     pixels = np.random.default_rng(0).integers(0, 256, (37, 20, 4), np.uint8)
-    grey = pixels[..., 0].astype(np.uint16) * 257
+    gray = pixels[..., 0].astype(np.uint16) * 257
     for array in (
         pixels,
         pixels[..., :3],
         pixels[..., 0],
         pixels[..., :2],
-        grey,
+        gray,
         pixels[..., 0] / 9,
     ):
         mode = "LA" if array.shape[-1] == 2 else None

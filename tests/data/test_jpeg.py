@@ -27,7 +27,7 @@ PLAIN = jpeg(PIXELS)
         {"subsampling": 2, "quality": 30},
         {"optimize": True, "comment": b"with a comment"},
         {"restart_marker_blocks": 3},
-        {"icc_profile": b"a colour profile" * 5000},
+        {"icc_profile": b"a color profile" * 5000},
         {"dpi": (72, 72)},
     ],
     ids=str,
@@ -36,7 +36,7 @@ def test_plain_files_tell_their_size(options):
     assert plain_jpeg_size(jpeg(PIXELS, **options)) == (37, 50)
 
 
-def test_grey_is_plain():
+def test_gray_is_plain():
     assert plain_jpeg_size(jpeg(PIXELS[..., 0])) == (37, 50)
 
 
@@ -65,7 +65,7 @@ def test_exif_without_orientation_is_plain():
     assert plain_jpeg_size(jpeg(PIXELS, exif=tags.tobytes())) == (37, 50)
 
 
-def test_other_colours_and_formats_are_not_plain():
+def test_other_colors_and_formats_are_not_plain():
     file = io.BytesIO()
     Image.fromarray(np.zeros((8, 8, 4), np.uint8), "CMYK").save(file, "JPEG")
     assert plain_jpeg_size(file.getvalue()) is None

@@ -298,7 +298,7 @@ def test_eval_batch_of_bad_images_alone_is_empty():
     assert [name for name, _ in batch["bad"]] == ["img0", "img1"]
 
 
-def test_eval_of_other_shapes_is_the_centred_square():
+def test_eval_of_other_shapes_is_the_centered_square():
     wide = Images(1)
     wide.pixels = torch.arange(120, dtype=torch.uint8).expand(1, 3, 60, 120).contiguous()
     (batch,) = EvalLoader(wide, preset("plain", 60, mean=(0.0,), std=(1.0,)), 1)

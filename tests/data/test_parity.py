@@ -1,8 +1,8 @@
 """The two back ends in distribution, over thousands of draws: the laws, and what they make of them.
 
 Draws are one function of (seed, epoch, image), so that the back ends share them; what is left to
-compare is pixels.  With linear colour they are the same but for rounding.  DALI's stand-in for
-sequential colour is not, and this says by how much.
+compare is pixels.  With linear color they are the same but for rounding.  DALI's stand-in for
+sequential color is not, and this says by how much.
 """
 
 import math
@@ -38,7 +38,7 @@ def batches(photos, views, rendering=None, **options):
 
 def moments(views, made) -> Tensor:
     """Over all draws, values in [0, 1]: each channel's mean, spread over pixels and over images;
-    the colourfulness and the contrast of an image, their means and spreads; nearly black, white."""
+    the colorfulness and the contrast of an image, their means and spreads; nearly black, white."""
     x = torch.cat([views.shown(view) for batch in made for view in batch["views"]])
     chroma = (x.amax(1) - x.amin(1)).mean((1, 2))
     contrast = (x * LUMA).sum(1).std((1, 2))
@@ -95,6 +95,6 @@ def test_laws_of_the_draws(photos):
     assert uniform(area + 0.008 * noise, 0.1, 0.6) < 1.9
     assert uniform(ratio.log() + 0.02 * noise, math.log(0.75), math.log(4 / 3)) < 1.9
     for what in ("brightness", "contrast", "saturation"):
-        reach = 0.4  # at 16 pixels colour has half its strength
+        reach = 0.4  # at 16 pixels color has half its strength
         assert uniform(column[what][jittered], -reach, reach) < 1.63  # one in a hundred
     assert uniform(column["hue"][jittered], -0.1, 0.1) < 1.63

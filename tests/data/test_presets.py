@@ -18,8 +18,8 @@ def test_byols_two_views(name):
     a, b = preset(name, 224).views
     assert (a.blur, a.solarize, b.blur, b.solarize) == (1.0, 0.0, 0.1, 0.2)
     for view in (a, b):
-        colour = view.brightness, view.contrast, view.saturation, view.hue
-        assert (view.jitter, *colour, view.grayscale) == (0.8, 0.4, 0.4, 0.2, 0.1, 0.2)
+        color = view.brightness, view.contrast, view.saturation, view.hue
+        assert (view.jitter, *color, view.grayscale) == (0.8, 0.4, 0.4, 0.2, 0.1, 0.2)
         assert (view.flip, view.crop_ratio, view.blur_sigma) == (0.5, (3 / 4, 4 / 3), (0.1, 2.0))
         mocov3 = ((0.2, 1.0), "bilinear")
         want = mocov3 if name == "mocov3" else ((0.08, 1.0), "bicubic")
@@ -47,7 +47,7 @@ def test_multi_crop(name):
     assert (views.views[-1].blur, views.views[-1].size) == (0.0, 64)
 
 
-def test_swav_and_msn_colours():
+def test_swav_and_msn_colors():
     strong, half = preset("swav", 224).views, preset("msn", 224).views
     assert all((v.jitter, v.brightness, v.hue, v.blur) == (0.8, 0.8, 0.2, 0.5) for v in strong)
     assert all((v.jitter, v.saturation, v.hue, v.blur) == (0.8, 0.4, 0.1, 0.5) for v in half)

@@ -44,7 +44,7 @@ BYTES = {
 
 
 @pytest.mark.parametrize("what", BYTES)
-def test_colours_are_pillows(what):
+def test_colors_are_pillows(what):
     amount, theirs = BYTES[what]
     x = unit(pillow(image()))
     # Pillow rounds to bytes; of 4 bits a byte's upper ones are kept, and n / 256 told of n / 255
@@ -53,7 +53,7 @@ def test_colours_are_pillows(what):
 
 
 def moved(x, matrix, offset):
-    """x at the places matrix @ (x, y) + offset, about the centre, bilinear, black outside."""
+    """x at the places matrix @ (x, y) + offset, about the center, bilinear, black outside."""
     side = x.shape[-1]
     at = torch.arange(side) - (side - 1) / 2
     where = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1) @ torch.tensor(matrix).T

@@ -1,4 +1,4 @@
-"""Generated waveforms, and views of signals: cropped, normalised, deterministic."""
+"""Generated waveforms, and views of signals: cropped, normalized, deterministic."""
 
 import numpy as np
 import pytest

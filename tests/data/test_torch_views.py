@@ -116,14 +116,14 @@ def test_quarter_turn_and_shift():
     np.testing.assert_allclose(moved.numpy(), want, atol=1e-4)
 
 
-def test_one_channel_passes_colour_unchanged():
-    colour = (("hue", 0.4), ("saturation", 0.1))
+def test_one_channel_passes_color_unchanged():
+    color = (("hue", 0.4), ("saturation", 0.1))
     x = image(1)
-    got = render(VIEW, x, IDENTITY._replace(jitter=colour, grayscale=True))
+    got = render(VIEW, x, IDENTITY._replace(jitter=color, grayscale=True))
     np.testing.assert_allclose(got.numpy(), unit(x), atol=1e-6)
 
 
-def test_plain_view_is_the_centred_square_normalized():
+def test_plain_view_is_the_centered_square_normalized():
     views = Views(views=(View(size=24),), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     (got,) = apply(views, image(3, 24, 36), seed=3)
     mean, std = (np.array(v)[:, None, None] for v in (views.mean, views.std))
@@ -131,7 +131,7 @@ def test_plain_view_is_the_centred_square_normalized():
     np.testing.assert_allclose(got.numpy(), want, atol=3e-6)
 
 
-def test_normalisation_of_one_channel_by_three_is_their_average():
+def test_normalization_of_one_channel_by_three_is_their_average():
     views = Views(views=(View(size=24),), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     (got,) = apply(views, image(1), seed=3)
     np.testing.assert_allclose(got.numpy(), (unit(image(1)) - 0.2) / 0.6, atol=2e-6)
@@ -332,7 +332,7 @@ def test_parameters_say_where_each_pixel_came_from(seed):
         u[..., 0] = -u[..., 0]
     left, top = (told["left"] + told["width"] / 2) * width, (told["top"] + told["height"] / 2) * 40
     source = u * torch.tensor([told["width"] * width, told["height"] * height])
-    source += torch.tensor([left, top]) - 0.5  # a pixel's value stands at its centre
+    source += torch.tensor([left, top]) - 0.5  # a pixel's value stands at its center
     got = render(view, ramps, p)[:2].permute(1, 2, 0) * 255 / 4
     inside = (u.abs() < 0.42).all(-1)
     assert inside.sum() > 300

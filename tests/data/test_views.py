@@ -18,7 +18,7 @@ def test_every_field_is_described():
         assert all(field.description for field in model.model_fields.values())
 
 
-def _colour(view):
+def _color(view):
     return view.jitter, view.brightness, view.contrast, view.saturation, view.hue
 
 
@@ -29,16 +29,16 @@ def test_simclr():
     assert (view.brightness, view.hue, view.grayscale, view.blur) == (0.8, 0.2, 0.2, 0.5)
 
 
-def test_simclr_at_cifars_size_has_half_the_colour_and_no_blur():
+def test_simclr_at_cifars_size_has_half_the_color_and_no_blur():
     view = preset("simclr", 32).views[0]
-    assert _colour(view) == (0.8, 0.4, 0.4, 0.4, 0.1) and view.blur == 0
-    assert _colour(preset("simclr", 33).views[0]) == (0.8, 0.8, 0.8, 0.8, 0.2)
+    assert _color(view) == (0.8, 0.4, 0.4, 0.4, 0.1) and view.blur == 0
+    assert _color(preset("simclr", 33).views[0]) == (0.8, 0.8, 0.8, 0.8, 0.2)
 
 
 def test_published_numbers():
     for name in ("barlow_twins", "dino"):
         for view in preset(name, 224).views:
-            assert _colour(view) == (0.8, 0.4, 0.4, 0.2, 0.1)
+            assert _color(view) == (0.8, 0.4, 0.4, 0.2, 0.1)
             assert (view.flip, view.grayscale, view.blur_sigma) == (0.5, 0.2, (0.1, 2.0))
     crops = {
         "barlow_twins": [(0.08, 1.0)] * 2,
@@ -62,7 +62,7 @@ def test_dino_has_global_then_local_views():
     assert preset("dino", 224, local_size=48).crops[-1].size == 48
 
 
-def test_mae_and_plain_leave_the_colours():
+def test_mae_and_plain_leave_the_colors():
     for name in ("mae", "plain"):
         (view,) = preset(name, 64).views
         assert view.jitter == view.grayscale == view.blur == view.solarize == 0

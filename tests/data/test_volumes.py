@@ -28,7 +28,7 @@ def one(x, seed, size=16, **fields):
 
 
 def components(inside):
-    """How many pieces: neighbours by faces, labels spread until they rest."""
+    """How many pieces: neighbors by faces, labels spread until they rest."""
     labels = np.arange(1, inside.size + 1).reshape(inside.shape) * inside
     while True:
         grown = labels
@@ -54,7 +54,7 @@ def euler(inside):
     for axes in range(8):
         cells = padded
         for axis in range(3):
-            if axes >> axis & 1:  # a face of a cell is that of either neighbour
+            if axes >> axis & 1:  # a face of a cell is that of either neighbor
                 cells = cells | np.roll(cells, 1, axis)
         total += (-1) ** (3 - bin(axes).count("1")) * int(cells.sum())
     return total

@@ -47,10 +47,10 @@ def test_a_sheet_has_every_kind_of_view_by_every_maker(source, name, makers, vie
 
 
 def test_a_picture_is_small_and_holds_every_cell(tmp_path):
-    red, grey = torch.tensor([1.0, 0, 0]).view(3, 1, 1), torch.full((1, 30, 60), 0.5)
+    red, gray = torch.tensor([1.0, 0, 0]).view(3, 1, 1), torch.full((1, 30, 60), 0.5)
     columns = [
-        sheets.Column("a", [red.expand(3, 20, 20), grey], "one"),
-        sheets.Column("b", 2 * [grey], "two"),
+        sheets.Column("a", [red.expand(3, 20, 20), gray], "one"),
+        sheets.Column("b", 2 * [gray], "two"),
     ]
     sheets.draw(columns, "title", tmp_path / "x.png", row_labels=["first", "second"], cell=40)
     with Image.open(tmp_path / "x.png") as image:

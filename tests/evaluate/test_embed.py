@@ -18,8 +18,8 @@ def test_a_subset_has_its_share_of_every_class():
     rare = torch.cat([torch.zeros(997), torch.tensor([1.0, 2.0, 2.0])]).long()
     assert rare[subset(rare, 1000, 10)].bincount().tolist() == [8, 1, 1]
     assert rare[subset(rare, 1000, 2)].tolist() == [0, 1]
-    unlabelled = subset(None, 1000, 500)
-    assert len(unlabelled) == 500 and np.ptp(np.diff(unlabelled)) > 0  # no stride
+    unlabeled = subset(None, 1000, 500)
+    assert len(unlabeled) == 500 and np.ptp(np.diff(unlabeled)) > 0  # no stride
     assert np.array_equal(subset(None, 3, 10), [0, 1, 2])
 
 

@@ -11,16 +11,16 @@ from fastssl.evaluate import knn, knn_accuracy
 
 
 def clusters(n, classes, dim, spread, seed=0):
-    """Labelled points around `classes` random directions; train and test halves."""
+    """Labeled points around `classes` random directions; train and test halves."""
     g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=g)
+    centers = torch.randn(classes, dim, generator=g)
     y = torch.randint(classes, (2 * n,), generator=g)
-    x = centres[y] + spread * torch.randn(2 * n, dim, generator=g)
+    x = centers[y] + spread * torch.randn(2 * n, dim, generator=g)
     return x[:n], y[:n], x[n:], y[n:]
 
 
 def accuracy_by_hand(train_x, train_y, test_x, test_y, k, temperature):
-    """Section 3.4 of the paper, one test sample and one neighbour at a time."""
+    """Section 3.4 of the paper, one test sample and one neighbor at a time."""
     right = 0
     for x, y in zip(test_x.tolist(), test_y.tolist(), strict=True):
         similar = []

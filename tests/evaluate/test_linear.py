@@ -18,7 +18,7 @@ def digits():
 
 
 def accuracy_by_torch(train_x, train_y, test_x, test_y, l2):
-    """The objective of the docstring, minimised by torch's own L-BFGS in float64."""
+    """The objective of the docstring, minimized by torch's own L-BFGS in float64."""
     mean, deviation = train_x.mean(0), train_x.std(0, correction=0)
     deviation[deviation == 0] = 1
     x, held_out = ((t.double() - mean) / deviation for t in (train_x, test_x))
@@ -37,7 +37,7 @@ def accuracy_by_torch(train_x, train_y, test_x, test_y, l2):
 
 
 @pytest.mark.parametrize("l2", [1e-3, 1.0])
-def test_minimises_its_objective(l2):
+def test_minimizes_its_objective(l2):
     data = digits()
     expected = accuracy_by_torch(*data, l2)
     assert linear_probe(*data, l2=l2) == pytest.approx(expected, abs=1.01 / 300)

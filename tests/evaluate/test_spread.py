@@ -52,19 +52,19 @@ def test_the_spectrum_is_the_covariances(n, d, rows, monkeypatch):
     torch.manual_seed(n)
     x = torch.randn(n, d) * torch.logspace(0, -3, d) + 2.0
     wide = x.double()
-    for centred, matrix in ((True, torch.cov(wide.T).view(d, d)), (False, wide.T @ wide / n)):
+    for centered, matrix in ((True, torch.cov(wide.T).view(d, d)), (False, wide.T @ wide / n)):
         want = torch.linalg.eigvalsh(matrix).flip(0)[: min(n, d)]
-        got = spectrum(x, centred=centred)
+        got = spectrum(x, centered=centered)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-13 * want[0].item())
         assert (got >= 0).all() and (got[:-1] >= got[1:]).all()
 
 
 def test_known_spectra():
-    """Rows on two axes; one sample repeated; and what centring takes away."""
+    """Rows on two axes; one sample repeated; and what centering takes away."""
     cross = torch.tensor([[3.0, 0.0, 1.0], [-3.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, -1.0, 1.0]])
     torch.testing.assert_close(spectrum(cross), torch.tensor([18.0, 2.0, 0.0]).double() / 3)
     about_zero = torch.tensor([18.0, 4.0, 2.0]).double() / 4
-    torch.testing.assert_close(spectrum(cross, centred=False), about_zero)
+    torch.testing.assert_close(spectrum(cross, centered=False), about_zero)
     assert spectrum(torch.full((20, 6), 0.1)).sum() < 1e-15
     far = cross.double() + 1e6  # exact in float32
     torch.testing.assert_close(spectrum(far), spectrum(cross))

@@ -215,7 +215,7 @@ def _patch_mse(dtype, B, size, side):
 
 
 def _clip_mse(dtype, B, frames, size, side):
-    """Of normalised bytes, in patches of two frames."""
+    """Of normalized bytes, in patches of two frames."""
     ids = _chosen(B, frames // 2 * (size // side) ** 2, 1).masked
     clips = torch.randint(256, (B, 3, frames, size, size), device=DEVICE, dtype=torch.uint8)
     seen = kernels.Normalized(clips, *torch.rand(2, 3, device=DEVICE) + 0.5)

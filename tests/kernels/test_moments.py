@@ -23,7 +23,7 @@ def route(request, monkeypatch, small_blocks):
     impl = "triton" if request.param == "triton" else "torch"
     one_process = moments._standardize if impl == "triton" else moments.Standardize.apply
     by = {
-        moments._STANDARDISE: lambda *args: one_process(*args, impl),
+        moments._STANDARDIZE: lambda *args: one_process(*args, impl),
         moments._MOMENTS: lambda *args: moments.ColumnMoments.apply(*args, impl),
         moments._DIAGONAL: lambda *args: moments.CrossDiagonal.apply(*args, impl),
     }

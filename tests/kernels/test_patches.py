@@ -132,14 +132,14 @@ def layouts(images):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "normalised"])
-def test_strides_of_the_images_do_not_matter(impl, normalised):
-    case = IMAGE if normalised else CLIP
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalized"])
+def test_strides_of_the_images_do_not_matter(impl, normalized):
+    case = IMAGE if normalized else CLIP
     images, ids = case.problem()
     pred = torch.randn(*ids.shape, case.values, device=DEVICE)
 
     def both(x):
-        x = Normalized(x, *channels(case.C)) if normalised else x
+        x = Normalized(x, *channels(case.C)) if normalized else x
         patches = gather_patches(x, ids, case.patch, impl=impl)
         return patches, patch_mse(pred, x, ids, case.patch, impl=impl)
 
@@ -176,7 +176,7 @@ def test_gradient_of_16_bits_adds_up_in_float32(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduce", UPSTREAM.values(), ids=UPSTREAM)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normalised_images_and_their_gradient(dtype, reduce, impl):
+def test_normalized_images_and_their_gradient(dtype, reduce, impl):
     images, ids = IMAGE.problem(dtype)
     assert_no_worse(
         lambda x: gather_patches(Normalized(x, *channels(3)), ids, IMAGE.patch, impl=impl),
@@ -187,7 +187,7 @@ def test_normalised_images_and_their_gradient(dtype, reduce, impl):
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
-def test_normalised_bytes(impl):
+def test_normalized_bytes(impl):
     images = torch.randint(256, (2, 3, 4, 6, 10), dtype=torch.uint8, device=DEVICE)
     _, ids = CLIP.problem()
     want = pick(patchify(by_hand(images), CLIP.patch), ids)
@@ -267,7 +267,7 @@ def test_slopes_by_hand(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_patch_mse_of_normalised_images(impl):
+def test_patch_mse_of_normalized_images(impl):
     images = torch.randint(256, (5, 3, 12, 8), dtype=torch.uint8, device=DEVICE)
     _, ids = IMAGE.problem()
     pred = torch.randn(5, 5, 24, device=DEVICE)

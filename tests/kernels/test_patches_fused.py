@@ -143,7 +143,7 @@ def test_offsets_beyond_32_bits(stride):
 
 
 @once
-@pytest.mark.parametrize("norm", [True, False], ids=["normalised", "plain"])
+@pytest.mark.parametrize("norm", [True, False], ids=["normalized", "plain"])
 def test_operators_keep_torchs_rules(norm):
     images = torch.randn(1, 1, 1, 2, 4, device=DEVICE)
     ids = torch.tensor([[1]], device=DEVICE)

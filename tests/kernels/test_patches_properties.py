@@ -33,11 +33,11 @@ def problems(draw):
 
 @some
 @given(problems(), st.sampled_from(IMPLS), st.booleans(), floats)
-def test_gather(problem, impl, normalised, dtype):
+def test_gather(problem, impl, normalized, dtype):
     case, images, ids = problem
     got = gather_patches(images, ids, case.patch, impl=impl)
     assert torch.equal(got, pick(patchify(images, case.patch), ids))
-    if normalised:
+    if normalized:
         seen = Normalized(images, *channels(case.C))
         got = gather_patches(seen, ids, case.patch, dtype=dtype, impl=impl)
         want = pick(patchify(by_hand(images), case.patch), ids)

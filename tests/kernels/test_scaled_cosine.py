@@ -88,7 +88,7 @@ def test_the_gradient_at_one(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_zero_rows_are_as_torch_normalises_them(impl):
+def test_zero_rows_are_as_torch_normalizes_them(impl):
     p, t = rows(4, 9)
     p[1], t[2], p[3] = 0, 0, 1e-13
     call = partial(scaled_cosine_error, impl=impl)

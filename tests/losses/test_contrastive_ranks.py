@@ -58,7 +58,7 @@ def both_ways(loss, z, labels, index):
     return loss(*z) + loss(z[1], z[0])
 
 
-def labelled(loss, z, labels, index):
+def labeled(loss, z, labels, index):
     return loss(*z, labels)
 
 
@@ -70,7 +70,7 @@ def stacked(loss, z, labels, index):
     return loss(z.transpose(0, 1), labels)
 
 
-def unlabelled(loss, z, labels, index):
+def unlabeled(loss, z, labels, index):
     return loss(z.transpose(0, 1))
 
 
@@ -95,12 +95,12 @@ STRATEGIES = {
     "dcl weighted": (lambda **o: DCLLoss(0.2, distance, **o), pair),
     "dclw": (lambda **o: DCLWLoss(0.2, 0.3, **o), pair),
     "supcon": (lambda **o: SupConLoss(0.2, **o), stacked),
-    "supcon unlabelled": (lambda **o: SupConLoss(0.2, **o), unlabelled),
+    "supcon unlabeled": (lambda **o: SupConLoss(0.2, **o), unlabeled),
     "supcon singles": (lambda **o: SupConLoss(0.2, **o), singles),
     "moco v3": (lambda **o: MoCoV3Loss(0.2, **o), both_ways),
     "hcl": (lambda **o: HCLLoss(0.5, 0.1, 1.5, **o), pair),
-    "grouped same": (lambda **o: GroupedNTXentLoss(0.2, **o), labelled),
-    "grouped different": (lambda **o: GroupedNTXentLoss(0.2, "different", **o), labelled),
+    "grouped same": (lambda **o: GroupedNTXentLoss(0.2, **o), labeled),
+    "grouped different": (lambda **o: GroupedNTXentLoss(0.2, "different", **o), labeled),
     "matryoshka": (lambda **o: MatryoshkaLoss(NTXentLoss(0.2, **o), (4, OUTPUT)), pair),
     "isogclr": (lambda **o: ISogCLRLoss(SIZE, 0.2, rho=0.3, eta=0.05, **o), indexed),
     "dense batch": (lambda **o: DenseInfoNCELoss(0.2, "batch", **o), positions),

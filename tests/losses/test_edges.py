@@ -117,7 +117,7 @@ LOSSES = {  # name: (ours, the reference; whether it sums squares of the embeddi
         lambda a, b: supcon.supcon_reference(stack(a, b), ids(a) // 2, 0.01),
         False,
     ),
-    "supcon unlabelled": (
+    "supcon unlabeled": (
         lambda a, b: supcon.SupConLoss(0.01)(stack(a, b)),
         lambda a, b: supcon.supcon_reference(stack(a, b), ids(a), 0.01),
         False,

@@ -42,7 +42,7 @@ def test_known_masks():
 
 
 def splitmix(word):
-    """SplitMix64's finaliser in Python's own integers."""
+    """SplitMix64's finalizer in Python's own integers."""
     word &= 2**64 - 1
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)

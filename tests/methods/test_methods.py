@@ -123,7 +123,7 @@ def test_the_teachers_momentum_rises_to_1(progress, momentum, tmp_path):
         torch.testing.assert_close(p, before[name] + (1 - momentum), rtol=0, atol=1e-6)
 
 
-def test_nnclr_contrasts_neighbours_with_predictions(tmp_path):
+def test_nnclr_contrasts_neighbors_with_predictions(tmp_path):
     ours, _ = method("nnclr", tmp_path)
     alone = NNCLRLoss(300, 16, temperature=0.1)
     assert torch.equal(ours.loss.queue.bank, alone.queue.bank)
@@ -365,13 +365,13 @@ def explained(parts, target):
 
 def test_the_equivariant_part_knows_the_turn_and_the_invariant_part_does_not():
     ours = tiny_sie(hidden_dim=128, projection_dim=64)
-    optimiser = torch.optim.AdamW(ours.parameters(), 2e-3)
+    optimizer = torch.optim.AdamW(ours.parameters(), 2e-3)
     for step in range(100):
         data, _ = turned(256, step)
         loss = ours(data)["loss"]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     data, angle = turned(2000, 10_000)
     with torch.no_grad():
         features = [ours.features(view) for view in data["views"]]

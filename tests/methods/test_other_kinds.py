@@ -32,8 +32,8 @@ def test_a_run_shows_itself(name, tmp_path):
     cfg = tiny(name, tmp_path, epochs=1, optim__lr=3e-3)
     results = pretrain(cfg)
     rows = {row["encoder"]: row for row in results["rows"]}
-    assert set(rows) == {"pretrained", "random initialisation", "raw input"}
-    assert rows["pretrained"] != rows["random initialisation"]
+    assert set(rows) == {"pretrained", "random initialization", "raw input"}
+    assert rows["pretrained"] != rows["random initialization"]
     shown = {p.name for p in cfg.directory.iterdir()}
     assert {"results.json", "report.html", "curves.png", "embedding.png"} <= shown
     assert shown & PICTURES == (set() if name == "tjepa" else PICTURES)

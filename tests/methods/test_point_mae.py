@@ -35,7 +35,7 @@ def test_the_encoder_reads_visible_groups_alone(tmp_path):
     torch.testing.assert_close(seen[1], groups.centers[rows, masking.visible])
 
 
-def test_reconstructions_stand_where_their_centres_are(tmp_path):
+def test_reconstructions_stand_where_their_centers_are(tmp_path):
     method, batch = made("point_mae", tmp_path)
     (clouds,) = batch["views"]
     seen, painted = method.reconstruct(clouds, batch["seeds"])

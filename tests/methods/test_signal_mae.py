@@ -39,11 +39,11 @@ def test_hidden_samples_are_not_read(tmp_path):
 def test_reconstructions_keep_what_is_visible(tmp_path):
     method, batch = made("signal_mae", tmp_path)
     (x,) = batch["views"]
-    grey, painted = (y.view(6, 16, 8) for y in method.reconstruct(x, batch["seeds"]))
+    gray, painted = (y.view(6, 16, 8) for y in method.reconstruct(x, batch["seeds"]))
     masked = method.mask(batch["seeds"], method.visible).masked
     hidden = torch.zeros(6, 16, dtype=torch.bool).scatter_(1, masked, True)
-    assert (grey[hidden] == 0).all() and not torch.equal(painted[hidden], grey[hidden])
-    for shown in (grey, painted):
+    assert (gray[hidden] == 0).all() and not torch.equal(painted[hidden], gray[hidden])
+    for shown in (gray, painted):
         assert torch.equal(shown[~hidden], x.view(6, 16, 8)[~hidden])
 
 

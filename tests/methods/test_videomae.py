@@ -62,11 +62,11 @@ def test_the_decoder_sees_no_more_than_it_must(tmp_path, monkeypatch):
 def test_reconstructions_keep_what_is_visible(tmp_path):
     method, batch = made("videomae", tmp_path)
     (clips,) = batch["views"]
-    grey, painted = method.reconstruct(clips, batch["seeds"])
+    gray, painted = method.reconstruct(clips, batch["seeds"])
     masking = method.mask(batch["seeds"]).masking
     hidden = torch.zeros(6, 32, dtype=torch.bool).scatter_(1, masking.masked, True)
-    assert (cells(grey)[hidden] == 0).all()
-    for shown in (grey, painted):
+    assert (cells(gray)[hidden] == 0).all()
+    for shown in (gray, painted):
         assert torch.equal(cells(shown)[~hidden], cells(clips)[~hidden])
     truth, ours = cells(clips)[hidden], cells(painted)[hidden]
     assert not torch.equal(ours, truth)

@@ -75,10 +75,10 @@ def test_every_family_goes_all_the_way(family, tmp_path, monkeypatch):
     for count in (1, 4) if encoder.backbone.pretrained_cfg["first_conv"] else ():
         adapted = timm.create_model(where, pretrained=True, in_chans=count).eval()
         assert adapted(images.expand(-1, count, -1, -1)).shape == (2, features.shape[1])
-    if family in SMALL[:2]:  # grey images are what they were as three equal channels
+    if family in SMALL[:2]:  # gray images are what they were as three equal channels
         adapted = timm.create_model(where, pretrained=True, in_chans=1).eval()
-        grey = encoder(images.expand(-1, 3, -1, -1))
-        torch.testing.assert_close(adapted(images), grey, rtol=1e-3, atol=1e-4)
+        gray = encoder(images.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(adapted(images), gray, rtol=1e-3, atol=1e-4)
 
 
 def test_what_does_not_make_an_encoder_is_named():

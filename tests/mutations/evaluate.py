@@ -61,7 +61,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     ],
     "evaluate/rankme.spectrum": [
         ("tall else mean[:, None]", "tall else mean"),
-        ("(len(x) - int(centred))", "len(x)"),
+        ("(len(x) - int(centered))", "len(x)"),
     ],
     "evaluate/linear.fit_probe": [
         ("1e-6 * mean.abs()", "1e-6 * 0"),

@@ -141,7 +141,7 @@ def digits(n):
     return torch.tensor(x[:n]), torch.tensor(y[:n], dtype=torch.int64)
 
 
-def test_the_map_is_repeatable_and_keeps_neighbours_together(tmp_path):
+def test_the_map_is_repeatable_and_keeps_neighbors_together(tmp_path):
     x, y = digits(200)
     names = [str(i) for i in range(10)]
     plot_embedding(x, y, names, tmp_path / "a.png", "Digits")
@@ -169,7 +169,7 @@ def test_labels_and_names_of_every_kind(tmp_path, figures):
     x, y = torch.randn(60, 4), torch.arange(60) % 12
     names = ["_hidden", "$5 bill", "<b>"] + [f"class {i}" for i in range(3, 11)]  # one too few
     plot_embedding(x, y, names, tmp_path / "named.png", "a_b $ c")
-    plot_embedding(x, None, [], tmp_path / "unlabelled.png", "No labels")
+    plot_embedding(x, None, [], tmp_path / "unlabeled.png", "No labels")
     plot_embedding(x, torch.arange(60), [], tmp_path / "many.png", "Sixty classes")
     plot_embedding(torch.ones(30, 4), y[:30], names, tmp_path / "collapsed.png", "Collapsed")
     legend = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
@@ -202,7 +202,7 @@ def test_a_sheet_shows_every_pixel_once_and_clips(tmp_path, figures):
     assert imread(tmp_path / "sheet.png").shape[2] == 4
 
 
-def test_views_of_different_sizes_are_centred(tmp_path, figures):
+def test_views_of_different_sizes_are_centered(tmp_path, figures):
     large, small = torch.ones(2, 3, 6, 6), torch.zeros(2, 3, 4, 2)
     small[:, 0] = 0.25
     plot_views([large, small], tmp_path / "views.png")

@@ -41,7 +41,7 @@ class Page(HTMLParser):
 def results(**change):
     rows = [
         {"encoder": "pretrained", "knn": 0.97, "linear": 0.981, "rankme": 61.25, "notes": ["odd"]},
-        {"encoder": "random initialisation", "knn": 0.91, "linear": 0.94, "rankme": 20.0},
+        {"encoder": "random initialization", "knn": 0.91, "linear": 0.94, "rankme": 20.0},
         {"encoder": "raw input", "knn": 0.96, "linear": None},
     ]
     train = {"loss": 1.25, "steps": 1400, "seconds": 75.0, "peak_memory_bytes": 812e6}
@@ -156,10 +156,10 @@ def test_the_headline_tells_success_and_failure_apart():
     assert "does not beat" not in won
     rows = [{"encoder": "pretrained", "knn": 0.95}, {"encoder": "raw input", "knn": 0.96}]
     lost = headline({"method": "mae", "rows": rows})
-    assert lost.startswith("A nearest-neighbour vote among the MAE features is right for 95.0\xa0%")
+    assert lost.startswith("A nearest-neighbor vote among the MAE features is right for 95.0\xa0%")
     assert lost.endswith("It does not beat the raw input.")
-    unlabelled = {"rows": [{"encoder": "pretrained", "rankme": 61.25}]}
-    assert "about 61 dimensions" in headline(unlabelled)
+    unlabeled = {"rows": [{"encoder": "pretrained", "rankme": 61.25}]}
+    assert "about 61 dimensions" in headline(unlabeled)
     assert headline({}) == ""
 
 

@@ -1,6 +1,6 @@
 """fastssl, which kills itself: python -m tests.train.killed_run STEP pretrain RECIPE ...
 
-It ends by kill -9 with STEP optimiser steps done, its readers busy with the batches to come.
+It ends by kill -9 with STEP optimizer steps done, its readers busy with the batches to come.
 """
 
 import os

@@ -38,8 +38,8 @@ def test_a_run_learns_and_shows_itself(method, tmp_path):
     curve = losses(cfg)
     assert len(curve) == 20 and np.mean(curve[-3:]) < 0.97 * np.mean(curve[:3])
     rows = {row["encoder"]: row for row in results["rows"]}
-    assert set(rows) == {"pretrained", "random initialisation", "raw input"}
-    assert rows["raw input"]["knn"] > 0.7 and rows["pretrained"] != rows["random initialisation"]
+    assert set(rows) == {"pretrained", "random initialization", "raw input"}
+    assert rows["raw input"]["knn"] > 0.7 and rows["pretrained"] != rows["random initialization"]
     shown = {p.name for p in cfg.directory.iterdir()}
     wanted = {"config.yaml", "metrics.jsonl", "results.json", "report.html", "curves.png"}
     wanted |= {"embedding.png", "views.png", "tensorboard", "checkpoints"}
@@ -239,7 +239,7 @@ def test_overwriting_needs_a_run_that_can_start(run, tmp_path):
     cfg = run.model_copy(update={"resume": "never", "epochs": 1})
     whole = final(cfg)
     broken = cfg.engine.model_copy(update={"deepspeed": {"train_batch_size": 3}})
-    with pytest.raises(EngineError, match="DeepSpeed or the optimiser refuses this"):
+    with pytest.raises(EngineError, match="DeepSpeed or the optimizer refuses this"):
         pretrain(cfg.model_copy(update={"overwrite": True, "engine": broken}))
     assert final(cfg) == whole
     pretrain(cfg.model_copy(update={"overwrite": True}))
@@ -341,7 +341,7 @@ def photos(tmp_path):
 
 def test_unreadable_images_are_named_and_counted(photos, tmp_path):
     source = {"name": "folder", "path": str(photos), "test_fraction": 0.25}
-    cfg = tiny("simclr", tmp_path, data__source=source, batch_size=12, evaluate__neighbours=5)
+    cfg = tiny("simclr", tmp_path, data__source=source, batch_size=12, evaluate__neighbors=5)
     results = pretrain(cfg)
     rows = read_metrics(cfg.directory / "metrics.jsonl")
     named = {r["detail"].split(":")[0] for r in rows if r.get("what") == "bad_image"}
@@ -377,7 +377,7 @@ def test_names_that_are_no_text_are_shown_escaped(tmp_path):
             Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(folder / label / f"{i}.png")
     (folder / "a/\x1b[2J\udcff.png").write_bytes(b"no image")
     source = {"name": "folder", "path": str(folder), "test_fraction": 0.25}
-    cfg = tiny("mae", tmp_path, data__source=source, batch_size=12, evaluate__neighbours=2)
+    cfg = tiny("mae", tmp_path, data__source=source, batch_size=12, evaluate__neighbors=2)
     shown = io.StringIO()
     results = pretrain(cfg, RichWatch(Console(file=shown), 1), f"fastssl {folder}")
     assert (

@@ -1,4 +1,4 @@
-"""Linear colour: against its formula in float64, its laws, and DALI's color_twist."""
+"""Linear color: against its formula in float64, its laws, and DALI's color_twist."""
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -56,13 +56,13 @@ def test_the_order_of_the_changes_is_none():
     assert torch.equal(a, b)
 
 
-def test_luma_stays_and_greys_stay_grey():
+def test_luma_stays_and_grays_stay_gray():
     """Nearly: A is rounded."""
-    grey = np.ones(3)
+    gray = np.ones(3)
     for saturation, hue in [(0.3, 0.1), (1.6, -0.4)]:
         m = color_matrix(saturation, hue).numpy()
         np.testing.assert_allclose(LUMA @ m, LUMA, atol=1e-6)
-        np.testing.assert_allclose(m @ grey, grey, atol=0.01)
+        np.testing.assert_allclose(m @ gray, gray, atol=0.01)
 
 
 def test_one_channel_has_brightness_and_contrast():
@@ -94,7 +94,7 @@ def test_saturation_and_hue_are_dalis(saturation, hue):
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-def test_all_four_are_dalis_color_twist_but_for_the_centre_of_contrast():
+def test_all_four_are_dalis_color_twist_but_for_the_center_of_contrast():
     """DALI's contrast is about 1/2; its own mean luma in that place is a shift."""
     b, c, s, h = CHANGES[0].values()
     x = image().permute(1, 2, 0).float().contiguous().numpy() / 255
