@@ -105,7 +105,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "data/sources/remote._sound": [
         ("(ValueError, TypeError, LookupError)", "(KeyError, IndexError)")
     ],
-    "data/sources/remote._believed": [
+    "data/sources/remote._final_error": [
         ("code in (401, 403)", "code in (401, 402)"),
         ("(408, 425, 429)", "(408, 425)"),
         ("code == 416", "code == 417"),
