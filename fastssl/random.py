@@ -13,12 +13,14 @@ Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # the losses draw by `uniform`, and need torch alone
+    import numpy as np
+    import numpy.typing as npt
 
 ORDER, SAMPLE, REPLACE, SPLIT, EVALUATE = 1, 2, 3, 4, 5  # the tags
 
@@ -38,7 +40,7 @@ def _shift_right(x: Any, bits: int) -> Any:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _finish(x: Any) -> Any:
+def finish(x: Any) -> Any:
     """SplitMix64's finalizer, a bijection of 64-bit words in an int64 tensor or array of at least
     one dimension, whose products wrap, as it needs."""
     x = (x ^ _shift_right(x, 30)) * _MIX1
@@ -49,7 +51,7 @@ def _finish(x: Any) -> Any:
 def hashes(seeds: Tensor, length: int) -> Tensor:
     """(B, length) int64, any of the 2^64 words equally likely; seeds (B,) int64, any values."""
     places = torch.arange(1, length + 1, device=seeds.device)
-    return _finish(_finish(seeds)[:, None] + places * _GAMMA)
+    return finish(finish(seeds)[:, None] + places * _GAMMA)
 
 
 def uniform(seeds: Tensor, length: int) -> Tensor:
@@ -72,16 +74,18 @@ def mix(*parts: int | npt.ArrayLike) -> np.ndarray:
     >>> [hex(h) for h in mix(0, [1, 2])]
     ['0x8b4fda8c892b50e', '0xd7cc9674ff5ffa39']
     """
+    import numpy as np
+
     h = np.zeros(1, np.int64)
     for part in parts:  # arrays of at least one dimension wrap around; numpy's scalars would warn
         word = _signed(part % 2**64) if isinstance(part, int) else np.asarray(part, np.int64)
-        h = _finish((h ^ word) + _GAMMA)
+        h = finish((h ^ word) + _GAMMA)
     return h.view(np.uint64)
 
 
 def sample_seeds(run_seed: int, epoch: npt.ArrayLike, index: npt.ArrayLike) -> np.ndarray:
     """The seeds of samples, (B,) int64 and not negative, from their epochs and indices (B,)."""
-    return (mix(SAMPLE, run_seed, epoch, index) >> np.uint64(1)).astype(np.int64)
+    return (mix(SAMPLE, run_seed, epoch, index) >> 1).astype("int64")
 
 
 def sample_seed(run_seed: int, epoch: int, index: int) -> int:
@@ -91,4 +95,6 @@ def sample_seed(run_seed: int, epoch: int, index: int) -> int:
 
 def permutation(n: int, *key: int) -> np.ndarray:
     """A permutation of range(n), (n,) int64: the order of the hashes of (key, 0), (key, 1), ..."""
+    import numpy as np
+
     return np.argsort(mix(*key, np.arange(n)), kind="stable")

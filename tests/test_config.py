@@ -99,7 +99,7 @@ def test_a_schedule_without_a_name_is_the_cosine():
         ("evaluate.every=yes", "evaluate.every=True is refused: a number is wanted, not yes or"),
         ("optim.betas=[on, 0.9]", "optim.betas=.True, 0.9. is refused: a number is wanted"),
         ("model.name=resnet8", "model.name='resnet8' is not a timm model; did you mean resnet18"),
-        ("data.batch_ops=[{name: mixup, alhpa: 1}]", r"unknown key data.batch_ops.alhpa=1 \(did"),
+        ("data.batch_ops=[{name: mixup, alhpa: 1}]", r"unknown key data.batch_ops.0.alhpa=1 \(did"),
         ("optim.lr=-1", "optim.lr=-1 is refused: input should be greater than 0"),
         ("engine.zero_stage=4", "engine.zero_stage=4 is refused: input should be 0, 1, 2 or 3"),
         ("method.name=simclir", "method.name='simclir' is not one of 'simclr', 'dcl'"),

@@ -30,27 +30,31 @@ def tagged() -> dict[str, dict[str, list[str]]]:
     return {path: keys for path, keys in known_keys().items() if isinstance(keys, dict)}
 
 
-def check_keys(mapping: dict[str, Any], path: str = "") -> None:
-    """Raise ConfigError for an unknown key or name anywhere in a run's mapping."""
-    names = known_keys()[path]
+def check_keys(mapping: dict[str, Any], path: str = "", shown: str = "") -> None:
+    """Raise ConfigError for an unknown key or name anywhere in a run's mapping.
+
+    path: of the section in keys.json; shown: as the user sees it, with places in lists.
+    """
+    names, shown = known_keys()[path], shown or path
     if isinstance(names, dict):
         name = mapping.get("name", UNNAMED.get(path))
         if name is None:
             return  # the schema says that it is missing
         if name not in names:
             raise ConfigError(
-                f"{path}.name={name!r} is not one of {', '.join(map(repr, names))}"
+                f"{shown}.name={name!r} is not one of {', '.join(map(repr, names))}"
                 f"{closest(str(name), names)}"
             )
         names = names[name]
     for key, value in mapping.items():
-        at = f"{path}.{key}".lstrip(".")
+        at, seen = (f"{place}.{key}".lstrip(".") for place in (path, shown))
         if key not in names:
             hint = f"{closest(str(key), names)}; there are: {', '.join(names)}"
-            raise ConfigError(f"unknown key {at}={value!r}{hint}")
-        for part in value if isinstance(value, list) else [value]:
+            raise ConfigError(f"unknown key {seen}={value!r}{hint}")
+        parts = {f"{seen}.{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {}
+        for place, part in (parts or {seen: value}).items():
             if isinstance(part, dict) and at in known_keys():
-                check_keys(part, at)
+                check_keys(part, at, place)
 
 
 def check_model(mapping: dict[str, Any]) -> None:

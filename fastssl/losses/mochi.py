@@ -12,7 +12,7 @@ from fastssl.losses._checks import check_batch, check_counts
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Queue
-from fastssl.random import mix, uniform
+from fastssl.random import finish, uniform
 
 
 class MoCHiLoss(ContrastiveLoss):
@@ -91,7 +91,7 @@ class MoCHiLoss(ContrastiveLoss):
         hardest = pairwise_topk(q, keys, self.top_n)[1]
         sizes = [self.s] * 3 + [self.s_prime] * 2
         rows = joined_ids(len(q), self.process_group, q.device)
-        i, j, a, at, b = uniform(mix(self.steps + 1) + rows, sum(sizes)).split(sizes, 1)
+        i, j, a, at, b = uniform(finish(self.steps + 1) + rows, sum(sizes)).split(sizes, 1)
 
         def pick(place: Tensor) -> Tensor:
             return keys[hardest.gather(1, (place * self.top_n).long())]

@@ -77,6 +77,7 @@ def column_moments(
     impl: "auto", "triton", "torch" or "reference" (gathers, and computes in z's dtype).
     Raises ValueError for other shapes, fewer than 2 rows in all, uneven ranks, an unknown impl.
 
+    >>> import torch
     >>> column_moments(torch.tensor([[1.0], [3.0]]))
     Moments(mean=tensor([2.]), var=tensor([1.]))
     """
@@ -105,6 +106,7 @@ def standardize(
     Raises ValueError for other shapes, eps < 0, fewer than 2 rows in all (a variance of one number
     is undefined), uneven ranks and an unknown impl.
 
+    >>> import torch
     >>> standardize(torch.tensor([[1.0], [3.0]]), eps=0.0)
     tensor([[-1.],
             [ 1.]])
@@ -121,6 +123,7 @@ def cross_diagonal(a: Tensor, b: Tensor, *, impl: str = "auto") -> Tensor:
     impl: "auto", "triton", "torch" or "reference".
     Raises ValueError for shapes, dtypes or devices that differ, or shapes that are not (N, D).
 
+    >>> import torch
     >>> cross_diagonal(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])).tolist()
     [3.0, 8.0]
     """

@@ -113,10 +113,12 @@ def test_batch_norms_of_two_ranks_are_those_of_one(ran, kind):
     (whole, wanted, silent), (a, b) = one["norms"][kind], (rank["norms"][kind] for rank in two)
     assert torch.equal(a[1], b[1]), "features of one image differ between ranks"
     mean = (a[0] + b[0]) / 2
-    close = dict(rtol=2e-5, atol=1e-4) if "fp32" in kind else dict(rtol=0.02, atol=0.1)
+    exact = "fp32" in kind
     if kind.endswith("True)"):
-        torch.testing.assert_close(mean, whole, **close)
-        torch.testing.assert_close(a[1], wanted, **close)
+        torch.testing.assert_close(mean, whole, rtol=2e-5 if exact else 0.02, atol=1e-4)
+        if exact:  # two steps of AdamW make bfloat16's last bits large
+            torch.testing.assert_close(a[1], wanted, rtol=2e-5, atol=1e-4)
+        assert torch.cosine_similarity(a[1], wanted).min() > 0.98
         assert "batch norms share their statistics over 2 processes" in a[2][0]
     else:
         assert abs(mean - whole) > 1e-3 and "sync_batchnorm=false" in a[2][0]
@@ -217,7 +219,7 @@ def test_micro_batches_of_one_image_need_joined_norms(monkeypatch):
         ({"optimizer": {"type": "Adam"}}, "use optim"),
         ({"scheduler": {"type": "WarmupLR"}}, "use optim.schedule"),
         ({"train_micro_batch_size_per_gpu": 2}, "use batch_size"),
-        ({"zero_optimization": {}}, "did you mean zero_optimization"),
+        ({"zero_optimizaton": {}}, "did you mean zero_optimization"),
         ({"zero_optimization": 3}, "must be a section"),
         ({"zero_optimization": {"stage": 2}}, "use engine.zero_stage"),
     ],

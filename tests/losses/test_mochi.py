@@ -4,7 +4,7 @@ from torch import nn
 
 from fastssl.losses import MoCoLoss
 from fastssl.losses.mochi import MoCHiLoss, mochi_reference
-from fastssl.random import mix, uniform
+from fastssl.random import finish, uniform
 from tests.covering import pairwise
 from tests.losses.views import unit, views
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, saved_elements
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def draw(step, rows, n):
     """The step's numbers for the images of these places in the joined batch."""
-    return uniform(mix(step + 1) + rows, n)
+    return uniform(finish(step + 1) + rows, n)
 
 
 def synthetic(q, keys, loss):

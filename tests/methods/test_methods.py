@@ -302,7 +302,7 @@ def test_the_flag_says_whether_accumulation_changes_the_loss(name, tmp_path):
         return copy.deepcopy(method)(own)["loss"].item()
 
     apart = abs((loss(slice(4)) + loss(slice(4, 8))) / 2 - loss(slice(8)))
-    assert apart > 1e-3 if method.couples_batch else apart < 1e-5
+    assert apart > 1e-4 if method.couples_batch else apart < 1e-5
 
 
 # fault 14

@@ -89,7 +89,7 @@ def test_loss_curve_of_two_ranks_is_that_of_one(trained, method, stage):
     torch.testing.assert_close(
         torch.tensor(done[2][0][f"{method}-{stage}"]),
         torch.tensor(done[1][0][f"{method}-0"]),
-        atol=0.01,  # of 64 held-out images one may fall to the other side
+        atol=0.016,  # of 64 held-out images one may fall to the other side
         rtol=0.0,
     )
 
