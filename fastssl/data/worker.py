@@ -129,7 +129,7 @@ def _shared(batch: Batch) -> bytes:
     return bytes(ForkingPickler.dumps(batch))
 
 
-def sent(batch: Batch) -> Batch | Parcel:
+def sent(batch: Any) -> Batch | Parcel:
     """A batch as it leaves a worker; where there is none, as it is."""
     return batch if get_worker_info() is None else Parcel(batch)
 

@@ -52,7 +52,8 @@ class SSLEYLoss(Loss):
         group = self.process_group
         if len(views) < 2:
             raise ValueError(f"views must be at least 2, got {len(views)}")
-        n = check_batch(group, least=2, **{f"views[{i}]": z for i, z in enumerate(views)})
+        named: dict[str, Any] = {f"views[{i}]": z for i, z in enumerate(views)}
+        n = check_batch(group, least=2, **named)
         scale = covariance_scale(views[0], n)
         unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where rows have been scaled
         rows = center(torch.stack(tuple(views), 1), scale, group)
