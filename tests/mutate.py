@@ -25,7 +25,7 @@ REPORT = ROOT / "tests" / "mutations.md"
 TABLES = sorted(path.stem for path in (ROOT / "tests/mutations").glob("[a-z]*.py"))
 # What a test process imports besides the project: once, here, before anything is forked.
 LIBRARIES = "torch triton numpy pytest lightly.loss open_clip.loss"  # not pytest's plugins
-LIBRARIES += " pytorch_metric_learning.losses pydantic omegaconf typer rich"
+LIBRARIES += " pytorch_metric_learning.losses pydantic yaml typer rich"
 HEAVY = "torchvision.transforms.v2 timm deepspeed sklearn.linear_model matplotlib.figure"
 LIMIT = 300  # seconds of one mutation; a hang is noticed too
 

@@ -1,1 +1,1 @@
-"""From files to batches of views: datasets (sources), views (the spec), torch_views, loader."""
+"""From files to batches of views: sources, views (the spec), render (who makes them), loader."""

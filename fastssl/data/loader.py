@@ -310,7 +310,7 @@ class PretrainLoader:
         Each is {"views": [(b, ...) float32 for each view], "index": (b,) int64 into the
         source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
         "label": (b,) int64 where the source has labels.  With `parameters`, "params": [(b, P)
-        float32 for each view], one column for each of torch_views.PARAMETERS.  With last="pad",
+        float32 for each view], one column for each of PARAMETERS.  With last="pad",
         "padding": (b,) bool.  A bad item is replaced by another, that (seed, epoch, index) names;
         "index" has the replacement, "seeds" the place's own, "bad" every item that could not be
         read.  DALI's views are on the device of `rendering`.

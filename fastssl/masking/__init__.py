@@ -1,6 +1,6 @@
 """Which patches a sample hides: pure functions of the sample's seed.
 
-Each place has a hash of the seed (`draws.py`), and a fixed number of places is visible whatever
+Each place has a hash of the seed (`random.py`), and a fixed number of places is visible whatever
 the sample.  The same seed gives the same mask on every device and whatever the split over ranks,
 and there is no state to checkpoint.
 """

@@ -4,7 +4,7 @@
     -> blur -> solarize -> flip, (v - mean) / std, to float32 or float16, channels first or last
     -> erase
 
-Nothing is drawn here: the numbers of torch_views.draw_views come along with the bytes, so that a
+Nothing is drawn here: the numbers of torchvision.draw_views come along with the bytes, so that a
 view is the same function of (seed, epoch, image) by either back end, whatever the rank, and to
 resume is to start at another step.  How near the two are is said, and tested, in
 tests/data/test_dali.py:
