@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,16 @@ class Problem:
 
 
 Make = Callable[[Shape, torch.dtype, torch.device], Problem]
+
+
+def shapes_of(sides: str, **by_size: Sequence[tuple[int, ...]]) -> dict[str, list[Shape]]:
+    """The shapes of each size, whose sides are named once.
+
+    >>> shapes_of("B D", quick=[(128, 512), (256, 1024)])
+    {'quick': [{'B': 128, 'D': 512}, {'B': 256, 'D': 1024}]}
+    """
+    name = partial(zip, sides.split(), strict=True)
+    return {size: [dict(name(values)) for values in rows] for size, rows in by_size.items()}
 
 
 @dataclass(frozen=True)

@@ -13,27 +13,17 @@ from torch import Tensor
 
 from fastssl.bench.cases.losses import two_views
 from fastssl.bench.cases.rivals import beside, library, nbytes
-from fastssl.bench.registry import Problem, Shape, Sweep, case
+from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
 from fastssl.losses import BarlowTwinsLoss, MixedBarlowTwinsLoss, VICRegLoss
 
 _LAMBDA, _MIXUP, _ALPHA = 5e-3, 5.0, 0.3
-_SHAPES = {
-    "quick": [{"B": 128, "D": 512}, {"B": 256, "D": 1024}],
-    "cpu": [
-        {"B": 64, "D": 64},
-        {"B": 256, "D": 2048},
-        {"B": 2048, "D": 1024},
-        {"B": 256, "D": 8192},
-        {"B": 1024, "D": 8192},
-    ],
-    "cuda": [
-        {"B": 256, "D": 8192},
-        {"B": 2048, "D": 8192},
-        {"B": 8192, "D": 2048},
-        {"B": 2048, "D": 65536},
-    ],
-}
+_SHAPES = shapes_of(
+    "B D",
+    quick=[(128, 512), (256, 1024)],
+    cpu=[(64, 64), (256, 2048), (2048, 1024), (256, 8192), (1024, 8192)],
+    cuda=[(256, 8192), (2048, 8192), (8192, 2048), (2048, 65536)],
+)
 _SWEEPS = {
     "quick": [Sweep("B", (32, 64, 128), {"D": 256})],
     "cpu": [
@@ -46,16 +36,16 @@ _SWEEPS = {
         Sweep("D", (1024, 2048, 4096, 8192, 16384, 32768), {"B": 1024}),
     ],
 }
-
-
-@case(
-    "barlow-twins",
-    test="tests/losses/test_barlow_twins.py",
+_register = partial(
+    case,
     shapes=_SHAPES,
     sweeps=_SWEEPS,
     gate_shape={"B": 300, "D": 1024},
     dtypes=("float32", "bfloat16"),  # in float16 the formula as written overflows
 )
+
+
+@_register("barlow-twins", test="tests/losses/test_barlow_twins.py")
 def barlow_twins(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Barlow Twins: the cross-correlation of two views becomes the identity.
 
@@ -103,14 +93,7 @@ def _problem(shape: Shape, inputs: tuple[Tensor, ...], rivals: dict, units: floa
     )
 
 
-@case(
-    "mixed-barlow-twins",
-    test="tests/losses/test_barlow_twins.py",
-    shapes=_SHAPES,
-    sweeps=_SWEEPS,
-    gate_shape={"B": 300, "D": 1024},
-    dtypes=("float32", "bfloat16"),
-)
+@_register("mixed-barlow-twins", test="tests/losses/test_barlow_twins.py")
 def mixed_barlow_twins(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Mixed Barlow Twins: and mixed images have mixed embeddings.
 
@@ -149,14 +132,7 @@ def mixed_authors(z_a: Tensor, z_b: Tensor, z_m: Tensor, perm: Tensor) -> Tensor
     return loss
 
 
-@case(
-    "vicreg",
-    test="tests/losses/test_vicreg.py",
-    shapes=_SHAPES,
-    sweeps=_SWEEPS,
-    gate_shape={"B": 300, "D": 1024},
-    dtypes=("float32", "bfloat16"),
-)
+@_register("vicreg", test="tests/losses/test_vicreg.py")
 def vicreg(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """VICReg: features vary, do not repeat each other, and agree between views.
 

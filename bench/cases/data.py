@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library, nbytes
-from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case, shapes_of
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -101,11 +101,7 @@ def _lightly(transforms: Any, pixels: Tensor, side: int) -> _Stream:
 @case(
     "data-simclr",
     test="tests/data/test_torch_views.py",
-    shapes={
-        "quick": [{"B": 8, "S": 96, "V": 64}],
-        "cpu": [{"B": 32, "S": 256, "V": 224}],
-        "cuda": [{"B": 64, "S": 256, "V": 224}],
-    },
+    shapes=shapes_of("B S V", quick=[(8, 96, 64)], cpu=[(32, 256, 224)], cuda=[(64, 256, 224)]),
     dtypes=("float32",),
 )
 def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:

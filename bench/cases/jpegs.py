@@ -30,26 +30,35 @@ from fastssl.bench.cases import loaders, photos
 from fastssl.bench.cases.data import looks_right
 from fastssl.bench.cases.loaders import OurLoader, PlainLoader, Setting
 from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
-from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, Sweep, case
+from fastssl.bench.registry import (
+    OURS,
+    REFERENCE,
+    Absent,
+    Problem,
+    Shape,
+    Sweep,
+    case,
+    shapes_of,
+)
 
 _DALI = "pip install 'fastssl-torch[dali]'"
 _TEST = "tests/data/test_dali.py"
-_CPU = {"N": 256, "B": 64, "W": 500, "V": 224, "workers": 2}
-_CUDA = {"N": 2048, "B": 256, "W": 500, "V": 224, "workers": 8}
-_SHAPES = {
-    "quick": [{"N": 32, "B": 16, "W": 160, "V": 64, "workers": 1}],
-    "cpu": [_CPU],
-    "cuda": [_CUDA],
-}
+_SHAPES = shapes_of(
+    "N B W V workers",
+    quick=[(32, 16, 160, 64, 1)],
+    cpu=[(256, 64, 500, 224, 2)],
+    cuda=[(2048, 256, 500, 224, 8)],
+)
 
 
-def _sweep(shape: Shape, variable: str, *values: int) -> Sweep:
+def _sweep(size: str, variable: str, *values: int) -> Sweep:
+    (shape,) = _SHAPES[size]
     return Sweep(variable, values, {k: v for k, v in shape.items() if k != variable})
 
 
 _SWEEPS = {
-    "cpu": [_sweep(_CPU, "workers", 1, 2, 4), _sweep(_CPU, "W", 250, 500, 1000)],
-    "cuda": [_sweep(_CUDA, "workers", 2, 4, 8, 16), _sweep(_CUDA, "W", 250, 500, 1000, 2000)],
+    "cpu": [_sweep("cpu", "workers", 1, 2, 4), _sweep("cpu", "W", 250, 500, 1000)],
+    "cuda": [_sweep("cuda", "workers", 2, 4, 8, 16), _sweep("cuda", "W", 250, 500, 1000, 2000)],
 }
 
 

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from fastssl.bench.cases.rivals import by_implementation, nbytes, weigh
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
-from fastssl.bench.registry import OURS, REFERENCE, Outputs, Problem, Rival, Shape, Sweep, case
+from fastssl.bench.registry import (
+    OURS,
+    REFERENCE,
+    Problem,
+    Rival,
+    Shape,
+    Sweep,
+    case,
+    shapes_of,
+)
 from fastssl.kernels import (
     column_moments,
     cross_diagonal,
@@ -42,11 +51,12 @@ def _unit(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @case(
     "pairwise-lse",
     test="tests/kernels/test_pairwise.py",
-    shapes={
-        "quick": [{"M": 256, "N": 512, "D": 128}],
-        "cpu": [{"M": 1024, "N": 4096, "D": 128}, {"M": 2048, "N": 2048, "D": 512}],
-        "cuda": [{"M": 8192, "N": 65536, "D": 128}, {"M": 16384, "N": 16384, "D": 768}],
-    },
+    shapes=shapes_of(
+        "M N D",
+        quick=[(256, 512, 128)],
+        cpu=[(1024, 4096, 128), (2048, 2048, 512)],
+        cuda=[(8192, 65536, 128), (16384, 16384, 768)],
+    ),
     sweeps={"cuda": [Sweep("D", (64, 128, 256, 384, 512, 1024), {"M": 16384, "N": 16384})]},
     gate_shape={"M": 333, "N": 1111, "D": 128},
 )
@@ -58,7 +68,7 @@ def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """
     M, N, D = shape["M"], shape["N"], shape["D"]
     inputs = tuple(_unit(n, D, dtype, device).requires_grad_() for n in (M, N))
-    rivals = by_implementation("pairwise_lse", _lse, device)
+    rivals = by_implementation(pairwise_lse, device, scale=_SCALE)
     if device.type == "cuda":
         rivals |= {f"{OURS} {name}": partial(_by_schedule, name) for name in ("tiles", "products")}
     return Problem(
@@ -69,10 +79,6 @@ def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
-def _lse(impl: str, q: Tensor, k: Tensor) -> Tensor:
-    return pairwise_lse(q, k, _SCALE, impl=impl)
-
-
 def _by_schedule(name: str, q: Tensor, k: Tensor) -> Tensor:
     pairs = Pairs(q, k, torch.full((), _SCALE, device=q.device), None, None, None, "", False)
     return pairwise_ops.lse(pairs, False, name)[0]
@@ -81,11 +87,12 @@ def _by_schedule(name: str, q: Tensor, k: Tensor) -> Tensor:
 @case(
     "pairwise-lse-self",
     test="tests/kernels/test_pairwise.py",
-    shapes={
-        "quick": [{"N": 512, "D": 128}],
-        "cpu": [{"N": 2048, "D": 128}, {"N": 4096, "D": 256}],
-        "cuda": [{"N": 16384, "D": 128}, {"N": 65536, "D": 128}, {"N": 16384, "D": 1024}],
-    },
+    shapes=shapes_of(
+        "N D",
+        quick=[(512, 128)],
+        cpu=[(2048, 128), (4096, 256)],
+        cuda=[(16384, 128), (65536, 128), (16384, 1024)],
+    ),
     gate_shape={"N": 1111, "D": 128},
 )
 def lse_self(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -98,24 +105,25 @@ def lse_self(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     z = _unit(N, D, dtype, device).requires_grad_()
     return Problem(
         inputs=(z,),
-        rivals=by_implementation("pairwise_lse", _lse_self, device),
+        rivals=by_implementation(_lse_self, device, primitive="pairwise_lse"),
         flops={"fwd": 1.0 * N * N * D, "bwd": 2.0 * N * N * D},
         bytes_moved={"fwd": nbytes(z) + 4 * N, "bwd": 2 * nbytes(z) + 4 * N},
     )
 
 
-def _lse_self(impl: str, z: Tensor) -> Tensor:
+def _lse_self(z: Tensor, *, impl: str) -> Tensor:
     return pairwise_lse(z, z, _SCALE, mask=exclude_self, impl=impl)
 
 
 @case(
     "pairwise-topk",
     test="tests/kernels/test_topk.py",
-    shapes={
-        "quick": [{"M": 128, "N": 2048, "D": 64, "K": 20}],
-        "cpu": [{"M": 1024, "N": 16384, "D": 384, "K": 20}],
-        "cuda": [{"M": 8192, "N": 262144, "D": 384, "K": 20}],
-    },
+    shapes=shapes_of(
+        "M N D K",
+        quick=[(128, 2048, 64, 20)],
+        cpu=[(1024, 16384, 384, 20)],
+        cuda=[(8192, 262144, 384, 20)],
+    ),
     gate_shape={"M": 111, "N": 3333, "D": 64, "K": 20},
 )
 def topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -126,7 +134,7 @@ def topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """
     M, N, D, K = (shape[name] for name in "MNDK")
     q, k = _unit(M, D, dtype, device), _unit(N, D, dtype, device)
-    rivals = by_implementation("pairwise_topk", partial(_topk, K), device)
+    rivals = by_implementation(pairwise_topk, device, n=K)
     return Problem(
         inputs=(q, k),
         rivals=rivals,
@@ -135,10 +143,6 @@ def topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
         items=(M, "rows"),
         check=_nearest(q, k, K, rivals[REFERENCE]),
     )
-
-
-def _topk(n: int, impl: str, q: Tensor, k: Tensor) -> Outputs:
-    return pairwise_topk(q, k, n, impl=impl)
 
 
 def _nearest(
@@ -167,11 +171,12 @@ def _nearest(
     return check
 
 
-_COLUMN_SHAPES = {
-    "quick": [{"N": 256, "D": 1024}],
-    "cpu": [{"N": 256, "D": 2048}, {"N": 2048, "D": 1024}],
-    "cuda": [{"N": 2048, "D": 8192}, {"N": 8192, "D": 8192}],
-}
+_COLUMN_SHAPES = shapes_of(
+    "N D",
+    quick=[(256, 1024)],
+    cpu=[(256, 2048), (2048, 1024)],
+    cuda=[(2048, 8192), (8192, 8192)],
+)
 
 
 @case("standardise", test="tests/kernels/test_moments.py", shapes=_COLUMN_SHAPES)
@@ -184,17 +189,12 @@ def standardised(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
     """
     z = _rows(shape["N"], shape["D"], dtype, device).requires_grad_()
     w = torch.randn(z.shape, device=device).to(dtype)
-    rivals = by_implementation("standardize", _standardise, device)
     return Problem(
         inputs=(z, w),
-        rivals=weigh(rivals),
+        rivals=weigh(by_implementation(standardize, device, eps=1e-5)),
         flops={"fwd": 5.0 * z.numel(), "bwd": 7.0 * z.numel()},
         bytes_moved={"fwd": 2 * nbytes(z), "bwd": 3 * nbytes(z)},
     )
-
-
-def _standardise(impl: str, z: Tensor) -> Tensor:
-    return standardize(z, eps=1e-5, impl=impl)
 
 
 @case("column-moments", test="tests/kernels/test_moments.py", shapes=_COLUMN_SHAPES)
@@ -206,13 +206,13 @@ def moments(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     z = _rows(shape["N"], shape["D"], dtype, device).requires_grad_()
     return Problem(
         inputs=(z,),
-        rivals=by_implementation("column_moments", _moments, device),
+        rivals=by_implementation(_moments, device, primitive="column_moments"),
         flops={"fwd": 3.0 * z.numel(), "bwd": 3.0 * z.numel()},
         bytes_moved={"fwd": nbytes(z) + 8 * shape["D"], "bwd": 2 * nbytes(z) + 8 * shape["D"]},
     )
 
 
-def _moments(impl: str, z: Tensor) -> Tensor:
+def _moments(z: Tensor, *, impl: str) -> Tensor:
     return torch.stack(column_moments(z, impl=impl))
 
 
@@ -233,14 +233,10 @@ def frobenius(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem
     product = 2.0 * N * D * min(N, D)
     return Problem(
         inputs=inputs,
-        rivals=by_implementation("frobenius_sq", _frobenius, device),
+        rivals=by_implementation(frobenius_sq, device),
         flops={"fwd": product, "bwd": 2 * product},
         bytes_moved={"fwd": nbytes(*inputs) + 4, "bwd": 2 * nbytes(*inputs)},
     )
-
-
-def _frobenius(impl: str, a: Tensor, b: Tensor) -> Tensor:
-    return frobenius_sq(a, b, impl=impl)
 
 
 @case("cross-diagonal", test="tests/kernels/test_moments.py", shapes=_COLUMN_SHAPES)
@@ -250,11 +246,7 @@ def diagonal(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     inputs = tuple(_rows(N, D, dtype, device).requires_grad_() for _ in range(2))
     return Problem(
         inputs=inputs,
-        rivals=by_implementation("cross_diagonal", _diagonal, device),
+        rivals=by_implementation(cross_diagonal, device),
         flops={"fwd": 2.0 * N * D, "bwd": 2.0 * N * D},
         bytes_moved={"fwd": nbytes(*inputs) + 4 * D, "bwd": 2 * nbytes(*inputs) + 4 * D},
     )
-
-
-def _diagonal(impl: str, a: Tensor, b: Tensor) -> Tensor:
-    return cross_diagonal(a, b, impl=impl)

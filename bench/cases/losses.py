@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.cases.rivals import beside, library, nbytes
-from fastssl.bench.registry import Problem, Shape, Sweep, case
+from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
 from fastssl.kernels import exclude_self, pairwise_lse, patch_mse
 from fastssl.losses import CLIPLoss, MAELoss, NTXentLoss, SigLIPLoss
 
@@ -48,23 +48,12 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 @case(
     "ntxent",
     test="tests/losses/test_ntxent.py",
-    shapes={
-        "quick": [{"B": 128, "D": 128}, {"B": 512, "D": 128}],
-        "cpu": [
-            {"B": 256, "D": 128},
-            {"B": 1024, "D": 128},
-            {"B": 2048, "D": 256},
-            {"B": 4096, "D": 128},
-            {"B": 8192, "D": 128},
-        ],
-        "cuda": [
-            {"B": 4096, "D": 128},
-            {"B": 4096, "D": 1024},
-            {"B": 16384, "D": 128},
-            {"B": 32768, "D": 128},
-            {"B": 32768, "D": 1024},
-        ],
-    },
+    shapes=shapes_of(
+        "B D",
+        quick=[(128, 128), (512, 128)],
+        cpu=[(256, 128), (1024, 128), (2048, 256), (4096, 128), (8192, 128)],
+        cuda=[(4096, 128), (4096, 1024), (16384, 128), (32768, 128), (32768, 1024)],
+    ),
     sweeps={
         "quick": [Sweep("B", (64, 128, 256), {"D": 64})],
         "cpu": [
@@ -131,11 +120,12 @@ def ntxent_authors(z0: Tensor, z1: Tensor) -> Tensor:
 @case(
     "mae",
     test="tests/losses/test_reconstruction.py",
-    shapes={
-        "quick": [{"B": 8, "S": 224, "P": 16}],
-        "cpu": [{"B": 32, "S": 224, "P": 16}, {"B": 128, "S": 32, "P": 4}],
-        "cuda": [{"B": 256, "S": 224, "P": 16}, {"B": 1024, "S": 224, "P": 16}],
-    },
+    shapes=shapes_of(
+        "B S P",
+        quick=[(8, 224, 16)],
+        cpu=[(32, 224, 16), (128, 32, 4)],
+        cuda=[(256, 224, 16), (1024, 224, 16)],
+    ),
     sweeps={
         "quick": [Sweep("B", (2, 4, 8), {"S": 64, "P": 16})],
         "cpu": [Sweep("B", (8, 16, 32, 64, 128), {"S": 224, "P": 16})],
@@ -193,21 +183,20 @@ def _mae_lightly(utils, patch: int, pred: Tensor, images: Tensor, hidden: Tensor
     return F.mse_loss(pred, utils.normalize_mean_var(target))
 
 
-_PAIR_SHAPES = {
-    "quick": [{"B": 256, "D": 256}],
-    "cpu": [{"B": 1024, "D": 512}, {"B": 4096, "D": 512}, {"B": 8192, "D": 512}],
-    "cuda": [
-        {"B": 4096, "D": 768},
-        {"B": 16384, "D": 768},
-        {"B": 32768, "D": 768},
-        {"B": 65536, "D": 768},
-    ],
-}
+_PAIR_SHAPES = shapes_of(
+    "B D",
+    quick=[(256, 256)],
+    cpu=[(1024, 512), (4096, 512), (8192, 512)],
+    cuda=[(4096, 768), (16384, 768), (32768, 768), (65536, 768)],
+)
 _PAIR_SWEEPS = {
     "quick": [Sweep("B", (64, 128, 256), {"D": 64})],
     "cpu": [Sweep("B", (256, 512, 1024, 2048, 4096), {"D": 512})],
     "cuda": [Sweep("B", (1024, 2048, 4096, 8192, 16384, 32768, 65536), {"D": 768})],
 }
+_register_pair = partial(
+    case, shapes=_PAIR_SHAPES, sweeps=_PAIR_SWEEPS, gate_shape={"B": 333, "D": 256}
+)
 
 
 def _pair_problem(shape: Shape, inputs: tuple[Tensor, ...], rivals: dict) -> Problem:
@@ -222,13 +211,7 @@ def _pair_problem(shape: Shape, inputs: tuple[Tensor, ...], rivals: dict) -> Pro
     )
 
 
-@case(
-    "clip",
-    test="tests/losses/test_clip.py",
-    shapes=_PAIR_SHAPES,
-    sweeps=_PAIR_SWEEPS,
-    gate_shape={"B": 333, "D": 256},
-)
+@_register_pair("clip", test="tests/losses/test_clip.py")
 def clip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """CLIP: each image finds its text among B, and each text its image; the scale is learned."""
     log_scale = _number(math.log(1 / _CLIP_TEMPERATURE), dtype, device)
@@ -263,13 +246,7 @@ def _clip_cut(linear_cross_entropy, image: Tensor, text: Tensor, log_scale: Tens
     return (rows + linear_cross_entropy(text * scale, image, own)) / 2
 
 
-@case(
-    "siglip",
-    test="tests/losses/test_siglip.py",
-    shapes=_PAIR_SHAPES,
-    sweeps=_PAIR_SWEEPS,
-    gate_shape={"B": 333, "D": 256},
-)
+@_register_pair("siglip", test="tests/losses/test_siglip.py")
 def siglip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """SigLIP: every one of B^2 image-text pairs, by itself, is a match or is not."""
     values = math.log(_SIGLIP_SCALE), _SIGLIP_BIAS

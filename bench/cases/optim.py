@@ -18,16 +18,18 @@ from torch import Tensor, nn
 
 from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
-from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, case
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, case, shapes_of
 
 _LR, _DECAY, _MOMENTUM, _TRUST, _BETAS, _EPS = 0.1, 0.1, 0.9, 0.02, (0.9, 0.95), 1e-8
 _APEX = "build apex from NVIDIA's source (the one on PyPI is another)"
-_SHAPES = {
-    "quick": [{"W": 96, "L": 4}],
-    "cpu": [{"W": 384, "L": 12}],
-    "cuda": [{"W": 384, "L": 12}, {"W": 768, "L": 12}, {"W": 1024, "L": 24}],
-}
-_GATE = {"W": 64, "L": 2}
+_register = partial(
+    case,
+    shapes=shapes_of(
+        "W L", quick=[(96, 4)], cpu=[(384, 12)], cuda=[(384, 12), (768, 12), (1024, 24)]
+    ),
+    dtypes=("float32",),
+    gate_shape={"W": 64, "L": 2},
+)
 
 
 def _sizes(width: int, depth: int) -> dict[str, tuple[int, ...]]:
@@ -214,13 +216,7 @@ def _same_steps(
     return check
 
 
-@case(
-    "optim-lars",
-    test="tests/engine/test_layerwise.py",
-    shapes=_SHAPES,
-    dtypes=("float32",),
-    gate_shape=_GATE,
-)
+@_register("optim-lars", test="tests/engine/test_layerwise.py")
 def lars(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A step of LARS.
 
@@ -239,13 +235,7 @@ def lars(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     return _problem(shape, device, _Step(lars_rule, 11, 1, ours, rivals))
 
 
-@case(
-    "optim-lamb",
-    test="tests/engine/test_layerwise.py",
-    shapes=_SHAPES,
-    dtypes=("float32",),
-    gate_shape=_GATE,
-)
+@_register("optim-lamb", test="tests/engine/test_layerwise.py")
 def lamb(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A step of LAMB.
 
@@ -263,13 +253,7 @@ def lamb(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     return _problem(shape, device, _Step(lamb_rule, 21, 2, {"name": "lamb", **own}, rivals))
 
 
-@case(
-    "optim-adamw",
-    test="tests/engine/test_optim.py",
-    shapes=_SHAPES,
-    dtypes=("float32",),
-    gate_shape=_GATE,
-)
+@_register("optim-adamw", test="tests/engine/test_optim.py")
 def adamw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A step of AdamW; ours is torch's, as the engine builds it.
 

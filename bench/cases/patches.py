@@ -15,16 +15,17 @@ from torch import Tensor
 
 from fastssl.bench.cases.rivals import beside, by_implementation, library, nbytes, weigh
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
-from fastssl.bench.registry import OURS, REFERENCE, Problem, Shape, case
+from fastssl.bench.registry import OURS, REFERENCE, Problem, Shape, case, shapes_of
 from fastssl.kernels import gather_patches, patch_mse
 from fastssl.losses import MAELoss
 
 _HIDDEN = 3 / 4
-_IMAGE_SHAPES = {
-    "quick": [{"B": 8, "S": 224, "P": 16}],
-    "cpu": [{"B": 32, "S": 224, "P": 16}, {"B": 128, "S": 32, "P": 4}],
-    "cuda": [{"B": 256, "S": 224, "P": 16}, {"B": 1024, "S": 224, "P": 16}],
-}
+_IMAGE_SHAPES = shapes_of(
+    "B S P",
+    quick=[(8, 224, 16)],
+    cpu=[(32, 224, 16), (128, 32, 4)],
+    cuda=[(256, 224, 16), (1024, 224, 16)],
+)
 
 
 def _chosen(shape: Shape, share: float, device: torch.device) -> Tensor:
@@ -42,14 +43,10 @@ def patches(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     chosen = ids.numel() * 3 * P * P * images.element_size()
     return Problem(
         inputs=(images, ids),
-        rivals=by_implementation("gather_patches", partial(_patches, P), device),
+        rivals=by_implementation(gather_patches, device, patch=P),
         bytes_moved={"run": 2.0 * chosen + nbytes(ids)},
         items=(B, "images"),
     )
-
-
-def _patches(patch: int, impl: str, images: Tensor, ids: Tensor) -> Tensor:
-    return gather_patches(images, ids, patch, impl=impl)
 
 
 @case("patch-mse", test="tests/kernels/test_patches.py", shapes=_IMAGE_SHAPES)
@@ -62,22 +59,14 @@ def patch_error(shape: Shape, dtype: torch.dtype, device: torch.device) -> Probl
     read, errors = 2 * nbytes(pred) + nbytes(ids), 4 * ids.numel()
     return Problem(
         inputs=(pred, images, ids),
-        rivals=by_implementation("patch_mse", partial(_patch_mse, P), device),
+        rivals=by_implementation(patch_mse, device, patch=P),
         flops={"fwd": 8.0 * pred.numel(), "bwd": 2.0 * pred.numel()},
         bytes_moved={"fwd": read + errors, "bwd": read + errors + nbytes(pred)},
         items=(B, "images"),
     )
 
 
-def _patch_mse(patch: int, impl: str, pred: Tensor, images: Tensor, ids: Tensor) -> Tensor:
-    return patch_mse(pred, images, ids, patch, impl=impl)
-
-
-_STAGE_SHAPES = {
-    "quick": [{"B": 8, "S": 224, "P": 16}],
-    "cpu": [{"B": 64, "S": 224, "P": 16}, {"B": 128, "S": 32, "P": 4}],
-    "cuda": [{"B": 256, "S": 224, "P": 16}, {"B": 1024, "S": 224, "P": 16}],
-}
+_STAGE_SHAPES = {**_IMAGE_SHAPES, **shapes_of("B S P", cpu=[(64, 224, 16), (128, 32, 4)])}
 _WIDTHS = {224: 768, 32: 192}  # of the transformers usual at that size
 
 

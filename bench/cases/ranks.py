@@ -16,40 +16,37 @@ from torch import Tensor
 
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, step, why_wrong
 from fastssl.bench.measure.rank_pool import Loss, RankPool
-from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Rival, Shape, Sweep, case
+from fastssl.bench.registry import (
+    OURS,
+    REFERENCE,
+    Absent,
+    Problem,
+    Rival,
+    Shape,
+    Sweep,
+    case,
+    shapes_of,
+)
 from fastssl.losses import BarlowTwinsLoss, NTXentLoss
 
 _TEMPERATURE, _LAMBDA = 0.5, 5e-3
 
 
-def _ntxent() -> Loss:
-    return NTXentLoss(_TEMPERATURE)
+def _by_lightly(name: str, value: float) -> Loss:
+    from lightly import loss
 
-
-def _ntxent_lightly() -> Loss:
-    from lightly.loss import NTXentLoss as Lightly
-
-    return Lightly(_TEMPERATURE, gather_distributed=True)
-
-
-def _barlow() -> Loss:
-    return BarlowTwinsLoss(_LAMBDA)
-
-
-def _barlow_lightly() -> Loss:
-    from lightly.loss import BarlowTwinsLoss as Lightly
-
-    return Lightly(_LAMBDA, gather_distributed=True)
+    return getattr(loss, name)(value, gather_distributed=True)
 
 
 @case(
     "ntxent-ranks",
     test="tests/losses/test_ranks.py",
-    shapes={
-        "quick": [{"W": 2, "B": 128, "D": 128}],
-        "cpu": [{"W": 2, "B": 1024, "D": 128}],
-        "cuda": [{"W": w, "B": 4096, "D": 128} for w in (1, 2, 4, 8)],
-    },
+    shapes=shapes_of(
+        "W B D",
+        quick=[(2, 128, 128)],
+        cpu=[(2, 1024, 128)],
+        cuda=[(w, 4096, 128) for w in (1, 2, 4, 8)],
+    ),
     sweeps={
         "quick": [Sweep("W", (1, 2, 4), {"B": 64, "D": 64})],
         "cpu": [Sweep("W", (1, 2, 4), {"B": 512, "D": 128})],
@@ -59,16 +56,13 @@ def _barlow_lightly() -> Loss:
 )
 def ntxent_ranks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """SimCLR's loss over W ranks of B images each, embeddings gathered."""
-    return _problem(shape, device, {OURS: _ntxent, "lightly": _ntxent_lightly})
+    return _problem(shape, device, NTXentLoss, _TEMPERATURE)
 
 
 @case(
     "barlow-ranks",
     test="tests/losses/test_ranks.py",
-    shapes={
-        "cpu": [{"W": 2, "B": 256, "D": 1024}],
-        "cuda": [{"W": w, "B": 512, "D": 8192} for w in (1, 2, 4, 8)],
-    },
+    shapes=shapes_of("W B D", cpu=[(2, 256, 1024)], cuda=[(w, 512, 8192) for w in (1, 2, 4, 8)]),
     sweeps={
         "cpu": [Sweep("W", (1, 2, 4), {"B": 128, "D": 1024})],
         "cuda": [Sweep("W", (1, 2, 4, 8), {"B": 512, "D": 8192})],
@@ -77,11 +71,18 @@ def ntxent_ranks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
 )
 def barlow_ranks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Barlow Twins' loss over W ranks of B images each, statistics of the joined batch."""
-    return _problem(shape, device, {OURS: _barlow, "lightly": _barlow_lightly})
+    return _problem(shape, device, BarlowTwinsLoss, _LAMBDA)
 
 
-def _problem(shape: Shape, device: torch.device, builds: dict[str, Callable[[], Loss]]) -> Problem:
+def _problem(
+    shape: Shape, device: torch.device, kind: Callable[..., Loss], value: float
+) -> Problem:
+    """kind(value): our loss, which lightly has under the same name."""
     W, B, D = shape["W"], shape["B"], shape["D"]
+    builds: dict[str, Callable[[], Loss]] = {
+        OURS: partial(kind, value),
+        "lightly": partial(_by_lightly, kind.__name__, value),
+    }
     if device.type == "cuda" and torch.cuda.device_count() < W:
         why = f"needs {W} GPUs, there are {torch.cuda.device_count()}"
         return Problem((), dict.fromkeys([*builds, REFERENCE], Absent(why)), check=lambda n, o: "")

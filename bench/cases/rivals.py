@@ -78,15 +78,18 @@ def beside(ours: Rival | Absent, reference: Rival) -> Rivals:
     return {OURS: ours, REFERENCE: reference, "compile": compile_late(reference)}
 
 
-def by_implementation(primitive: str, call: Callable[..., Outputs], device: torch.device) -> Rivals:
-    """`call(impl, *inputs)` with what `auto` picks, with the formula as written, and that compiled.
+def by_implementation(
+    call: Callable[..., Outputs], device: torch.device, *, primitive: str = "", **options: Any
+) -> Rivals:
+    """`call(*inputs, impl=...)` with what `auto` picks, the formula as written, and that compiled.
 
     Where `auto` picks a fused kernel, the chunked implementation stands beside it.
+    primitive: its name, where `call` is not the primitive itself.  options: what it is told.
     """
-    ours: Rivals = {OURS: partial(call, "auto")}
-    if implementations(device)[primitive] == "triton":
-        ours[OURS + " torch"] = partial(call, "torch")
-    return ours | beside(ours[OURS], partial(call, "reference"))
+    ours: Rivals = {OURS: partial(call, impl="auto", **options)}
+    if implementations(device)[primitive or call.__name__] == "triton":
+        ours[OURS + " torch"] = partial(call, impl="torch", **options)
+    return ours | beside(ours[OURS], partial(call, impl="reference", **options))
 
 
 class _Upstream(torch.autograd.Function):

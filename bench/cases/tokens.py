@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.cases.rivals import by_implementation, nbytes, weigh
-from fastssl.bench.registry import Problem, Shape, case
+from fastssl.bench.registry import Problem, Shape, case, shapes_of
 from fastssl.kernels import (
     chamfer,
     gather_bias,
@@ -25,14 +25,16 @@ from fastssl.kernels import (
 )
 
 _HIDDEN = 3 / 4
-_TOKEN_SHAPES = {
-    "quick": [{"B": 8, "L": 196, "D": 512}],
-    "cpu": [{"B": 32, "L": 196, "D": 512}],
-    "cuda": [{"B": 256, "L": 196, "D": 512}, {"B": 1024, "L": 196, "D": 512}],
-}
+_TOKEN_SHAPES = shapes_of(
+    "B L D",
+    quick=[(8, 196, 512)],
+    cpu=[(32, 196, 512)],
+    cuda=[(256, 196, 512), (1024, 196, 512)],
+)
+_register = partial(case, test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
 
 
-@case("restore-tokens", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
+@_register("restore-tokens")
 def restored(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A whole sequence from its visible quarter and the mask token, positions added.
 
@@ -48,24 +50,20 @@ def restored(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     read = nbytes(visible, order, token, pos)
     return Problem(
         inputs=(visible, order, token, pos, w),
-        rivals=weigh(by_implementation("restore_tokens", _restore, device)),
+        rivals=weigh(by_implementation(restore_tokens, device)),
         flops={"fwd": 1.0 * w.numel(), "bwd": 1.0 * w.numel()},
         bytes_moved={"fwd": read + nbytes(w), "bwd": read + nbytes(w)},
         items=(B, "images"),
     )
 
 
-def _restore(impl: str, visible: Tensor, order: Tensor, token: Tensor, pos: Tensor) -> Tensor:
-    return restore_tokens(visible, order, token, pos, impl=impl)
-
-
-@case("gather-tokens", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
+@_register("gather-tokens")
 def gathered(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """The hidden three quarters of the tokens of each sequence: read once, written once."""
     tokens, ids, w = _chosen(shape, dtype, device, _HIDDEN)
     return Problem(
         inputs=(tokens, ids, w),
-        rivals=weigh(by_implementation("gather_tokens", _gather, device)),
+        rivals=weigh(by_implementation(gather_tokens, device)),
         bytes_moved={
             "fwd": nbytes(ids) + 2.0 * nbytes(w),
             "bwd": nbytes(ids, tokens) + 1.0 * nbytes(w),
@@ -84,11 +82,7 @@ def _chosen(
     return tokens, ids.contiguous(), torch.randn(*ids.shape, D, device=device).to(dtype)
 
 
-def _gather(impl: str, tokens: Tensor, ids: Tensor) -> Tensor:
-    return gather_tokens(tokens, ids, impl=impl)
-
-
-@case("gather-table", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
+@_register("gather-table")
 def looked_up(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """The visible quarter's rows of a table of positions; its gradient sums over the batch."""
     _, ids, w = _chosen(shape, dtype, device, 1 - _HIDDEN)
@@ -96,20 +90,20 @@ def looked_up(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem
     moved = nbytes(ids, table, w)
     return Problem(
         inputs=(table, ids, w),
-        rivals=weigh(by_implementation("gather_tokens", _gather, device)),
+        rivals=weigh(by_implementation(gather_tokens, device)),
         bytes_moved={"fwd": moved, "bwd": moved},
         items=(shape["B"], "images"),
     )
 
 
-@case("scatter-tokens", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
+@_register("scatter-tokens")
 def scattered(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """The visible quarter back to its places among zeros: read once, the whole written once."""
     whole, ids, visible = _chosen(shape, dtype, device, 1 - _HIDDEN)
-    w, length = torch.randn_like(whole), shape["L"]
+    w = torch.randn_like(whole)
     return Problem(
         inputs=(visible.requires_grad_(), ids, w),
-        rivals=weigh(by_implementation("scatter_tokens", partial(_scatter, length), device)),
+        rivals=weigh(by_implementation(scatter_tokens, device, length=shape["L"])),
         bytes_moved={
             "fwd": nbytes(ids, visible, w),
             "bwd": nbytes(ids) + 2.0 * nbytes(visible),
@@ -118,11 +112,7 @@ def scattered(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem
     )
 
 
-def _scatter(length: int, impl: str, tokens: Tensor, ids: Tensor) -> Tensor:
-    return scatter_tokens(tokens, ids, length, impl=impl)
-
-
-@case("gather-packed", test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
+@_register("gather-packed")
 def packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """From a quarter to all of each sequence's tokens, one sequence after another."""
     tokens, ids, _ = _chosen(shape, dtype, device, 1.0)
@@ -133,7 +123,7 @@ def packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     w = torch.randn(len(some), D, device=device).to(dtype)
     return Problem(
         inputs=(tokens, some, ends, w),
-        rivals=weigh(by_implementation("gather_packed", _packed, device)),
+        rivals=weigh(by_implementation(gather_packed, device)),
         bytes_moved={
             "fwd": nbytes(some, ends) + 2.0 * nbytes(w),
             "bwd": nbytes(some, ends, tokens, w),
@@ -142,15 +132,9 @@ def packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
-def _packed(impl: str, tokens: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
-    return gather_packed(tokens, ids, ends, impl=impl)
-
-
-_BIAS_SHAPES = {
-    "quick": [{"B": 8, "L": 196, "H": 6}],
-    "cpu": [{"B": 32, "L": 196, "H": 12}],
-    "cuda": [{"B": 256, "L": 196, "H": 12}, {"B": 64, "L": 784, "H": 12}],
-}
+_BIAS_SHAPES = shapes_of(
+    "B L H", quick=[(8, 196, 6)], cpu=[(32, 196, 12)], cuda=[(256, 196, 12), (64, 784, 12)]
+)
 
 
 @case("gather-bias", test="tests/kernels/test_bias.py", shapes=_BIAS_SHAPES)
@@ -163,14 +147,10 @@ def biases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     moved = nbytes(bias, ids, w)
     return Problem(
         inputs=(bias, ids, w),
-        rivals=weigh(by_implementation("gather_bias", _bias, device)),
+        rivals=weigh(by_implementation(gather_bias, device)),
         bytes_moved={"fwd": moved, "bwd": moved},
         items=(B, "images"),
     )
-
-
-def _bias(impl: str, bias: Tensor, ids: Tensor) -> Tensor:
-    return gather_bias(bias, ids, impl=impl)
 
 
 @case("scaled-cosine", test="tests/kernels/test_scaled_cosine.py", shapes=_TOKEN_SHAPES)
@@ -183,7 +163,7 @@ def cosines(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     target = (pred + torch.randn_like(pred)).detach()
     chosen = ids.numel() * pred.shape[2]
     read = 2 * chosen * pred.element_size() + nbytes(ids) + 4 * ids.numel()
-    rivals = by_implementation("scaled_cosine_error", _cosine, device)
+    rivals = by_implementation(scaled_cosine_error, device)
     rivals["torch cosine_similarity"] = _cosine_similarity
     return Problem(
         inputs=(pred, target, ids),
@@ -194,26 +174,20 @@ def cosines(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
-def _cosine(impl: str, pred: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    return scaled_cosine_error(pred, target, ids, impl=impl)
-
-
 def _cosine_similarity(pred: Tensor, target: Tensor, ids: Tensor) -> Tensor:
     pred, target = (gather_tokens(x, ids, impl="reference") for x in (pred, target))
     return (1 - F.cosine_similarity(pred, target, dim=-1)).square()
 
 
-_POINT_SHAPES = {
-    "quick": [{"G": 64, "N": 32}, {"G": 2, "N": 512}],
-    "cpu": [{"G": 1024, "N": 32}, {"G": 8, "N": 1024}],
-    "cuda": [{"G": 4992, "N": 32}, {"G": 64, "N": 2048}, {"G": 8, "N": 16384}],
-}
-
-
 @case(
     "chamfer",
     test="tests/kernels/test_chamfer.py",
-    shapes=_POINT_SHAPES,
+    shapes=shapes_of(
+        "G N",
+        quick=[(64, 32), (2, 512)],
+        cpu=[(1024, 32), (8, 1024)],
+        cuda=[(4992, 32), (64, 2048), (8, 16384)],
+    ),
     gate_shape={"G": 9, "N": 130},
     dtypes=("float32",),
 )
@@ -224,7 +198,7 @@ def clouds(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """
     G, N = shape["G"], shape["N"]
     pred, target = (torch.randn(G, N, 3, device=device).to(dtype) for _ in range(2))
-    rivals = by_implementation("chamfer", _chamfer, device)
+    rivals = by_implementation(chamfer, device)
     rivals["torch cdist"] = _cdist
     return Problem(
         inputs=(pred.requires_grad_(), target),
@@ -233,10 +207,6 @@ def clouds(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
         bytes_moved={"fwd": nbytes(pred, target) + 4 * G, "bwd": 1.0 * nbytes(pred, target, pred)},
         items=(G, "clouds"),
     )
-
-
-def _chamfer(impl: str, pred: Tensor, target: Tensor) -> Tensor:
-    return chamfer(pred, target, impl=impl)
 
 
 def _cdist(pred: Tensor, target: Tensor) -> Tensor:

@@ -39,30 +39,30 @@ from fastssl.bench.cases.trainers import (
     make_batch,
 )
 from fastssl.bench.measure.gate import SLACK_OURS
-from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case, shapes_of
 
 _BIG = 384  # the width from which a model has its paper's head
 _VISIBLE = 1 / 4
 _SLACK_OTHERS = 4.0
 _ROUNDING = 4 * torch.finfo(torch.float32).eps  # of the weights
 _GATE = {"B": 16, "S": 32, "P": 8, "W": 64, "L": 2}
-_SHAPES = {
-    "quick": [_GATE],
-    "cpu": [{"B": 64, "S": 32, "P": 4, "W": 192, "L": 4}],
-    "cuda": [
-        {"B": 256, "S": 224, "P": 16, "W": 384, "L": 12},
-        {"B": 256, "S": 224, "P": 16, "W": 768, "L": 12},
-    ],
-}
-_LARGE = {  # ViT-L/16 at 224 pixels, ViT-H/14 at 476 (1,156 patches), a billion parameters
-    **_SHAPES,
-    "cuda": [
-        {"B": 512, "S": 224, "P": 16, "W": 1024, "L": 24},
-        {"B": 64, "S": 476, "P": 14, "W": 1280, "L": 32},
-        {"B": 256, "S": 224, "P": 14, "W": 1408, "L": 40},
-    ],
-}
-_DTYPES = ("float32", "bfloat16")
+_SHAPES = shapes_of(
+    "B S P W L",
+    quick=[tuple(_GATE.values())],
+    cpu=[(64, 32, 4, 192, 4)],
+    cuda=[(256, 224, 16, 384, 12), (256, 224, 16, 768, 12)],
+)
+_LARGE = _SHAPES | shapes_of(
+    # ViT-L/16 at 224 pixels, ViT-H/14 at 476 (1,156 patches), a billion parameters
+    "B S P W L",
+    cuda=[(512, 224, 16, 1024, 24), (64, 476, 14, 1280, 32), (256, 224, 14, 1408, 40)],
+)
+_register = partial(
+    case,
+    test="tests/methods/test_methods.py",
+    dtypes=("float32", "bfloat16"),
+    gate_shape=_GATE,
+)
 _LARS = {"name": "lars", "lr": 0.3, "weight_decay": 1e-6, "momentum": 0.9}
 _ADAMW = {"name": "adamw", "lr": 1.5e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}
 
@@ -113,15 +113,12 @@ def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Rec
         return dict.fromkeys((OURS, OURS + " engine", REFERENCE, "compile", "lightly"), missing)
     new = partial(_method, shape, recipe, device)
 
-    def ours() -> Loop:
+    def loop(forward: Callable[[Any], Callable[..., Any]]) -> Loop:
         method = new()
-        forward = lambda *inputs: method(make_batch(inputs))["loss"]  # noqa: E731
-        return Loop(method, method.encoder, forward, recipe.optim, dtype)
+        return Loop(method, method.encoder, forward(method), recipe.optim, dtype)
 
-    def compile_it() -> Loop:
-        method = new()
-        forward = compile_late(recipe.reference(method))
-        return Loop(method, method.encoder, forward, recipe.optim, dtype)  # type: ignore[arg-type]
+    def ours(method: Any) -> Callable[..., Tensor]:
+        return lambda *inputs: method(make_batch(inputs))["loss"]
 
     def lightly(module: Any) -> Loop:
         method = new()
@@ -132,10 +129,10 @@ def _rivals(shape: Shape, dtype: torch.dtype, device: torch.device, recipe: _Rec
     if has_packages("deepspeed"):
         engine = Late(lambda: UnderEngine(new(), recipe.optim, dtype, shape["B"]))
     return {
-        OURS: Late(ours),
+        OURS: Late(lambda: loop(ours)),
         OURS + " engine": engine,
         REFERENCE: Late(lambda: _reference_loop(shape, dtype, device, recipe)),
-        "compile": Late(compile_it),
+        "compile": Late(lambda: loop(lambda method: compile_late(recipe.reference(method)))),
         "lightly": library(recipe.lightly[0], lightly),
     }
 
@@ -240,25 +237,14 @@ def _joint_lightly(name: str, value: float, module: Any, method: Any) -> tuple[n
     return method, _joint_reference(getattr(module, name)(value), method)
 
 
-@case(
-    "train-simclr",
-    test="tests/methods/test_methods.py",
-    shapes=_SHAPES,
-    dtypes=_DTYPES,
-    gate_shape=_GATE,
-)
+@_register("train-simclr", shapes=_SHAPES)
 def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A training step of SimCLR, two views of each image, LARS."""
     B, W = shape["B"], shape["W"]
     hidden, out = (2048, 128) if W >= _BIG else (4 * W, W)
     head = 6.0 * (W * hidden + hidden * out)
     recipe = _Recipe(
-        config={
-            "name": "simclr",
-            "temperature": 0.5,
-            "hidden_dim": hidden,
-            "projection_dim": out,
-        },
+        config=dict(name="simclr", temperature=0.5, hidden_dim=hidden, projection_dim=out),
         optim=_LARS,
         views=2,
         flops=2 * B * (_encoder(shape, _tokens(shape)) + head) + 3.0 * (2 * B) ** 2 * out,
@@ -268,20 +254,14 @@ def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     return _problem(shape, dtype, device, recipe)
 
 
-@case(
-    "train-barlow-twins",
-    test="tests/methods/test_methods.py",
-    shapes=_SHAPES,
-    dtypes=_DTYPES,
-    gate_shape=_GATE,
-)
+@_register("train-barlow-twins", shapes=_SHAPES)
 def barlow_twins(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A training step of Barlow Twins, two views of each image, LARS."""
     B, W = shape["B"], shape["W"]
     out = 8192 if W >= _BIG else 4 * W
     head = 6.0 * (W * out + 2 * out * out)
     recipe = _Recipe(
-        config={"name": "barlow_twins", "hidden_dim": out, "projection_dim": out},
+        config=dict(name="barlow_twins", hidden_dim=out, projection_dim=out),
         optim=_LARS,
         views=2,
         flops=2 * B * (_encoder(shape, _tokens(shape)) + head) + 6.0 * B * out * min(B, out),
@@ -291,25 +271,13 @@ def barlow_twins(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
     return _problem(shape, dtype, device, recipe)
 
 
-@case(
-    "train-mae",
-    test="tests/methods/test_methods.py",
-    shapes=_SHAPES,
-    dtypes=_DTYPES,
-    gate_shape=_GATE,
-)
+@_register("train-mae", shapes=_SHAPES)
 def mae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A training step of MAE, a quarter of the patches visible, AdamW."""
     return _problem(shape, dtype, device, _mae(shape))
 
 
-@case(
-    "train-mae-large",
-    test="tests/methods/test_methods.py",
-    shapes=_LARGE,
-    dtypes=_DTYPES,
-    gate_shape=_GATE,
-)
+@_register("train-mae-large", shapes=_LARGE)
 def mae_large(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A training step of MAE as in train-mae, of large models; nobody's step is compiled."""
     problem = _problem(shape, dtype, device, _mae(shape))
@@ -323,12 +291,7 @@ def _mae(shape: Shape) -> _Recipe:
     decoder = _blocks(tokens + 1, width, depth) + 2.0 * (visible + 1) * W * width
     decoder += 2.0 * (tokens - visible) * width * 3 * shape["P"] ** 2
     return _Recipe(
-        config={
-            "name": "mae",
-            "decoder_dim": width,
-            "decoder_depth": depth,
-            "decoder_heads": width // 32,
-        },
+        config=dict(name="mae", decoder_dim=width, decoder_depth=depth, decoder_heads=width // 32),
         optim=_ADAMW,
         views=1,
         flops=shape["B"] * (_encoder(shape, visible) + 3 * decoder),
