@@ -25,7 +25,6 @@ from fastssl import __version__
 
 PACKAGES = ("triton", "timm", "lightly", "open_clip_torch", "pytorch-metric-learning")
 PACKAGES += ("siglip-kernel", "cut-cross-entropy", "deepspeed", "torchvision", "numpy")
-STATUSES = ("ok", "wrong", "failed", "out of memory", "absent")
 
 
 @dataclass(frozen=True)

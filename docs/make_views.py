@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import TypeAdapter
 from sklearn.datasets import load_sample_images
@@ -36,6 +34,7 @@ from fastssl.data.synthetic.volumes import VolumesSource
 from fastssl.data.views.image import Views, preset
 from fastssl.data.views.presets import PRESETS
 from fastssl.data.views.spec import ViewSpec, apply, view_spec
+from fastssl.report.figure import new_figure, png_of
 
 CELL, GAP, HEAD, SIDE = 88, 4, 54, 8  # pixels: of a cell, between them, above and beside all
 DPI, COLORS = 100, 256  # of the palette that keeps a sheet small
@@ -147,8 +146,8 @@ def draw(
         lefts.append(x)
         x += step
     wide, high = max(x - GAP + SIDE, 3 * cell), HEAD + rows * step - GAP + SIDE
-    figure = Figure(figsize=(wide / DPI, high / DPI), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(wide / DPI, high / DPI, DPI)
+    figure.set_layout_engine("none")  # every place is given
 
     def text(x: float, y: float, said: str, **how: Any) -> None:
         figure.text(x / wide, 1 - y / high, said, **{"fontsize": 6.5, **how})
@@ -163,9 +162,8 @@ def draw(
             text(left, HEAD - 18, column.group, color="#555")
     for row, label in enumerate(row_labels):
         text(SIDE, HEAD + row * step + cell / 2, label, va="center")
-    written = BytesIO()
-    figure.savefig(written, format="png")
-    _in_few_colors(Image.open(written).convert("RGB")).save(path, optimize=True)
+    drawn = Image.open(BytesIO(png_of(figure))).convert("RGB")
+    _in_few_colors(drawn).save(path, optimize=True)
 
 
 def _in_few_colors(picture: Image.Image) -> Image.Image:

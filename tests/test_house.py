@@ -39,7 +39,7 @@ ROOMS = {
     "export": "config engine data evaluate models files safetensors timm numpy",
     "run": "random config engine data methods evaluate report models distributed export files *",
     "diagnose": "random run config engine data methods kernels models distributed *",
-    "bench": "methods models losses kernels masking engine data report *",
+    "bench": "methods models losses kernels masking engine data report files *",
     "cli": "config run diagnose data export files bench *",
     "__main__": "cli",
     "__init__": "",

@@ -8,17 +8,15 @@ every rival has a marker of its own besides.
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -26,8 +24,8 @@ from fastssl.bench.record import Ceiling, Fit, Result, Run
 from fastssl.bench.registry import OURS
 from fastssl.bench.report.formatting import is_ours, measurements, number, scale, shape_words, size
 from fastssl.bench.report.scaling import fits, sweeps
+from fastssl.report.figure import INK, MUTED, RULE, new_figure, plain, png_of, tidy
 
-INK, MUTED, RULE = "#1f2933", "#5f6b76", "#d9dee3"
 DOTTED = (0, (1, 2))
 MOST_LINES = 42  # a figure of bars has about so many lines at most
 LINE_INCHES = 0.205
@@ -60,8 +58,7 @@ class Picture:
         return base64.b64encode(self.png).decode()
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """How a rival is drawn, in every picture."""
 
     color: str
@@ -73,11 +70,10 @@ Looks = dict[str, Look]
 
 def looks_of(results: Iterable[Result]) -> Looks:
     """A look for every rival: known names have their own, the others follow in alphabetic order."""
-    looks = {name: Look(*look) for name, look in KNOWN_LOOKS.items()}
-    for i, name in enumerate(sorted({row.rival for row in results} - set(looks))):
-        color, marker = SPARE_COLORS[i % len(SPARE_COLORS)], SPARE_MARKERS[i % len(SPARE_MARKERS)]
-        looks[name] = Look(color, marker)
-    return looks
+    known = {name: Look(*look) for name, look in KNOWN_LOOKS.items()}
+    others = sorted({row.rival for row in results} - set(known))
+    spare = map(Look, cycle(SPARE_COLORS), cycle(SPARE_MARKERS))
+    return known | dict(zip(others, spare, strict=False))
 
 
 def save_all(run: Run, folder: Path) -> list[Path]:
@@ -105,44 +101,9 @@ def pictures(run: Run) -> list[Picture]:
     return drawn
 
 
-# What every figure shares.
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches on the Agg canvas."""
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.04, hspace=0.06)
-    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png_of(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
-
-
-def tidy(
-    axes: Axes, title: str, grid: Literal["both", "x", "y"] = "both", *, pad: float = 6
-) -> None:
-    """A quiet frame: title at the left (`pad` points up), thin rules, no box."""
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=pad)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
-    axes.tick_params(which="both", colors=MUTED, labelsize=8, length=0)
-    axes.grid(axis=grid, color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
 def _legend_below(figure: Figure, *entries: Sequence, columns: int) -> None:
     style = {"frameon": False, "fontsize": 8, "labelcolor": INK}
     figure.legend(*entries, loc="outside lower center", ncols=columns, **style)
-
-
-def plain(words: str) -> str:
-    """matplotlib would set what stands between two dollars as mathematics."""
-    return words.replace("$", r"\$")
 
 
 def tick(value: float, _: object = None) -> str:

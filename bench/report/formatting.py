@@ -60,17 +60,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.00995 else f"{100 * share:.1g} %"
 
 
-def duration(seconds: float) -> str:
-    """
-    >>> [duration(s) for s in (3.21, 75, 7260)]
-    ['3.2 s', '1 min 15 s', '2 h 1 min']
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def align(rows: Sequence[Sequence[str]], gap: str = "  ", flush: str = "<") -> list[str]:
     """The rows as lines, every column as wide as its widest cell; flush ">": to the right.
 

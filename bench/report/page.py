@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
 from fastssl.bench.record import Run
 from fastssl.bench.report import formatting, scaling, table
+from fastssl.files import write_atomically
+from fastssl.report.html import environment
+from fastssl.report.words import duration
 
 PACKAGES = ("fastssl.bench.report", "fastssl.report")  # where the page lies, and its base
-CLASSES = {
-    "": "",
-    "ours": "ours",
-    "tie": "tie",
-    "beats us": "beats",
-    "wrong": "wrong",
-    "no time": "none",
-}
+CLASSES = {name: name for name in ("", "ours", "tie", "wrong")}  # of a line's mood
+CLASSES |= {"beats us": "beats", "no time": "none"}
 CONDITIONS = {
     "device": "Device",
     "arch": "Architecture",
@@ -41,21 +35,9 @@ def write_page(run: Run, path: Path) -> Path:
     is not installed it has no pictures, and says so.  Raises OSError when it cannot be written; an
     older page then stays as it was.
     """
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader(name) for name in PACKAGES]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html.j2").render(_content(run))
+    page = environment(*PACKAGES).get_template("page.html.j2").render(_content(run))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomically(path, page)
     return path
 
 
@@ -69,6 +51,7 @@ def _content(run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "words": formatting,
+        "duration": duration,
         "title": " · ".join(word for word in ("fastssl bench", where, when) if word),
         "failures": list(dict.fromkeys(f"{row.rival} in {row.case}" for row in bad)),
         "tallies": formatting.tallies(run.results),

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from fastssl.report._figure import BLUE, GRAY, new_figure, plot_sheet, save
+from fastssl.report.figure import BLUE, GRAY, new_figure, plot_sheet, save
 
 FRAMES = 8  # of a clip, evenly spaced, in its strip
 MOST = 4096  # points of a cloud that are drawn

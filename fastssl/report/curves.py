@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from fastssl.report._figure import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED, new_figure, save
-from fastssl.report._figure import tidy as tidy_axes
+from fastssl.report import figure
+from fastssl.report.figure import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED
 
 Row = dict[str, Any]
 _BASELINES = {"random initialization": (MUTED, (0, (4, 2))), "raw input": (INK, (0, (1, 1.5)))}
@@ -56,11 +56,11 @@ def plot_curves(rows: Sequence[Row], path: Path) -> bool:
         return False
     columns = min(2, len(drawn))
     lines = math.ceil(len(drawn) / columns)
-    figure = new_figure(5.0 * columns, 2.45 * lines + 0.2)
+    drawing = figure.new_figure(5.0 * columns, 2.45 * lines + 0.2)
     baselines = [row for row in rows if row.get("kind") == "baseline"]
     for place, (panel, points) in enumerate(drawn, start=1):
-        axes = figure.add_subplot(lines, columns, place)
-        tidy_axes(axes, panel.title)
+        axes = drawing.add_subplot(lines, columns, place)
+        figure.tidy(axes, panel.title, grid="y")
         _draw(axes, panel, points)
         _draw_baselines(axes, panel.key, baselines)
         if panel.key == "loss":
@@ -68,7 +68,7 @@ def plot_curves(rows: Sequence[Row], path: Path) -> bool:
         if place > len(drawn) - columns:
             axes.set_xlabel("step", fontsize=8, color=MUTED)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    save(figure, path)
+    figure.save(drawing, path)
     return True
 
 

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from fastssl.report._figure import INK, MUTED, new_figure, save
+from fastssl.report.figure import INK, MUTED, new_figure, plain, save
 
 # Paul Tol's muted scheme, its pale colors darkened until thin signs can be read on white.
 _COLORS = [
@@ -60,7 +60,7 @@ def plot_embedding(
 
 def _plain(text: str) -> str:
     """`text` as matplotlib shows it literally: no mathematics, not hidden from the legend."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    return (" " if text.startswith("_") else "") + plain(text)
 
 
 def _to_plane(x: np.ndarray) -> tuple[np.ndarray, str]:

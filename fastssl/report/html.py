@@ -5,10 +5,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from fastssl.files import write_atomically
-from fastssl.report import _words as words
+from fastssl.report import words
 from fastssl.report.run_files import PICTURES, RunFiles, read_run
 
 _MEASURES = {  # key: column title; shown when any encoder has it
@@ -45,23 +45,24 @@ def write_report(run: Path) -> Path:
     directory.  OSError: it cannot be written to; an older report then stays as it was.
     """
     files = read_run(run)
-    page = _environment().get_template("run.html.j2").render(_values(files))
+    templates = environment(str(__package__))
+    templates.filters["measure"] = _measure
+    templates.tests["finite"] = words.number
+    page = templates.get_template("run.html.j2").render(_values(files))
     path = run / "report.html"
     write_atomically(path, page)
     return path
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(str(__package__)),
+def environment(*packages: str) -> Environment:
+    """Where templates of these packages are found; every text that is put into them is escaped."""
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(name) for name in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["measure"] = _measure
-    environment.tests["finite"] = words.number
-    return environment
 
 
 def _values(files: RunFiles) -> dict[str, Any]:

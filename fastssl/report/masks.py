@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastssl import masking as m
-from fastssl.report._figure import BLUE, ORANGE, RULE, plot_sheet
+from fastssl.report.figure import BLUE, ORANGE, RULE, plot_sheet
 
 _GRID, _CLIP, _PIXELS = (14, 14), (8, 14, 14), 6
 _HIDDEN, _SHOWN, _ASKED = 0, 1, 2  # what a place is: an index into the colors

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastssl.report._figure import plot_sheet
 from fastssl.report._panels import plot_panels, plot_strips
+from fastssl.report.figure import plot_sheet
 
 LABELS = ["original", "masked", "reconstruction"]
 _CLIPS, _COLUMNS = 3, 6  # shown of clips, and of signals and clouds

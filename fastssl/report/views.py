@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastssl.report._figure import plot_sheet
 from fastssl.report._panels import plot_panels, plot_strips
+from fastssl.report.figure import plot_sheet
 
 # Kinds of views that there are pictures of.
 PICTURED = ("image", "clip", "volume", "signal", "cloud")

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from fastssl import files
 from fastssl.bench.record import Ceiling, Run
 from fastssl.bench.report import figures, page
 from fastssl.bench.report.figures import Picture
@@ -136,11 +137,10 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     path = page.write_page(sample.run(), tmp_path / "index.html")
     old = path.read_text()
 
-    def full(self, text, encoding):
-        self.touch()
+    def full(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(page.Path, "write_text", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         page.write_page(Run({}), path)
     assert path.read_text() == old and len(list(tmp_path.iterdir())) == 1

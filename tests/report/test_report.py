@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fastssl.report import read_metrics, write_report
-from fastssl.report._words import headline, scaled
+from fastssl.report.words import headline, scaled
 
 PNG = b"\x89PNG not really"
 EVIL = "<script>alert('&')</script>"

@@ -61,7 +61,7 @@ def duration(seconds: float) -> str:
     >>> [duration(s) for s in (3.21, 75, 7260, 180000)]
     ['3.2 s', '1 min 15 s', '2 h 1 min', '2 d 2 h']
     """
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     for unit, big, small, name in ((86400, "d", "h", 3600), (3600, "h", "min", 60)):

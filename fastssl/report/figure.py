@@ -1,4 +1,4 @@
-"""What every picture of a run shares: colors, a figure without global state, an atomic save.
+"""What every picture shares: colors, a figure without global state, an atomic save.
 
 matplotlib's object interface only: no pyplot, no backend choice, nothing kept between calls.
 """
@@ -6,6 +6,7 @@ matplotlib's object interface only: no pyplot, no backend choice, nothing kept b
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,29 +24,41 @@ INK, MUTED, RULE = "#1f2933", "#5f6b76", "#d9dee3"
 GRAY = "#808080"  # labels of transparent sheets: read as well on white as on black
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, dpi: int = 160) -> Figure:
     """An empty figure of so many inches, bound to the Agg canvas."""
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.04, hspace=0.06)
-    figure = Figure(figsize=(width, height), dpi=160, layout=layout)
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
-def tidy(axes: Axes, title: str) -> None:
-    """A quiet frame: title at the left, horizontal rules, no box."""
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+def tidy(
+    axes: Axes, title: str, grid: Literal["both", "x", "y"] = "both", *, pad: float = 6
+) -> None:
+    """A quiet frame: title at the left (`pad` points up), thin rules, no box."""
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=pad)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     axes.tick_params(which="both", colors=MUTED, labelsize=8, length=0)
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.grid(axis=grid, color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def plain(words: str) -> str:
+    """`words` as they stand: matplotlib sets what is between two dollars as mathematics."""
+    return words.replace("$", r"\$")
+
+
+def png_of(figure: Figure, *, transparent: bool = False) -> bytes:
+    """The figure as the bytes of a PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", transparent=transparent)
+    return picture.getvalue()
 
 
 def save(figure: Figure, path: Path, *, transparent: bool = False) -> None:
     """Write the PNG beside `path` and move it there, so that nobody ever reads half a picture."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", transparent=transparent)
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, png_of(figure, transparent=transparent))
 
 
 def plot_sheet(
