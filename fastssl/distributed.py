@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 LOCAL: Literal["local"] = "local"  # the group of this rank alone
 Group = Any  # ProcessGroup | None | LOCAL; ProcessGroup is absent from builds without distributed
+_Exchange = Callable[[Tensor, Group], Tensor]
 
 _host_groups: dict[Any, Any] = {}
 _MOST_TENSORS = 127  # that one check compares
@@ -113,44 +114,20 @@ def require_all_even(group: Group = None, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have the same dtype on every rank, got {dtypes} by rank")
 
 
-class _AllGatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
+class _Collective(torch.autograd.Function):
+    """forward(x, group), with adjoint(gradient, group) as its gradient."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = grad.shape[0] // world_size(ctx.group)
-        total = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
-        mine = total.new_empty(rows, *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, total.contiguous(), group=ctx.group)
-        return mine.to(grad.dtype), None
-
-
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _reduce(x, group)
+    def forward(
+        ctx: Any, x: Tensor, group: Group, forward: _Exchange, adjoint: _Exchange
+    ) -> Tensor:
+        ctx.group, ctx.adjoint = group, adjoint
+        return forward(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce(grad, ctx.group), None
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _exchange(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.adjoint(grad, ctx.group), None, None, None
 
 
 def _exchange(x: Tensor, group: Group) -> Tensor:
@@ -163,6 +140,14 @@ def _gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(world_size(group) * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
     return out
+
+
+def _scatter_sum(x: Tensor, group: Group) -> Tensor:
+    """This rank's rows of the sum over ranks; 16-bit inputs are summed in float32."""
+    total = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    mine = total.new_empty(x.shape[0] // world_size(group), *x.shape[1:])
+    dist.reduce_scatter_tensor(mine, total.contiguous(), group=group)
+    return mine.to(x.dtype)
 
 
 def _reduce(x: Tensor, group: Group) -> Tensor:
@@ -191,7 +176,7 @@ def all_gather_rows(x: Tensor, group: Group = None, *, check: bool = True) -> Te
         raise ValueError("x must have rows to gather, got a 0-d tensor")
     if world_size(group) == 1:
         return x
-    return _AllGatherRows.apply(x, group)  # pyright: ignore[reportReturnType]
+    return _Collective.apply(x, group, _gather, _scatter_sum)  # pyright: ignore[reportReturnType]
 
 
 def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
@@ -202,7 +187,7 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     """
     if world_size(group) == 1:
         return x
-    return _AllReduceSum.apply(x, group)  # pyright: ignore[reportReturnType]
+    return _Collective.apply(x, group, _reduce, _reduce)  # pyright: ignore[reportReturnType]
 
 
 def all_to_all_rows(x: Tensor, group: Group = None) -> Tensor:
@@ -215,7 +200,7 @@ def all_to_all_rows(x: Tensor, group: Group = None) -> Tensor:
         raise ValueError(f"x must have rows that {world_size(group)} divides, got {tuple(x.shape)}")
     if world_size(group) == 1:
         return x
-    return _AllToAllRows.apply(x, group)  # pyright: ignore[reportReturnType]
+    return _Collective.apply(x, group, _exchange, _exchange)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

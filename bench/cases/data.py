@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from fastssl.bench.cases.loaders import Pictures
 from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library, nbytes
 from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, case, shapes_of
 
@@ -38,25 +39,9 @@ class _Stream:
             torch.set_num_threads(threads)
 
 
-class _Images(Dataset):
-    """`transform` of each image, as tensors or as the PIL images that most users decode to."""
-
-    def __init__(self, pixels: Tensor, transform: Callable[[Any], Any], *, pil: bool) -> None:
-        if pil:
-            from torchvision.transforms.v2.functional import to_pil_image
-        self.images = [to_pil_image(image) for image in pixels] if pil else list(pixels)
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.transform(self.images[i])
-
-
-def _endless(images: _Images) -> Iterator[Sequence[Tensor]]:
+def _endless(images: Sequence[Any], transform: Callable[[Any], Any]) -> Iterator[Sequence[Tensor]]:
     """Epoch after epoch, each one batch of all images in random order."""
-    loader = DataLoader(images, batch_size=len(images), shuffle=True)
+    loader = DataLoader(Pictures(images, transform), batch_size=len(images), shuffle=True)
     while True:
         yield from loader
 
@@ -90,12 +75,14 @@ def _torchvision(v2: Any, pixels: Tensor, side: int) -> _Stream:
             v2.Normalize(_MEAN, _STD),
         ]
     )
-    return _Stream(_endless(_Images(pixels, lambda image: (one(image), one(image)), pil=False)))
+    return _Stream(_endless(list(pixels), lambda image: (one(image), one(image))))
 
 
 def _lightly(transforms: Any, pixels: Tensor, side: int) -> _Stream:
+    from torchvision.transforms.v2.functional import to_pil_image
+
     both = transforms.SimCLRTransform(input_size=side)
-    return _Stream(_endless(_Images(pixels, both, pil=True)))
+    return _Stream(_endless([to_pil_image(image) for image in pixels], both))
 
 
 @case(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class PlainLoader:
 
 
 class Pictures(Dataset):
-    """`transform` of each image of a list: a path, decoded by Pillow, or a Pillow image."""
+    """`transform` of each of a list: a path, decoded by Pillow, or an image as it is."""
 
     def __init__(self, images: Sequence[Any], transform: Callable[[Any], Any]) -> None:
         self.images, self.transform = images, transform
@@ -118,10 +119,10 @@ class Pictures(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Any:
-        from PIL import Image
-
         image = self.images[i]
-        if not isinstance(image, Image.Image):
+        if isinstance(image, Path):
+            from PIL import Image
+
             with Image.open(image) as file:
                 image = file.convert("RGB")
         return self.transform(image)

@@ -334,27 +334,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tasks(args: argparse.Namespace) -> list[Task]:
-    """What the command asks for.  Raises ValueError where that cannot be done."""
+def choose_kernels(
+    pattern: str, json: Path | None, program: str, *, interpreted: bool = False
+) -> list[Kernel]:
+    """The registered kernels of these names, for a command that is to write its table to `json`.
+
+    Raises ValueError where it cannot do its work, and unless `interpreted` where nothing compiles.
+    """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("Triton is not installed: pip install triton")
     from triton import __version__, knobs
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < (3, 6):
         raise ValueError(f"Triton {__version__} is too old: 3.6 or newer is needed")
-    if knobs.runtime.interpret:
+    if knobs.runtime.interpret and not interpreted:
         raise ValueError(
             "TRITON_INTERPRET is set, and kernels are then interpreted, not compiled: "
-            f"unset it (env -u TRITON_INTERPRET {PROGRAM} ...)"
+            f"unset it (env -u TRITON_INTERPRET {program} ...)"
         )
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
-    load(args.module)
+    if json and not json.parent.is_dir():
+        raise ValueError(f"--json {json}: there is no folder {json.parent}")
     known = tuning.kernels()
-    chosen = [kernel for name, kernel in known.items() if fnmatchcase(name, args.kernel)]
+    chosen = [kernel for name, kernel in known.items() if fnmatchcase(name, pattern)]
     if not chosen:
         names = ", ".join(known) or "none is registered"
-        raise ValueError(f"--kernel {args.kernel!r} matches no kernel; there are: {names}")
+        raise ValueError(f"--kernel {pattern!r} matches no kernel; there are: {names}")
+    return chosen
+
+
+def _tasks(args: argparse.Namespace) -> list[Task]:
+    load(args.module)
+    chosen = choose_kernels(args.kernel, args.json, PROGRAM)
     return plan(chosen, args.target, args.quick, args.used)
 
 

@@ -15,7 +15,6 @@ The exit status is 0; 1 when a candidate was wrong or failed, and 2 without a GP
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -23,19 +22,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastssl.bench.compiler.aot import label
+from fastssl.bench.compiler.aot import choose_kernels, label
 from fastssl.bench.record import conditions, write_line
 from fastssl.bench.report.formatting import align
 from fastssl.kernels.common import tuning
 from fastssl.kernels.common.tuning import Clock, Config, Kernel, Variant
 
+PROGRAM = "python -m fastssl.bench.tune"
 OK, WRONG, FAILED, SCARCE, LEFT = "ok", "wrong", "failed", "out of resources", "no time left"
 
 
@@ -206,8 +205,7 @@ def text(table: Table) -> str:
 def _parser() -> argparse.ArgumentParser:
     first, _, rest = (__doc__ or "").partition("\n\n")
     plain = argparse.RawDescriptionHelpFormatter
-    prog = "python -m fastssl.bench.tune"
-    parser = argparse.ArgumentParser(prog, None, first, rest, formatter_class=plain)
+    parser = argparse.ArgumentParser(PROGRAM, None, first, rest, formatter_class=plain)
     add = parser.add_argument
     add("--kernel", default="*", metavar="PATTERN", help="which kernels, by name")
     add("--minutes", type=float, default=7.0, help="begin nothing after them (default 7)")
@@ -215,26 +213,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="also write the timings there, as JSON lines")
     add("--write", action="store_true", help="merge the fastest into kernels/tuned.json")
     return parser
-
-
-def _choose_kernels(args: argparse.Namespace, device: torch.device | None) -> list[Kernel]:
-    """The kernels to tune.  Raises ValueError where that cannot be done."""
-    if device is None and not torch.cuda.is_available():
-        raise ValueError("tuning needs a CUDA GPU, and torch sees none")
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("Triton is not installed: pip install triton")
-    from triton import knobs
-
-    if device is None and knobs.runtime.interpret:
-        raise ValueError("TRITON_INTERPRET is set, and nothing is compiled then: unset it")
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
-    known = tuning.kernels()
-    chosen = [kernel for name, kernel in known.items() if fnmatchcase(name, args.kernel)]
-    if not chosen:
-        names = ", ".join(known) or "none is registered"
-        raise ValueError(f"--kernel {args.kernel!r} matches no kernel; there are: {names}")
-    return chosen
 
 
 def main(
@@ -247,12 +225,14 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     try:
-        chosen = _choose_kernels(args, device)
+        if device is None and not torch.cuda.is_available():
+            raise ValueError("tuning needs a CUDA GPU, and torch sees none")
+        chosen = choose_kernels(args.kernel, args.json, PROGRAM, interpreted=device is not None)
     except ValueError as error:
-        print(f"{_parser().prog}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     device = device or torch.device("cuda", torch.cuda.current_device())
-    where = conditions(device, [*"python -m fastssl.bench.tune".split(), *argv])
+    where = conditions(device, [*PROGRAM.split(), *argv])
     if args.json:
         args.json.unlink(missing_ok=True)
         write_line(args.json, "run", where)

@@ -61,28 +61,27 @@ def judge(problem: Problem) -> dict[str, Callable[[], str]]:
 
     What a rival raises goes through: it has failed, which is not the same as being wrong.
     """
-    if problem.check is not None:
-        check = problem.check
-        return {
-            name: lambda name=name, rival=rival: check(name, step(rival, problem.inputs))
-            for name, rival in problem.rivals.items()
-            if not isinstance(rival, Absent)
-        }
+    check = problem.check or _triangle(problem)
+    return {
+        name: lambda name=name, rival=rival: check(name, step(rival, problem.inputs))
+        for name, rival in problem.rivals.items()
+        if not isinstance(rival, Absent)
+    }
+
+
+def _triangle(problem: Problem) -> Callable[[str, Sequence[Tensor]], str]:
+    """The check against the reference, in the dtype measured and in float64."""
     reference = problem.rivals.get(REFERENCE)
     if reference is None or isinstance(reference, Absent):
         raise ValueError(f"a problem without `check` needs a rival called {REFERENCE!r}")
     truth = _truth(problem, reference)
     eager = step(reference, problem.inputs)
 
-    def one(name: str, rival: Rival) -> str:
+    def check(name: str, made: Sequence[Tensor]) -> str:
         slack = SLACK_OURS if name.startswith(OURS) else SLACK_OTHERS
-        return why_wrong(step(rival, problem.inputs), eager, truth, slack=slack)
+        return why_wrong(made, eager, truth, slack=slack)
 
-    return {
-        name: lambda name=name, rival=rival: one(name, rival)
-        for name, rival in problem.rivals.items()
-        if not isinstance(rival, Absent)
-    }
+    return check
 
 
 def glance(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> str:

@@ -26,32 +26,15 @@ class Datasheet:
 
 
 # Dense rates: where a datasheet states them "with sparsity", half of what it states.
+_A100 = {"float32": 19.5, "tf32": 156, "bfloat16": 312, "float16": 312}
+_HOPPER = {"float32": 67, "tf32": 494.5, "bfloat16": 989.5, "float16": 989.5}
+_L40S = {"float32": 91.6, "tf32": 183, "bfloat16": 362, "float16": 362}
 DATASHEETS: dict[str, Datasheet] = {
-    "A100-SXM4-40GB": Datasheet(
-        1555,
-        {"float32": 19.5, "tf32": 156, "bfloat16": 312, "float16": 312},
-        "NVIDIA A100 datasheet",
-    ),
-    "A100-SXM4-80GB": Datasheet(
-        2039,
-        {"float32": 19.5, "tf32": 156, "bfloat16": 312, "float16": 312},
-        "NVIDIA A100 datasheet",
-    ),
-    "H100 80GB HBM3": Datasheet(
-        3350,
-        {"float32": 67, "tf32": 494.5, "bfloat16": 989.5, "float16": 989.5},
-        "NVIDIA H100 datasheet, SXM",
-    ),
-    "H200": Datasheet(
-        4800,
-        {"float32": 67, "tf32": 494.5, "bfloat16": 989.5, "float16": 989.5},
-        "NVIDIA H200 datasheet, SXM",
-    ),
-    "L40S": Datasheet(
-        864,
-        {"float32": 91.6, "tf32": 183, "bfloat16": 362, "float16": 362},
-        "NVIDIA L40S datasheet",
-    ),
+    "A100-SXM4-40GB": Datasheet(1555, _A100, "NVIDIA A100 datasheet"),
+    "A100-SXM4-80GB": Datasheet(2039, _A100, "NVIDIA A100 datasheet"),
+    "H100 80GB HBM3": Datasheet(3350, _HOPPER, "NVIDIA H100 datasheet, SXM"),
+    "H200": Datasheet(4800, _HOPPER, "NVIDIA H200 datasheet, SXM"),
+    "L40S": Datasheet(864, _L40S, "NVIDIA L40S datasheet"),
 }
 _ENOUGH_S = 0.4
 _COPIED = {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, and at least four times the cache

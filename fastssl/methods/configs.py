@@ -31,6 +31,12 @@ def kind_field() -> Kind:
 class MethodConfig(Section):
     """Base of the methods' options."""
 
+    @property
+    def decoder(self) -> dict[str, int]:
+        """Width, depth and heads of the decoder, where there is one, as its class takes them."""
+        options = {"width": "dim", "depth": "depth", "heads": "heads"}
+        return {name: getattr(self, f"decoder_{key}") for name, key in options.items()}
+
     def check_source(self, classes: int | None) -> None:
         """Raise ValueError for images that do not serve; classes: their number, None unlabeled."""
 

@@ -16,36 +16,23 @@ from torch import Tensor, nn
 
 from fastssl.losses import MAELoss
 from fastssl.masking import Masking, random_masking
-from fastssl.models import CrossDecoder, MaskedViT
+from fastssl.models import CrossDecoder
 
-from .base import Batch, Method
+from .base import Batch
 from .configs import CropMAEConfig
 from .paint import repainted
-from .places import MaskSchedule, patch_values
+from .places import MaskedMethod, MaskSchedule, patch_values
 
 
-class CropMAE(Method):
+class CropMAE(MaskedMethod):
     preset, views, couples_batch = "crop_mae", 2, False
 
     def __init__(self, encoder: nn.Module, cfg: CropMAEConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.masked = MaskedViT(encoder)
-        patch, L = self.masked.patch, self.masked.num_patches
+        super().__init__(encoder, cfg)
+        width, L, values = self.masked.width, self.masked.num_patches, patch_values(self.masked)
         self.schedule = MaskSchedule(cfg.mask_ratio, L)
-        self.decoder = CrossDecoder(
-            self.masked.width,
-            width=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
-            patches=L,
-            values=patch_values(self.masked),
-        )
-        self.loss = MAELoss(patch, norm_pix=cfg.norm_pix)
-
-    @property
-    def encoder(self) -> nn.Module:  # type: ignore[override]
-        return self.masked.vit
+        self.decoder = CrossDecoder(width, **cfg.decoder, patches=L, values=values)
+        self.loss = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         whole, crop = batch["views"]
@@ -70,6 +57,3 @@ class CropMAE(Method):
         prediction, masking = self.predict(images, crop, seeds)
         norm_pix = self.cfg.norm_pix
         return repainted(crop, prediction, masking.masked, self.masked.patch, norm_pix=norm_pix)
-
-    def after_step(self, progress: float) -> None:
-        self.schedule.progress = progress

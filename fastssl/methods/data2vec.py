@@ -39,16 +39,8 @@ class Data2Vec(Method):
         self.teacher = EMA(LayerMean(self.student, cfg.layers))
         L, width = self.student.num_patches, self.student.width
         self.schedule = MaskSchedule(cfg.mask_ratio, L)
-        self.decoder = MAEDecoder(
-            width,
-            width=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
-            patches=L,
-            values=width,
-        )
-        for keep in self.schedule.counts():  # what cannot be drawn is found out here, not in a step
-            self.mask(torch.zeros(1, dtype=torch.int64), keep)
+        self.decoder = MAEDecoder(width, **cfg.decoder, patches=L, values=width)
+        self.schedule.check(self.mask)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
@@ -89,9 +81,8 @@ class Data2Vec(Method):
     def after_step(self, progress: float) -> None:
         self.schedule.progress = progress
         cfg = self.cfg
-        self.teacher.update(
-            self.student, linear(progress / cfg.until, cfg.momentum, cfg.momentum_end)
-        )
+        momentum = linear(progress / cfg.until, cfg.momentum, cfg.momentum_end)
+        self.teacher.update(self.student, momentum)
 
 
 class LayerMean(nn.Module):

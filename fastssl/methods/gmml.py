@@ -16,23 +16,21 @@ from torch import Tensor, nn
 from fastssl.kernels import gather_tokens
 from fastssl.losses import MAELoss
 from fastssl.masking import Masking, connected_masking, corrupt
-from fastssl.models import MaskedViT
 
-from .base import Batch, Method
+from .base import Batch
 from .configs import GMMLConfig
 from .paint import paint
-from .places import MaskSchedule, patch_values
+from .places import MaskedMethod, MaskSchedule, patch_values
 
 
-class GMML(Method):
+class GMML(MaskedMethod):
     """Swapped patches come from the next image of the batch, on each rank from its own part."""
 
     preset, views, couples_batch = "mae", 1, True
 
     def __init__(self, encoder: nn.Module, cfg: GMMLConfig):
-        super().__init__()
-        self.cfg, self.couples_batch = cfg, cfg.corruption in ("swap", "mixed")
-        self.masked = MaskedViT(encoder)
+        super().__init__(encoder, cfg)
+        self.couples_batch = cfg.corruption in ("swap", "mixed")
         self.schedule = MaskSchedule(cfg.mask_ratio, self.masked.num_patches)
         width, values = self.masked.width, patch_values(self.masked)
         self.head = nn.Sequential(
@@ -40,12 +38,7 @@ class GMML(Method):
             nn.Linear(width, values),
         )
         self.loss = MAELoss(self.masked.patch, norm_pix=False, kind=cfg.error)
-        for keep in self.schedule.counts():  # what cannot be drawn is found out here, not in a step
-            self.mask(torch.zeros(1, dtype=torch.int64), keep)
-
-    @property
-    def encoder(self) -> nn.Module:  # type: ignore[override]
-        return self.masked.vit
+        self.schedule.check(self.mask)
 
     def mask(self, seeds: Tensor, keep: int) -> Masking:
         """Which patches each sample has corrupted, all but `keep`; seeds (B,) int64."""
@@ -78,6 +71,3 @@ class GMML(Method):
         corrupted = self.corrupted(images, seeds, masking)
         prediction = self.predict(corrupted, masking.masked)
         return corrupted, paint(images, prediction, masking.masked, self.masked.patch)
-
-    def after_step(self, progress: float) -> None:
-        self.schedule.progress = progress

@@ -33,14 +33,7 @@ class IJEPA(Method):
         self.student = MaskedViT(encoder)
         self.teacher = EMA(self.student)
         L, width = self.student.num_patches, self.student.width
-        self.predictor = LatentPredictor(
-            width,
-            width=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
-            patches=L,
-            values=width,
-        )
+        self.predictor = LatentPredictor(width, **cfg.decoder, patches=L, values=width)
         self.counts = max(1, round(cfg.context * L)), max(1, round(cfg.target * L))
         try:
             self.mask(torch.zeros(1, dtype=torch.int64))

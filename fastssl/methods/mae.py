@@ -13,38 +13,24 @@ from torch import Tensor, nn
 
 from fastssl.losses import MAELoss
 from fastssl.masking import Masking
-from fastssl.models import MAEDecoder, MaskedViT
+from fastssl.models import MAEDecoder
 
-from .base import Batch, Method
+from .base import Batch
 from .configs import MAEConfig
 from .paint import repainted
-from .places import MaskSchedule, draw_mask, patch_values
+from .places import MaskedMethod, MaskSchedule, draw_mask, patch_values
 
 
-class MAE(Method):
+class MAE(MaskedMethod):
     preset, views, couples_batch = "mae", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: MAEConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.masked = MaskedViT(encoder)
-        patch, L = self.masked.patch, self.masked.num_patches
+        super().__init__(encoder, cfg)
+        width, L, values = self.masked.width, self.masked.num_patches, patch_values(self.masked)
         self.schedule = MaskSchedule(cfg.mask_ratio, L)
-        self.decoder = MAEDecoder(
-            self.masked.width,
-            width=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
-            patches=L,
-            values=patch_values(self.masked),
-        )
-        self.loss = MAELoss(patch, norm_pix=cfg.norm_pix)
-        for keep in self.schedule.counts():  # what cannot be drawn is found out here, not in a step
-            self.mask(torch.zeros(1, dtype=torch.int64), keep)
-
-    @property
-    def encoder(self) -> nn.Module:  # type: ignore[override]
-        return self.masked.vit
+        self.decoder = MAEDecoder(width, **cfg.decoder, patches=L, values=values)
+        self.loss = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
+        self.schedule.check(self.mask)
 
     @property
     def visible(self) -> int:
@@ -71,6 +57,3 @@ class MAE(Method):
         prediction, masking = self.predict(images, seeds)
         norm_pix = self.cfg.norm_pix
         return repainted(images, prediction, masking.masked, self.masked.patch, norm_pix=norm_pix)
-
-    def after_step(self, progress: float) -> None:
-        self.schedule.progress = progress

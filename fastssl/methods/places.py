@@ -1,6 +1,8 @@
 """Which patches a masked method hides, and how many as training goes on."""
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from fastssl.masking import (
 )
 from fastssl.models import MaskedViT
 
+from .base import Method
 from .configs import Kind, Ratio
 
 
@@ -45,6 +48,24 @@ def patch_values(masked: MaskedViT) -> int:
     return prod(masked.patch) * masked.vit.patch_embed.proj.in_channels  # type: ignore
 
 
+class MaskedMethod(Method):
+    """A method whose encoder is a ViT that reads some patches of an input, or all."""
+
+    masked: MaskedViT
+    schedule: "MaskSchedule"
+
+    def __init__(self, encoder: nn.Module, cfg: Any):
+        super().__init__()
+        self.cfg, self.masked = cfg, MaskedViT(encoder)
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.masked.vit
+
+    def after_step(self, progress: float) -> None:
+        self.schedule.progress = progress
+
+
 class MaskSchedule(nn.Module):
     """`keep`, the visible ones of `length` places, at the `progress` in [0, 1] of training.
 
@@ -67,10 +88,14 @@ class MaskSchedule(nn.Module):
     def keep(self) -> int:
         return keep_at(self.progress, self.length, first=self.first, last=self.last)
 
-    def counts(self) -> list[int]:
-        """Every number of visible places there will be."""
+    def check(self, mask: Callable[[Tensor, int], Any]) -> None:
+        """Draw mask(seeds, keep) for every number of visible places there will be.
+
+        What cannot be drawn is found out before the first step.
+        """
         ends = [keep_of(self.length, share) for share in (self.first, self.last)]
-        return list(range(min(ends), max(ends) + 1))
+        for keep in range(min(ends), max(ends) + 1):
+            mask(torch.zeros(1, dtype=torch.int64), keep)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.progress, dtype=torch.float64)

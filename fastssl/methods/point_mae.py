@@ -32,13 +32,7 @@ class PointMAE(Method):
             raise ValueError(f"method.name=point_mae trains a point_transformer, got {got}")
         self.cfg, self.encoder = cfg, encoder
         self.schedule = MaskSchedule(cfg.mask_ratio, encoder.groups)
-        self.decoder = PointDecoder(
-            encoder.width,
-            width=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
-            size=encoder.group_size,
-        )
+        self.decoder = PointDecoder(encoder.width, **cfg.decoder, size=encoder.group_size)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (clouds,) = batch["views"]

@@ -17,21 +17,18 @@ from torch import Tensor, nn
 from fastssl.kernels import gather_tokens, restore_tokens
 from fastssl.losses import MAELoss
 from fastssl.masking import Masking, unit_masking
-from fastssl.models import MaskedViT
 
-from .base import Batch, Method
+from .base import Batch
 from .configs import SimMIMConfig
 from .paint import repainted
-from .places import MaskSchedule, patch_values
+from .places import MaskedMethod, MaskSchedule, patch_values
 
 
-class SimMIM(Method):
+class SimMIM(MaskedMethod):
     preset, views, couples_batch = "simmim", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: SimMIMConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.masked = MaskedViT(encoder)
+        super().__init__(encoder, cfg)
         patch, grid = self.masked.patch, self.masked.grid
         if any(side % cfg.unit for side in grid):
             raise ValueError(f"method.unit={cfg.unit} does not divide the patch grid {grid}")
@@ -41,10 +38,6 @@ class SimMIM(Method):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(width, patch_values(self.masked))
         self.loss = MAELoss(patch, norm_pix=False, kind=cfg.error)
-
-    @property
-    def encoder(self) -> nn.Module:  # type: ignore[override]
-        return self.masked.vit
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch["views"]
@@ -63,6 +56,3 @@ class SimMIM(Method):
         """The images with hidden patches grayed, and with them predicted; both like `images`."""
         prediction, masking = self.predict(images, seeds)
         return repainted(images, prediction, masking.masked, self.masked.patch, norm_pix=False)
-
-    def after_step(self, progress: float) -> None:
-        self.schedule.progress = progress

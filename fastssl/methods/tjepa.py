@@ -56,14 +56,8 @@ class TJEPA(Method):
                 f"method.context={cfg.context} and method.target={cfg.target} want "
                 f"{self.context} and {self.target} of {columns} columns, with none in common"
             )
-        self.predictor = LatentPredictor(
-            encoder.width,
-            width=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
-            patches=columns,
-            values=encoder.width,
-        )
+        width = encoder.width
+        self.predictor = LatentPredictor(width, **cfg.decoder, patches=columns, values=width)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]

@@ -16,21 +16,19 @@ from torch import Tensor, nn
 
 from fastssl.losses import MAELoss
 from fastssl.masking import Dual, dual_masking, keep_of
-from fastssl.models import LatentPredictor, MaskedViT
+from fastssl.models import LatentPredictor
 
-from .base import Batch, Method
+from .base import Batch
 from .configs import VideoMAEConfig
 from .paint import repainted
-from .places import patch_values
+from .places import MaskedMethod, patch_values
 
 
-class VideoMAE(Method):
+class VideoMAE(MaskedMethod):
     preset, views, couples_batch = "clips", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: VideoMAEConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.masked = MaskedViT(encoder)
+        super().__init__(encoder, cfg)
         if len(self.masked.grid) != 3:
             raise ValueError(
                 f"method.name=videomae reads clips, with a vit_video; got a grid {self.masked.grid}"
@@ -41,19 +39,9 @@ class VideoMAE(Method):
         except ValueError as error:
             raise ValueError(f"method.mask_{error}") from error
         self.decode = max(1, round(cfg.decode_ratio * T * (H * W - self.keep_per_frame)))
-        self.decoder = LatentPredictor(
-            self.masked.width,
-            width=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
-            patches=self.masked.num_patches,
-            values=patch_values(self.masked),
-        )
+        L, values = self.masked.num_patches, patch_values(self.masked)
+        self.decoder = LatentPredictor(self.masked.width, **cfg.decoder, patches=L, values=values)
         self.loss = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
-
-    @property
-    def encoder(self) -> nn.Module:  # type: ignore[override]
-        return self.masked.vit
 
     def mask(self, seeds: Tensor) -> Dual:
         """Each clip's tubes and decoded tubelets; seeds (B,) int64."""

@@ -116,8 +116,8 @@ MUTATIONS = {
         ("len(set(counts)) > 1", "len(set(counts)) > 9"),
         ("row[0] > 7", "row[0] > 8"),
     ],
-    "distributed._AllReduceSum": [("_reduce(grad, ctx.group)", "grad")],
-    "distributed._AllGatherRows": [("mine.to(grad.dtype)", "grad[: len(mine)]")],
+    "distributed.all_reduce_sum": [("_reduce, _reduce)", "_reduce, lambda grad, group: grad)")],
+    "distributed._scatter_sum": [("mine.to(x.dtype)", "x[: len(mine)]")],
     "distributed._reduce": [("x.float() if half", "x.clone() if half")],
     "distributed.all_agree": [("ReduceOp.MIN", "ReduceOp.MAX")],
 }

@@ -1,5 +1,7 @@
 """Images held as arrays: in memory, or in a .npy file that is read an image at a time."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,63 +11,50 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.errors import DataError
-from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.base import Items, Source, SourceOptions, absolute
 from fastssl.data.sources.decode import of_the_machine
 from fastssl.data.sources.files import Files
+from fastssl.data.sources.names import Names
 from fastssl.data.sources.records import MOST_CLASSES
 
 
-class ArrayImages:
+class ArrayImages(Items):
     """Images held in memory, uint8 (N, C, H, W)."""
+
+    per_item = ("pixels", "labels", "names")
 
     def __init__(
         self,
         pixels: Tensor,
         labels: Tensor | None,
         classes: tuple[str, ...] | None,
-        names: list[str],
+        names: Iterable[str],
     ):
-        self.pixels, self.labels, self.classes, self._names = pixels, labels, classes, names
+        self.pixels, self.labels, self.classes, self.names = pixels, labels, classes, Names(names)
         self.channels = pixels.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.pixels)
 
     def item(self, i: int) -> Tensor:
         return self.pixels[i]
 
-    def name(self, i: int) -> str:
-        return self._names[i]
 
-    def select(self, indices: np.ndarray) -> "ArrayImages":
-        at = torch.from_numpy(indices)
-        names = [self._names[i] for i in indices.tolist()]
-        labels = None if self.labels is None else self.labels[at]
-        return ArrayImages(self.pixels[at], labels, self.classes, names)
-
-
-class StoredArray:
+@dataclass(eq=False)
+class StoredArray(Items):
     """Images `at` (int64) of a .npy file of uint8 images, each of `shape` from `start` on, bytes.
 
     order: which axes of a stored image are its channels, height and width.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        start: int,
-        shape: tuple[int, ...],
-        order: tuple[int, ...],
-        at: np.ndarray,
-        labels: Tensor | None,
-        classes: tuple[str, ...] | None,
-    ):
-        self.files, self.start, self.shape, self.order = Files([str(path)]), start, shape, order
-        self.at, self.labels, self.classes = at, labels, classes
-        self.path, self.channels = path, shape[order[0]]
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    at: np.ndarray
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+    per_item = ("at", "labels")
 
-    def __len__(self) -> int:
-        return len(self.at)
+    def __post_init__(self):
+        self.files, self.channels = Files([str(self.path)]), self.shape[self.order[0]]
 
     def name(self, i: int) -> str:
         return f"{self.path.name}[{int(self.at[i])}]"
@@ -76,11 +65,6 @@ class StoredArray:
         data = self.files.record(0, self.start + int(self.at[i]) * size, size, self.name(i))
         image = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(self.shape)
         return image.permute(self.order).contiguous()
-
-    def select(self, indices: np.ndarray) -> "StoredArray":
-        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        known = (self.path, self.start, self.shape, self.order)
-        return StoredArray(*known, self.at[indices], labels, self.classes)
 
 
 def _load(path: Path, mode: Literal["r"] | None = None) -> Any:

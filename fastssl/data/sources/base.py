@@ -1,12 +1,14 @@
 """What every source of data is: a sequence of items with names, and labels where it has them."""
 
 import os
+from copy import copy
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from fastssl.section import Section
 
@@ -63,6 +65,32 @@ class EncodedSource(Source, Protocol):
 class Split(NamedTuple):
     train: Source
     test: Source
+
+
+class Items:
+    """What most sources have: attributes with an entry for each item, and a selection of those.
+
+    per_item: the names of these attributes; any may be None but the first, which has all items.
+    """
+
+    per_item: ClassVar[tuple[str, ...]] = ("names", "labels")
+    names: Any  # of the items, unless a subclass defines `name`
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.per_item[0]))
+
+    def name(self, i: int) -> str:
+        """A name that a person can find item i by."""
+        return self.names[i]
+
+    def select(self, indices: np.ndarray) -> Self:
+        """The items at `indices` (int64), in that order, as a source of their own."""
+        chosen = copy(self)
+        for name in self.per_item:
+            entries = getattr(self, name)
+            if entries is not None:
+                setattr(chosen, name, entries[indices])
+        return chosen
 
 
 class SourceOptions(Section):

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from fastssl.data.errors import BadItem
+from fastssl.data.sources.base import Items
 
 SUFFIXES = frozenset(
     (
@@ -135,6 +136,20 @@ def read_bytes(path: Path, name: str) -> bytes:
         if of_the_machine(error):
             raise
         raise BadItem(name, _reason(error)) from error
+
+
+class EncodedItems(Items):
+    """Items that are kept as encoded images.  A subclass defines `encoded`."""
+
+    channels = 3
+
+    def encoded(self, i: int) -> bytes:
+        """The bytes of image i as stored.  Raises BadItem."""
+        raise TypeError(f"{type(self).__name__} does not define encoded(i)")
+
+    def item(self, i: int) -> Tensor:
+        """Image i, uint8 (3, H, W).  Raises BadItem."""
+        return decode_bytes(self.encoded(i), self.name(i))
 
 
 def decode(path: Path, name: str) -> Tensor:

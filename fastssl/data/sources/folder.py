@@ -3,19 +3,18 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor
-from typing_extensions import Self
 
 from fastssl.data.errors import DataError
-from fastssl.data.sources.base import Source, SourceOptions, absolute
-from fastssl.data.sources.decode import SUFFIXES, decode, decode_bytes, read_bytes
+from fastssl.data.sources.base import Items, Source, SourceOptions, absolute
+from fastssl.data.sources.decode import SUFFIXES, decode, read_bytes
 from fastssl.data.sources.names import Names, printable
 
 log = logging.getLogger(__name__)
@@ -38,37 +37,27 @@ class Format(NamedTuple):
 IMAGE = Format("image", SUFFIXES, 3, decode)
 
 
-class FolderFiles:
-    """Files of one kind, read when asked for.  `labels` is None for a flat folder."""
+@dataclass(eq=False)
+class FolderFiles(Items):
+    """Files of one kind, read when asked for.  `labels` is None for a flat folder.
 
-    def __init__(
-        self,
-        root: Path,
-        names: Names,
-        labels: Tensor | None = None,
-        classes: tuple[str, ...] | None = None,
-        kind: Format = IMAGE,
-    ):
-        self.root, self.labels, self.classes, self.kind = root, labels, classes, kind
-        self.channels = kind.channels
-        self._names = names
+    names: the files' paths, from the folder's root.
+    """
 
-    def __len__(self) -> int:
-        return len(self._names)
+    root: Path
+    names: Names
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+    kind: Format = IMAGE
 
-    def name(self, i: int) -> str:
-        """The path of file i, from the folder's root."""
-        return self._names[i]
+    @property
+    def channels(self) -> int:
+        return self.kind.channels
 
     def item(self, i: int) -> Tensor:
         """Item i, as its kind decodes it.  Raises BadItem."""
         name = self.name(i)
         return self.kind.decode(self.root / name, name)
-
-    def select(self, indices: np.ndarray) -> Self:
-        """The items at `indices`, in their order."""
-        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        return type(self)(self.root, self._names.select(indices), labels, self.classes, self.kind)
 
 
 class FolderImages(FolderFiles):
@@ -78,10 +67,6 @@ class FolderImages(FolderFiles):
         """File i as it is.  Raises BadItem."""
         name = self.name(i)
         return read_bytes(self.root / name, name)
-
-    def item(self, i: int) -> Tensor:
-        """Image i, uint8 (3, H, W).  Raises BadItem."""
-        return decode_bytes(self.encoded(i), self.name(i))
 
 
 class _Found(NamedTuple):

@@ -2,16 +2,16 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.base import Items, Source, SourceOptions, absolute
 from fastssl.data.sources.decode import MOST_BYTES, SUFFIXES, decode, of_the_machine
 from fastssl.data.sources.folder import split_folders, walk
 from fastssl.data.sources.names import Names, printable
@@ -24,32 +24,20 @@ def _by_number(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in _DIGITS.split(name)]
 
 
-class FrameFolders:
+@dataclass(eq=False)
+class FrameFolders(Items):
     """Folders of frames below `root`, read when asked for.  `labels` is None without classes.
 
     stride, most: one in so many frames is read, and of these the middle ones, at most so many.
     """
 
+    root: Path
+    names: Names
+    stride: int
+    most: int
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
     channels = 3
-
-    def __init__(
-        self,
-        root: Path,
-        names: Names,
-        stride: int,
-        most: int,
-        labels: Tensor | None = None,
-        classes: tuple[str, ...] | None = None,
-    ):
-        self.root, self.stride, self.most = root, stride, most
-        self.labels, self.classes, self._names = labels, classes, names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        """The path of folder i, from the root."""
-        return self._names[i]
 
     def _frames(self, name: str) -> list[str]:
         try:
@@ -83,12 +71,6 @@ class FrameFolders:
             clip[:, t] = pixels
         assert clip is not None
         return clip
-
-    def select(self, indices: np.ndarray) -> "FrameFolders":
-        """The clips at `indices`, in their order."""
-        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        names = self._names.select(indices)
-        return FrameFolders(self.root, names, self.stride, self.most, labels, self.classes)
 
 
 def _scan(root: Path, part: Path) -> tuple[list[str], list[str | None]]:

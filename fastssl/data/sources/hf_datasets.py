@@ -4,6 +4,7 @@ A folder is what `save_to_disk` wrote; else one with .parquet files; else one wi
 perhaps a metadata file, which `datasets` calls an imagefolder.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources.base import Source, SourceOptions, absolute
-from fastssl.data.sources.decode import decode_bytes, of_the_machine, read_bytes
+from fastssl.data.sources.decode import EncodedItems, of_the_machine, read_bytes
 from fastssl.data.sources.records import MOST_CLASSES
 from fastssl.data.sources.webdataset import TESTS
 
@@ -27,25 +28,17 @@ def _datasets() -> Any:
     return datasets
 
 
-class HubImages:
+@dataclass(eq=False)
+class HubImages(EncodedItems):
     """Rows `at` (int64) of a datasets.Dataset whose images stay encoded."""
 
-    channels = 3
-
-    def __init__(
-        self,
-        rows: Any,
-        column: str,
-        title: str,
-        at: np.ndarray,
-        labels: Tensor | None = None,
-        classes: tuple[str, ...] | None = None,
-    ):
-        self.rows, self.column, self.title, self.at = rows, column, title, at
-        self.labels, self.classes = labels, classes
-
-    def __len__(self) -> int:
-        return len(self.at)
+    rows: Any
+    column: str
+    title: str
+    at: np.ndarray
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+    per_item = ("at", "labels")
 
     def name(self, i: int) -> str:
         """The split and the row of image i."""
@@ -66,16 +59,6 @@ class HubImages:
         if value["bytes"] is not None:
             return value["bytes"]
         return read_bytes(Path(value["path"]), name)
-
-    def item(self, i: int) -> Tensor:
-        """Image i, uint8 (3, H, W).  Raises BadItem."""
-        return decode_bytes(self.encoded(i), self.name(i))
-
-    def select(self, indices: np.ndarray) -> "HubImages":
-        """The images at `indices`, in their order."""
-        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        known = (self.rows, self.column, self.title, self.at[indices])
-        return HubImages(*known, labels, self.classes)
 
 
 def _loaded(path: Path, cache: Path | None) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 import fnmatch
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources.base import Source, SourceOptions, absolute
-from fastssl.data.sources.decode import decode_bytes
+from fastssl.data.sources.decode import EncodedItems
 from fastssl.data.sources.names import Names, printable
 
 _OPENED: dict[tuple[int, str], Any] = {}  # by process and path: one may not open a database twice
@@ -55,27 +55,14 @@ def _check_whole(path: Path, environment: Any) -> None:
         raise DataError(f"{str(file)!r} has {have} bytes of {want}: it is cut off, fetch it again")
 
 
-class LmdbImages:
-    """The images of keys, read when asked for.  `labels` is None where there are none."""
+@dataclass(eq=False)
+class LmdbImages(EncodedItems):
+    """The images of the keys `names`, read when asked for.  `labels` is None without any."""
 
-    channels = 3
-
-    def __init__(
-        self,
-        path: Path,
-        names: Names,
-        labels: Tensor | None = None,
-        classes: tuple[str, ...] | None = None,
-    ):
-        self.path, self.labels, self.classes = path, labels, classes
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        """The key of image i."""
-        return self._names[i]
+    path: Path
+    names: Names
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
 
     def encoded(self, i: int) -> bytes:
         """The value of key i.  Raises BadItem."""
@@ -88,15 +75,6 @@ class LmdbImages:
         if value is None:
             raise BadItem(name, "the database has no such key any more")
         return value
-
-    def item(self, i: int) -> Tensor:
-        """Image i, uint8 (3, H, W).  Raises BadItem."""
-        return decode_bytes(self.encoded(i), self.name(i))
-
-    def select(self, indices: np.ndarray) -> "LmdbImages":
-        """The images at `indices`, in their order."""
-        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        return LmdbImages(self.path, self._names.select(indices), labels, self.classes)
 
 
 def _keys(environment: Any, pattern: str) -> list[str]:

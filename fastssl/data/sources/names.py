@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterable
+from typing import overload
 
 import numpy as np
 
@@ -33,10 +34,14 @@ class Names:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, i: int) -> str:
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: np.ndarray) -> "Names": ...
+
+    def __getitem__(self, i: int | np.ndarray) -> "str | Names":
+        """String i; or those at the indices i (int64), in that order."""
+        if isinstance(i, np.ndarray):
+            return Names(self[k] for k in i.tolist())
         i = i + len(self) if i < 0 else i
         return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]].tobytes())
-
-    def select(self, indices: np.ndarray) -> "Names":
-        """The strings at `indices` (int64), in that order."""
-        return Names(self[i] for i in indices.tolist())

@@ -10,6 +10,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.sources.decode import decode_bytes
+from fastssl.data.sources.decode import EncodedItems
 from fastssl.data.sources.files import Files, read_all, status, write_beside
 from fastssl.data.sources.names import Names
 from fastssl.data.sources.remote import Status
@@ -31,63 +32,37 @@ FLAWS = ("", "it has no label, as others do: set labels=false to use it without"
 SUFFIX = ".labels"
 
 
-class Places(NamedTuple):
-    """Where N items are: number of the file, offset and size in bytes, and what is wrong."""
-
-    file: np.ndarray  # (N,) int32
-    offset: np.ndarray  # (N,) int64
-    size: np.ndarray  # (N,) int64
-    flaw: np.ndarray  # (N,) int8, of FLAWS
-
-    def select(self, indices: np.ndarray) -> "Places":
-        return Places(*(part[indices] for part in self))
+# Where an item is: number of the file, offset and size in bytes, and what is wrong, of FLAWS.
+PLACE = np.dtype([("file", "i4"), ("offset", "i8"), ("size", "i8"), ("flaw", "i1")])
 
 
-class Records:
+@dataclass(eq=False)
+class Records(EncodedItems):
     """Images at places of large files, read when asked for.  `labels` is None where there are none.
 
     payload(record, name) is the encoded image in a record, which raises BadItem; None: all of it.
     """
 
-    channels = 3
-
-    def __init__(
-        self,
-        files: Files,
-        places: Places,
-        names: Names,
-        labels: Tensor | None = None,
-        classes: tuple[str, ...] | None = None,
-        payload: Payload | None = None,
-    ):
-        self.files, self.places, self.labels, self.classes = files, places, labels, classes
-        self._names, self._payload = names, payload
-
-    def __len__(self) -> int:
-        return len(self._names)
+    files: Files
+    places: np.ndarray  # (N,) PLACE
+    names: Names
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+    payload: Payload | None = None
+    per_item = ("places", "names", "labels")
 
     def name(self, i: int) -> str:
         """The file's name and that of the sample in it."""
-        return f"{self.files.name(int(self.places.file[i]))}/{self._names[i]}"
+        return f"{self.files.name(int(self.places['file'][i]))}/{self.names[i]}"
 
     def encoded(self, i: int) -> bytes:
         """The bytes of image i as stored.  Raises BadItem."""
-        name, (file, offset, size, flaw) = self.name(i), (int(part[i]) for part in self.places)
+        name, (file, offset, size, flaw) = self.name(i), self.places[i].tolist()
         record = self.files.record(file, offset, size, name)
-        image = record if self._payload is None else self._payload(record, name)
+        image = record if self.payload is None else self.payload(record, name)
         if flaw:
             raise BadItem(name, FLAWS[flaw])
         return image
-
-    def item(self, i: int) -> Tensor:
-        """Image i, uint8 (3, H, W).  Raises BadItem."""
-        return decode_bytes(self.encoded(i), self.name(i))
-
-    def select(self, indices: np.ndarray) -> "Records":
-        """The items at `indices`, in their order."""
-        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        places, names = self.places.select(indices), self._names.select(indices)
-        return Records(self.files, places, names, labels, self.classes, self._payload)
 
 
 class Found(NamedTuple):
@@ -134,9 +109,10 @@ class Part:
 
     def built(self, labels: np.ndarray | None, classes: tuple[str, ...] | None) -> Records:
         """labels (N,) int64, -1 where there is none: such a sample is a bad item."""
-        file, size = np.array(self.file, np.int32), np.array(self.size, np.int64)
-        flaw = np.zeros(len(file), np.int8) if labels is None else (labels < 0).astype(np.int8)
-        places = Places(file, np.array(self.offset, np.int64), size, flaw)
+        places = np.zeros(len(self.file), PLACE)
+        places["file"], places["offset"], places["size"] = self.file, self.offset, self.size
+        if labels is not None:
+            places["flaw"] = labels < 0
         made = None if labels is None else torch.from_numpy(labels.clip(0))
         return Records(self.files, places, self.names, made, classes, self.payload)
 

@@ -8,6 +8,7 @@ in training cannot be standardized, and is refused.
 """
 
 import csv
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -18,16 +19,18 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fastssl.data.errors import DataError
-from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.base import Items, Source, SourceOptions, absolute
 
 Shipped = Literal["breast_cancer", "wine", "iris", "digits"]
 
 
-class Table:
+class Table(Items):
     """Rows (N, F) float64, nan where a cell is missing, as float32 items (F,).
 
     mean, deviation: (F,), what items are standardized by; until `fitted` 0 and 1.
     """
+
+    per_item = ("rows", "labels", "places")
 
     def __init__(
         self,
@@ -41,9 +44,6 @@ class Table:
         self.places = np.arange(len(rows))  # in the whole table, for the names
         self.mean, self.deviation = np.zeros(self.channels), np.ones(self.channels)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def item(self, i: int) -> Tensor:
         """Row i, float32 (F,)."""
         z = (self.rows[i] - self.mean) / self.deviation
@@ -51,13 +51,6 @@ class Table:
 
     def name(self, i: int) -> str:
         return f"row {self.places[i] + 1}"
-
-    def select(self, indices: np.ndarray) -> "Table":
-        labels = None if self.labels is None else self.labels[torch.from_numpy(indices)]
-        chosen = Table(self.rows[indices], self.columns, labels, self.classes)
-        chosen.places = self.places[indices]
-        chosen.mean, chosen.deviation = self.mean, self.deviation
-        return chosen
 
     def fitted(self, train: np.ndarray) -> "Table":
         """The same table, standardized by the rows `train` (int64).
@@ -70,7 +63,7 @@ class Table:
         if (count == 0).any():
             column = self.columns[int((count == 0).argmax())]
             raise DataError(f"column {column!r} has no value in the training rows: remove it")
-        whole = self.select(np.arange(len(self)))
+        whole = copy(self)
         whole.mean = np.where(seen, rows, 0).sum(0) / count
         deviation = np.sqrt((np.where(seen, rows - whole.mean, 0) ** 2).sum(0) / count)
         constant = deviation <= 1e-9 * np.abs(whole.mean)  # what rounding leaves is no spread

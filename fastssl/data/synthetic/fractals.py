@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastssl.data.errors import DataError
-from fastssl.data.sources.base import Source, SourceOptions
+from fastssl.data.sources.base import Items, Source, SourceOptions
 from fastssl.data.sources.folder import scan_folder
 
 log = logging.getLogger(__name__)
@@ -169,30 +169,23 @@ class FractalsSource(SourceOptions):
         return (whole,)
 
 
-class FractalImages:
+class FractalImages(Items):
     """Fractals drawn when asked for: image i of class i // per_class."""
 
-    channels = 3
+    channels, per_item = 3, ("members", "labels")
 
-    def __init__(self, cfg: FractalsSource, members: np.ndarray | None = None):
-        self.cfg = cfg
-        self._members = np.arange(cfg.classes * cfg.per_class) if members is None else members
-        self.labels = torch.from_numpy(self._members // cfg.per_class)
+    def __init__(self, cfg: FractalsSource):
+        self.cfg, self.members = cfg, np.arange(cfg.classes * cfg.per_class)
+        self.labels = torch.from_numpy(self.members // cfg.per_class)
         self.classes = tuple(_padded(k, cfg.classes) for k in range(cfg.classes))
 
-    def __len__(self) -> int:
-        return len(self._members)
-
     def item(self, i: int) -> Tensor:
-        label, instance = divmod(int(self._members[i]), self.cfg.per_class)
+        label, instance = divmod(int(self.members[i]), self.cfg.per_class)
         return fractal(self.cfg.seed, label, instance, self.cfg.size)
 
     def name(self, i: int) -> str:
-        label, instance = divmod(int(self._members[i]), self.cfg.per_class)
+        label, instance = divmod(int(self.members[i]), self.cfg.per_class)
         return f"{self.classes[label]}/{_padded(instance, self.cfg.per_class)}.jpg"
-
-    def select(self, indices: np.ndarray) -> "FractalImages":
-        return FractalImages(self.cfg, self._members[indices])
 
 
 def _padded(k: int, count: int) -> str:

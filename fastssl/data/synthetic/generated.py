@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastssl.data.sources.base import Source, SourceOptions
+from fastssl.data.sources.base import Items, Source, SourceOptions
 
 
 class GeneratedOptions(SourceOptions):
@@ -32,25 +32,21 @@ class GeneratedOptions(SourceOptions):
         return (Generated(self, np.arange(len(self.layout()[0]) * self.per_class)),)
 
 
-class Generated:
+class Generated(Items):
     """The items `members` (int64) of `options`, drawn when asked for."""
 
+    per_item = ("members", "labels")
+
     def __init__(self, options: GeneratedOptions, members: np.ndarray):
-        self.options, self._members = options, members
+        self.options, self.members = options, members
         self.classes, self.channels = options.layout()
         self.labels = torch.from_numpy(members // options.per_class)
 
-    def __len__(self) -> int:
-        return len(self._members)
-
     def item(self, i: int) -> Tensor:
-        label, instance = divmod(int(self._members[i]), self.options.per_class)
+        label, instance = divmod(int(self.members[i]), self.options.per_class)
         return self.options.draw(label, instance)
 
     def name(self, i: int) -> str:
-        label, instance = divmod(int(self._members[i]), self.options.per_class)
+        label, instance = divmod(int(self.members[i]), self.options.per_class)
         digits = len(str(self.options.per_class - 1))
         return f"{self.classes[label]}/{instance:0{digits}d}"
-
-    def select(self, indices: np.ndarray) -> "Generated":
-        return Generated(self.options, self._members[indices])
