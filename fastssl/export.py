@@ -118,11 +118,7 @@ def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str,
     """
     encoder, cfg, channels = load_encoder(run)
     views = cfg.views()
-    how = EmbedConfig(
-        views=views,
-        batch_size=cfg.evaluate.batch_size,
-        workers=cfg.data.workers,
-    )
+    how = EmbedConfig(views=views, batch_size=cfg.evaluate.batch_size, workers=cfg.data.workers)
     split = open_source(_source(data, cfg), cfg.seed)
     if split.train.channels != channels:
         raise DataError(

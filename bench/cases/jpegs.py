@@ -30,16 +30,7 @@ from fastssl.bench.cases import loaders, photos
 from fastssl.bench.cases.data import looks_right
 from fastssl.bench.cases.loaders import OurLoader, PlainLoader, Setting
 from fastssl.bench.cases.rivals import Late, Rivals, has_packages, library
-from fastssl.bench.registry import (
-    OURS,
-    REFERENCE,
-    Absent,
-    Problem,
-    Shape,
-    Sweep,
-    case,
-    shapes_of,
-)
+from fastssl.bench.registry import OURS, REFERENCE, Absent, Problem, Shape, Sweep, case, shapes_of
 
 _DALI = "pip install 'fastssl-torch[dali]'"
 _TEST = "tests/data/test_dali.py"

@@ -15,16 +15,7 @@ from torch import Tensor
 
 from fastssl.bench.cases.rivals import by_implementation, nbytes, weigh
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
-from fastssl.bench.registry import (
-    OURS,
-    REFERENCE,
-    Problem,
-    Rival,
-    Shape,
-    Sweep,
-    case,
-    shapes_of,
-)
+from fastssl.bench.registry import OURS, REFERENCE, Problem, Rival, Shape, Sweep, case, shapes_of
 from fastssl.kernels import (
     column_moments,
     cross_diagonal,
@@ -172,10 +163,7 @@ def _nearest(
 
 
 _COLUMN_SHAPES = shapes_of(
-    "N D",
-    quick=[(256, 1024)],
-    cpu=[(256, 2048), (2048, 1024)],
-    cuda=[(2048, 8192), (8192, 8192)],
+    "N D", quick=[(256, 1024)], cpu=[(256, 2048), (2048, 1024)], cuda=[(2048, 8192), (8192, 8192)]
 )
 
 

@@ -56,9 +56,7 @@ class OurLoader:
         rendering = None
         if dali:
             rendering = Rendering(
-                device=setting.device,
-                threads=max(setting.workers, 1),
-                readers=int(setting.cuda),
+                device=setting.device, threads=max(setting.workers, 1), readers=int(setting.cuda)
             )
         self.loader = PretrainLoader(
             source,

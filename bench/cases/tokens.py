@@ -26,10 +26,7 @@ from fastssl.kernels import (
 
 _HIDDEN = 3 / 4
 _TOKEN_SHAPES = shapes_of(
-    "B L D",
-    quick=[(8, 196, 512)],
-    cpu=[(32, 196, 512)],
-    cuda=[(256, 196, 512), (1024, 196, 512)],
+    "B L D", quick=[(8, 196, 512)], cpu=[(32, 196, 512)], cuda=[(256, 196, 512), (1024, 196, 512)]
 )
 _register = partial(case, test="tests/kernels/test_tokens.py", shapes=_TOKEN_SHAPES)
 
@@ -104,10 +101,7 @@ def scattered(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem
     return Problem(
         inputs=(visible.requires_grad_(), ids, w),
         rivals=weigh(by_implementation(scatter_tokens, device, length=shape["L"])),
-        bytes_moved={
-            "fwd": nbytes(ids, visible, w),
-            "bwd": nbytes(ids) + 2.0 * nbytes(visible),
-        },
+        bytes_moved={"fwd": nbytes(ids, visible, w), "bwd": nbytes(ids) + 2.0 * nbytes(visible)},
         items=(shape["B"], "images"),
     )
 

@@ -58,10 +58,7 @@ _LARGE = _SHAPES | shapes_of(
     cuda=[(512, 224, 16, 1024, 24), (64, 476, 14, 1280, 32), (256, 224, 14, 1408, 40)],
 )
 _register = partial(
-    case,
-    test="tests/methods/test_methods.py",
-    dtypes=("float32", "bfloat16"),
-    gate_shape=_GATE,
+    case, test="tests/methods/test_methods.py", dtypes=("float32", "bfloat16"), gate_shape=_GATE
 )
 _LARS = {"name": "lars", "lr": 0.3, "weight_decay": 1e-6, "momentum": 0.9}
 _ADAMW = {"name": "adamw", "lr": 1.5e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}

@@ -7,23 +7,17 @@ and misspelt keys answer at once.
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
-from .load import dump, from_mapping, load, recipes, resolve
+from .errors import ConfigError as ConfigError
+from .load import dump as dump
+from .load import from_mapping as from_mapping
+from .load import load as load
+from .load import recipes as recipes
+from .load import resolve as resolve
 
 if TYPE_CHECKING:
-    from .schema import RunConfig, described, differences
-
-__all__ = [
-    "ConfigError",
-    "RunConfig",
-    "described",
-    "differences",
-    "dump",
-    "from_mapping",
-    "load",
-    "recipes",
-    "resolve",
-]
+    from .schema import RunConfig as RunConfig
+    from .schema import described as described
+    from .schema import differences as differences
 
 
 def __getattr__(name: str) -> Any:

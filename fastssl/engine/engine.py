@@ -16,11 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastssl import distributed
-from fastssl.models import (
-    average_running_statistics,
-    synchronize_batch_norms,
-    widen_batch_norms,
-)
+from fastssl.models import average_running_statistics, synchronize_batch_norms, widen_batch_norms
 
 from .config import EngineConfig, EngineError
 from .launch import deepspeed

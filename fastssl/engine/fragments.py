@@ -86,11 +86,7 @@ def _sub_groups(zero: Any) -> _Layout:
 
 
 def _fragments(
-    params: list[Any],
-    pieces: list[_Piece],
-    flat: Tensor,
-    process_group: Any,
-    device: torch.device,
+    params: list[Any], pieces: list[_Piece], flat: Tensor, process_group: Any, device: torch.device
 ) -> Fragments:
     shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in params]  # stage 3 empties p itself
     wanted = torch.tensor([torch.Size(shape).numel() for shape in shapes], device=device)

@@ -9,21 +9,13 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from fastssl.evaluate._checks import checked_features, same_width
-from fastssl.evaluate.alignment_uniformity import alignment, uniformity
-from fastssl.evaluate.knn import knn_accuracy
-from fastssl.evaluate.linear import fit_probe, linear_probe
-from fastssl.evaluate.rankme import rankme, spectrum
-
-__all__ = [
-    "Evaluation",
-    "alignment",
-    "evaluate_features",
-    "knn_accuracy",
-    "linear_probe",
-    "rankme",
-    "spectrum",
-    "uniformity",
-]
+from fastssl.evaluate.alignment_uniformity import alignment as alignment
+from fastssl.evaluate.alignment_uniformity import uniformity as uniformity
+from fastssl.evaluate.knn import knn_accuracy as knn_accuracy
+from fastssl.evaluate.linear import fit_probe
+from fastssl.evaluate.linear import linear_probe as linear_probe
+from fastssl.evaluate.rankme import rankme as rankme
+from fastssl.evaluate.rankme import spectrum as spectrum
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,29 @@
 """Losses: thin modules over fastssl.kernels, exact across ranks.  They need torch alone."""
 
-from .barlow_twins import BarlowTwinsLoss, MixedBarlowTwinsLoss
-from .clip import CLIPLoss
-from .dcl import DCLLoss, DCLWLoss
-from .dense import DenseInfoNCELoss
-from .groco import GroCoLoss
-from .grouped import GroupedNTXentLoss
-from .hcl import HCLLoss
-from .isogclr import ISogCLRLoss
-from .latents import ChamferLoss, ScaledCosineLoss
-from .matryoshka import MatryoshkaLoss
-from .mmcr import MMCRLoss
-from .mochi import MoCHiLoss
-from .moco import MoCoLoss, MoCoV3Loss
-from .nnclr import NNCLRLoss
-from .ntxent import NTXentLoss
-from .reconstruction import MAELoss
-from .sie import SIELoss
-from .siglip import SigLIPLoss
-from .ssl_ey import SSLEYLoss
-from .supcon import SupConLoss
-from .tico import TiCoLoss
-from .vicreg import VICRegLoss
-from .vicregl import VICRegLLoss
-
-__all__ = [
-    "BarlowTwinsLoss",
-    "CLIPLoss",
-    "ChamferLoss",
-    "DCLLoss",
-    "DCLWLoss",
-    "DenseInfoNCELoss",
-    "GroCoLoss",
-    "GroupedNTXentLoss",
-    "HCLLoss",
-    "ISogCLRLoss",
-    "MAELoss",
-    "MMCRLoss",
-    "MatryoshkaLoss",
-    "MixedBarlowTwinsLoss",
-    "MoCHiLoss",
-    "MoCoLoss",
-    "MoCoV3Loss",
-    "NNCLRLoss",
-    "NTXentLoss",
-    "SIELoss",
-    "SSLEYLoss",
-    "ScaledCosineLoss",
-    "SigLIPLoss",
-    "SupConLoss",
-    "TiCoLoss",
-    "VICRegLLoss",
-    "VICRegLoss",
-]
+from .barlow_twins import BarlowTwinsLoss as BarlowTwinsLoss
+from .barlow_twins import MixedBarlowTwinsLoss as MixedBarlowTwinsLoss
+from .clip import CLIPLoss as CLIPLoss
+from .dcl import DCLLoss as DCLLoss
+from .dcl import DCLWLoss as DCLWLoss
+from .dense import DenseInfoNCELoss as DenseInfoNCELoss
+from .groco import GroCoLoss as GroCoLoss
+from .grouped import GroupedNTXentLoss as GroupedNTXentLoss
+from .hcl import HCLLoss as HCLLoss
+from .isogclr import ISogCLRLoss as ISogCLRLoss
+from .latents import ChamferLoss as ChamferLoss
+from .latents import ScaledCosineLoss as ScaledCosineLoss
+from .matryoshka import MatryoshkaLoss as MatryoshkaLoss
+from .mmcr import MMCRLoss as MMCRLoss
+from .mochi import MoCHiLoss as MoCHiLoss
+from .moco import MoCoLoss as MoCoLoss
+from .moco import MoCoV3Loss as MoCoV3Loss
+from .nnclr import NNCLRLoss as NNCLRLoss
+from .ntxent import NTXentLoss as NTXentLoss
+from .reconstruction import MAELoss as MAELoss
+from .sie import SIELoss as SIELoss
+from .siglip import SigLIPLoss as SigLIPLoss
+from .ssl_ey import SSLEYLoss as SSLEYLoss
+from .supcon import SupConLoss as SupConLoss
+from .tico import TiCoLoss as TiCoLoss
+from .vicreg import VICRegLoss as VICRegLoss
+from .vicregl import VICRegLLoss as VICRegLLoss

@@ -5,41 +5,24 @@ the sample.  The same seed gives the same mask on every device and whatever the 
 and there is no state to checkpoint.
 """
 
-from .blocks import Blocks, block_masking, multi_block_masking
-from .corruption import corrupt
-from .fields import connected_masking, noise_masking
-from .places import (
-    Masking,
-    column_masking,
-    grid_masking,
-    random_masking,
-    unit_masking,
-    weighted_masking,
-)
-from .schedule import keep_at, keep_of, ratio_schedule
-from .spans import span_masking, time_frequency_masking
-from .video import Dual, dual_masking, running_cell_masking, tube_masking
-
-__all__ = [
-    "Blocks",
-    "Dual",
-    "Masking",
-    "block_masking",
-    "column_masking",
-    "connected_masking",
-    "corrupt",
-    "dual_masking",
-    "grid_masking",
-    "keep_at",
-    "keep_of",
-    "multi_block_masking",
-    "noise_masking",
-    "random_masking",
-    "ratio_schedule",
-    "running_cell_masking",
-    "span_masking",
-    "time_frequency_masking",
-    "tube_masking",
-    "unit_masking",
-    "weighted_masking",
-]
+from .blocks import Blocks as Blocks
+from .blocks import block_masking as block_masking
+from .blocks import multi_block_masking as multi_block_masking
+from .corruption import corrupt as corrupt
+from .fields import connected_masking as connected_masking
+from .fields import noise_masking as noise_masking
+from .places import Masking as Masking
+from .places import column_masking as column_masking
+from .places import grid_masking as grid_masking
+from .places import random_masking as random_masking
+from .places import unit_masking as unit_masking
+from .places import weighted_masking as weighted_masking
+from .schedule import keep_at as keep_at
+from .schedule import keep_of as keep_of
+from .schedule import ratio_schedule as ratio_schedule
+from .spans import span_masking as span_masking
+from .spans import time_frequency_masking as time_frequency_masking
+from .video import Dual as Dual
+from .video import dual_masking as dual_masking
+from .video import running_cell_masking as running_cell_masking
+from .video import tube_masking as tube_masking

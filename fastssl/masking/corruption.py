@@ -35,11 +35,7 @@ def _bytes(seeds: Tensor, count: int) -> Tensor:
 
 
 def corrupt(
-    images: Tensor,
-    seeds: Tensor,
-    masking: Masking,
-    patch: int | Sequence[int],
-    kind: str = "noise",
+    images: Tensor, seeds: Tensor, masking: Masking, patch: int | Sequence[int], kind: str = "noise"
 ) -> Tensor:
     """The images with the patches of `masking.masked` replaced: a new tensor like `images`.
 

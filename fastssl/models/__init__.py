@@ -1,56 +1,29 @@
 """Encoders and heads: timm backbones by name, MaskedViT over a timm ViT, projection heads."""
 
-from .backbones import (
-    OWN,
-    backbone_arguments,
-    build_backbone,
-    channels_of,
-    feature_dim,
-    is_vit,
-    probe,
-)
-from .decoders import CrossDecoder, LatentPredictor, MAEDecoder
-from .directpred import DirectPred
-from .ema import EMA
-from .heads import (
-    BatchNorm1d,
-    average_running_statistics,
-    projection_head,
-    synchronize_batch_norms,
-    widen_batch_norms,
-)
-from .hypernetwork import HypernetworkPredictor
-from .masked_vit import MaskedViT
-from .patch_embed import PatchEmbed1d, PatchEmbed3d, sincos_positions, vit_signal, vit_video
-from .point import PointDecoder, PointTransformer
-from .tabular import TableTransformer
-
-__all__ = [
-    "EMA",
-    "OWN",
-    "BatchNorm1d",
-    "CrossDecoder",
-    "DirectPred",
-    "HypernetworkPredictor",
-    "LatentPredictor",
-    "MAEDecoder",
-    "MaskedViT",
-    "PatchEmbed1d",
-    "PatchEmbed3d",
-    "PointDecoder",
-    "PointTransformer",
-    "TableTransformer",
-    "average_running_statistics",
-    "backbone_arguments",
-    "build_backbone",
-    "channels_of",
-    "feature_dim",
-    "is_vit",
-    "probe",
-    "projection_head",
-    "sincos_positions",
-    "synchronize_batch_norms",
-    "vit_signal",
-    "vit_video",
-    "widen_batch_norms",
-]
+from .backbones import OWN as OWN
+from .backbones import backbone_arguments as backbone_arguments
+from .backbones import build_backbone as build_backbone
+from .backbones import channels_of as channels_of
+from .backbones import feature_dim as feature_dim
+from .backbones import is_vit as is_vit
+from .backbones import probe as probe
+from .decoders import CrossDecoder as CrossDecoder
+from .decoders import LatentPredictor as LatentPredictor
+from .decoders import MAEDecoder as MAEDecoder
+from .directpred import DirectPred as DirectPred
+from .ema import EMA as EMA
+from .heads import BatchNorm1d as BatchNorm1d
+from .heads import average_running_statistics as average_running_statistics
+from .heads import projection_head as projection_head
+from .heads import synchronize_batch_norms as synchronize_batch_norms
+from .heads import widen_batch_norms as widen_batch_norms
+from .hypernetwork import HypernetworkPredictor as HypernetworkPredictor
+from .masked_vit import MaskedViT as MaskedViT
+from .patch_embed import PatchEmbed1d as PatchEmbed1d
+from .patch_embed import PatchEmbed3d as PatchEmbed3d
+from .patch_embed import sincos_positions as sincos_positions
+from .patch_embed import vit_signal as vit_signal
+from .patch_embed import vit_video as vit_video
+from .point import PointDecoder as PointDecoder
+from .point import PointTransformer as PointTransformer
+from .tabular import TableTransformer as TableTransformer

@@ -6,7 +6,7 @@ import torch
 
 from fastssl.data.render.torchvision import draw, render
 from fastssl.data.synthetic.clips import MOTIONS, ClipsSource, clip, path
-from fastssl.data.views.clip import ClipViews, clip_views
+from fastssl.data.views.clip import ClipViews
 from fastssl.data.views.spec import apply, view_spec
 
 SHAPE = (3, 8, 24)
@@ -111,7 +111,7 @@ def random_clip(frames=10, height=20, width=28):
 def test_all_frames_are_cropped_and_flipped_as_one():
     """A clip of one frame repeated gives a view of one frame repeated."""
     still = random_clip(1).expand(-1, 10, -1, -1)
-    spec = clip_views(16, frames=6, crop_scale=(0.1, 0.6))
+    spec = ClipViews.preset(16, frames=6, crop_scale=(0.1, 0.6))
     for seed in range(8):
         (view,) = spec.apply(still, seed)
         assert view.shape == (3, 6, 16, 16) and (view == view[:, :1]).all()
@@ -120,8 +120,8 @@ def test_all_frames_are_cropped_and_flipped_as_one():
 def test_half_of_the_views_are_flipped():
     item = random_clip(2, 16, 16)
     whole = {"frames": 2, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
-    plain = clip_views(16, flip=0.0, **whole).apply(item, 0)[0]
-    views = [clip_views(16, flip=0.5, **whole).apply(item, seed)[0] for seed in range(64)]
+    plain = ClipViews.preset(16, flip=0.0, **whole).apply(item, 0)[0]
+    views = [ClipViews.preset(16, flip=0.5, **whole).apply(item, seed)[0] for seed in range(64)]
     same = [torch.equal(v, plain) for v in views]
     assert all(s or torch.equal(v, plain.flip(3)) for s, v in zip(same, views, strict=True))
     assert 20 < sum(same) < 44
@@ -129,7 +129,7 @@ def test_half_of_the_views_are_flipped():
 
 def test_frames_are_a_stretch_with_a_stride():
     item = torch.arange(20, dtype=torch.uint8).view(1, 20, 1, 1).expand(1, 20, 8, 8)
-    spec = clip_views(8, frames=4, stride=3, flip=0.0, mean=0.0, std=1 / 255)
+    spec = ClipViews.preset(8, frames=4, stride=3, flip=0.0, mean=0.0, std=1 / 255)
     starts = set()
     for seed in range(200):
         times = spec.apply(item, seed)[0][0, :, 0, 0].round().int()
@@ -138,13 +138,15 @@ def test_frames_are_a_stretch_with_a_stride():
     assert starts == set(range(20 - 9))  # each possible one, and no other
     middle = spec.evaluation().apply(item, 0)[0][0, :, 0, 0].round().int()
     assert middle.tolist() == [5, 8, 11, 14]
-    short = clip_views(8, frames=4, stride=9, flip=0.0, mean=0.0, std=1 / 255).apply(item, 3)[0]
+    short = ClipViews.preset(8, frames=4, stride=9, flip=0.0, mean=0.0, std=1 / 255).apply(item, 3)[
+        0
+    ]
     assert short[0, :, 0, 0].round().int().tolist() == [0, 9, 18, 19]
 
 
 def test_views_are_pure_functions_of_item_and_seed():
     item = random_clip()
-    spec = clip_views(16, frames=6, count=2)
+    spec = ClipViews.preset(16, frames=6, count=2)
     a, b = apply(spec, item, 3), apply(spec, item, 3)
     assert len(a) == 2 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a[0], a[1]) and not torch.equal(a[0], apply(spec, item, 4)[0])
@@ -153,7 +155,7 @@ def test_views_are_pure_functions_of_item_and_seed():
 
 def test_evaluation_is_plain_whatever_the_seed():
     item = random_clip(10, 16, 16)
-    plain = clip_views(16, frames=6, count=3).evaluation()
+    plain = ClipViews.preset(16, frames=6, count=3).evaluation()
     (view,) = plain.apply(item, 0)
     assert torch.equal(view, plain.apply(item, 9)[0])
     torch.testing.assert_close(plain.shown(view), item[:, 2:8].float() / 255)
@@ -169,7 +171,7 @@ def test_bad_items_and_options_are_refused():
     with pytest.raises(ValueError, match="did you mean 'frames'"):
         view_spec("clips", 16, frame=4)
     with pytest.raises(ValueError, match="low end"):
-        clip_views(16, crop_scale=(0.9, 0.5))
+        ClipViews.preset(16, crop_scale=(0.9, 0.5))
 
 
 def test_plain_clips_are_white_on_black():
@@ -186,7 +188,7 @@ COLORS = dict(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 @pytest.mark.parametrize("color", ["sequential", "linear"])
 def test_all_frames_are_recolored_blurred_and_turned_as_one(color):
     still = random_clip(1, 16, 16).expand(-1, 6, -1, -1)
-    spec = clip_views(
+    spec = ClipViews.preset(
         16, frames=6, rotate=30, blur=1.0, grayscale=0.3, color=color, **COLORS, flip=0.5
     )
     for seed in range(6):
@@ -199,7 +201,7 @@ def test_each_frame_is_the_image_view_of_the_same_draw(color):
     """The laws are those of images: frame by frame, with the clip's key."""
     item = random_clip(4, 24, 30)
     look = dict(rotate=20, grayscale=0.3, blur=0.5, color=color, **COLORS)
-    spec = clip_views(40, frames=4, **look)
+    spec = ClipViews.preset(40, frames=4, **look)
     for seed in range(5):
         (view,) = spec.apply(item, seed)
         p = draw(spec.look, 24, 30, seed << 16)
@@ -209,7 +211,7 @@ def test_each_frame_is_the_image_view_of_the_same_draw(color):
 
 
 def test_colors_leave_crops_flips_and_starts_as_they_were():
-    plain, full = clip_views(16), clip_views(16, blur=0.5, grayscale=0.2, **COLORS)
+    plain, full = ClipViews.preset(16), ClipViews.preset(16, blur=0.5, grayscale=0.2, **COLORS)
     for seed in range(20):
         a, b = (draw(spec.look, 20, 28, seed) for spec in (plain, full))
         assert (*a[:5], a.turn) == (*b[:5], b.turn)
@@ -217,7 +219,9 @@ def test_colors_leave_crops_flips_and_starts_as_they_were():
 
 def test_evaluation_leaves_colors():
     item = random_clip(10, 16, 16)
-    plain = clip_views(16, frames=6, rotate=20, blur=1.0, grayscale=1.0, **COLORS).evaluation()
+    plain = ClipViews.preset(
+        16, frames=6, rotate=20, blur=1.0, grayscale=1.0, **COLORS
+    ).evaluation()
     assert torch.equal(
-        plain.apply(item, 0)[0], clip_views(16, frames=6).evaluation().apply(item, 1)[0]
+        plain.apply(item, 0)[0], ClipViews.preset(16, frames=6).evaluation().apply(item, 1)[0]
     )

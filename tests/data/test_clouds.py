@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastssl.data.synthetic.clouds import SURFACES, CloudsSource, _by_area, cloud
-from fastssl.data.views.cloud import CloudViews, cloud_views
+from fastssl.data.views.cloud import CloudViews
 from fastssl.data.views.spec import apply, view_spec
 
 
@@ -84,7 +84,7 @@ ITEM = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
 
 
 def test_views_are_subsets():
-    spec = cloud_views(20, scale=(1.0, 1.0), translate=0.0)
+    spec = CloudViews.preset(20, scale=(1.0, 1.0), translate=0.0)
     seen = set()
     for seed in range(30):
         (view,) = spec.apply(ITEM, seed)
@@ -96,7 +96,7 @@ def test_views_are_subsets():
 
 
 def test_views_are_scaled_and_shifted_along_each_axis():
-    spec = cloud_views(20, subset="first")
+    spec = CloudViews.preset(20, subset="first")
     factors, shifts = [], []
     for seed in range(60):
         (view,) = spec.apply(ITEM, seed)
@@ -113,15 +113,15 @@ def test_views_are_scaled_and_shifted_along_each_axis():
 
 
 def test_small_clouds_are_repeated():
-    plain = cloud_views(120).evaluation()
+    plain = CloudViews.preset(120).evaluation()
     (view,) = plain.apply(ITEM, 0)
     assert torch.equal(view, torch.cat([ITEM, ITEM, ITEM[:20]]))
-    (view,) = cloud_views(120, scale=(1.0, 1.0), translate=0.0).apply(ITEM, 1)
+    (view,) = CloudViews.preset(120, scale=(1.0, 1.0), translate=0.0).apply(ITEM, 1)
     assert torch.equal(view[:50].sort(0).values, ITEM.sort(0).values)
 
 
 def test_views_are_pure_functions_of_item_and_seed():
-    spec = cloud_views(30, count=2)
+    spec = CloudViews.preset(30, count=2)
     a, b = apply(spec, ITEM, 3), apply(spec, ITEM, 3)
     assert len(a) == 2 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a[0], a[1]) and not torch.equal(a[0], apply(spec, ITEM, 4)[0])

@@ -169,7 +169,7 @@ def test_names_that_are_not_utf8():
     odd = os.fsdecode(b"caf\xe9.png")
     kept = Names(["a", "", odd, "é"])
     assert [kept[i] for i in range(len(kept))] == ["a", "", odd, "é"]
-    some = kept.select(np.array([3, 2, 3]))
+    some = kept[np.array([3, 2, 3])]
     assert [some[i] for i in range(len(some))] == ["é", odd, "é"]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources import frames as room
 from fastssl.data.sources.frames import FramesSource
-from fastssl.data.views.clip import clip_views
+from fastssl.data.views.clip import ClipViews
 from fastssl.data.views.spec import apply
 from tests.data.made import names
 
@@ -44,7 +44,7 @@ def test_class_folders_of_clips(tmp_path):
     assert red(clip) == list(range(12))  # frame 10 after frame 9
     part = pickle.loads(pickle.dumps(whole.select(np.array([2, 0]))))
     assert red(part.item(0)) == [0, 1] and part.labels.tolist() == [1, 0]
-    (view,) = apply(clip_views(8, frames=4, count=1), clip, 3)
+    (view,) = apply(ClipViews.preset(8, frames=4, count=1), clip, 3)
     assert view.shape == (3, 4, 8, 8)
 
 

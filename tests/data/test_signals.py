@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastssl.data.synthetic.signals import WAVES, SignalsSource, signal
-from fastssl.data.views.signal import SignalViews, signal_views
+from fastssl.data.views.signal import SignalViews
 from fastssl.data.views.spec import apply, view_spec
 
 
@@ -74,12 +74,13 @@ def test_the_source_names_and_selects():
 
 def test_views_have_mean_0_and_deviation_1():
     item = 3e4 + 5 * torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
-    (view,) = signal_views(100, gain=(1.0, 1.0)).apply(item, 3)
+    (view,) = SignalViews.preset(100, gain=(1.0, 1.0)).apply(item, 3)
     assert view.shape == (2, 100) and view.dtype == torch.float32
     torch.testing.assert_close(view.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
     torch.testing.assert_close(view.std(correction=0), torch.tensor(1.0))
     loud = [
-        signal_views(100, gain=(0.5, 2.0)).apply(item, s)[0].std(correction=0) for s in range(99)
+        SignalViews.preset(100, gain=(0.5, 2.0)).apply(item, s)[0].std(correction=0)
+        for s in range(99)
     ]
     logs = torch.stack(loud).log2()
     assert logs.min() > -1.001 and logs.max() < 1.001 and -0.3 < logs.mean() < 0.3
@@ -87,33 +88,35 @@ def test_views_have_mean_0_and_deviation_1():
 
 
 def test_silence_stays_silent():
-    (view,) = signal_views(10).apply(torch.full((1, 20), 7.0), 0)
+    (view,) = SignalViews.preset(10).apply(torch.full((1, 20), 7.0), 0)
     assert (view == 0).all()
 
 
 def test_crops_are_stretches_of_the_signal():
     item = torch.arange(30.0)[None]
-    spec = signal_views(20, gain=(1.0, 1.0))
+    spec = SignalViews.preset(20, gain=(1.0, 1.0))
     deviation = torch.arange(20.0).std(correction=0)
     views = [spec.apply(item, seed)[0][0] for seed in range(100)]
     for view in views:
         torch.testing.assert_close(view.diff(), torch.full((19,), 1 / deviation.item()))
     ramp = torch.arange(40) ** 2.0
     starts = {
-        int(v.argmin()) for v in (signal_views(30).apply(ramp[None], s)[0][0] for s in range(9))
+        int(v.argmin())
+        for v in (SignalViews.preset(30).apply(ramp[None], s)[0][0] for s in range(9))
     }
     assert starts == {0}
     first = [
-        signal_views(4).apply((torch.arange(9) == 4).float()[None], s)[0][0] for s in range(99)
+        SignalViews.preset(4).apply((torch.arange(9) == 4).float()[None], s)[0][0]
+        for s in range(99)
     ]
     assert {int(v.argmax()) if v.any() else -1 for v in first} == {-1, 0, 1, 2, 3}
-    (short,) = signal_views(50).evaluation().apply(item, 0)
+    (short,) = SignalViews.preset(50).evaluation().apply(item, 0)
     torch.testing.assert_close(short[0, 30:], short[0, :20])
 
 
 def test_views_are_pure_functions_of_item_and_seed():
     item = signal(0, 0, 0, 300)
-    spec = signal_views(100, count=2)
+    spec = SignalViews.preset(100, count=2)
     a, b = apply(spec, item, 3), apply(spec, item, 3)
     assert len(a) == 2 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a[0], a[1]) and not torch.equal(a[0], apply(spec, item, 4)[0])

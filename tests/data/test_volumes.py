@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as V
 
 from fastssl.data.synthetic.volumes import SOLIDS, VolumesSource, distance, volume
 from fastssl.data.views.spec import apply, view_spec
-from fastssl.data.views.volume import VolumeViews, volume_views
+from fastssl.data.views.volume import VolumeViews
 
 WHOLE = {"crop_scale": (1.0, 1.0), "flip": 0.0, "mean": 0.0, "std": 1.0}
 N = 2000
@@ -23,7 +23,7 @@ def item(depth=12, height=16, width=20, channels=1, seed=0):
 
 
 def one(x, seed, size=16, **fields):
-    (view,) = volume_views(size, **{**WHOLE, **fields}).apply(x, seed)
+    (view,) = VolumeViews.preset(size, **{**WHOLE, **fields}).apply(x, seed)
     return view
 
 
@@ -121,7 +121,9 @@ def test_crops_have_their_volume_and_place():
     at = (torch.arange(side) + 0.5) / side
     axes = torch.meshgrid(at, at, at, indexing="ij")
     x = torch.stack(axes)
-    spec = volume_views(size, **{**WHOLE, "crop_scale": (0.2, 0.8), "crop_ratio": (0.8, 1.25)})
+    spec = VolumeViews.preset(
+        size, **{**WHOLE, "crop_scale": (0.2, 0.8), "crop_ratio": (0.8, 1.25)}
+    )
     volumes, ratios, places = [], [], []
     for seed in range(600):
         (view,) = spec.apply(x, seed)
@@ -228,7 +230,7 @@ FULL = dict(flip=0.5, turn=0.5, blur=0.5, gamma=1.5, gain=0.2, shift=0.3, noise=
 
 def test_views_are_pure_functions_and_evaluation_is_plain():
     x, before = item(), item()
-    spec = volume_views(8, count=2, depth=6, **FULL)
+    spec = VolumeViews.preset(8, count=2, depth=6, **FULL)
     a, b = apply(spec, x, 3), apply(spec, x, 3)
     assert torch.equal(x, before)
     assert all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
@@ -236,7 +238,9 @@ def test_views_are_pure_functions_and_evaluation_is_plain():
     assert [tuple(v.shape) for v in a] == spec.shapes(1) == [(1, 6, 8, 8)] * 2
     plain = spec.evaluation()
     assert torch.equal(plain.apply(x, 0)[0], plain.apply(x, 9)[0]) and plain.evaluation() == plain
-    assert torch.equal(plain.apply(x, 0)[0], volume_views(8, depth=6).evaluation().apply(x, 0)[0])
+    assert torch.equal(
+        plain.apply(x, 0)[0], VolumeViews.preset(8, depth=6).evaluation().apply(x, 0)[0]
+    )
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -246,7 +250,7 @@ def test_one_operation_leaves_the_others_as_they_were(name):
     nearly = {"gamma": 1 + 1e-7, "gain": 1e-7, "shift": 1e-7}.get(name)
     if nearly is None:
         nearly = 1e-12  # a probability: never, but drawn
-    a, b = (volume_views(8, **{**FULL, name: v}) for v in (neutral, nearly))
+    a, b = (VolumeViews.preset(8, **{**FULL, name: v}) for v in (neutral, nearly))
     for seed in range(8):
         x, y = (spec.apply(item(), seed)[0] for spec in (a, b))
         torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
@@ -254,7 +258,7 @@ def test_one_operation_leaves_the_others_as_they_were(name):
 
 def test_shown_undoes_the_normalization():
     x = item(channels=3)
-    plain = volume_views(16).evaluation()
+    plain = VolumeViews.preset(16).evaluation()
     (view,) = plain.apply(x, 0)
     torch.testing.assert_close(plain.shown(view[None])[0], one(x, 0).clamp(0, 1))
     many = plain.apply(item(channels=4), 0)[0][None]
@@ -270,4 +274,4 @@ def test_bad_items_and_options_are_refused():
     with pytest.raises(ValueError, match="did you mean 'depth'"):
         view_spec("volumes", 16, depht=4)
     with pytest.raises(ValueError, match="low end"):
-        volume_views(16, noise_sigma=(0.9, 0.5))
+        VolumeViews.preset(16, noise_sigma=(0.9, 0.5))

@@ -77,11 +77,7 @@ class Drawn(NamedTuple):
 
 
 def _draw_box(
-    scale: tuple[float, float],
-    ratios: tuple[float, float],
-    height: int,
-    width: int,
-    rng: Random,
+    scale: tuple[float, float], ratios: tuple[float, float], height: int, width: int, rng: Random
 ) -> tuple[int, int, int, int]:
     """Top, left, height, width.  Source: Szegedy et al. 2014, arXiv:1409.4842, section 6."""
     (small, large), (narrow, wide) = scale, ratios
@@ -248,12 +244,8 @@ def render(view: View, image: Tensor, p: Drawn) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _norm(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> tuple[Tensor, Tensor]:
-    values = []
-    for given in (mean, std):
-        used = given if len(given) == channels else (sum(given) / len(given),)
-        values.append(torch.tensor(used, dtype=torch.float32).view(-1, 1, 1))
-    return values[0], values[1]
+def _column(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
 def draw_views(views: Views, height: int, width: int, seed: int) -> list[Drawn]:
@@ -283,7 +275,7 @@ def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
         raise ValueError(f"image: want uint8 (1 or 3, H, W), got {image.dtype} {list(image.shape)}")
     channels, height, width = image.shape
-    mean, std = _norm(views.mean, views.std, channels)
+    mean, std = map(_column, views.normalization(channels))
     out = []
     for view, p in zip(views.crops, draw_views(views, height, width, seed), strict=True):
         out.append(erased((render(view, image, p) - mean).div_(std), p))

@@ -28,8 +28,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fastssl.data.errors import DataError
-from fastssl.data.sources.base import Items, Source, SourceOptions
+from fastssl.data.sources.base import Source, SourceOptions
 from fastssl.data.sources.folder import scan_folder
+from fastssl.data.synthetic.generated import Generated, padded
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,12 @@ class FractalsSource(SourceOptions):
         description="folder to keep them in as JPEG; without it they are drawn at each use",
     )
 
+    def layout(self) -> tuple[tuple[str, ...], int]:
+        return tuple(padded(k, self.classes) for k in range(self.classes)), 3
+
+    def draw(self, label: int, instance: int) -> Tensor:
+        return fractal(self.seed, label, instance, self.size)
+
     def open(self) -> tuple[Source, ...]:
         if self.cache is None:
             return (FractalImages(self),)
@@ -169,27 +176,14 @@ class FractalsSource(SourceOptions):
         return (whole,)
 
 
-class FractalImages(Items):
-    """Fractals drawn when asked for: image i of class i // per_class."""
-
-    channels, per_item = 3, ("members", "labels")
+class FractalImages(Generated):
+    """Fractals drawn when asked for, named as the files of a cache are."""
 
     def __init__(self, cfg: FractalsSource):
-        self.cfg, self.members = cfg, np.arange(cfg.classes * cfg.per_class)
-        self.labels = torch.from_numpy(self.members // cfg.per_class)
-        self.classes = tuple(_padded(k, cfg.classes) for k in range(cfg.classes))
-
-    def item(self, i: int) -> Tensor:
-        label, instance = divmod(int(self.members[i]), self.cfg.per_class)
-        return fractal(self.cfg.seed, label, instance, self.cfg.size)
+        super().__init__(cfg, np.arange(cfg.classes * cfg.per_class))
 
     def name(self, i: int) -> str:
-        label, instance = divmod(int(self.members[i]), self.cfg.per_class)
-        return f"{self.classes[label]}/{_padded(instance, self.cfg.per_class)}.jpg"
-
-
-def _padded(k: int, count: int) -> str:
-    return f"{k:0{len(str(count - 1))}d}"
+        return f"{super().name(i)}.jpg"
 
 
 def cache_fractals(cfg: FractalsSource, cache: Path) -> Path:

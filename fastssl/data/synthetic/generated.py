@@ -4,6 +4,8 @@ Item i is instance i % per_class of class i // per_class, and a pure function of
 instance): nothing is stored, and every process draws it alike.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -37,7 +39,7 @@ class Generated(Items):
 
     per_item = ("members", "labels")
 
-    def __init__(self, options: GeneratedOptions, members: np.ndarray):
+    def __init__(self, options: Any, members: np.ndarray):
         self.options, self.members = options, members
         self.classes, self.channels = options.layout()
         self.labels = torch.from_numpy(members // options.per_class)
@@ -48,5 +50,9 @@ class Generated(Items):
 
     def name(self, i: int) -> str:
         label, instance = divmod(int(self.members[i]), self.options.per_class)
-        digits = len(str(self.options.per_class - 1))
-        return f"{self.classes[label]}/{instance:0{digits}d}"
+        return f"{self.classes[label]}/{padded(instance, self.options.per_class)}"
+
+
+def padded(k: int, count: int) -> str:
+    """Number k of `count` from 0 on, all as long as the last."""
+    return f"{k:0{len(str(count - 1))}d}"

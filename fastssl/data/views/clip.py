@@ -1,7 +1,7 @@
 """The views of a clip: a stretch of frames, cropped and flipped as one: one draw for all frames."""
 
 from random import Random
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -26,11 +26,12 @@ class ClipViews(ItemViews):
     frames      every `stride`-th from a start drawn uniformly; a clip too short repeats its last
     the rest    as in images' views (image.py), one draw for all frames; contrast is about the mean
                 of each frame; mean and std are of all channels
+    The defaults are those that VideoMAE trains on.
     Source: Tong et al. 2022, VideoMAE, arXiv:2203.12602 (crop and flip; no other augmentation), and
     for colors and blur Qian et al. 2021, CVRL, arXiv:2008.03800, section 3.2 (consistent in time).
     """
 
-    kind: ClassVar[str] = "clip"
+    kind, named = "clip", "clips"
 
     size: int = Field(ge=4, le=4096, description="height and width of the view, pixels")
     frames: int = Field(default=16, ge=1, le=1024, description="length of the view, frames")
@@ -103,11 +104,3 @@ class ClipViews(ItemViews):
         at = (start + torch.arange(self.frames) * self.stride).clamp(max=T - 1)
         pixels = render(look, item[:, at].transpose(0, 1), draw(look, H, W, key))
         return ((pixels - self.mean) / self.std).transpose(0, 1).contiguous()
-
-
-def clip_views(size: int, **overrides: Any) -> ClipViews:
-    """The views of `size` pixels that VideoMAE trains on, with any other field set anew.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return ClipViews.preset("clips", {"size": size}, overrides)

@@ -1,15 +1,13 @@
 """The views of a cloud of points: some of its points, scaled and shifted."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from fastssl.data.views.image import (
-    check_order,
-)
+from fastssl.data.views.image import check_order
 from fastssl.data.views.item import ItemViews
 
 Factor = Annotated[float, Field(gt=0, le=10)]
@@ -21,10 +19,11 @@ class CloudViews(ItemViews):
     subset     `points` of the N at random, without repetition as far as they go
     scale      each axis times U(scale)
     translate  each axis plus U(-translate, translate)
+    The defaults are those that Point-MAE trains on.
     Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 4.1 (scaling and translation).
     """
 
-    kind: ClassVar[str] = "cloud"
+    kind, named, sized = "cloud", "clouds", "points"
 
     points: int = Field(ge=4, le=2**20, description="points of the view")
     subset: Literal["random", "first"] = Field(
@@ -43,10 +42,6 @@ class CloudViews(ItemViews):
         """The first points, as they are: generated clouds have no order."""
         return self.with_fields(count=1, subset="first", scale=(1.0, 1.0), translate=0.0)
 
-    def shown(self, view: Tensor) -> Tensor:
-        """Clouds as they are."""
-        return view
-
     def check(self, item: Tensor) -> None:
         if item.ndim != 2 or item.numel() == 0 or not item.is_floating_point():
             raise ValueError(f"cloud: want float (N, 3), N > 0, got {item.dtype} {[*item.shape]}")
@@ -61,11 +56,3 @@ class CloudViews(ItemViews):
         chosen = item[torch.from_numpy(np.resize(order, self.points))]
         moved = chosen.double() * torch.from_numpy(factor) + torch.from_numpy(shift)
         return moved.float()
-
-
-def cloud_views(size: int, **overrides: Any) -> CloudViews:
-    """The views of `size` points that Point-MAE trains on, with any other field set anew.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return CloudViews.preset("clouds", {"points": size}, overrides)

@@ -1,6 +1,5 @@
 """What the view specs of clips, volumes, signals, clouds and rows share; image.py has images'."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,21 +14,23 @@ class ItemViews(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: ClassVar[str]
+    named: ClassVar[str]  # the preset
+    sized: ClassVar[str] = "size"  # the field that is the preset's size; "": it has none
 
     count: int = Field(default=1, ge=1, le=64, description="how many views of each item")
 
     @classmethod
-    def preset(cls, name: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
-        """The spec of `fields`, with others set anew by `overrides`.
+    def preset(cls, size: int, **overrides: Any) -> Self:
+        """The views of `size` (pixels, samples, points), with any other field set anew.
 
         Raises ValueError for an override that is no field, naming the closest, or out of bounds.
         """
         overrides = rename_fields(overrides)
-        valid = [field for field in cls.model_fields if field not in fields]
+        valid = [field for field in cls.model_fields if field != cls.sized]
         for key in overrides:
             if key not in valid:
-                raise unknown(f"override of preset {name!r}", key, valid)
-        return cls.model_validate({**fields, **overrides})
+                raise unknown(f"override of preset {cls.named!r}", key, valid)
+        return cls.model_validate(({cls.sized: size} if cls.sized else {}) | overrides)
 
     def with_fields(self, **fields: Any) -> Self:
         """The same spec with these fields."""
@@ -42,6 +43,10 @@ class ItemViews(BaseModel):
         """
         self.check(item)
         return [self.view(item, (seed << 16) | v) for v in range(self.count)]
+
+    def shown(self, view: Tensor) -> Tensor:
+        """Views (n, ...) as pictures show them: as they are."""
+        return view
 
     def check(self, item: Tensor) -> None:
         """Raise ValueError for an item of another shape or dtype."""

@@ -1,15 +1,13 @@
 """The views of a signal: a stretch of samples, standardized and made louder or softer."""
 
 from random import Random
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from fastssl.data.views.image import (
-    check_order,
-)
+from fastssl.data.views.image import check_order
 from fastssl.data.views.item import ItemViews
 
 Gain = Annotated[float, Field(gt=0, le=100)]
@@ -23,7 +21,7 @@ class SignalViews(ItemViews):
     gain        times exp(U(log gain)), the same for all channels
     """
 
-    kind: ClassVar[str] = "signal"
+    kind, named, sized = "signal", "signals", "length"
 
     length: int = Field(ge=4, le=2**24, description="samples of the view")
     start: Literal["random", "middle"] = Field(
@@ -41,10 +39,6 @@ class SignalViews(ItemViews):
         """The middle of the signal, normalized."""
         return self.with_fields(count=1, start="middle", gain=(1.0, 1.0))
 
-    def shown(self, view: Tensor) -> Tensor:
-        """Signals as they are."""
-        return view
-
     def check(self, item: Tensor) -> None:
         if item.ndim != 2 or item.numel() == 0 or not item.is_floating_point():
             raise ValueError(f"signal: want float (C, W), W > 0, got {item.dtype} {[*item.shape]}")
@@ -61,11 +55,3 @@ class SignalViews(ItemViews):
         low, high = self.gain
         gain = low * (high / low) ** v
         return (x * (gain / deviation if deviation > 1e-8 else 0.0)).float()
-
-
-def signal_views(size: int, **overrides: Any) -> SignalViews:
-    """Views of `size` samples: random crops, normalized, of slightly varied loudness.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return SignalViews.preset("signals", {"length": size}, overrides)

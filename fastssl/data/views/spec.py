@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fastssl.data.views.clip import clip_views
-from fastssl.data.views.cloud import cloud_views
+from fastssl.data.views.clip import ClipViews
+from fastssl.data.views.cloud import CloudViews
 from fastssl.data.views.image import PRESETS, Views, preset, unknown
-from fastssl.data.views.signal import signal_views
-from fastssl.data.views.table import table_views
-from fastssl.data.views.volume import volume_views
+from fastssl.data.views.signal import SignalViews
+from fastssl.data.views.table import TableViews
+from fastssl.data.views.volume import VolumeViews
 
 
 class ViewSpec(Protocol):
@@ -49,11 +49,8 @@ class ViewSpec(Protocol):
 
 # preset: (size, **overrides) -> spec, of items that are no images.
 KINDS: dict[str, Callable[..., ViewSpec]] = {
-    "clips": clip_views,
-    "signals": signal_views,
-    "clouds": cloud_views,
-    "table": table_views,
-    "volumes": volume_views,
+    kind.named: kind.preset
+    for kind in (ClipViews, SignalViews, CloudViews, TableViews, VolumeViews)
 }
 
 

@@ -1,7 +1,5 @@
 """The views of a table's row."""
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
 from fastssl.data.views.item import ItemViews
@@ -10,7 +8,7 @@ from fastssl.data.views.item import ItemViews
 class TableViews(ItemViews):
     """Rows as they are, float32 (F,): a table has no augmentation that keeps its meaning."""
 
-    kind: ClassVar[str] = "row"
+    kind, named, sized = "row", "table", ""
 
     def shapes(self, channels: int) -> list[tuple[int, ...]]:
         """(channels,) of each view."""
@@ -19,21 +17,9 @@ class TableViews(ItemViews):
     def evaluation(self) -> "TableViews":
         return self.with_fields(count=1)
 
-    def shown(self, view: Tensor) -> Tensor:
-        """Rows as they are."""
-        return view
-
     def check(self, item: Tensor) -> None:
         if item.ndim != 1 or not item.is_floating_point():
             raise ValueError(f"row: want float (F,), got {item.dtype} {list(item.shape)}")
 
     def view(self, item: Tensor, key: int) -> Tensor:
         return item.float()
-
-
-def table_views(size: int, **overrides: Any) -> TableViews:
-    """The rows; they have the size of their table, whatever `size`.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return TableViews.preset("table", {}, overrides)

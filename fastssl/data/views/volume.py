@@ -2,7 +2,7 @@
 
 import math
 from random import Random
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -10,14 +10,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from fastssl.data.views.image import (
-    Area,
-    Probability,
-    Ratio,
-    Sigma,
-    Spread,
-    check_order,
-)
+from fastssl.data.views.image import Area, Probability, Ratio, Sigma, Spread, check_order
 from fastssl.data.views.item import ItemViews
 
 
@@ -42,7 +35,7 @@ class VolumeViews(ItemViews):
     defaults (crop and flips alone) are no paper's.
     """
 
-    kind: ClassVar[str] = "volume"
+    kind, named = "volume", "volumes"
 
     size: int = Field(ge=4, le=1024, description="height and width of the view, voxels")
     depth: int | None = Field(default=None, ge=1, le=1024, description="its depth; none: size")
@@ -173,11 +166,3 @@ def _blur(size: int, sigma: float) -> Tensor:
     at = torch.arange(size)[:, None] + taps
     at = (size - 1) - ((size - 1) - at.abs()).abs()
     return torch.zeros(size, size).scatter_add_(1, at, weights.expand(size, len(taps)))
-
-
-def volume_views(size: int, **overrides: Any) -> VolumeViews:
-    """The views of `size` voxels a side, with any other field set anew.
-
-    Raises ValueError for an unknown override, naming the closest, or a value out of bounds.
-    """
-    return VolumeViews.preset("volumes", {"size": size}, overrides)
