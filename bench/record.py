@@ -12,7 +12,7 @@ import json
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -152,6 +152,14 @@ class Run:
     seconds: float | None = None  # None: the run was cut short
 
 
+_MADE_OF: dict[str, tuple[Any, str]] = {  # a line's kind: its class, and where a run keeps it
+    "ceiling": (Ceiling, "ceilings"),
+    "result": (Result, "results"),
+    "fit": (Fit, "fits"),
+    "published": (Published, "published"),
+}
+
+
 def conditions(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     """Where and with what this runs: device, driver, threads, versions, commit, command, time."""
     on_gpu = device.type == "cuda"
@@ -182,18 +190,11 @@ def write(path: Path, run: Run) -> None:
     """Write a whole run; an existing file is replaced."""
     path.unlink(missing_ok=True)
     write_line(path, "run", run.conditions)
-    for kind, items in _lines(run):
-        for item in items:
+    for kind, (_, place) in _MADE_OF.items():
+        for item in getattr(run, place):
             write_line(path, kind, item)
     if run.seconds is not None:
         write_line(path, "end", {"seconds": run.seconds})
-
-
-def _lines(run: Run) -> Iterable[tuple[str, Sequence[Any]]]:
-    yield "ceiling", run.ceilings
-    yield "result", run.results
-    yield "fit", run.fits
-    yield "published", run.published
 
 
 def read(path: Path) -> Run:
@@ -216,15 +217,12 @@ def _with_line(run: Run | None, kind: str, fields: dict[str, Any]) -> Run:
         return Run(fields)
     if run is None:
         raise ValueError("the first line must be of kind 'run'")
-    if kind == "result":
-        spreads = {name: Spread(**spread) for name, spread in fields["ms"].items()}
-        run.results.append(Result(**{**fields, "ms": spreads}))
-    elif kind == "end":
+    if kind == "end":
         return Run(**{**vars(run), "seconds": fields["seconds"]})
-    else:
-        makers = {"ceiling": (Ceiling, run.ceilings), "fit": (Fit, run.fits)}
-        make, place = {**makers, "published": (Published, run.published)}[kind]
-        place.append(make(**fields))
+    if kind == "result":
+        fields["ms"] = {name: Spread(**spread) for name, spread in fields["ms"].items()}
+    make, place = _MADE_OF[kind]
+    getattr(run, place).append(make(**fields))
     return run
 
 

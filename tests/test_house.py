@@ -34,7 +34,7 @@ ROOMS = {
     "engine": "models distributed schedules section files "
     "deepspeed timm pydantic safetensors numpy",
     "evaluate": "data kernels random distributed sklearn numpy",
-    "report": "masking files *",
+    "report": "files *",
     "config": "methods engine data schedules section pydantic yaml",
     "export": "config engine data evaluate models files safetensors timm numpy",
     "run": "random config engine data methods evaluate report models distributed export files *",

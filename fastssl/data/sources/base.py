@@ -2,6 +2,7 @@
 
 import os
 from copy import copy
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
+from fastssl.data.errors import DataError
 from fastssl.section import Section
 
 
@@ -106,6 +108,15 @@ class SourceOptions(Section):
         Raises DataError, saying what to do, for data that cannot be used.
         """
         raise TypeError(f"{type(self).__name__} does not define open()")
+
+
+def needed(package: str, source: str) -> Any:
+    """The package that a source cannot do without.  Raises DataError, saying how to install it."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        message = f"the source {source} needs a package: pip install {package}"
+        raise DataError(message) from error
 
 
 def absolute(path: Path) -> Path:

@@ -5,6 +5,7 @@ perhaps a metadata file, which `datasets` calls an imagefolder.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,18 +15,12 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.base import Source, SourceOptions, absolute, needed
 from fastssl.data.sources.decode import EncodedItems, of_the_machine, read_bytes
 from fastssl.data.sources.records import MOST_CLASSES
 from fastssl.data.sources.webdataset import TESTS
 
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("the source hf_datasets needs a package: pip install datasets") from error
-    return datasets
+_datasets = partial(needed, "datasets", "hf_datasets")
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 import fnmatch
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,19 +12,14 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fastssl.data.errors import BadItem, DataError
-from fastssl.data.sources.base import Source, SourceOptions, absolute
+from fastssl.data.sources.base import Source, SourceOptions, absolute, needed
 from fastssl.data.sources.decode import EncodedItems
 from fastssl.data.sources.names import Names, printable
 
 _OPENED: dict[tuple[int, str], Any] = {}  # by process and path: one may not open a database twice
 
 
-def _lmdb() -> Any:
-    try:
-        import lmdb
-    except ImportError as error:
-        raise DataError("the source lmdb needs a package: pip install lmdb") from error
-    return lmdb
+_lmdb = partial(needed, "lmdb", "lmdb")
 
 
 def _environment(path: Path) -> Any:

@@ -49,9 +49,7 @@ def _turned(radius: np.ndarray, height: np.ndarray, u: np.ndarray, corners: int 
     return np.stack([radius * np.cos(b), radius * np.sin(b), height])
 
 
-def _tube(
-    line: Callable[[np.ndarray], np.ndarray], u: np.ndarray, v: np.ndarray, width: float
-) -> np.ndarray:
+def _tube(line: Curve, u: np.ndarray, v: np.ndarray, width: float) -> np.ndarray:
     """A tube of radius `width` about the curve line(u), (3, ...)."""
     step = 1e-4
     along = line(u + step) - line(u - step)

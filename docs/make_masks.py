@@ -1,5 +1,9 @@
-"""A contact sheet of every mask generator: which places it hides, seed by seed."""
+"""A contact sheet of every mask generator: which places it hides, seed by seed.
 
+python docs/make_masks.py docs/masks.png
+"""
+
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,3 +79,9 @@ def _picture(places: Tensor) -> Tensor:
     table = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in _COLORS]
     pixels = torch.tensor(table)[places].permute(2, 0, 1)
     return pixels.repeat_interleave(_PIXELS, 1).repeat_interleave(_PIXELS, 2)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("give the picture to write: python docs/make_masks.py OUT.png")
+    plot_masks(Path(sys.argv[1]))
