@@ -37,7 +37,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "config/keys.check_keys": [
         ("if name not in names:", "if name is names:"),
         ("if key not in names:", "if key is names:"),
-        ("if isinstance(value, list) else [value]", "if value else [value]"),
+        ("enumerate(value)} if isinstance(value, list)", "enumerate(value)} if value"),
     ],
     "config/keys._no_model": [("n=3", "n=1"), ('return ""\n    known', "return name\n    known")],
     "config/schema.notes": [

@@ -1,7 +1,7 @@
 """The views of a clip: a stretch of frames, cropped and flipped as one: one draw for all frames."""
 
 from random import Random
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -31,7 +31,8 @@ class ClipViews(ItemViews):
     for colors and blur Qian et al. 2021, CVRL, arXiv:2008.03800, section 3.2 (consistent in time).
     """
 
-    kind, named = "clip", "clips"
+    kind: ClassVar[str] = "clip"
+    named = "clips"
 
     size: int = Field(ge=4, le=4096, description="height and width of the view, pixels")
     frames: int = Field(default=16, ge=1, le=1024, description="length of the view, frames")

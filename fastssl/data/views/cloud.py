@@ -1,6 +1,6 @@
 """The views of a cloud of points: some of its points, scaled and shifted."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ class CloudViews(ItemViews):
     Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 4.1 (scaling and translation).
     """
 
-    kind, named, sized = "cloud", "clouds", "points"
+    kind: ClassVar[str] = "cloud"
+    named, sized = "clouds", "points"
 
     points: int = Field(ge=4, le=2**20, description="points of the view")
     subset: Literal["random", "first"] = Field(

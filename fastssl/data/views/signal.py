@@ -1,7 +1,7 @@
 """The views of a signal: a stretch of samples, standardized and made louder or softer."""
 
 from random import Random
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -21,7 +21,8 @@ class SignalViews(ItemViews):
     gain        times exp(U(log gain)), the same for all channels
     """
 
-    kind, named, sized = "signal", "signals", "length"
+    kind: ClassVar[str] = "signal"
+    named, sized = "signals", "length"
 
     length: int = Field(ge=4, le=2**24, description="samples of the view")
     start: Literal["random", "middle"] = Field(

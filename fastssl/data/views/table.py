@@ -1,5 +1,7 @@
 """The views of a table's row."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from fastssl.data.views.item import ItemViews
@@ -8,7 +10,8 @@ from fastssl.data.views.item import ItemViews
 class TableViews(ItemViews):
     """Rows as they are, float32 (F,): a table has no augmentation that keeps its meaning."""
 
-    kind, named, sized = "row", "table", ""
+    kind: ClassVar[str] = "row"
+    named, sized = "table", ""
 
     def shapes(self, channels: int) -> list[tuple[int, ...]]:
         """(channels,) of each view."""

@@ -2,7 +2,7 @@
 
 import math
 from random import Random
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class VolumeViews(ItemViews):
     defaults (crop and flips alone) are no paper's.
     """
 
-    kind, named = "volume", "volumes"
+    kind: ClassVar[str] = "volume"
+    named = "volumes"
 
     size: int = Field(ge=4, le=1024, description="height and width of the view, voxels")
     depth: int | None = Field(default=None, ge=1, le=1024, description="its depth; none: size")
