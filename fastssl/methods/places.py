@@ -49,7 +49,10 @@ def patch_values(masked: MaskedViT) -> int:
 
 
 class MaskedMethod(Method):
-    """A method whose encoder is a ViT that reads some patches of an input, or all."""
+    """A method whose encoder is a ViT that reads some patches of an input, or all.
+
+    schedule: how many, as training goes on; the subclass sets it.
+    """
 
     masked: MaskedViT
     schedule: "MaskSchedule"

@@ -47,6 +47,9 @@ class VideoMAE(MaskedMethod):
         """Each clip's tubes and decoded tubelets; seeds (B,) int64."""
         return dual_masking(seeds, self.masked.grid, self.keep_per_frame, self.decode)
 
+    def after_step(self, progress: float) -> None:
+        """Nothing to do: as much is hidden from first to last."""
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (clips,) = batch["views"]
         dual = self.mask(batch["seeds"])
