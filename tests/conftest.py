@@ -16,7 +16,10 @@ if not torch.cuda.is_available():
 
 import fastssl.kernels  # noqa: E402  after the variable is set
 
-from . import covering  # noqa: E402
+from . import covering, interpreter  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    interpreter.quicken()
 
 # The doctests of kernels/ are collected by the folder's name.  Imported a second time under it, the
 # operators would be registered twice, and the second would not know the masks of the first.

@@ -1,18 +1,19 @@
 """Ahead-of-time proof: every Triton kernel in every configuration, compiled without a GPU.
 
     python -m fastssl.bench.aot                        everything, on sm_80, sm_90 and sm_100
-    python -m fastssl.bench.aot --used                 what is launched, each on one chip in turn
+    python -m fastssl.bench.aot --used                 what is launched: a class on one chip in turn
     python -m fastssl.bench.aot --quick                one shape class a kernel, its safe one
     python -m fastssl.bench.aot --kernel 'pairwise*' --target sm_90 --json proofs.jsonl
 
-Each registered kernel is compiled for each of its shape classes and configurations, and the machine
-code is read back with cuobjdump.  A configuration fails when
+Each registered kernel is compiled for each of its shape classes and configurations.  What it uses
+is read from the machine code, with cuobjdump, and how it multiplies from its PTX (disassembling
+would take as long again as compiling).  A configuration fails when
 
     it does not compile,
     it spills registers to local memory,
     it asks for more shared or tensor memory than a block may have on the chip, or
     it is said to multiply matrices (`Variant.product`) and has no matrix instruction; on sm_90
-    that must be Hopper's HGMMA, unless BLOCK_M is below its 64 rows: then HMMA will do.
+    that must be Hopper's wgmma, unless BLOCK_M is below its 64 rows: then mma will do.
 
 The exit status is 1 when one failed, and 2 when the command could not be understood.
 """
@@ -66,19 +67,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the machine code of one compilation says.
+    """What one compilation came to.
 
     registers       per thread
     spilled         bytes of local memory per thread: Triton has no other use for it
-    local_accesses  instructions that read or write them
     shared          bytes per block, without the kilobyte that the system reserves in each
     tensor_columns  of tensor memory per block
-    matrix          matrix instructions by name: HMMA, HGMMA (Hopper), UTCHMMA (Blackwell), ...
+    matrix          matrix instructions by name: mma, wgmma (Hopper), tcgen05 (Blackwell)
     """
 
     registers: int
     spilled: int
-    local_accesses: int
     shared: int
     tensor_columns: int
     matrix: dict[str, int]
@@ -117,12 +116,21 @@ def plan(
     """All compilations; `quick`, `used`: as the options."""
     tasks = []
     for kernel in kernels:
-        taking_turns = used and not quick and len(kernel.variants) >= len(targets)
-        for turn, variant in enumerate(list(kernel.variants.values())[: 1 if quick else None]):
+        variants = list(kernel.variants.values())[: 1 if quick else None]
+        taking_turns = used and len(variants) >= len(targets)
+        for turn, variant in enumerate(variants):
+            # A step further each round, or every third variant would go to the same chip.
+            lap = turn // len(targets)
             for at, target in enumerate(targets):
-                chosen = [variant.safe] if quick else configs(kernel.name, variant, target, used)
-                if taking_turns and at != turn % len(targets):
-                    chosen.remove(variant.safe)
+                chosen = configs(kernel.name, variant, target, used)
+                if quick:
+                    chosen = chosen[:1]
+                elif taking_turns and at == (turn + lap) % len(targets):
+                    chosen = (
+                        chosen[:1] if lap % 2 else chosen[-1:]
+                    )  # the safe and the tuned in turn
+                elif taking_turns:
+                    continue
                 tasks += [Task(kernel.name, variant.name, config, target) for config in chosen]
     return tasks
 
@@ -183,41 +191,42 @@ def read(kernel: Any) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     meta = kernel.metadata
-    return facts_of(text, meta.name, meta.shared, meta.tmem_size)
+    return facts_of(usage, kernel.asm["ptx"], meta.name, meta.shared, meta.tmem_size)
 
 
-def facts_of(text: str, function: str, shared: int = 0, tensor_columns: int = 0) -> Facts:
-    """The facts of `function` in what `cuobjdump -res-usage -sass` printed.
+def facts_of(
+    usage: str, ptx: str, function: str, shared: int = 0, tensor_columns: int = 0
+) -> Facts:
+    """The facts of `function` in its PTX and in what `cuobjdump -res-usage` printed.
 
     shared: bytes that the launch asks for, beside the static ones.  Raises ValueError when the
-    function is not in the text.
+    function is not in `usage`.
     """
-    usage = re.search(rf"Function {re.escape(function)}:\s*\n\s*(.*)", text)
-    if usage is None:
-        raise ValueError(f"cuobjdump -res-usage does not know a function {function!r}: {text!r}")
-    figures = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[1])}
+    line = re.search(rf"Function {re.escape(function)}:\s*\n\s*(.*)", usage)
+    if line is None:
+        raise ValueError(f"cuobjdump -res-usage does not know a function {function!r}: {usage!r}")
+    figures = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line[1])}
     static = figures["SHARED"]
     static -= RESERVED if static >= RESERVED else 0  # newer assemblers report it as the kernel's
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", text, re.M)
+    matrix = re.findall(r"\b(?:(mma)\.sync|(wgmma)\.mma_async|(tcgen05)\.mma)\b", ptx)
     return Facts(
         registers=figures["REG"],
         spilled=figures["STACK"] + figures["LOCAL"],
-        local_accesses=sum(name in ("LDL", "STL") for name in operations),
         shared=shared + static,
         tensor_columns=tensor_columns,
-        matrix=dict(Counter(name for name in operations if re.fullmatch("(UTC)?[A-Z]G?MMA", name))),
+        matrix=dict(Counter("".join(names) for names in matrix)),
     )
 
 
 def faults(facts: Facts, variant: Variant, config: Config, target: str) -> Iterator[str]:
     """What is wrong with a configuration, each with what to do."""
-    if facts.spilled or facts.local_accesses:
+    if facts.spilled:
         yield (
-            f"spills registers: {facts.spilled} bytes of local memory a thread, "
-            f"{facts.local_accesses} instructions on them; take smaller blocks or more warps"
+            f"spills registers: {facts.spilled} bytes of local memory a thread; "
+            "take smaller blocks or more warps"
         )
     asks = "asks for {} {} memory a block, {} has {}; take fewer stages or smaller blocks".format
     limit = SHARED_BYTES[target]
@@ -231,9 +240,9 @@ def faults(facts: Facts, variant: Variant, config: Config, target: str) -> Itera
             "or register the variant with product=False"
         )
     elif variant.product and target == "sm_90" and config.blocks.get("BLOCK_M", 64) >= 64:
-        if not any("GMMA" in name for name in facts.matrix):
+        if "wgmma" not in facts.matrix:
             yield (
-                f"multiplies with {', '.join(facts.matrix)}, not with Hopper's HGMMA; take 4 or 8 "
+                f"multiplies with {', '.join(facts.matrix)}, not with Hopper's wgmma; take 4 or 8 "
                 "warps, and operands that lie along the product's inner side"
             )
 

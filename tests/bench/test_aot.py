@@ -23,19 +23,12 @@ Resource usage:
  Function _lse:
   REG:108 STACK:1584 SHARED:1024 LOCAL:16 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-SASS = """
-	code for sm_90a
-		Function : _lse
-	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
-        /*0000*/                   LDC R1, c[0x0][0x28] ;               /* 0x00000a00ff017b82 */
-                                                                        /* 0x000fe20000000800 */
-        /*0010*/               @P0 STL.64 [R1+0x8], R4 ;                /* 0x000000080100b387 */
-        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
-        /*0030*/              @!P1 BRA 0x10 ;                           /* 0xffffffe00000994b */
-        /*0040*/                   BRA.U UP0, 0x60 ;
-        /*0050*/                   LDL R4, [R1] ;
-        /*0060*/                   EXIT ;
-        /*0070*/                   BRA 0x70;
+PTX = """
+	.reg .b32 %r<9>; // mma.sync_is_not_one
+	wgmma.fence.sync.aligned;
+	@%p1 wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1, 1, 1, 0, 1;
+	wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1, 1, 1, 0, 1;
+	wgmma.wait_group.sync.aligned 0;
 """
 
 
@@ -77,11 +70,11 @@ def test_json_holds_conditions_and_facts(compiled):
     assert "--kernel proof_good" in head["command"] and head["time"].startswith("20")
     assert {row["kind"] for row in good} == {"proof"}
     instructions = {row["target"]: set(row["matrix"]) for row in good}
-    assert instructions == {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}}
+    assert instructions == {"sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05"}}
     assert [row["tensor_columns"] for row in good] == [0, 0, 64]
     assert good[1]["config"]["blocks"] == {"BLOCK_M": 64, "BLOCK_N": 64}
     by = {row["kernel"]: row for row in others}
-    assert set(by["proof_narrow"]["matrix"]) == {"HMMA"}  # too small a tile for HGMMA
+    assert set(by["proof_narrow"]["matrix"]) == {"mma"}  # too small a tile for wgmma
     assert by["proof_scale"]["matrix"] == {} and by["proof_scale"]["faults"] == []
 
 
@@ -91,7 +84,7 @@ def test_json_holds_conditions_and_facts(compiled):
         ("proof_bad_spill", "spills registers"),
         ("proof_bad_shared", "bytes of shared memory a block, sm_90 has 232448"),
         ("proof_bad_product", "without matrix instructions"),
-        ("proof_bad_warps", "not with Hopper's HGMMA"),
+        ("proof_bad_warps", "not with Hopper's wgmma"),
         ("proof_bad_shape", "does not compile: CompilationError"),
         ("proof_bad_signature", "does not compile: ValueError"),
     ],
@@ -148,14 +141,18 @@ def test_plan_holds_every_variant_configuration_and_target_once():
     assert names == [f"k, first, M=64 warps=4 stages=2, {t}" for t in ("sm_80", "sm_90")]
 
 
-def test_what_is_used_is_compiled_for_one_chip_in_turn():
-    kernel = Kernel("k", None, {name: variant(name) for name in ("a", "b", "c", "d")})
+def test_what_is_used_is_compiled_for_one_chip_in_turn(monkeypatch):
+    tuned = {("k", "sm_80", name): Config({"BLOCK_M": 256}) for name in "abcdefghi"}
+    monkeypatch.setattr(aot.tuning, "table", lambda: tuned)
+    kernel = Kernel("k", None, {name: variant(name) for name in "abcdefghi"})
     tasks = aot.plan([kernel], ["sm_80", "sm_90", "sm_100"], used=True)
-    assert [(task.variant, task.target) for task in tasks] == [
-        *(("a", "sm_80"), ("b", "sm_90"), ("c", "sm_100"), ("d", "sm_80"))
+    assert "".join(task.variant for task in tasks) == "abcdefghi"
+    assert [task.target[3:] for task in tasks] == "80 90 100 90 100 80 100 80 90".split()
+    assert [task.config.blocks["BLOCK_M"] for task in tasks if task.target == "sm_80"] == [
+        *(256, 64, 256)  # the tuned and the safe in turn
     ]
     assert len(aot.plan([kernel], ["sm_80", "sm_90", "sm_100"], used=True, quick=True)) == 3
-    few = Kernel("k", None, {name: variant(name) for name in ("a", "b")})  # not all chips in turn
+    few = Kernel("k", None, {name: variant(name) for name in "xy"})  # not all chips in turn
     assert len(aot.plan([few], ["sm_80", "sm_90", "sm_100"], used=True)) == 6
 
 
@@ -203,24 +200,23 @@ def test_a_full_disk_is_no_verdict(monkeypatch, capsys):
 
 
 def facts(**changes):
-    found = dict(registers=64, spilled=0, local_accesses=0, shared=0, tensor_columns=0, matrix={})
+    found = dict(registers=64, spilled=0, shared=0, tensor_columns=0, matrix={})
     return aot.Facts(**(found | changes))
 
 
 @pytest.mark.parametrize(
     "changes, target, blocks, why",
     [
-        ({"matrix": {"HGMMA": 4}}, "sm_90", 64, ""),
-        ({"matrix": {"HMMA": 4}}, "sm_90", 32, ""),
-        ({"matrix": {"HMMA": 4}}, "sm_90", 64, "HGMMA"),
-        ({"matrix": {"HMMA": 4}}, "sm_80", 64, ""),
+        ({"matrix": {"wgmma": 4}}, "sm_90", 64, ""),
+        ({"matrix": {"mma": 4}}, "sm_90", 32, ""),
+        ({"matrix": {"mma": 4}}, "sm_90", 64, "wgmma"),
+        ({"matrix": {"mma": 4}}, "sm_80", 64, ""),
         ({"matrix": {}}, "sm_100", 16, "without matrix instructions"),
-        ({"matrix": {"HMMA": 1}, "shared": 163 * KB}, "sm_80", 64, ""),
-        ({"matrix": {"HMMA": 1}, "shared": 163 * KB + 1}, "sm_80", 64, "shared memory"),
-        ({"matrix": {"HMMA": 1}, "local_accesses": 1}, "sm_80", 64, "spills"),
-        ({"matrix": {"HMMA": 1}, "spilled": 8}, "sm_80", 64, "spills"),
-        ({"matrix": {"UTCHMMA": 1}, "tensor_columns": 512}, "sm_100", 64, ""),
-        ({"matrix": {"UTCHMMA": 1}, "tensor_columns": 513}, "sm_100", 64, "tensor memory"),
+        ({"matrix": {"mma": 1}, "shared": 163 * KB}, "sm_80", 64, ""),
+        ({"matrix": {"mma": 1}, "shared": 163 * KB + 1}, "sm_80", 64, "shared memory"),
+        ({"matrix": {"mma": 1}, "spilled": 8}, "sm_80", 64, "spills"),
+        ({"matrix": {"tcgen05": 1}, "tensor_columns": 512}, "sm_100", 64, ""),
+        ({"matrix": {"tcgen05": 1}, "tensor_columns": 513}, "sm_100", 64, "tensor memory"),
     ],
 )
 def test_the_verdicts(changes, target, blocks, why):
@@ -235,10 +231,10 @@ def test_no_product_needs_no_matrix_instruction():
 
 
 def test_facts_are_read():
-    found = aot.facts_of(USAGE + SASS, "_lse", shared=512, tensor_columns=64)
-    assert found == aot.Facts(108, 1600, 2, 512, 64, {"HGMMA": 1})
+    found = aot.facts_of(USAGE, PTX, "_lse", shared=512, tensor_columns=64)
+    assert found == aot.Facts(108, 1600, 512, 64, {"wgmma": 2})
     own = USAGE.replace("SHARED:1024", "SHARED:1280")  # more than the system's kilobyte
-    assert aot.facts_of(own, "_lse").shared == 256
-    assert aot.facts_of(USAGE.replace("SHARED:1024", "SHARED:8"), "_lse").shared == 8
+    assert aot.facts_of(own, PTX, "_lse").shared == 256
+    assert aot.facts_of(USAGE.replace("SHARED:1024", "SHARED:8"), "", "_lse").shared == 8
     with pytest.raises(ValueError, match="does not know a function 'other'"):
-        aot.facts_of(USAGE, "other")
+        aot.facts_of(USAGE, PTX, "other")

@@ -70,12 +70,12 @@ def test_own_split_shares_its_classes(tmp_path, test):
 
 
 @pytest.mark.parametrize("train, val", [("Train", "Val"), ("TRAINING", "Test")])
-def test_own_split_in_capitals(tmp_path, train, val):
+def test_own_split_in_capitals(tmp_path, caplog, train, val):
     """Fault 7: they were two classes, and the second was trained on."""
     put(tmp_path, f"{train}/a/1.png", f"{val}/b/2.png")
     first, second = open_source(FolderSource(path=tmp_path), seed=0)
     assert names(first) == [f"{train}/a/1.png"] and names(second) == [f"{val}/b/2.png"]
-    assert first.classes == ("a", "b")
+    assert first.classes == ("a", "b") and "left out" not in caplog.text
 
 
 def test_a_part_alone_is_the_data(tmp_path):

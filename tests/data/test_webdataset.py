@@ -376,6 +376,16 @@ def test_a_cut_header_or_label(tmp_path):
     assert reds(opened(tmp_path, labels=False)[0]) == [0, 1]
 
 
+@pytest.mark.parametrize("text", [b"0", b"cat"])
+def test_no_label_among_others_is_a_bad_item(tmp_path, text):
+    members = [(name, text if data == b"0" else data) for name, data in pairs(2)]
+    tar(tmp_path / "a.tar", [*members, ("c.png", encoded(2))])
+    (whole,) = opened(tmp_path)
+    assert [whole.classes[k] for k in whole.labels.tolist()[:2]] == [text.decode(), "1"]
+    with pytest.raises(BadItem, match="a.tar/c: it has no label"):
+        whole.item(2)
+
+
 def test_a_shard_shorter_than_its_index(tmp_path):
     opened(two(tmp_path))
     path = tmp_path / "train-000000.tar"

@@ -19,6 +19,14 @@ from tests.data.photos import folder
 from tests.runs import final, tiny
 
 
+@pytest.fixture(autouse=True)
+def _hangups():
+    """Started by nohup, a process ignores hangups, and so would the runs of these tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def saved_method(cfg):
     """All that a finished run's method keeps: parameters, queues, a teacher and its means."""
     last = max((cfg.directory / "checkpoints").glob("step-*"))
