@@ -1,8 +1,8 @@
 """Data sets of Hugging Face's `datasets`, from the disk alone."""
 
-import builtins
 import pickle
 import socket
+import sys
 
 import datasets
 import numpy as np
@@ -152,13 +152,6 @@ def test_mistakes_are_told_in_one_sentence(tmp_path):
 
 
 def test_without_the_package(tmp_path, monkeypatch):
-    whole = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "datasets":
-            raise ImportError(name)
-        return whole(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         opened(tmp_path)

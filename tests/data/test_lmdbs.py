@@ -1,8 +1,8 @@
 """LMDB databases: keys, labels, processes, and damage."""
 
-import builtins
 import os
 import pickle
+import sys
 
 import lmdb
 import numpy as np
@@ -126,13 +126,6 @@ def test_damaged_pages(tmp_path):
 
 
 def test_without_the_package(tmp_path, monkeypatch):
-    whole = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "lmdb":
-            raise ImportError(name)
-        return whole(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(DataError, match="pip install lmdb"):
         opened(tmp_path)
