@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def register(kernel: Kernel) -> Kernel:
 
 
 def kernels() -> dict[str, Kernel]:
-    """Every registered kernel by name."""
+    """Every registered kernel by name, after importing all families' kernels, and Triton."""
+    package = __name__.removesuffix(".common.tuning")
+    for path in sorted(Path(__file__).parents[1].glob("*/*_triton.py")):
+        import_module(f"{package}.{path.parent.name}.{path.stem}")
     return dict(_kernels)
 
 

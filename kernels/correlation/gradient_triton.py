@@ -17,10 +17,13 @@ In the kernel capitals are pointers.
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.triton import tl, triton
+from ..common.matmul import product
+from ..common.triton import rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
 from .configs import Terms, finish_variants, shape_class
 from .gram_torch import Matrix
@@ -81,6 +84,20 @@ def finish_all(
         part = Matrix(matrix.values, diagonal, matrix.fp16_scale)
         finish(products(i), part, Terms(mine, other, *terms[2:]), out[i])
     return out
+
+
+def gradient(matrix: Matrix, rows: Tensor | None, terms: Terms, transposed: bool) -> Tensor:
+    """By a Gram, of all ranks' rows; rows None: by a covariance C, or C^T, of terms' `other`."""
+    mine, other = (x if x is None else rows_contiguous(x) for x in terms[:2])
+    coef, factor = (x if x is None else x.float().contiguous() for x in terms[2:])
+    if rows is not None:
+        out = rows.new_empty(len(matrix.values), rows.shape[1])
+        parts = Terms(mine, other, coef, factor)
+        return finish_all(lambda i: product(matrix.values[i], rows), matrix, parts, out)
+    values = matrix.values.T if transposed else matrix.values
+    out = other.new_empty(len(other), values.shape[1])
+    parts = Terms(None, None if coef is None else other, coef, factor)
+    return finish_all(lambda i: product(other[i], values), matrix, parts, out)
 
 
 def _trial(p: Tensor, matrix: Matrix, terms: Terms, choice: tuple[str, Config]) -> list[Tensor]:

@@ -30,11 +30,13 @@ Source: Zbontar et al. 2021, arXiv:2103.03230, eq. 1; |a^T b|^2 = tr(a a^T b b^T
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
 from ..common.matmul import product
-from ..common.triton import dot, precision, rows_contiguous, tl, triton
+from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
 from .configs import settle_variants, shape_class, tile_variants
 from .gram_torch import Matrix

@@ -33,10 +33,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import launcher
-from ..common.triton import rows_contiguous, sm_count, tl, triton
+from ..common.triton import rows_contiguous, sm_count
 from ..common.tuning import Config, Kernel, config_for, register
 from . import moments_configs as configs
 

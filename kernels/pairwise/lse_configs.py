@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..common.tuning import Config, Variant
-from .lse_torch import Pairs
+from . import masks_triton
+from .lse_torch import Pairs, weights
 from .masks import Masks, exclude_self
-from .scores_triton import weights
 
 # (BLOCK_M, BLOCK_N, warps, stages).  The first is the safe one: its shared memory fits in 99 KB,
 # all that a consumer GPU has, and its registers do for "full", which tries no other.
@@ -52,7 +52,7 @@ TRIAL_ROWS = 16384
 # with itself, "rows" and "cols" are one side of two tensors, and "full" both sides of them.
 FORWARD_PARTS = ("masked", "all", "full")
 BACKWARD_PARTS = ("both", "rows", "cols", "full")
-MASKED = {"RULES": (exclude_self.triton,), "PLACES": (0,)}
+MASKED = {"RULES": (masks_triton.exclude_self,), "PLACES": (0,)}
 PLAIN = {"RULES": (), "PLACES": (), "X_IDS": None, "Y_IDS": None}
 
 # "x" stands for the inputs' type.  Sizes and strides are taken to be divisible by 16.

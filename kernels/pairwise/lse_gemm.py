@@ -23,16 +23,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
 from ..common.launch import dtype_name
 from ..common.matmul import product
-from ..common.triton import tl, triton
 from ..common.tuning import Config, Kernel, Variant, config_for, forced, register
-from .lse_torch import Grads, Pairs
+from . import masks_triton
+from .lse_torch import Grads, Pairs, weights
 from .masks import Masks, exclude_self, triton_rules
-from .scores_triton import LEAST, fp16_scale, join, log_sum, scored, weighed, weights
+from .scores_triton import LEAST, fp16_scale, join, log_sum, scored, weighed
 
 __all__ = ["SUMMARIZE", "WEIGH", "gradients", "join", "log_sum", "statistics", "weights"]
 
@@ -209,7 +211,7 @@ TRIAL = (4096, 2048)  # rows and keys of a tuner's launch
 CONFIGS = [(32, 128, 4), (64, 64, 8), (32, 256, 8), (64, 128, 8)]
 SIZES = {key: "i32:16" for key in ("i0", "j0", "R", "C", "M", "N", "width")}
 PLAIN = {"BIAS": None, "RULES": (), "PLACES": (), "ROW_IDS": None, "COL_IDS": None, "VECTOR": False}
-FULL = {"RULES": (exclude_self.triton,), "PLACES": (0,), "VECTOR": True}
+FULL = {"RULES": (masks_triton.exclude_self,), "PLACES": (0,), "VECTOR": True}
 FLOATS = ("S", "SCALE", "BIAS", "ROWS", "COLS", "ROW_SIDE", "COL_SIDE", "FP16_SCALE", "SUMS")
 TYPES = {**SIZES, **{key: "*fp32:16" for key in FLOATS}, "ROW_IDS": "*i64:16", "COL_IDS": "*i64:16"}
 

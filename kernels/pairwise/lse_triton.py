@@ -24,14 +24,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import dot, precision, rows_contiguous, tl, triton
+from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
 from .lse_configs import backward_variants, forward_variants, shape_class
-from .lse_torch import Grads, Pairs
+from .lse_torch import Grads, Pairs, weights
 from .masks import triton_rules
-from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed, weights
+from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed
 
 __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.tuning import Config, Variant
+from . import masks_triton
 from .masks import same_group
 from .sigmoid_torch import Logits
 
@@ -51,7 +52,7 @@ PASSES = {
 TRIAL_ROWS, TRIAL_BLOCK = 16384, (2048, 4096)
 
 # "x" stands for the inputs' type.  Sizes, strides and offsets are taken to be divisible by 16.
-RULES = {"RULES": (same_group.triton,), "PLACES": (0,)}
+RULES = {"RULES": (masks_triton.same_group,), "PLACES": (0,)}
 SIZES = ("M", "N", "D", "x_row", "y_row", "i0", "j0", "R", "C")
 TYPES: dict[str, str] = {**dict.fromkeys(SIZES, "i32:16"), "X": "x", "Y": "x", "W": "x"}
 TYPES |= dict.fromkeys(("SCALE", "BIAS", "SUMS", "OUT", "P"), "*fp32:16")

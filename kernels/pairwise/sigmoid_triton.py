@@ -22,12 +22,14 @@ In the kernels capitals are pointers.  Row indices are int64, as row * stride pa
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
 from ..common.launch import dtype_name
 from ..common.matmul import product as matmul
-from ..common.triton import dot, precision, rows_contiguous, tl, triton
+from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
 from .lse_gemm import BLOCK_BYTES
 from .masks import triton_rules

@@ -19,9 +19,11 @@ In the kernels capitals are pointers, and ids that are not given are positions.
 # Triton states the types of its functions for its own compiler: tl.max "may return a tuple".
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import precision, rows_contiguous, sm_count, tl, triton
+from ..common.triton import precision, rows_contiguous, sm_count
 from ..common.tuning import Config, Kernel, config_for, register
 from .masks import triton_rules
 from .masks_triton import exclude_self, kept

@@ -30,10 +30,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import launcher
-from ..common.triton import tl, triton
 from ..common.tuning import Config, Kernel, config_for, register
 from . import patches_configs as configs
 

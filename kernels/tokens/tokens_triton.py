@@ -27,10 +27,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import launcher
-from ..common.triton import sm_count, tl, triton
+from ..common.triton import sm_count
 from ..common.tuning import Config, Kernel, config_for, register
 from . import tokens_configs as configs
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = "torch._dynamo torch._inductor timm torchvision deepspeed"
+HEAVY = "triton torch._dynamo torch._inductor timm torchvision deepspeed"
 
 
 def test_importing_the_losses_imports_torch_and_little_else():  # fault 19
