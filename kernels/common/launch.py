@@ -1,8 +1,8 @@
-"""What small kernels share: shape classes, one a dtype, and how the tuner runs one of them."""
+"""What families of kernels share: their shape classes, and how the tuner runs one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,46 @@ from torch import Tensor
 
 from .tuning import Config, Kernel, Variant, config_for, forced, register
 
-POINTERS = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16"}
+FLOATS = ("bfloat16", "float16", "float32")
+POINTERS = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16", "uint8": "*u8:16"}
+POINTERS["tf32"] = POINTERS["float32"]
 ROWS = ":rows"  # in a signature: a pointer to the inputs' dtype
 
-Trial = Callable[[str, Config, torch.device], Callable[[], Any]]  # of a dtype's name
+Trial = Callable[..., Callable[[], Any]]  # of a class's dtype, or dtype and part, config and device
+
+
+def configs(blocks: str, table: Iterable[Sequence[int]]) -> tuple[Config, ...]:
+    """Configurations from rows of sizes of the `blocks`, by name, then warps and stages.
+
+    >>> configs("BLOCK_M BLOCK_N", [(64, 32, 4, 2)])[0].arguments["num_warps"]
+    4
+    """
+    names = blocks.split()
+    return tuple(
+        Config(dict(zip(names, sizes, strict=True)), warps, stages)
+        for *sizes, warps, stages in table
+    )
+
+
+def variant(
+    name: str,
+    fn: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    candidates: tuple[Config, ...],
+    trial: Trial,
+    product: bool = False,
+) -> Variant:
+    """The class of that name, which begins with a dtype; the first candidate is the safe one.
+
+    types: of every argument that some class is given; ROWS for a pointer to that dtype.
+    constants: values that a class is compiled for; those of arguments that fn has not do not count.
+    """
+    constants = {n: value for n, value in constants.items() if n in fn.arg_names}
+    given = (n for n in fn.arg_names if n not in constants and n not in candidates[0].blocks)
+    pointer = POINTERS.get(name.split("-")[0], "")
+    signature = {n: pointer if types[n] == ROWS else types[n] for n in given}
+    return Variant(name, signature, constants, product, candidates, candidates[0], trial)
 
 
 def kernel_by_dtype(
@@ -22,17 +58,14 @@ def kernel_by_dtype(
     fn: Any,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
-    configs: Sequence[Config],
+    candidates: tuple[Config, ...],
     trial: Trial,
 ) -> Kernel:
-    """Register a kernel with one class for each dtype; the first config is the safe one."""
-    variants = {}
-    for dtype, pointer in POINTERS.items():
-        signature = {n: pointer if t == ROWS else t for n, t in types.items()}
-        variants[dtype] = Variant(
-            dtype, signature, constants, False, tuple(configs), configs[0], partial(trial, dtype)
-        )
-    return register(Kernel(name, fn, variants))
+    """Register a kernel with one class for each dtype."""
+    classes = (
+        variant(dtype, fn, types, constants, candidates, partial(trial, dtype)) for dtype in FLOATS
+    )
+    return register(Kernel(name, fn, {v.name: v for v in classes}))
 
 
 def config_by_dtype(kernel: Kernel, x: Tensor) -> Config:
@@ -55,3 +88,8 @@ def launcher(
             return launch(*args)
 
     return run
+
+
+def random(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers for a trial, the same at each call."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)

@@ -15,6 +15,7 @@ In the kernel capitals are pointers.
 # Triton states the types of its functions for its own compiler.
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -22,10 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
+from ..common.launch import launcher
 from ..common.matmul import product
 from ..common.triton import rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
-from .configs import Terms, finish_variants, shape_class
+from . import configs
+from .configs import Terms, shape_class
 from .gram_torch import Matrix
 from .gram_triton import strip_rows
 
@@ -53,13 +56,10 @@ def _finish(
     tl.store(OUT + row * D + d[None, :], out.to(OUT.dtype.element_ty), ok)
 
 
-def finish(
-    p: Tensor, matrix: Matrix, terms: Terms, out: Tensor, choice: tuple[str, Config] | None = None
-) -> Tensor:
+def finish(p: Tensor, matrix: Matrix, terms: Terms, out: Tensor) -> Tensor:
     """Write a strip of a gradient, out (R, D), from its product p (R, D) float32."""
     (R, D), part = p.shape, "across" if terms.mine is None else "rows"
-    name = shape_class(out, part)
-    config = choice[1] if choice else config_for(FINISH, name, out.device)
+    config = config_for(FINISH, shape_class(out, part), out.device)
     blocks, (mine, other, coef, factor) = config.blocks, terms
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_N"])
     mine_row, other_row = (0 if x is None else x.stride(0) for x in (mine, other))
@@ -100,9 +100,16 @@ def gradient(matrix: Matrix, rows: Tensor | None, terms: Terms, transposed: bool
     return finish_all(lambda i: product(other[i], values), matrix, parts, out)
 
 
-def _trial(p: Tensor, matrix: Matrix, terms: Terms, choice: tuple[str, Config]) -> list[Tensor]:
-    """A tuner's launch."""
-    return [finish(p, matrix, terms, torch.empty_like(terms.other), choice)]
+def _try_finish(dtype: str, part: str, config: Config, device: torch.device) -> Any:
+    mine, other = configs.trial_rows(dtype, device, 2, *configs.TRIAL_STRIP)
+    diagonal, coef = (torch.linspace(0.5, 1.5, n, device=device) for n in mine.shape)
+    one, rows = torch.ones((), device=device), part == "rows"
+    matrix = Matrix(mine, diagonal if rows else None, one if dtype == "float16" else None)
+    terms = Terms(mine if rows else None, other, coef, one)
+    run = lambda: finish(other.float(), matrix, terms, torch.empty_like(other))  # noqa: E731
+    return launcher(FINISH.name, config, run)
 
 
-FINISH = register(Kernel("correlation_finish", _finish, finish_variants(_finish, _trial)))
+FINISH = register(
+    Kernel("correlation_finish", _finish, configs.finish_variants(_finish, _try_finish))
+)

@@ -10,13 +10,15 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.launch import FLOATS, ROWS, Trial, configs, dtype_name, random, variant
 from ..common.tuning import Config, Variant
 
 # (BLOCK_N, BLOCK_D, warps, STAGES) for 16-bit numbers; the first is the safe one.
@@ -35,8 +37,7 @@ BOTH_HELD = {  # two tensors' rows
 }
 FORWARD = {**HELD, "whole": LOOPS, "measure": LOOPS, "apply": TILES, "affine": TILES}
 BACKWARD = {**BOTH_HELD, "whole": LOOPS, "sums": LOOPS, "apply": TILES}
-JOIN = [(16, 64, 4, 1), (16, 128, 4, 1), (32, 32, 4, 1)]
-TRITON = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16"}
+JOIN = configs("BLOCK_P BLOCK_D", [(16, 64, 4, 1), (16, 128, 4, 1), (32, 32, 4, 1)])
 PHASES = {"measure": (True, False), "sums": (True, False), "apply": (False, True)}
 PHASES["affine"] = PHASES["apply"]
 
@@ -48,11 +49,10 @@ ABSENT = {
     "sums": ("DZ", "INV_STD", "G_MEAN", "G_OUT"),
 }
 BOTH = ("PARTS", "SHIFT", "REST", "OFFSET", "SUMS", "G_MEAN", "G_OUT")
-ROWS = ("Z", "OUT", "G", "DZ")
-SIZES = ("N", "D", "z_row", "g_row", "out_row", "share")
+TYPES = dict.fromkeys("PARTS SHIFT REST SCALE OFFSET SUMS INV_STD G_MEAN G_OUT".split(), "*fp32:16")
+TYPES |= dict.fromkeys("N D z_row g_row out_row share".split(), "i32:16")
+TYPES |= {"Z": ROWS, "OUT": ROWS, "G": ROWS, "DZ": ROWS, "eps": "fp32", "divisor": "fp32"}
 TRIAL = (4096, 8192)  # rows, but of held ones as many as are held; columns
-
-Trial = Callable[[str, str, Config, torch.device], Callable[[], Any]]  # of a dtype and a part
 
 
 def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
@@ -61,7 +61,7 @@ def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
     >>> shape_class(["float32-N256", "float32-whole"], torch.empty(100, 3), "whole")
     'float32-N256'
     """
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = dtype_name(x)
     if part == "whole":
         fits = (n for n in HELD if len(x) <= int(n[1:]) and f"{dtype}-{n}" in classes)
         part = next(fits, part)
@@ -71,19 +71,13 @@ def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
 def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
     """The classes of the forward or the backward kernel, with these parts."""
     classes = {}
-    for dtype in TRITON:
-        for part, table in parts.items():
-            name, phases = f"{dtype}-{part}", PHASES.get(part, (True, True))
-            absent = [n for n in ABSENT.get(part, BOTH) if n in fn.arg_names]
-            flags = {"MEASURE": phases[0], "APPLY": phases[1], "HELD": part in HELD}
-            constants = {**dict.fromkeys(absent), **flags}
-            blocks = ("BLOCK_N", "BLOCK_D", "STAGES")
-            names = [n for n in fn.arg_names if n not in constants and n not in blocks]
-            types = {n: _type(n, dtype) for n in names}
-            configs = tuple(_config(dtype, *sizes) for sizes in table)
-            classes[name] = Variant(
-                name, types, constants, False, configs, configs[0], partial(trial, dtype, part)
-            )
+    for dtype, (part, table) in product(FLOATS, parts.items()):
+        measure, apply = PHASES.get(part, (True, True))
+        flags = {"MEASURE": measure, "APPLY": apply, "HELD": part in HELD}
+        constants = dict.fromkeys(ABSENT.get(part, BOTH)) | flags
+        candidates = tuple(_config(dtype, *sizes) for sizes in table)
+        name, run = f"{dtype}-{part}", partial(trial, dtype, part)
+        classes[name] = variant(name, fn, TYPES, constants, candidates, run)
     return classes
 
 
@@ -94,26 +88,14 @@ def _config(dtype: str, rows: int, columns: int, warps: int, stages: int) -> Con
     return Config({"BLOCK_N": rows, "BLOCK_D": columns, "STAGES": stages}, warps, stages)
 
 
-def _type(name: str, dtype: str) -> str:
-    if name in SIZES:
-        return "i32:16"
-    if name in ROWS:
-        return TRITON[dtype]
-    return "fp32" if name in ("eps", "divisor") else "*fp32:16"
-
-
-def join_variants(trial: Any) -> dict[str, Variant]:
-    """The one class of `join`."""
-    types = {"PARTS": "*fp32:16", "OUT": "*fp32:16", "P": "i32", "D": "i32:16"}
-    types |= {"share": "i32:16", "N": "i32:16", "eps": "fp32", "divisor": "fp32"}
-    configs = tuple(Config({"BLOCK_P": p, "BLOCK_D": d}, w, s) for p, d, w, s in JOIN)
-    return {"join": Variant("join", types, {"ROOT": True}, False, configs, configs[0], trial)}
+def join_variants(fn: Any, trial: Trial) -> dict[str, Variant]:
+    """The one class of `join`, all in float32."""
+    types = TYPES | {"OUT": TYPES["PARTS"], "P": "i32"}
+    return {"join": variant("join", fn, types, {"ROOT": True}, JOIN, trial)}
 
 
 def trial_rows(dtype: str, part: str, device: torch.device, tensors: int = 1) -> list[Tensor]:
-    """(N, D) of a deviation of 1 about a mean of 3, the same at each call."""
+    """(N, D) of a deviation of 1 about a mean of 3."""
     N, D = TRIAL
     N = min(N, int(part[1:])) if part in HELD else N
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(tensors, N, D, generator=generator, device=device) + 3
-    return list(x.to(getattr(torch, dtype)))
+    return list((random(device, tensors, N, D) + 3).to(getattr(torch, dtype)))

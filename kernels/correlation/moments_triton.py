@@ -425,4 +425,6 @@ def _registered(name: str, fn: Any, parts: Any, trial: Any) -> Kernel:
 
 FORWARD = _registered("forward", _forward, configs.FORWARD, _try_forward)
 BACKWARD = _registered("backward", _backward, configs.BACKWARD, _try_backward)
-JOIN = register(Kernel("standardize_join", _join_kernel, configs.join_variants(_try_join)))
+JOIN = register(
+    Kernel("standardize_join", _join_kernel, configs.join_variants(_join_kernel, _try_join))
+)

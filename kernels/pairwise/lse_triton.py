@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
-from .lse_configs import backward_variants, forward_variants, shape_class
+from .classes import shape_class
+from .lse_configs import backward_variants, forward_variants
 from .lse_torch import Grads, Pairs, weights
 from .masks import triton_rules
 from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed
@@ -227,5 +228,5 @@ def gradients(
     return Grads(*(scale.new_empty(0) if g is None else g for g in wanted))
 
 
-FWD = register(Kernel("pairwise_lse_fwd", _fwd, forward_variants(forward)))
-BWD = register(Kernel("pairwise_lse_bwd", _bwd, backward_variants(backward, forward)))
+FWD = register(Kernel("pairwise_lse_fwd", _fwd, forward_variants(_fwd, forward)))
+BWD = register(Kernel("pairwise_lse_bwd", _bwd, backward_variants(_bwd, backward, forward)))

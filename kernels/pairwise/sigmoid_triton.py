@@ -31,11 +31,12 @@ from ..common.launch import dtype_name
 from ..common.matmul import product as matmul
 from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
+from .classes import shape_class
 from .lse_gemm import BLOCK_BYTES
 from .masks import triton_rules
 from .masks_triton import kept
 from .scores_triton import LOG2_E, product
-from .sigmoid_configs import FP16_SCALES, PASSES, shape_class, tile_variants, weigh_variants
+from .sigmoid_configs import FP16_SCALES, PASSES, tile_variants, weigh_variants
 from .sigmoid_torch import Logits, Need, Results
 
 FUSED_UP_TO = 256  # features; from others' measurements on Hopper, to be confirmed by gpu-tune
@@ -243,5 +244,5 @@ def results(logits: Logits, need: Need) -> Results:
     return Results(total, *grads)
 
 
-TILES = register(Kernel("pairwise_sigmoid_tiles", _tiles, tile_variants(one_side)))
-WEIGH = register(Kernel("pairwise_sigmoid_weigh", _weigh, weigh_variants(weigh)))
+TILES = register(Kernel("pairwise_sigmoid_tiles", _tiles, tile_variants(_tiles, one_side)))
+WEIGH = register(Kernel("pairwise_sigmoid_weigh", _weigh, weigh_variants(_weigh, weigh)))

@@ -140,4 +140,4 @@ def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
     return scores, 0x7FFFFFFF - (keys & 0x7FFFFFFF)
 
 
-TOPK = register(Kernel("pairwise_topk", _topk, variants(exclude_self, topk)))
+TOPK = register(Kernel("pairwise_topk", _topk, variants(_topk, exclude_self, topk)))

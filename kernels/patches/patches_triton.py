@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import launcher
+from ..common.launch import launcher, random
 from ..common.tuning import Config, Kernel, config_for, register
 from . import patches_configs as configs
 
@@ -381,8 +381,7 @@ def mse_grad(
 def _trial(dtypes: str, part: str, device: torch.device) -> tuple[Tensor, Tensor, int, Tensor]:
     """Images (B, 3, 1, S, S), ids, a patch's side, and predictions of the patches."""
     images, ids, side = configs.trial_images(dtypes, part, device)
-    generator = torch.Generator(device).manual_seed(1)
-    pred = torch.randn(*ids.shape, 3 * side * side, generator=generator, device=device)
+    pred = random(device, *ids.shape, 3 * side * side, seed=1)
     return images[:, :, None], ids, side, pred.to(_result(dtypes))
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
+from ..common.launch import ROWS, config_by_dtype, configs, kernel_by_dtype, launcher, random
 from ..common.tuning import Config
 
 
@@ -149,9 +149,7 @@ TRIAL = (64, 1024, 3)  # clouds, points, coordinates
 
 
 def _trial(dtype: str, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(2, *TRIAL, generator=generator, device=device)
-    return list(x.to(getattr(torch, dtype)))
+    return list(random(device, 2, *TRIAL).to(getattr(torch, dtype)))
 
 
 def _try_nearest(dtype: str, config: Config, device: torch.device) -> Any:
@@ -165,10 +163,6 @@ def _try_pull(dtype: str, config: Config, device: torch.device) -> Any:
     return launcher(PULL.name, config, pull, *arguments)
 
 
-def _config(rows: int, columns: int, warps: int) -> Config:
-    return Config({"BLOCK_N": rows, "BLOCK_M": columns}, warps, 2)
-
-
 # Points of three coordinates, as they come; sizes are not taken to be divisible by anything.
 _TYPES = {name: "i32" for name in ("N", "M", "x_g", "x_n", "y_g", "y_n")} | {"X": ROWS, "Y": ROWS}
 _CONSTANTS = {"DIMS": 3, "x_k": 1, "y_k": 1}
@@ -179,7 +173,7 @@ NEAREST = kernel_by_dtype(
     _nearest,
     {**_TYPES, "LEAST": "*fp32:16", "PLACES": "*i32:16"},
     _CONSTANTS,
-    [_config(32, 32, 4), _config(64, 64, 4), _config(32, 128, 4)],
+    configs("BLOCK_N BLOCK_M", [(32, 32, 4, 2), (64, 64, 4, 2), (32, 128, 4, 2)]),
     _try_nearest,
 )
 PULL = kernel_by_dtype(
@@ -187,6 +181,6 @@ PULL = kernel_by_dtype(
     _pull,
     {**_TYPES, **_PULL_TYPES},
     {**_CONSTANTS, "ROOT": False, "WIDTH": 4},
-    [_config(32, 32, 4), _config(64, 64, 4)],
+    configs("BLOCK_N BLOCK_M", [(32, 32, 4, 2), (64, 64, 4, 2)]),
     _try_pull,
 )

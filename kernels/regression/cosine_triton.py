@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
+from ..common.launch import ROWS, config_by_dtype, configs, kernel_by_dtype, launcher, random
 from ..common.tuning import Config
 
 EPS = tl.constexpr(1e-12)
@@ -152,9 +152,7 @@ TRIAL = (256, 196, 768)  # sequences, places, features
 
 
 def _trial(dtype: str, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(2, *TRIAL, generator=generator, device=device)
-    return list(x.to(getattr(torch, dtype)))
+    return list(random(device, 2, *TRIAL).to(getattr(torch, dtype)))
 
 
 def _try_forward(dtype: str, config: Config, device: torch.device) -> Any:
@@ -168,10 +166,6 @@ def _try_backward(dtype: str, config: Config, device: torch.device) -> Any:
     return launcher(BACKWARD.name, config, gradients, *arguments)
 
 
-def _config(rows: int, columns: int, warps: int) -> Config:
-    return Config({"BLOCK_R": rows, "BLOCK_D": columns}, warps, 2)
-
-
 # Sizes and strides are taken to be divisible by 16, features adjacent, ids to be given.
 _TYPES = {"P": ROWS, "T": ROWS, "IDS": "*i64:16", "STATS": "*fp32:16", "n": "i32", "D": "i32:16"}
 _TYPES |= {name: "i32:16" for name in ("R", "p_k", "p_r", "t_k", "t_r")} | {"gamma": "fp32"}
@@ -182,7 +176,7 @@ FORWARD = kernel_by_dtype(
     _forward,
     {**_TYPES, "LOSS": "*fp32:16"},
     _CONSTANTS,
-    [_config(4, 256, 4), _config(4, 512, 8)],
+    configs("BLOCK_R BLOCK_D", [(4, 256, 4, 2), (4, 512, 8, 2)]),
     _try_forward,
 )
 BACKWARD = kernel_by_dtype(
@@ -190,6 +184,6 @@ BACKWARD = kernel_by_dtype(
     _backward,
     {**_TYPES, **_GRADS},
     _CONSTANTS,
-    [_config(8, 256, 4), _config(4, 512, 4)],
+    configs("BLOCK_R BLOCK_D", [(8, 256, 4, 2), (4, 512, 4, 2)]),
     _try_backward,
 )

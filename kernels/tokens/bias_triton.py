@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
+from ..common.launch import ROWS, config_by_dtype, configs, kernel_by_dtype, launcher, random
 from ..common.triton import sm_count
 from ..common.tuning import Config
 
@@ -112,10 +112,9 @@ TRIAL = (256, 12, 196)  # sequences, heads, places; a quarter of the places is v
 
 
 def _trial(dtype: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    (B, H, L), generator = TRIAL, torch.Generator(device).manual_seed(0)
-    bias = torch.randn(H, L, L, generator=generator, device=device)
-    ids = torch.rand(B, L, generator=generator, device=device).argsort(1)[:, : max(1, L // 4)]
-    return bias.to(getattr(torch, dtype)), ids
+    B, H, L = TRIAL
+    ids = random(device, B, L, seed=1).argsort(1)[:, : max(1, L // 4)]
+    return random(device, H, L, L).to(getattr(torch, dtype)), ids
 
 
 def _try_pick(dtype: str, config: Config, device: torch.device) -> Any:
@@ -130,7 +129,7 @@ def _try_unpick(dtype: str, config: Config, device: torch.device) -> Any:
 
 # Strides by column are 1; a table's sizes are divisible by nothing.
 _SIZES = {name: "i32" for name in ("H", "K", "L")}
-_CONFIGS = [Config({"BLOCK_I": 32, "BLOCK_J": 32}, 4, 2), Config({"BLOCK_I": 16, "BLOCK_J": 64}, 4)]
+_CONFIGS = configs("BLOCK_I BLOCK_J", [(32, 32, 4, 2), (16, 64, 4, 2)])
 _PICK_TYPES = {"BIAS": ROWS, "IDS": "*i64:16", "OUT": ROWS, **_SIZES, "b_h": "i32", "b_i": "i32"}
 _UNPICK_TYPES = {"G": ROWS, "PLACES": "*i64:16", "PARTS": "*fp32:16", "B": "i32", **_SIZES}
 _UNPICK_TYPES |= {"share": "i32", "g_b": "i32", "g_h": "i32", "g_i": "i32"}
