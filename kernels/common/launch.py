@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,26 @@ POINTERS = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16"
 POINTERS["tf32"] = POINTERS["float32"]
 ROWS = ":rows"  # in a signature: a pointer to the inputs' dtype
 
-Trial = Callable[..., Callable[[], Any]]  # of a class's dtype, or dtype and part, config and device
+SCALES = ("FP16_SCALE", "A_SCALE", "B_SCALE")  # that float16 alone is given
+
+Trial = Callable[..., Callable[[], Any]]  # of a class's dtype and part, a config and a device
+
+
+class Part(NamedTuple):
+    """What classes are made of: constants (None: not given), candidates, and types that differ."""
+
+    constants: Mapping[str, Any]
+    candidates: tuple[Config, ...]
+    types: Mapping[str, str] = {}
+
+
+def named(kind: str, names: str) -> dict[str, str]:
+    """The types of arguments that are all of one kind.
+
+    >>> named("i32", "M N")
+    {'M': 'i32', 'N': 'i32'}
+    """
+    return {name: kind for name in names.split()}
 
 
 def configs(blocks: str, table: Iterable[Sequence[int]]) -> tuple[Config, ...]:
@@ -53,6 +74,33 @@ def variant(
     return Variant(name, signature, constants, product, candidates, candidates[0], trial)
 
 
+def kernel_by_part(
+    name: str,
+    fn: Any,
+    types: Mapping[str, str],
+    parts: Mapping[str, Part],
+    trial: Trial,
+    dtypes: Sequence[str] = FLOATS,
+    halved: str = "",
+    product: bool = False,
+) -> Kernel:
+    """Register a kernel with a class for each dtype and part.
+
+    halved: a block of half as many numbers of 32 bits, so that its rows have as many bytes.
+    """
+    classes = {}
+    for dtype, (part, (constants, candidates, own)) in itertools.product(dtypes, parts.items()):
+        if dtype != "float16":
+            constants = {**constants, **dict.fromkeys(SCALES)}
+        if dtype == "float32" and halved:
+            sizes = ({**c.blocks, halved: c.blocks[halved] // 2} for c in candidates)
+            candidates = tuple(replace(c, blocks=b) for c, b in zip(candidates, sizes, strict=True))
+        run, known = partial(trial, dtype, part), {**types, **own}
+        each = f"{dtype}-{part}".rstrip("-")
+        classes[each] = variant(each, fn, known, constants, candidates, run, product)
+    return register(Kernel(name, fn, classes))
+
+
 def kernel_by_dtype(
     name: str,
     fn: Any,
@@ -62,10 +110,8 @@ def kernel_by_dtype(
     trial: Trial,
 ) -> Kernel:
     """Register a kernel with one class for each dtype."""
-    classes = (
-        variant(dtype, fn, types, constants, candidates, partial(trial, dtype)) for dtype in FLOATS
-    )
-    return register(Kernel(name, fn, {v.name: v for v in classes}))
+    run = lambda dtype, _, *rest: trial(dtype, *rest)  # noqa: E731
+    return kernel_by_part(name, fn, types, {"": Part(constants, candidates)}, run)
 
 
 def config_by_dtype(kernel: Kernel, x: Tensor) -> Config:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def operator(name: str, run: Function, fake: Function, like: Function | None = N
     return getattr(torch.ops.fastssl, name).default
 
 
-def launches(module: str, twin: ModuleType, **fakes: Function) -> Any:
+def launches(module: str, twin: Any, **fakes: Function) -> Any:
     """The functions of a *_triton.py as operators by name, as those of `twin` in torch.
 
     module: its name, "...tokens.tokens_triton"; it is imported by the first call that runs.

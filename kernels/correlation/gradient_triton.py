@@ -10,10 +10,6 @@ Traffic of that pass: z and y read once, the gradient written once.  In place: n
 In the kernel capitals are pointers.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.launch import launcher
+from ..common.launch import kernel_by_part, launcher
 from ..common.matmul import product
 from ..common.triton import rows_contiguous
-from ..common.tuning import Config, Kernel, config_for, register
+from ..common.tuning import Config, config_for
 from . import configs
 from .configs import Terms, shape_class
 from .gram_torch import Matrix
@@ -89,11 +85,13 @@ def finish_all(
 def gradient(matrix: Matrix, rows: Tensor | None, terms: Terms, transposed: bool) -> Tensor:
     """By a Gram, of all ranks' rows; rows None: by a covariance C, or C^T, of terms' `other`."""
     mine, other = (x if x is None else rows_contiguous(x) for x in terms[:2])
-    coef, factor = (x if x is None else x.float().contiguous() for x in terms[2:])
+    coef = None if terms.coef is None else terms.coef.float().contiguous()
+    factor = terms.factor.float().contiguous()
     if rows is not None:
         out = rows.new_empty(len(matrix.values), rows.shape[1])
         parts = Terms(mine, other, coef, factor)
         return finish_all(lambda i: product(matrix.values[i], rows), matrix, parts, out)
+    assert other is not None
     values = matrix.values.T if transposed else matrix.values
     out = other.new_empty(len(other), values.shape[1])
     parts = Terms(None, None if coef is None else other, coef, factor)
@@ -110,6 +108,4 @@ def _try_finish(dtype: str, part: str, config: Config, device: torch.device) -> 
     return launcher(FINISH.name, config, run)
 
 
-FINISH = register(
-    Kernel("correlation_finish", _finish, configs.finish_variants(_finish, _try_finish))
-)
+FINISH = kernel_by_part("correlation_finish", _finish, configs.TYPES, configs.FINISH, _try_finish)

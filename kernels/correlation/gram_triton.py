@@ -23,10 +23,6 @@ In the kernels capitals are pointers.
 Source: Zbontar et al. 2021, arXiv:2103.03230, eq. 1; |a^T b|^2 = tr(a a^T b b^T).
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 from typing import Any
 
 import torch
@@ -35,10 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.launch import launcher
+from ..common.launch import FLOATS, kernel_by_part, launcher
 from ..common.matmul import product
 from ..common.triton import dot, precision, rows_contiguous
-from ..common.tuning import Config, Kernel, config_for, register
+from ..common.tuning import Config, config_for
 from . import configs
 from .configs import shape_class
 from .gram_torch import Matrix
@@ -351,7 +347,7 @@ def _try_settle(dtype: str, part: str, config: Config, device: torch.device) -> 
     return launcher(SETTLE.name, config, _settle_strip, strips, getattr(torch, dtype), mirror)
 
 
-TILES = register(Kernel("correlation_tiles", _tiles, configs.tile_variants(_tiles, _try_tiles)))
-SETTLE = register(
-    Kernel("correlation_settle", _settle, configs.settle_variants(_settle, _try_settle))
+TILES = kernel_by_part(
+    "correlation_tiles", _tiles, configs.TYPES, configs.TILES, _try_tiles, FLOATS[:2], product=True
 )
+SETTLE = kernel_by_part("correlation_settle", _settle, configs.TYPES, configs.SETTLE, _try_settle)

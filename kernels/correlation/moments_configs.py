@@ -10,16 +10,12 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
-from itertools import product
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from ..common.launch import FLOATS, ROWS, Trial, configs, dtype_name, random, variant
-from ..common.tuning import Config, Variant
+from ..common.launch import ROWS, Part, configs, dtype_name, named, random
 
 # (BLOCK_N, BLOCK_D, warps, STAGES) for 16-bit numbers; the first is the safe one.
 LOOPS = [(128, 32, 8, 4), (64, 32, 4, 4), (256, 32, 16, 3), (128, 64, 16, 3), (256, 16, 8, 4)]
@@ -35,9 +31,8 @@ BOTH_HELD = {  # two tensors' rows
     "N512": [(512, 16, 8, 1), (512, 32, 16, 1), (512, 16, 4, 1)],
     "N1024": [(1024, 16, 16, 1), (1024, 16, 8, 1)],
 }
-FORWARD = {**HELD, "whole": LOOPS, "measure": LOOPS, "apply": TILES, "affine": TILES}
-BACKWARD = {**BOTH_HELD, "whole": LOOPS, "sums": LOOPS, "apply": TILES}
-JOIN = configs("BLOCK_P BLOCK_D", [(16, 64, 4, 1), (16, 128, 4, 1), (32, 32, 4, 1)])
+FORWARD = HELD | {"whole": LOOPS, "measure": LOOPS, "apply": TILES, "affine": TILES}
+BACKWARD = BOTH_HELD | {"whole": LOOPS, "sums": LOOPS, "apply": TILES}
 PHASES = {"measure": (True, False), "sums": (True, False), "apply": (False, True)}
 PHASES["affine"] = PHASES["apply"]
 
@@ -49,10 +44,29 @@ ABSENT = {
     "sums": ("DZ", "INV_STD", "G_MEAN", "G_OUT"),
 }
 BOTH = ("PARTS", "SHIFT", "REST", "OFFSET", "SUMS", "G_MEAN", "G_OUT")
-TYPES = dict.fromkeys("PARTS SHIFT REST SCALE OFFSET SUMS INV_STD G_MEAN G_OUT".split(), "*fp32:16")
-TYPES |= dict.fromkeys("N D z_row g_row out_row share".split(), "i32:16")
-TYPES |= {"Z": ROWS, "OUT": ROWS, "G": ROWS, "DZ": ROWS, "eps": "fp32", "divisor": "fp32"}
+TYPES = named("*fp32:16", "PARTS SHIFT REST SCALE OFFSET SUMS INV_STD G_MEAN G_OUT")
+TYPES |= named("i32:16", "N D z_row g_row out_row share") | named("fp32", "eps divisor")
+TYPES |= named(ROWS, "Z OUT G DZ")
 TRIAL = (4096, 8192)  # rows, but of held ones as many as are held; columns
+
+
+def parts(tables: dict[str, list[tuple[int, int, int, int]]]) -> dict[str, Part]:
+    """The parts of the forward or the backward kernel."""
+    made = {}
+    for name, table in tables.items():
+        measure, apply = PHASES.get(name, (True, True))
+        flags = {"MEASURE": measure, "APPLY": apply, "HELD": name in HELD}
+        sizes = [(rows, columns, stages, warps, stages) for rows, columns, warps, stages in table]
+        candidates = configs("BLOCK_N BLOCK_D STAGES", sizes)
+        made[name] = Part(dict.fromkeys(ABSENT.get(name, BOTH)) | flags, candidates)
+    return made
+
+
+JOIN = Part(
+    {"ROOT": True},
+    configs("BLOCK_P BLOCK_D", [(16, 64, 4, 1), (16, 128, 4, 1), (32, 32, 4, 1)]),
+    {"OUT": "*fp32:16", "P": "i32"},
+)
 
 
 def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
@@ -66,32 +80,6 @@ def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
         fits = (n for n in HELD if len(x) <= int(n[1:]) and f"{dtype}-{n}" in classes)
         part = next(fits, part)
     return f"{dtype}-{part}"
-
-
-def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
-    """The classes of the forward or the backward kernel, with these parts."""
-    classes = {}
-    for dtype, (part, table) in product(FLOATS, parts.items()):
-        measure, apply = PHASES.get(part, (True, True))
-        flags = {"MEASURE": measure, "APPLY": apply, "HELD": part in HELD}
-        constants = dict.fromkeys(ABSENT.get(part, BOTH)) | flags
-        candidates = tuple(_config(dtype, *sizes) for sizes in table)
-        name, run = f"{dtype}-{part}", partial(trial, dtype, part)
-        classes[name] = variant(name, fn, TYPES, constants, candidates, run)
-    return classes
-
-
-def _config(dtype: str, rows: int, columns: int, warps: int, stages: int) -> Config:
-    """Half as many columns of 32 bits, so that a block's row has as many bytes."""
-    if dtype == "float32":
-        columns //= 2
-    return Config({"BLOCK_N": rows, "BLOCK_D": columns, "STAGES": stages}, warps, stages)
-
-
-def join_variants(fn: Any, trial: Trial) -> dict[str, Variant]:
-    """The one class of `join`, all in float32."""
-    types = TYPES | {"OUT": TYPES["PARTS"], "P": "i32"}
-    return {"join": variant("join", fn, types, {"ROOT": True}, JOIN, trial)}
 
 
 def trial_rows(dtype: str, part: str, device: torch.device, tensors: int = 1) -> list[Tensor]:

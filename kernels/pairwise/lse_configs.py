@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..common.launch import ROWS
+from ..common.launch import ROWS, named
 from ..common.tuning import Config, Variant
 from . import masks_triton
 from .classes import Table, tile_variants, trial_rows
@@ -45,9 +45,8 @@ MASKED = {"RULES": (masks_triton.exclude_self,), "PLACES": (0,)}
 PLAIN = {"RULES": (), "PLACES": (), "X_IDS": None, "Y_IDS": None}
 
 # Sizes and strides are taken to be divisible by 16.
-TYPES = {"X": ROWS, "Y": ROWS, "X_IDS": "*i64:16", "Y_IDS": "*i64:16"}
-TYPES |= dict.fromkeys(("M", "N", "D", "x_row", "y_row"), "i32:16")
-TYPES |= dict.fromkeys("SCALE BIAS STATS X_SIDE Y_SIDE FP16_SCALE OUT SUMS".split(), "*fp32:16")
+TYPES = named("i32:16", "M N D x_row y_row") | named("*i64:16", "X_IDS Y_IDS") | named(ROWS, "X Y")
+TYPES |= named("*fp32:16", "SCALE BIAS STATS X_SIDE Y_SIDE FP16_SCALE OUT SUMS")
 
 Launch = Callable[..., Any]
 

@@ -13,11 +13,6 @@ W is rounded to the inputs' dtype; in float16 it is divided by FP16_SCALE first.
 Memory: a block of S and of W, one strip's sums of columns, gradients in float32.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
-import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -29,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.launch import FLOATS, ROWS, configs, dtype_name, launcher, random, variant
+from ..common.launch import ROWS, Part, configs, dtype_name, kernel_by_part, launcher, named, random
 from ..common.matmul import product
-from ..common.tuning import Config, Kernel, config_for, register
+from ..common.tuning import Config, Kernel, config_for
 from . import masks_triton
 from .lse_torch import Grads, Pairs, weights
 from .masks import Masks, exclude_self, triton_rules
@@ -212,23 +207,14 @@ TRIAL = (4096, 2048)  # rows and keys of a tuner's launch
 CONFIGS = configs(
     "BLOCK_M BLOCK_N", [(32, 128, 4, 1), (64, 64, 8, 1), (32, 256, 8, 1), (64, 128, 8, 1)]
 )
-PARTS: dict[str, dict[str, Any]] = {  # "full": with rules on ids, a bias and a scale for each row
-    "plain": {"RULES": (), "PLACES": (), "VECTOR": False},
-    "full": {"RULES": (masks_triton.exclude_self,), "PLACES": (0,), "VECTOR": True},
+PLAIN = dict.fromkeys(("BIAS", "ROW_IDS", "COL_IDS", "SUMS"))
+PARTS = {  # "full": with rules on ids, a bias and a scale for each row
+    "plain": Part({"RULES": (), "PLACES": (), "VECTOR": False, **PLAIN}, CONFIGS),
+    "full": Part({"RULES": (masks_triton.exclude_self,), "PLACES": (0,), "VECTOR": True}, CONFIGS),
 }
-PARTS["plain"] |= dict.fromkeys(("BIAS", "ROW_IDS", "COL_IDS", "SUMS"))
-TYPES = dict.fromkeys("S SCALE BIAS ROWS COLS ROW_SIDE COL_SIDE SUMS".split(), "*fp32:16")
-TYPES |= dict.fromkeys("i0 j0 R C M N width".split(), "i32:16")
-TYPES |= {"ROW_IDS": "*i64:16", "COL_IDS": "*i64:16", "FP16_SCALE": "*fp32:16", "W": ROWS}
-
-
-def _registered(kernel: str, fn: Any) -> Kernel:
-    classes = {}
-    for dtype, (part, constants) in itertools.product(FLOATS, PARTS.items()):
-        absent = {} if dtype == "float16" else {"FP16_SCALE": None}
-        name, trial = f"{dtype}-{part}", partial(_try, kernel, dtype, part)
-        classes[name] = variant(name, fn, TYPES, constants | absent, CONFIGS, trial)
-    return register(Kernel(kernel, fn, classes))
+TYPES = named("i32:16", "i0 j0 R C M N width") | named("*i64:16", "ROW_IDS COL_IDS")
+TYPES |= named("*fp32:16", "S SCALE BIAS ROWS COLS ROW_SIDE COL_SIDE FP16_SCALE SUMS")
+TYPES |= named(ROWS, "W")
 
 
 def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.device) -> Any:
@@ -243,9 +229,12 @@ def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.devic
     if kernel == SUMMARIZE.name:
         return launcher(kernel, config, statistics, pairs, True)
     sides = [torch.ones(2, n, device=device) for n in (M, N)]
-    run = lambda: gradients(pairs, *sides, (True, True, True, part == "full"))  # noqa: E731
+    need = True, True, True, part == "full"
+    run = lambda: gradients(pairs, sides[0], sides[1], need)  # noqa: E731
     return launcher(kernel, config, lambda: [x for x in run() if x.numel()])
 
 
-SUMMARIZE = _registered("pairwise_summarize", _summarize)
-WEIGH = _registered("pairwise_weigh", _weigh)
+SUMMARIZE, WEIGH = (
+    kernel_by_part(name, fn, TYPES, PARTS, partial(_try, name))
+    for name, fn in (("pairwise_summarize", _summarize), ("pairwise_weigh", _weigh))
+)

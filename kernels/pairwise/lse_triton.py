@@ -16,10 +16,6 @@ Row indices are int64, as row * stride passes 2**31.  Scores and statistics: sco
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 from collections.abc import Mapping
 from typing import Any
 

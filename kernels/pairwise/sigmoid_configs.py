@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..common.launch import FLOATS, POINTERS, ROWS, configs, variant
+from ..common.launch import FLOATS, ROWS, configs, named, variant
 from ..common.tuning import Config, Variant
 from . import classes, masks_triton
 from .masks import same_group
@@ -49,10 +49,8 @@ TRIAL_ROWS, TRIAL_BLOCK = 16384, (2048, 4096)
 
 # Sizes, strides and offsets are taken to be divisible by 16.
 RULES = {"RULES": (masks_triton.same_group,), "PLACES": (0,)}
-TYPES = dict.fromkeys("M N D x_row y_row i0 j0 R C".split(), "i32:16")
-TYPES |= dict.fromkeys(("SCALE", "BIAS", "SUMS", "OUT", "P"), POINTERS["float32"])
-TYPES |= dict.fromkeys(("X_IDS", "Y_IDS", "ROW_IDS", "COL_IDS"), "*i64:16")
-TYPES |= {"X": ROWS, "Y": ROWS, "W": ROWS}
+TYPES = named("i32:16", "M N D x_row y_row i0 j0 R C") | named("*fp32:16", "SCALE BIAS SUMS OUT P")
+TYPES |= named("*i64:16", "X_IDS Y_IDS ROW_IDS COL_IDS") | named(ROWS, "X Y W")
 
 Launch = Callable[..., Any]
 

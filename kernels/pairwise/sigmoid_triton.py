@@ -15,10 +15,6 @@ FP16_SCALE first: at SigLIP's first bias of -10 a negative pair's 4.5e-5 would a
 In the kernels capitals are pointers.  Row indices are int64, as row * stride passes 2**31.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 import math
 
 import torch

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import ROWS, configs, random, variant
+from ..common.launch import ROWS, configs, named, random, variant
 from ..common.tuning import Config, Variant
 from .classes import dtype_class
 
@@ -43,9 +43,8 @@ TABLES = {"bfloat16": HALF, "float16": HALF, "tf32": TF32, "float32": FULL}
 TRIAL = (8192, 65_536, 128)  # M, N, D
 
 # Sizes and strides are taken to be divisible by 16, and ids to be given: positions cost less.
-TYPES = {"Q": ROWS, "K": ROWS, "n": "i32"}
-TYPES |= dict.fromkeys(("ROW_IDS", "COL_IDS", "KEYS"), "*i64:16")
-TYPES |= dict.fromkeys(("M", "N", "D", "share", "q_row", "k_row"), "i32:16")
+TYPES = named("i32:16", "M N D share q_row k_row") | named("i32", "n")
+TYPES |= named("*i64:16", "ROW_IDS COL_IDS KEYS") | named(ROWS, "Q K")
 
 Launch = Callable[..., Any]
 

@@ -14,10 +14,6 @@ Memory: 8 n M bytes for each share.  In place: nothing.
 In the kernels capitals are pointers, and ids that are not given are positions.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler: tl.max "may return a tuple".
-
 import torch
 import triton
 import triton.language as tl

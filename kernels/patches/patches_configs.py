@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import POINTERS, Trial, configs, random, variant
+from ..common.launch import POINTERS, Trial, configs, named, random, variant
 from ..common.tuning import Variant
 
 # (BLOCK_N, BLOCK_P, warps); the first is the safe one.
@@ -40,9 +40,8 @@ TRIAL = (128, 224)  # images, pixels a side: three channels
 # What is adjacent; other sizes and strides are taken to be divisible by 16, or named here.
 CONSTANTS = {"s_w": 1, "p_p": 1, "g_p": 1, "C": 3, "PT": 1, "WIDE": False, "KIND": 0}
 CONSTANTS |= {"NORM_PIX": True, "NORM": None}
-TYPES = {"NORM": "*fp32:16", "IDS": "*i64:16", "LOSS": "*fp32:16", "STATS": "*fp32:16"}
-TYPES |= {"eps": "fp32", "gh": "i32", "gw": "i32", "K": "i32", "L": "i32"}
-TYPES |= dict.fromkeys("N P s_b s_c s_t s_h g_b g_k p_b p_k".split(), "i32:16")
+TYPES = named("i32:16", "N P s_b s_c s_t s_h g_b g_k p_b p_k") | named("i32", "gh gw K L")
+TYPES |= named("*fp32:16", "NORM LOSS STATS") | {"IDS": "*i64:16", "eps": "fp32"}
 
 
 def shape_class(images: torch.dtype, result: torch.dtype, part: str) -> str:

@@ -21,10 +21,6 @@ In the kernels capitals are pointers, or numbers known when they are compiled; *
 on are strides.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# Triton states the types of its functions for its own compiler: tl.sum "may return a tuple".
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -11,11 +11,6 @@ the points whose nearest is n by looking through all of `back`: no atomics.
 In the kernels capitals are pointers; g is a cloud, k a coordinate.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler.
-
 from typing import Any
 
 import torch

@@ -7,11 +7,6 @@ A program has whole rows and goes over them once; backward has a block of featur
 No atomics.  In the kernels capitals are pointers; r is a row of R, k a sequence.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler.
-
 from typing import Any
 
 import torch

@@ -7,11 +7,6 @@ bits each run.
 In the kernels capitals are pointers; x_h, x_i, x_j are strides by head, row and column.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler.
-
 from typing import Any
 
 import torch

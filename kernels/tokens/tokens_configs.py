@@ -7,35 +7,28 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from itertools import product
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..common.launch import FLOATS, ROWS, Trial, configs, dtype_name, random, variant
-from ..common.tuning import Variant
+from ..common.launch import ROWS, Part, configs, dtype_name, named, random
 
 # (BLOCK_R, BLOCK_D, warps, stages) for 16-bit numbers; the first is the safe one.
-MOVES = [(16, 256, 4, 2), (8, 512, 4, 2)]
-SUMS = [(8, 128, 4, 2), (8, 256, 8, 2)]
+MOVES = configs("BLOCK_R BLOCK_D", [(16, 256, 4, 2), (8, 512, 4, 2)])
+SUMS = configs("BLOCK_R BLOCK_D", [(8, 128, 4, 2), (8, 256, 8, 2)])
 TRIAL = (256, 196, 768)  # sequences, places, features; a quarter of the places is visible
 
-# What a part is not given.  Sizes and strides are taken to be divisible by 16, features adjacent.
-GATHER = {
-    "rows": {"OWNERS": None, "TOKEN": None, "POS": None},
-    "restore": {"OWNERS": None},
-    "packed": {"TOKEN": None, "POS": None},
-}
-RESTORE = {"restore": {}}
-SCATTER = {"rows": {}, "table": {}}
+# Sizes and strides are taken to be divisible by 16, features adjacent.
+TYPES = named("i32:16", "R n D limit s_b s_r B L K g_b g_r start_b x_b x_r") | named("i32", "share")
+TYPES |= named("*i64:16", "IDS ORDER STARTS") | named("*i32:16", "OWNERS")
+TYPES |= named("*fp32:16", "TOKENS") | named(ROWS, "SOURCE TOKEN POS OUT G VISIBLE X")
 ADJACENT = {"s_d": 1, "g_d": 1, "x_d": 1}
-TYPES = dict.fromkeys("SOURCE TOKEN POS OUT G VISIBLE X".split(), ROWS)
-TYPES |= {"IDS": "*i64:16", "ORDER": "*i64:16", "STARTS": "*i64:16", "OWNERS": "*i32:16"}
-TYPES |= dict.fromkeys("R n D limit s_b s_r B L K g_b g_r start_b x_b x_r".split(), "i32:16")
-TYPES |= {"share": "i32", "TOKENS": "*fp32:16"}
+GATHER = {
+    "rows": Part({**ADJACENT, "OWNERS": None, "TOKEN": None, "POS": None}, MOVES),
+    "restore": Part({**ADJACENT, "OWNERS": None}, MOVES),
+    "packed": Part({**ADJACENT, "TOKEN": None, "POS": None}, MOVES),
+}
+RESTORE = {"restore": Part(ADJACENT, SUMS, {"POS": "*fp32:16"})}
+SCATTER = {"rows": Part(ADJACENT, SUMS), "table": Part(ADJACENT, SUMS, {"OUT": "*fp32:16"})}
 
 
 def shape_class(x: Tensor, part: str) -> str:
@@ -45,24 +38,6 @@ def shape_class(x: Tensor, part: str) -> str:
     'bfloat16-rows'
     """
     return f"{dtype_name(x)}-{part}"
-
-
-def variants(
-    fn: Any, parts: Mapping[str, Mapping[str, Any]], table: Any, trial: Trial
-) -> dict[str, Variant]:
-    """The classes of a kernel with these parts."""
-    classes = {}
-    for dtype, (part, absent) in product(FLOATS, parts.items()):
-        name, types = f"{dtype}-{part}", dict(TYPES)
-        if "G" in fn.arg_names:
-            types["POS"] = types["TOKENS"]
-        if part == "table":
-            types["OUT"] = types["TOKENS"]
-        # Half as many columns of 32 bits, so that a block's row has as many bytes.
-        sizes = [(r, d // 2 if dtype == "float32" else d, *rest) for r, d, *rest in table]
-        candidates, run = configs("BLOCK_R BLOCK_D", sizes), partial(trial, dtype, part)
-        classes[name] = variant(name, fn, types, {**absent, **ADJACENT}, candidates, run)
-    return classes
 
 
 def trial_tokens(dtype: str, device: torch.device) -> tuple[Tensor, Tensor, int]:

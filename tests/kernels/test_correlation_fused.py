@@ -12,6 +12,7 @@ import torch
 
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.correlation import correlation_ops as correlation_fused
+from fastssl.kernels.correlation import gradient_triton
 from fastssl.kernels.correlation import gram_triton as correlation_tiles
 from fastssl.kernels.correlation.configs import shape_class
 from fastssl.kernels.correlation.gram_torch import Matrix
@@ -364,7 +365,7 @@ def test_products_of_a_symmetric_float32_matrix_are_half(monkeypatch):
 
 def test_holds_a_strip_of_products(monkeypatch):
     sizes = {}
-    for module in (correlation_tiles, correlation_fused):
+    for module in (correlation_tiles, gradient_triton):
         seen = lambda a, b, m=module, f=module.product: (  # noqa: E731
             sizes.setdefault(m, []).append(len(a) * b.shape[1]) or f(a, b)
         )
@@ -373,7 +374,7 @@ def test_holds_a_strip_of_products(monkeypatch):
     matrix = correlation_fused.covariance(a, b, True)[2]
     correlation_fused.gradient_across(matrix, a, None, torch.ones((), device=DEVICE), False)
     assert sizes[correlation_tiles] == [8 * 90] * 11 + [2 * 90]
-    assert sizes[correlation_fused] == [8 * 90] * 6 + [2 * 90]
+    assert sizes[gradient_triton] == [8 * 90] * 6 + [2 * 90]
     assert correlation_tiles.strip_rows(7) == 84  # of 85
 
 

@@ -26,8 +26,14 @@ TESTS = {
     "kernels/patches/patches_torch": ("tests/kernels/test_patches.py", "torch and not compiled"),
     "kernels/tokens/tokens_triton": ("tests/kernels/test_tokens.py", "triton and not compiles"),
     "kernels/tokens/bias_triton": ("tests/kernels/test_bias.py", "triton and not compiles"),
-    "kernels/regression/cosine_triton": ("tests/kernels/test_scaled_cosine.py", "triton and not compiles"),
-    "kernels/regression/chamfer_triton": ("tests/kernels/test_chamfer.py", "triton and not compiles"),
+    "kernels/regression/cosine_triton": (
+        "tests/kernels/test_scaled_cosine.py",
+        "triton and not compiles",
+    ),
+    "kernels/regression/chamfer_triton": (
+        "tests/kernels/test_chamfer.py",
+        "triton and not compiles",
+    ),
     "kernels/correlation/plans": (CORRELATION + " tests/kernels/test_correlation_ranks.py", ""),
 }
 
