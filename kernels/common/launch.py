@@ -136,6 +136,8 @@ def launcher(
     return run
 
 
-def random(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers for a trial, the same at each call."""
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+def random(dtype: str, device: torch.device, *shape: int, seed: int = 0, unit: bool = False):
+    """Normal numbers for a trial, or unit rows of them, the same at each call."""
+    x = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    x = torch.nn.functional.normalize(x, dim=-1) if unit else x
+    return x.to(getattr(torch, dtype, torch.float32))

@@ -9,12 +9,11 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..common.launch import ROWS, Part, configs, dtype_name, named, random
+from ..common.launch import ROWS, Part, configs, dtype_name, named
 
 # Sizes and strides are taken to be divisible by 16.
 TYPES = named("i32:16", "M N K L R C D i0 j0 shift a_row b_row mine_row other_row")
@@ -52,15 +51,6 @@ TRIAL_TILES = {"pair": (2048, 8192), "one": (2048, 8192), "columns": (8192, 4096
 TRIAL_STRIP = (2048, 4096)  # of a matrix, and of a gradient
 
 
-class Terms(NamedTuple):
-    """What a gradient has beside its product; gram_torch.gradient says what they are."""
-
-    mine: Tensor | None
-    other: Tensor | None
-    coef: Tensor | None
-    factor: Tensor
-
-
 def shape_class(x: Tensor, part: str) -> str:
     """The name of x's class; part: one of TILES, SETTLE or FINISH.
 
@@ -68,10 +58,3 @@ def shape_class(x: Tensor, part: str) -> str:
     'bfloat16-pair'
     """
     return f"{dtype_name(x)}-{part}"
-
-
-def trial_rows(dtype: str, device: torch.device, *shape: int) -> list[Tensor]:
-    """Several matrices (N, D) of unit rows."""
-    return list(
-        torch.nn.functional.normalize(random(device, *shape), dim=2).to(getattr(torch, dtype))
-    )

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.operators import operator
-from .configs import Terms
-from .gram_torch import Matrix
+from .gram_torch import Matrix, Terms
 
 
 def _flat(total: Tensor, matrices: list[Matrix]) -> list[Tensor]:
@@ -110,17 +109,11 @@ def covariance(a: Tensor, b: Tensor | None, split: bool) -> tuple[Tensor, Tensor
     return diagonal.new_empty(0), total + diagonal.square().sum(), matrix
 
 
-def gradient(
-    matrix: Matrix,
-    rows: Tensor,
-    mine: Tensor,
-    other: Tensor | None,
-    coef: Tensor | None,
-    factor: Tensor,
-) -> Tensor:
+def gradient(matrix: Matrix, rows: Tensor, terms: Terms) -> Tensor:
     """As gram_torch.gradient."""
-    terms = [mine, None if coef is None else other, coef, factor]
-    return _gradient(_flat(factor, [matrix])[1:], rows, terms, False)
+    if terms.coef is None:
+        terms = terms._replace(other=None)
+    return _gradient(_flat(terms.factor, [matrix])[1:], rows, list(terms), False)
 
 
 def gradient_across(

@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.launch import kernel_by_part, launcher
+from ..common.launch import kernel_by_part, launcher, random
 from ..common.matmul import product
 from ..common.triton import rows_contiguous
 from ..common.tuning import Config, config_for
 from . import configs
-from .configs import Terms, shape_class
-from .gram_torch import Matrix
+from .configs import shape_class
+from .gram_torch import Matrix, Terms
 from .gram_triton import strip_rows
 
 
@@ -99,7 +99,7 @@ def gradient(matrix: Matrix, rows: Tensor | None, terms: Terms, transposed: bool
 
 
 def _try_finish(dtype: str, part: str, config: Config, device: torch.device) -> Any:
-    mine, other = configs.trial_rows(dtype, device, 2, *configs.TRIAL_STRIP)
+    mine, other = random(dtype, device, 2, *configs.TRIAL_STRIP, unit=True)
     diagonal, coef = (torch.linspace(0.5, 1.5, n, device=device) for n in mine.shape)
     one, rows = torch.ones((), device=device), part == "rows"
     matrix = Matrix(mine, diagonal if rows else None, one if dtype == "float16" else None)

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.launch import FLOATS, kernel_by_part, launcher
+from ..common.launch import FLOATS, kernel_by_part, launcher, random
 from ..common.matmul import product
 from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, config_for
@@ -337,13 +337,13 @@ def _settle_strip(strips: list[Tensor], dtype: torch.dtype, mirror: bool) -> lis
 
 def _try_tiles(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     shape = 2 if part == "pair" else 1, *configs.TRIAL_TILES[part]
-    sides = configs.trial_rows(dtype, device, *shape)
+    sides = [*random(dtype, device, *shape, unit=True)]
     return launcher(TILES.name, config, _all_tiles, sides, part == "columns")
 
 
 def _try_settle(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     shape = 2 if "pair" in part else 1, *configs.TRIAL_STRIP
-    strips, mirror = configs.trial_rows("float32", device, *shape), part.endswith("mirror")
+    strips, mirror = [*random("float32", device, *shape, unit=True)], part.endswith("mirror")
     return launcher(SETTLE.name, config, _settle_strip, strips, getattr(torch, dtype), mirror)
 
 

@@ -86,4 +86,4 @@ def trial_rows(dtype: str, part: str, device: torch.device, tensors: int = 1) ->
     """(N, D) of a deviation of 1 about a mean of 3."""
     N, D = TRIAL
     N = min(N, int(part[1:])) if part in HELD else N
-    return list((random(device, tensors, N, D) + 3).to(getattr(torch, dtype)))
+    return list(random(dtype, device, tensors, N, D) + 3)

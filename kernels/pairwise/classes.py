@@ -8,7 +8,7 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import Trial, configs, dtype_name, random, variant
-from ..common.tuning import Variant
+from ..common.launch import Trial, configs, dtype_name, variant
+from ..common.tuning import Config, Kernel, Variant, config_for
 
 WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the FITS_BLOCK classes: the most features, BLOCK_D
 CHUNKS = {"long": (64, 256), "float32": (16, 128), "tf32": (32, 128)}  # BLOCK_D, BLOCK_O
 CLASSES = [*product(("bfloat16", "float16"), (*WIDTHS, "long"))]
 CLASSES += [("tf32", "tf32"), ("float32", "float32")]  # 32 bits come in one width
 
+Choice = tuple[str, Config]  # of a class by name, and of the configuration in it
 Table = Mapping[str, list[tuple[int, ...]]]  # of a width: (BLOCK_M, BLOCK_N, warps, stages)
 
 
@@ -41,6 +42,12 @@ def shape_class(x: Tensor, part: str) -> str:
     """
     width = next((name for name, most in WIDTHS.items() if x.shape[1] <= most), "long")
     return _name(dtype_class(x), dtype_class(x) if x.dtype == torch.float32 else width, part)
+
+
+def choose(kernel: Kernel, x: Tensor, part: str) -> Choice:
+    """The shape class of a launch and the configuration to make it with."""
+    name = shape_class(x, part)
+    return name, config_for(kernel, name, x.device)
 
 
 def _name(dtype: str, width: str, part: str) -> str:
@@ -71,9 +78,3 @@ def tile_variants(
         fixed |= constants(dtype, part)
         variants[name] = variant(name, fn, types, fixed, candidates, run, products)
     return variants
-
-
-def trial_rows(name: str, rows: int, D: int, device: torch.device) -> Iterable[Tensor]:
-    """Unit rows q and k (rows, D) for a class of that name."""
-    x = torch.nn.functional.normalize(random(device, 2, rows, D), dim=2)
-    return x.to(getattr(torch, name.split("-")[0], torch.float32))

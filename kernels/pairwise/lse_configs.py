@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..common.launch import ROWS, named
+from ..common.launch import ROWS, named, random
 from ..common.tuning import Config, Variant
 from . import masks_triton
-from .classes import Table, tile_variants, trial_rows
+from .classes import Table, tile_variants
 from .lse_torch import Pairs, weights
 from .masks import Masks, exclude_self
 
@@ -81,7 +81,7 @@ def _constants(dtype: str, part: str) -> dict[str, Any]:
 
 def _pairs(name: str, part: str, D: int, device: torch.device) -> Pairs:
     """Unit rows and ids that are positions."""
-    q, k = trial_rows(name, TRIAL_ROWS, D, device)
+    q, k = random(name.split("-")[0], device, 2, TRIAL_ROWS, D, unit=True)
     scale, bias, mask = torch.full((), 10.0, device=device), None, Masks()
     if part in ("masked", "both", "full"):
         mask = exclude_self(torch.arange(len(q), device=device))

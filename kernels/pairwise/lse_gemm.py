@@ -220,7 +220,7 @@ TYPES |= named(ROWS, "W")
 def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.device) -> Any:
     """One block of scores, forward or backward, with `config`."""
     M, N = TRIAL
-    q = random(device, M, 64).to(getattr(torch, dtype))
+    q = random(dtype, device, M, 64)
     scale, bias, mask = torch.full((), 0.1, device=device), None, Masks()
     if part == "full":
         scale, bias = scale.expand(M).contiguous(), scale.new_zeros(N)

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.triton import dot, precision, rows_contiguous
-from ..common.tuning import Config, Kernel, config_for, register
-from .classes import shape_class
+from ..common.tuning import Config, Kernel, register
+from .classes import Choice, choose
 from .lse_configs import backward_variants, forward_variants
 from .lse_torch import Grads, Pairs, weights
 from .masks import triton_rules
@@ -111,15 +111,6 @@ def _bwd(
     tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if SUMS is not None:
         tl.store(SUMS + row, sums, row < M)
-
-
-Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
-
-
-def choose(kernel: Kernel, x: Tensor, part: str) -> Choice:
-    """The shape class of a launch and the configuration to make it with."""
-    name = shape_class(x, part)
-    return name, config_for(kernel, name, x.device)
 
 
 def _fits_block(constants: Mapping[str, Any], config: Config, D: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..common.launch import FLOATS, ROWS, configs, named, variant
+from ..common.launch import FLOATS, ROWS, configs, launcher, named, random, variant
 from ..common.tuning import Config, Variant
 from . import classes, masks_triton
 from .masks import same_group
@@ -69,7 +69,7 @@ def _constants(dtype: str, part: str) -> dict[str, Any]:
 
 
 def weigh_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
-    """The classes of the pass over products.  launch: (p, logits, i, j, part, (name, config))."""
+    """The classes of the pass over products.  launch: (p, logits, i, j, part)."""
     candidates, variants = configs("BLOCK_M BLOCK_N", WEIGH), {}
     for dtype, part in product(FLOATS, ("loss", "grad")):
         name, fp16_scale = f"{dtype}-{part}", FP16_SCALES.get(dtype, 1.0)
@@ -82,7 +82,7 @@ def weigh_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
 
 def _logits(name: str, D: int, device: torch.device) -> Logits:
     """Unit rows and ids that are positions."""
-    q, k = classes.trial_rows(name, TRIAL_ROWS, D, device)
+    q, k = random(name.split("-")[0], device, 2, TRIAL_ROWS, D, unit=True)
     scale, bias = (torch.full((), value, device=device) for value in (10.0, -10.0))
     mask = same_group(torch.arange(TRIAL_ROWS, device=device))
     return Logits(q, k, scale, bias, *mask.ids(), mask.key)
@@ -98,8 +98,8 @@ def _try_tiles(
 def _try_weigh(
     launch: Launch, dtype: str, part: str, config: Config, device: torch.device
 ) -> Launch:
-    logits, (R, C), choice = _logits(dtype, 64, device), TRIAL_BLOCK, (f"{dtype}-{part}", config)
+    logits, (R, C) = _logits(dtype, 64, device), TRIAL_BLOCK
     p = logits.q[:R].float() @ logits.k[:C].float().T
     # float32 products are overwritten: a copy each time.
-    run = lambda: launch(p.clone(), logits, slice(0, R), slice(0, C), part, choice)  # noqa: E731
-    return lambda: run()[: 2 if part == "grad" else 1]
+    run = lambda: launch(p.clone(), logits, slice(0, R), slice(0, C), part)  # noqa: E731
+    return launcher("pairwise_sigmoid_weigh", config, lambda: run()[: 2 if part == "grad" else 1])

@@ -26,8 +26,8 @@ from ..common.chunks import spans
 from ..common.launch import dtype_name
 from ..common.matmul import product as matmul
 from ..common.triton import dot, precision, rows_contiguous
-from ..common.tuning import Config, Kernel, config_for, register
-from .classes import shape_class
+from ..common.tuning import Kernel, config_for, register
+from .classes import Choice, choose
 from .lse_gemm import BLOCK_BYTES
 from .masks import triton_rules
 from .masks_triton import kept
@@ -140,15 +140,6 @@ def _weigh(
         tl.store(SUMS + 2, 0.0)
 
 
-Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
-
-
-def choose(kernel: Kernel, q: Tensor, part: str) -> Choice:
-    """The shape class of a launch and the configuration to make it with."""
-    name = shape_class(q, part) if kernel is TILES else f"{dtype_name(q)}-{part}"
-    return name, config_for(kernel, name, q.device)
-
-
 def one_side(
     logits: Logits, part: str, choice: Choice | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -177,15 +168,13 @@ def one_side(
     return None if sums is None else sums.sum(0, dtype=torch.float64), out
 
 
-def weigh(
-    p: Tensor, logits: Logits, i: slice, j: slice, part: str, choice: Choice | None = None
-) -> tuple[Tensor, Tensor]:
+def weigh(p: Tensor, logits: Logits, i: slice, j: slice, part: str) -> tuple[Tensor, Tensor]:
     """The sums (3,) of a block of products, and its W times FP16_SCALE in the inputs' dtype.
 
     part: "loss" or "grad"; of "loss" there is no W, and the sums of W are 0.
     float32 products become their W.
     """
-    _, config = choice or choose(WEIGH, logits.q, part)
+    config = config_for(WEIGH, f"{dtype_name(logits.q)}-{part}", p.device)
     (R, C), blocks, (rules, places) = p.shape, config.blocks, triton_rules(logits.mask)
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_N"])
     sums = p.new_empty(*grid, 3)

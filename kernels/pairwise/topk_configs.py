@@ -75,8 +75,6 @@ def _try(launch: Launch, name: str, config: Config, device: torch.device) -> Lau
     """The scores of unit rows' neighbors; of near equals two configurations may pick another."""
     dtype, width = name.split("-")
     M, N, D = TRIAL
-    x = torch.nn.functional.normalize(random(device, M + N, D)).to(
-        getattr(torch, dtype, torch.float32)
-    )
+    x = random(dtype, device, M + N, D, unit=True)
     arguments = x[:M], x[M:], SLOTS[width], None, None, ""
     return lambda: launch(*arguments, (name, config))[0]

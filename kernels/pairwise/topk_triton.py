@@ -111,7 +111,8 @@ def topk(
     mask: that of `Masks.key`.  choice: a shape class by name, and the configuration to launch.
     """
     q, k, (M, D), N = rows_contiguous(q), rows_contiguous(k), q.shape, len(k)
-    name, config = choice or _choose(q, n)
+    name = shape_class(q, n)
+    name, config = choice or (name, config_for(TOPK, name, q.device))
     share = _share(M, N, n, config, q.device)
     constants, (rules, places) = TOPK.variants[name].constexprs, triton_rules(mask)
     keys = torch.empty(M, triton.cdiv(N, share) * n, dtype=torch.int64, device=q.device)
@@ -122,11 +123,6 @@ def topk(
             SLOTS=constants["SLOTS"], **config.arguments,
         )  # fmt: skip
     return _decoded(keys.topk(n, dim=1).values)
-
-
-def _choose(q: Tensor, n: int) -> tuple[str, Config]:
-    name = shape_class(q, n)
-    return name, config_for(TOPK, name, q.device)
 
 
 def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ def trial_images(dtypes: str, part: str, device: torch.device) -> tuple[Tensor, 
     """Images, three quarters of their patches, and a patch's side; the same at each call."""
     B, S = TRIAL
     side = min(SIDES[part], S)
-    images = 255 * random(device, B, 3, S, S).sigmoid()
-    order = random(device, B, (S // side) ** 2, seed=1).argsort(1)
+    images = 255 * random("float32", device, B, 3, S, S).sigmoid()
+    order = random("float32", device, B, (S // side) ** 2, seed=1).argsort(1)
     ids = order[:, : max(1, 3 * order.shape[1] // 4)].contiguous()
     return images.to(getattr(torch, READ[dtypes])), ids, side

@@ -143,16 +143,12 @@ def pull(
 TRIAL = (64, 1024, 3)  # clouds, points, coordinates
 
 
-def _trial(dtype: str, device: torch.device) -> list[Tensor]:
-    return list(random(device, 2, *TRIAL).to(getattr(torch, dtype)))
-
-
 def _try_nearest(dtype: str, config: Config, device: torch.device) -> Any:
-    return launcher(NEAREST.name, config, nearest, *_trial(dtype, device))
+    return launcher(NEAREST.name, config, nearest, *random(dtype, device, 2, *TRIAL))
 
 
 def _try_pull(dtype: str, config: Config, device: torch.device) -> Any:
-    x, y = _trial(dtype, device)
+    x, y = random(dtype, device, 2, *TRIAL)
     _, places, _, back = nearest(x, y)
     arguments = torch.ones(len(x), device=device), x, y, places, back, [1.0, 1.0], False
     return launcher(PULL.name, config, pull, *arguments)

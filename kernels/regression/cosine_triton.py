@@ -146,16 +146,12 @@ def gradients(
 TRIAL = (256, 196, 768)  # sequences, places, features
 
 
-def _trial(dtype: str, device: torch.device) -> list[Tensor]:
-    return list(random(device, 2, *TRIAL).to(getattr(torch, dtype)))
-
-
 def _try_forward(dtype: str, config: Config, device: torch.device) -> Any:
-    return launcher(FORWARD.name, config, errors, *_trial(dtype, device), None, 2.0)
+    return launcher(FORWARD.name, config, errors, *random(dtype, device, 2, *TRIAL), None, 2.0)
 
 
 def _try_backward(dtype: str, config: Config, device: torch.device) -> Any:
-    pred, target = _trial(dtype, device)
+    pred, target = random(dtype, device, 2, *TRIAL)
     loss, stats = errors(pred, target, None, 2.0)
     arguments = torch.ones_like(loss), pred, target, None, stats, 2.0, [True, True]
     return launcher(BACKWARD.name, config, gradients, *arguments)

@@ -108,8 +108,8 @@ TRIAL = (256, 12, 196)  # sequences, heads, places; a quarter of the places is v
 
 def _trial(dtype: str, device: torch.device) -> tuple[Tensor, Tensor]:
     B, H, L = TRIAL
-    ids = random(device, B, L, seed=1).argsort(1)[:, : max(1, L // 4)]
-    return random(device, H, L, L).to(getattr(torch, dtype)), ids
+    ids = random("float32", device, B, L, seed=1).argsort(1)[:, : max(1, L // 4)]
+    return random(dtype, device, H, L, L), ids
 
 
 def _try_pick(dtype: str, config: Config, device: torch.device) -> Any:

@@ -43,5 +43,5 @@ def shape_class(x: Tensor, part: str) -> str:
 def trial_tokens(dtype: str, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Tokens (B, L, D), each sequence's places in random order (B, L), and how many are visible."""
     B, L, D = TRIAL
-    x = random(device, B, L, D).to(getattr(torch, dtype))
-    return x, random(device, B, L, seed=1).argsort(1), max(1, L // 4)
+    order = random("float32", device, B, L, seed=1).argsort(1)
+    return random(dtype, device, B, L, D), order, max(1, L // 4)

@@ -11,8 +11,8 @@ from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
 from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
+from fastssl.kernels.pairwise.classes import shape_class
 from fastssl.kernels.pairwise.lse import pairwise_lse_reference
-from fastssl.kernels.pairwise.lse_configs import shape_class
 from fastssl.kernels.pairwise.lse_torch import Pairs
 from fastssl.kernels.pairwise.masks import as_masks
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
