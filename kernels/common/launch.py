@@ -84,7 +84,7 @@ def kernel_by_part(
     halved: str = "",
     product: bool = False,
 ) -> Kernel:
-    """Register a kernel with a class for each dtype and part.
+    """Register a kernel with a class for each dtype and part, of which "" may be the only one.
 
     halved: a block of half as many numbers of 32 bits, so that its rows have as many bytes.
     """
@@ -99,19 +99,6 @@ def kernel_by_part(
         each = f"{dtype}-{part}".rstrip("-")
         classes[each] = variant(each, fn, known, constants, candidates, run, product)
     return register(Kernel(name, fn, classes))
-
-
-def kernel_by_dtype(
-    name: str,
-    fn: Any,
-    types: Mapping[str, str],
-    constants: Mapping[str, Any],
-    candidates: tuple[Config, ...],
-    trial: Trial,
-) -> Kernel:
-    """Register a kernel with one class for each dtype."""
-    run = lambda dtype, _, *rest: trial(dtype, *rest)  # noqa: E731
-    return kernel_by_part(name, fn, types, {"": Part(constants, candidates)}, run)
 
 
 def config_by_dtype(kernel: Kernel, x: Tensor) -> Config:

@@ -5,6 +5,7 @@ torch.compile keeps an operator whole in its graph; what one has not got is an e
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,16 +30,10 @@ def _matrix(values: Tensor, diagonal: Tensor, fp16_scale: Tensor) -> Matrix:
 
 def _flat_fake(x: Tensor, *shapes: tuple[Any, Any], apart: bool) -> list[Tensor]:
     """Tensors as `_flat` makes of x's matrices."""
-    like = x.new_empty((), dtype=torch.float32)
-    tensors = [torch.empty_like(like)]
-    for shape in shapes:
-        scale = () if x.dtype == torch.float16 else 0
-        tensors += [
-            x.new_empty(shape),
-            like.new_empty(shape[0] if apart else 0),
-            like.new_empty(scale),
-        ]
-    return tensors
+    floats = partial(x.new_empty, dtype=torch.float32)
+    scale = () if x.dtype == torch.float16 else 0
+    parts = [(x.new_empty(s), floats(s[0] if apart else 0), floats(scale)) for s in shapes]
+    return [floats(()), *(tensor for part in parts for tensor in part)]
 
 
 def _run_grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Tensor]:

@@ -76,11 +76,8 @@ def grams(
         for x, others in ((a, all_a), (b, all_b))
         if x is not None and others is not None
     ]
-    return (
-        dot(matrices[0], matrices[-1]),
-        Matrix(matrices[0]),
-        None if b is None else Matrix(matrices[1]),
-    )
+    total, last = dot(matrices[0], matrices[-1]), None if b is None else Matrix(matrices[1])
+    return total, Matrix(matrices[0]), last
 
 
 def cross(a: Tensor, b: Tensor | None) -> Tensor:

@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import ROWS, config_by_dtype, configs, kernel_by_dtype, launcher, random
+from ..common.launch import (
+    ROWS,
+    Part,
+    config_by_dtype,
+    configs,
+    kernel_by_part,
+    launcher,
+    named,
+    random,
+)
 from ..common.tuning import Config
 
 
@@ -143,11 +152,11 @@ def pull(
 TRIAL = (64, 1024, 3)  # clouds, points, coordinates
 
 
-def _try_nearest(dtype: str, config: Config, device: torch.device) -> Any:
+def _try_nearest(dtype: str, _: str, config: Config, device: torch.device) -> Any:
     return launcher(NEAREST.name, config, nearest, *random(dtype, device, 2, *TRIAL))
 
 
-def _try_pull(dtype: str, config: Config, device: torch.device) -> Any:
+def _try_pull(dtype: str, _: str, config: Config, device: torch.device) -> Any:
     x, y = random(dtype, device, 2, *TRIAL)
     _, places, _, back = nearest(x, y)
     arguments = torch.ones(len(x), device=device), x, y, places, back, [1.0, 1.0], False
@@ -155,23 +164,11 @@ def _try_pull(dtype: str, config: Config, device: torch.device) -> Any:
 
 
 # Points of three coordinates, as they come; sizes are not taken to be divisible by anything.
-_TYPES = {name: "i32" for name in ("N", "M", "x_g", "x_n", "y_g", "y_n")} | {"X": ROWS, "Y": ROWS}
-_CONSTANTS = {"DIMS": 3, "x_k": 1, "y_k": 1}
-_PULL_TYPES = {"GRAD": "*fp32:16", "PLACES": "*i32:16", "BACK": "*i32:16", "DX": ROWS}
-_PULL_TYPES |= {"a": "fp32", "b": "fp32", "grad_g": "i32"}
-NEAREST = kernel_by_dtype(
-    "chamfer_nearest",
-    _nearest,
-    {**_TYPES, "LEAST": "*fp32:16", "PLACES": "*i32:16"},
-    _CONSTANTS,
-    configs("BLOCK_N BLOCK_M", [(32, 32, 4, 2), (64, 64, 4, 2), (32, 128, 4, 2)]),
-    _try_nearest,
+TYPES = named("i32", "N M x_g x_n y_g y_n grad_g") | named("fp32", "a b") | named(ROWS, "X Y DX")
+TYPES |= named("*fp32:16", "GRAD LEAST") | named("*i32:16", "PLACES BACK")
+CONSTANTS = {"DIMS": 3, "x_k": 1, "y_k": 1, "ROOT": False, "WIDTH": 4}
+BLOCKS = configs("BLOCK_N BLOCK_M", [(32, 32, 4, 2), (64, 64, 4, 2), (32, 128, 4, 2)])
+NEAREST = kernel_by_part(
+    "chamfer_nearest", _nearest, TYPES, {"": Part(CONSTANTS, BLOCKS)}, _try_nearest
 )
-PULL = kernel_by_dtype(
-    "chamfer_pull",
-    _pull,
-    {**_TYPES, **_PULL_TYPES},
-    {**_CONSTANTS, "ROOT": False, "WIDTH": 4},
-    configs("BLOCK_N BLOCK_M", [(32, 32, 4, 2), (64, 64, 4, 2)]),
-    _try_pull,
-)
+PULL = kernel_by_part("chamfer_pull", _pull, TYPES, {"": Part(CONSTANTS, BLOCKS[:2])}, _try_pull)

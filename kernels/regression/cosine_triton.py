@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import ROWS, config_by_dtype, configs, kernel_by_dtype, launcher, random
+from ..common.launch import (
+    ROWS,
+    Part,
+    config_by_dtype,
+    configs,
+    kernel_by_part,
+    launcher,
+    named,
+    random,
+)
 from ..common.tuning import Config
 
 EPS = tl.constexpr(1e-12)
@@ -146,11 +155,11 @@ def gradients(
 TRIAL = (256, 196, 768)  # sequences, places, features
 
 
-def _try_forward(dtype: str, config: Config, device: torch.device) -> Any:
+def _try_forward(dtype: str, _: str, config: Config, device: torch.device) -> Any:
     return launcher(FORWARD.name, config, errors, *random(dtype, device, 2, *TRIAL), None, 2.0)
 
 
-def _try_backward(dtype: str, config: Config, device: torch.device) -> Any:
+def _try_backward(dtype: str, _: str, config: Config, device: torch.device) -> Any:
     pred, target = random(dtype, device, 2, *TRIAL)
     loss, stats = errors(pred, target, None, 2.0)
     arguments = torch.ones_like(loss), pred, target, None, stats, 2.0, [True, True]
@@ -158,23 +167,11 @@ def _try_backward(dtype: str, config: Config, device: torch.device) -> Any:
 
 
 # Sizes and strides are taken to be divisible by 16, features adjacent, ids to be given.
-_TYPES = {"P": ROWS, "T": ROWS, "IDS": "*i64:16", "STATS": "*fp32:16", "n": "i32", "D": "i32:16"}
-_TYPES |= {name: "i32:16" for name in ("R", "p_k", "p_r", "t_k", "t_r")} | {"gamma": "fp32"}
-_CONSTANTS = {"SQUARE": True, "p_d": 1, "t_d": 1}
-_GRADS = {"G": "*fp32:16", "DP": ROWS, "DT": ROWS, "L": "i32", "g_k": "i32", "g_r": "i32"}
-FORWARD = kernel_by_dtype(
-    "scaled_cosine_forward",
-    _forward,
-    {**_TYPES, "LOSS": "*fp32:16"},
-    _CONSTANTS,
-    configs("BLOCK_R BLOCK_D", [(4, 256, 4, 2), (4, 512, 8, 2)]),
-    _try_forward,
-)
-BACKWARD = kernel_by_dtype(
-    "scaled_cosine_backward",
-    _backward,
-    {**_TYPES, **_GRADS},
-    _CONSTANTS,
-    configs("BLOCK_R BLOCK_D", [(8, 256, 4, 2), (4, 512, 4, 2)]),
-    _try_backward,
-)
+TYPES = named("i32:16", "R D p_k p_r t_k t_r") | named("i32", "n L g_k g_r")
+TYPES |= named("*fp32:16", "STATS LOSS G") | named(ROWS, "P T DP DT")
+TYPES |= {"IDS": "*i64:16", "gamma": "fp32"}
+CONSTANTS = {"SQUARE": True, "p_d": 1, "t_d": 1}
+READS = Part(CONSTANTS, configs("BLOCK_R BLOCK_D", [(4, 256, 4, 2), (4, 512, 8, 2)]))
+WRITES = Part(CONSTANTS, configs("BLOCK_R BLOCK_D", [(8, 256, 4, 2), (4, 512, 4, 2)]))
+FORWARD = kernel_by_part("scaled_cosine_forward", _forward, TYPES, {"": READS}, _try_forward)
+BACKWARD = kernel_by_part("scaled_cosine_backward", _backward, TYPES, {"": WRITES}, _try_backward)

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import ROWS, config_by_dtype, configs, kernel_by_dtype, launcher, random
+from ..common.launch import (
+    ROWS,
+    Part,
+    config_by_dtype,
+    configs,
+    kernel_by_part,
+    launcher,
+    named,
+    random,
+)
 from ..common.triton import sm_count
 from ..common.tuning import Config
 
@@ -112,21 +121,20 @@ def _trial(dtype: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return random(dtype, device, H, L, L), ids
 
 
-def _try_pick(dtype: str, config: Config, device: torch.device) -> Any:
+def _try_pick(dtype: str, _: str, config: Config, device: torch.device) -> Any:
     return launcher(PICK.name, config, pick, *_trial(dtype, device))
 
 
-def _try_unpick(dtype: str, config: Config, device: torch.device) -> Any:
+def _try_unpick(dtype: str, _: str, config: Config, device: torch.device) -> Any:
     bias, ids = _trial(dtype, device)
     grad = pick(bias, ids)
     return launcher(UNPICK.name, config, unpick, grad, ids, bias.shape[1])
 
 
 # Strides by column are 1; a table's sizes are divisible by nothing.
-_SIZES = {name: "i32" for name in ("H", "K", "L")}
-_CONFIGS = configs("BLOCK_I BLOCK_J", [(32, 32, 4, 2), (16, 64, 4, 2)])
-_PICK_TYPES = {"BIAS": ROWS, "IDS": "*i64:16", "OUT": ROWS, **_SIZES, "b_h": "i32", "b_i": "i32"}
-_UNPICK_TYPES = {"G": ROWS, "PLACES": "*i64:16", "PARTS": "*fp32:16", "B": "i32", **_SIZES}
-_UNPICK_TYPES |= {"share": "i32", "g_b": "i32", "g_h": "i32", "g_i": "i32"}
-PICK = kernel_by_dtype("bias_pick", _pick, _PICK_TYPES, {"b_j": 1}, _CONFIGS, _try_pick)
-UNPICK = kernel_by_dtype("bias_unpick", _unpick, _UNPICK_TYPES, {"g_j": 1}, _CONFIGS, _try_unpick)
+TYPES = named("i32", "B H K L share b_h b_i g_b g_h g_i") | named("*i64:16", "IDS PLACES")
+TYPES |= named(ROWS, "BIAS OUT G") | named("*fp32:16", "PARTS")
+BLOCKS = configs("BLOCK_I BLOCK_J", [(32, 32, 4, 2), (16, 64, 4, 2)])
+PARTS = {"": Part({"b_j": 1, "g_j": 1}, BLOCKS)}
+PICK = kernel_by_part("bias_pick", _pick, TYPES, PARTS, _try_pick)
+UNPICK = kernel_by_part("bias_unpick", _unpick, TYPES, PARTS, _try_unpick)
