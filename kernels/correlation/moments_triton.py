@@ -403,7 +403,7 @@ def _try_backward(dtype: str, part: str, config: Config, device: torch.device) -
     return run(gradient_whole, grad, out, column, 10 * len(out))
 
 
-def _try_join(_: str, part: str, config: Config, device: torch.device) -> Any:
+def _try_join(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     generator = torch.Generator(device).manual_seed(0)
     parts = torch.rand(16, 3, configs.TRIAL[1], generator=generator, device=device)
 

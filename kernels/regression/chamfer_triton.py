@@ -152,11 +152,11 @@ def pull(
 TRIAL = (64, 1024, 3)  # clouds, points, coordinates
 
 
-def _try_nearest(dtype: str, _: str, config: Config, device: torch.device) -> Any:
+def _try_nearest(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     return launcher(NEAREST.name, config, nearest, *random(dtype, device, 2, *TRIAL))
 
 
-def _try_pull(dtype: str, _: str, config: Config, device: torch.device) -> Any:
+def _try_pull(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     x, y = random(dtype, device, 2, *TRIAL)
     _, places, _, back = nearest(x, y)
     arguments = torch.ones(len(x), device=device), x, y, places, back, [1.0, 1.0], False

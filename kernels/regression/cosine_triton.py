@@ -155,11 +155,11 @@ def gradients(
 TRIAL = (256, 196, 768)  # sequences, places, features
 
 
-def _try_forward(dtype: str, _: str, config: Config, device: torch.device) -> Any:
+def _try_forward(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     return launcher(FORWARD.name, config, errors, *random(dtype, device, 2, *TRIAL), None, 2.0)
 
 
-def _try_backward(dtype: str, _: str, config: Config, device: torch.device) -> Any:
+def _try_backward(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     pred, target = random(dtype, device, 2, *TRIAL)
     loss, stats = errors(pred, target, None, 2.0)
     arguments = torch.ones_like(loss), pred, target, None, stats, 2.0, [True, True]

@@ -121,11 +121,11 @@ def _trial(dtype: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return random(dtype, device, H, L, L), ids
 
 
-def _try_pick(dtype: str, _: str, config: Config, device: torch.device) -> Any:
+def _try_pick(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     return launcher(PICK.name, config, pick, *_trial(dtype, device))
 
 
-def _try_unpick(dtype: str, _: str, config: Config, device: torch.device) -> Any:
+def _try_unpick(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     bias, ids = _trial(dtype, device)
     grad = pick(bias, ids)
     return launcher(UNPICK.name, config, unpick, grad, ids, bias.shape[1])
