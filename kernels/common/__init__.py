@@ -2,8 +2,7 @@
 
 from .autograd import accumulator, finished, first_order, full_precision
 from .checks import can_read_values, check_ids, require_float
-from .dispatch import implementations
-from .triton import HAS_TRITON
+from .dispatch import HAS_TRITON, implementations
 
 __all__ = [
     "HAS_TRITON",

@@ -13,14 +13,19 @@ runs outside autocast, which would otherwise round the products inside a primiti
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import full_precision
-from .triton import HAS_TRITON, INTERPRETED
+
+# Triton itself is imported with the first kernel that is launched: it costs as much as the losses.
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 FUSED = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes kernels are made for
 

@@ -1,41 +1,9 @@
-"""Triton where it is installed, and what all of its kernels share.
-
-Kernels' files import `triton` and `tl` from here: where Triton is missing they can still be
-imported, and no primitive declares an implementation that would run them.
-"""
-
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+"""What all Triton kernels share."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-HAS_TRITON = find_spec("triton") is not None
-
-
-class _Missing:
-    """Stands for Triton: any attribute is itself, and a call gives back its argument."""
-
-    @staticmethod
-    def jit(fn: Any) -> Any:
-        fn.arg_names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
-        return fn
-
-    def __getattr__(self, name: str) -> Any:
-        return self
-
-    def __call__(self, x: Any = None, *args: Any) -> Any:
-        return x
-
-
-if TYPE_CHECKING:
-    import triton
-    import triton.language as tl
-elif HAS_TRITON:
-    import triton
-    import triton.language as tl
-else:
-    triton = tl = _Missing()
 
 
 @triton.jit
@@ -48,7 +16,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return acc
 
 
-INTERPRETED = HAS_TRITON and not isinstance(dot, triton.JITFunction)
+INTERPRETED = not isinstance(dot, triton.JITFunction)
 
 
 def precision(exact: str) -> str:

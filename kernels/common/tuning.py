@@ -4,29 +4,30 @@ A kernel declares its shape classes (`Variant`): what it is compiled from, the c
 trying, and a safe one.  `bench/aot.py` compiles all of them without a GPU, `bench/tune.py` times
 them on one, and `config_for` picks: from the table `tuned.json` where this GPU's architecture and
 the shape class are in it, else the safe one.  FASTSSL_AUTOTUNE=1 times the candidates at the first
-launch of a class instead, and keeps the answer in ~/.cache/fastssl (or $XDG_CACHE_HOME/fastssl):
-launch once before capturing a CUDA graph.
+launch of a class instead, and keeps the answer in Triton's own cache (~/.triton/cache, or
+$TRITON_CACHE_DIR): launch once before capturing a CUDA graph.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 TABLE = Path(__file__).with_name("tuned.json")
+KEPT = "fastssl-tuned.json"  # in a folder for each class, GPU, source and version of Triton
 Clock = Callable[[Callable[[], Any]], float]  # median milliseconds of a launch
 
 
@@ -109,7 +110,10 @@ def register(kernel: Kernel) -> Kernel:
 
 
 def kernels() -> dict[str, Kernel]:
-    """Every registered kernel by name."""
+    """Every registered kernel by name, after importing all families' kernels, and Triton."""
+    package = __name__.removesuffix(".common.tuning")
+    for path in sorted(Path(__file__).parents[1].glob("*/*_triton.py")):
+        import_module(f"{package}.{path.parent.name}.{path.stem}")
     return dict(_kernels)
 
 
@@ -159,19 +163,21 @@ def architecture(device: torch.device) -> str:
 
 def autotuned(kernel: Kernel, variant: Variant, device: torch.device, clock: Clock) -> Config:
     """The fastest candidate: timed by this process, or before by another; else timed now."""
-    gpu = torch.cuda.get_device_name(device)
-    known = (kernel.name, variant.name, gpu)
-    if known in _timed:
-        return _timed[known]
-    path, key = _cache_file(gpu), _cache_key(kernel, variant)
-    chosen = _read_cache(path).get(key)
-    if chosen not in variant.candidates:
-        times = [_time(variant.trial, config, device, clock) for config in variant.candidates]
-        best = min(times)
-        chosen = variant.safe if math.isinf(best) else variant.candidates[times.index(best)]
-        if not math.isinf(best):
-            _write_cache(path, key, {**chosen.fields(), "ms": best})
-    _timed[known] = chosen
+    known = kernel.name, variant.name, torch.cuda.get_device_name(device)
+    if known not in _timed:
+        cache = _cache(kernel, known)
+        _timed[known] = _read(cache, variant) or _fastest(variant, device, clock, cache)
+    return _timed[known]
+
+
+def _fastest(variant: Variant, device: torch.device, clock: Clock, cache: Any) -> Config:
+    """The candidate of the least median, kept for other processes; the safe one if none fits."""
+    times = [_time(variant.trial, config, device, clock) for config in variant.candidates]
+    best = min(times)
+    if math.isinf(best):
+        return variant.safe
+    chosen = variant.candidates[times.index(best)]
+    cache.put(json.dumps({**chosen.fields(), "ms": best}), KEPT)
     return chosen
 
 
@@ -192,41 +198,21 @@ def median_ms(launch: Callable[[], Any]) -> float:
     return float(do_bench(launch, return_mode="median"))  # pyright: ignore[reportArgumentType]
 
 
-def _cache_file(gpu: str) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "fastssl" / f"tuned-{gpu.replace('/', '-').replace(' ', '-')}.json"
-
-
-def _cache_key(kernel: Kernel, variant: Variant) -> str:
-    """Changes with anything a time depends on: the kernel's source and Triton's version."""
+def _cache(kernel: Kernel, known: tuple[str, str, str]) -> Any:
+    """Triton's own cache for what a time depends on: the kernel's source and Triton's version."""
     from triton import __version__
+    from triton.runtime.cache import get_cache_manager
 
     source = getattr(kernel.fn, "cache_key", None) or inspect.getsource(kernel.fn.fn)
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return f"{kernel.name} {variant.name} triton-{__version__} {digest}"
+    return get_cache_manager(sha256(repr((*known, __version__, source)).encode()).hexdigest())
 
 
-def _read_cache(path: Path) -> dict[str, Config]:
-    """What was timed before; nothing, with a warning, where the file is damaged."""
+def _read(cache: Any, variant: Variant) -> Config | None:
+    """The candidate that was timed before; None, with a warning, where the file is damaged."""
+    path = cache.get_file(KEPT)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: Config.read(entry) for key, entry in content.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        config = Config.read(json.loads(Path(path).read_text(encoding="utf-8"))) if path else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         warnings.warn(f"{path} is damaged and will be overwritten: {error!r}", stacklevel=2)
-        return {}
-
-
-def _write_cache(path: Path, key: str, entry: dict[str, Any]) -> None:
-    """Add an entry: the file is whole at any time, as several processes may write."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            old = _read_cache(path) and json.loads(path.read_text(encoding="utf-8"))
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:
-            json.dump({**old, key: entry}, out, indent=1)
-        os.replace(out.name, path)
-    except OSError as error:
-        warnings.warn(f"the tuning is not kept: {error}", stacklevel=2)
+        return None
+    return config if config in variant.candidates else None

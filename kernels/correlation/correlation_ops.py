@@ -5,17 +5,14 @@ torch.compile keeps an operator whole in its graph; what one has not got is an e
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.matmul import product
-from ..common.triton import rows_contiguous
-from . import gram_triton
-from .configs import Terms
-from .gradient_triton import finish_all
-from .gram_torch import Matrix
+from ..common.operators import operator
+from .gram_torch import Matrix, Terms
 
 
 def _flat(total: Tensor, matrices: list[Matrix]) -> list[Tensor]:
@@ -33,71 +30,59 @@ def _matrix(values: Tensor, diagonal: Tensor, fp16_scale: Tensor) -> Matrix:
 
 def _flat_fake(x: Tensor, *shapes: tuple[Any, Any], apart: bool) -> list[Tensor]:
     """Tensors as `_flat` makes of x's matrices."""
-    like = x.new_empty((), dtype=torch.float32)
-    tensors = [torch.empty_like(like)]
-    for shape in shapes:
-        scale = () if x.dtype == torch.float16 else 0
-        tensors += [
-            x.new_empty(shape),
-            like.new_empty(shape[0] if apart else 0),
-            like.new_empty(scale),
-        ]
-    return tensors
+    floats = partial(x.new_empty, dtype=torch.float32)
+    scale = () if x.dtype == torch.float16 else 0
+    parts = [(x.new_empty(s), floats(s[0] if apart else 0), floats(scale)) for s in shapes]
+    return [floats(()), *(tensor for part in parts for tensor in part)]
 
 
-@torch.library.custom_op("fastssl::correlation_grams", mutates_args=())
-def _grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Tensor]:
+def _run_grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Tensor]:
     """Total; values, diagonal and scale of each side's Gram.  others: none where all are here."""
+    from . import gram_triton
+
     return _flat(*gram_triton.gram_matrices(sides, others or None, start))
 
 
-@_grams.register_fake
-def _(sides, others, start):
+def _fake_grams(sides, others, start):
     n, N = len(sides[0]), len((others or sides)[0])
     return _flat_fake(sides[0], *((n, N) for _ in sides), apart=True)
 
 
-@torch.library.custom_op("fastssl::correlation_covariance", mutates_args=())
-def _covariance(a: Tensor, b: Tensor | None) -> list[Tensor]:
+def _run_covariance(a: Tensor, b: Tensor | None) -> list[Tensor]:
     """Total without the diagonal, if D is E; values, diagonal and scale."""
+    from . import gram_triton
+
     total, matrix = gram_triton.covariance_matrix(a, b)
     return _flat(total, [matrix])
 
 
-@_covariance.register_fake
-def _(a, b):
+def _fake_covariance(a, b):
     D, E = a.shape[1], (a if b is None else b).shape[1]
     return _flat_fake(a, (D, E), apart=D == E)
 
 
-@torch.library.custom_op("fastssl::correlation_gradient", mutates_args=())
-def _gradient(
+def _run_gradient(
     matrix: list[Tensor], rows: Tensor | None, terms: list[Tensor | None], transposed: bool
 ) -> Tensor:
     """By a Gram, of rows; rows None: by a covariance, of terms' `other`.
 
     matrix: values, diagonal, scale.  terms: mine, other, coef, factor.
     """
-    whole = _matrix(*matrix)
-    sides = [x if x is None else rows_contiguous(x) for x in terms[:2]]
-    coef, factor = (x if x is None else x.float().contiguous() for x in terms[2:])
-    parts = Terms(*sides, coef, factor)  # pyright: ignore
-    if rows is not None:
-        out = rows.new_empty(len(whole.values), rows.shape[1])
-        return finish_all(lambda i: product(whole.values[i], rows), whole, parts, out)
-    other, values = parts.other, whole.values.T if transposed else whole.values
-    assert other is not None
-    parts = parts if coef is not None else parts._replace(other=None)
-    out = other.new_empty(len(other), values.shape[1])
-    return finish_all(lambda i: product(other[i], values), whole, parts, out)
+    from .gradient_triton import gradient
+
+    return gradient(_matrix(*matrix), rows, Terms(*terms), transposed)  # pyright: ignore
 
 
-@_gradient.register_fake
-def _(matrix, rows, terms, transposed):
+def _fake_gradient(matrix, rows, terms, transposed):
     values = matrix[0]
     if rows is not None:
         return rows.new_empty(values.shape[0], rows.shape[1])
     return terms[1].new_empty(terms[1].shape[0], values.shape[0 if transposed else 1])
+
+
+_grams = operator("correlation_grams", _run_grams, _fake_grams)
+_covariance = operator("correlation_covariance", _run_covariance, _fake_covariance)
+_gradient = operator("correlation_gradient", _run_gradient, _fake_gradient)
 
 
 def grams(
@@ -119,17 +104,11 @@ def covariance(a: Tensor, b: Tensor | None, split: bool) -> tuple[Tensor, Tensor
     return diagonal.new_empty(0), total + diagonal.square().sum(), matrix
 
 
-def gradient(
-    matrix: Matrix,
-    rows: Tensor,
-    mine: Tensor,
-    other: Tensor | None,
-    coef: Tensor | None,
-    factor: Tensor,
-) -> Tensor:
+def gradient(matrix: Matrix, rows: Tensor, terms: Terms) -> Tensor:
     """As gram_torch.gradient."""
-    terms = [mine, None if coef is None else other, coef, factor]
-    return _gradient(_flat(factor, [matrix])[1:], rows, terms, False)
+    if terms.coef is None:
+        terms = terms._replace(other=None)
+    return _gradient(_flat(terms.factor, [matrix])[1:], rows, list(terms), False)
 
 
 def gradient_across(

@@ -10,20 +10,22 @@ Traffic of that pass: z and y read once, the gradient written once.  In place: n
 In the kernel capitals are pointers.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.triton import tl, triton
-from ..common.tuning import Config, Kernel, config_for, register
-from .configs import Terms, finish_variants, shape_class
-from .gram_torch import Matrix
+from ..common.launch import kernel_by_part, launcher, random
+from ..common.matmul import product
+from ..common.triton import rows_contiguous
+from ..common.tuning import Config, config_for
+from . import configs
+from .configs import shape_class
+from .gram_torch import Matrix, Terms
 from .gram_triton import strip_rows
 
 
@@ -50,13 +52,10 @@ def _finish(
     tl.store(OUT + row * D + d[None, :], out.to(OUT.dtype.element_ty), ok)
 
 
-def finish(
-    p: Tensor, matrix: Matrix, terms: Terms, out: Tensor, choice: tuple[str, Config] | None = None
-) -> Tensor:
+def finish(p: Tensor, matrix: Matrix, terms: Terms, out: Tensor) -> Tensor:
     """Write a strip of a gradient, out (R, D), from its product p (R, D) float32."""
     (R, D), part = p.shape, "across" if terms.mine is None else "rows"
-    name = shape_class(out, part)
-    config = choice[1] if choice else config_for(FINISH, name, out.device)
+    config = config_for(FINISH, shape_class(out, part), out.device)
     blocks, (mine, other, coef, factor) = config.blocks, terms
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_N"])
     mine_row, other_row = (0 if x is None else x.stride(0) for x in (mine, other))
@@ -83,9 +82,30 @@ def finish_all(
     return out
 
 
-def _trial(p: Tensor, matrix: Matrix, terms: Terms, choice: tuple[str, Config]) -> list[Tensor]:
-    """A tuner's launch."""
-    return [finish(p, matrix, terms, torch.empty_like(terms.other), choice)]
+def gradient(matrix: Matrix, rows: Tensor | None, terms: Terms, transposed: bool) -> Tensor:
+    """By a Gram, of all ranks' rows; rows None: by a covariance C, or C^T, of terms' `other`."""
+    mine, other = (x if x is None else rows_contiguous(x) for x in terms[:2])
+    coef = None if terms.coef is None else terms.coef.float().contiguous()
+    factor = terms.factor.float().contiguous()
+    if rows is not None:
+        out = rows.new_empty(len(matrix.values), rows.shape[1])
+        parts = Terms(mine, other, coef, factor)
+        return finish_all(lambda i: product(matrix.values[i], rows), matrix, parts, out)
+    assert other is not None
+    values = matrix.values.T if transposed else matrix.values
+    out = other.new_empty(len(other), values.shape[1])
+    parts = Terms(None, None if coef is None else other, coef, factor)
+    return finish_all(lambda i: product(other[i], values), matrix, parts, out)
 
 
-FINISH = register(Kernel("correlation_finish", _finish, finish_variants(_finish, _trial)))
+def _try_finish(dtype: str, part: str, config: Config, device: torch.device) -> Any:
+    mine, other = random(dtype, device, 2, *configs.TRIAL_STRIP, unit=True)
+    diagonal, coef = (torch.linspace(0.5, 1.5, n, device=device) for n in mine.shape)
+    one, rows = torch.ones((), device=device), part == "rows"
+    matrix = Matrix(mine, diagonal if rows else None, one if dtype == "float16" else None)
+    terms = Terms(mine if rows else None, other, coef, one)
+    run = lambda: finish(other.float(), matrix, terms, torch.empty_like(other))  # noqa: E731
+    return launcher(FINISH.name, config, run)
+
+
+FINISH = kernel_by_part("correlation_finish", _finish, configs.TYPES, configs.FINISH, _try_finish)

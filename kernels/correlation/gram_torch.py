@@ -31,6 +31,19 @@ class Matrix(NamedTuple):
     fp16_scale: Tensor | None = None
 
 
+class Terms(NamedTuple):
+    """What a gradient has beside its product with a matrix.
+
+    mine (n, D): the rows that a Gram's diagonal stands for.  other (n, D): the second tensor's,
+    with coef (D,), or both None.  factor: 0-d.
+    """
+
+    mine: Tensor | None
+    other: Tensor | None
+    coef: Tensor | None
+    factor: Tensor
+
+
 def _symmetric(x: Tensor) -> Tensor:
     """x x^T."""
     n = len(x)
@@ -63,11 +76,8 @@ def grams(
         for x, others in ((a, all_a), (b, all_b))
         if x is not None and others is not None
     ]
-    return (
-        dot(matrices[0], matrices[-1]),
-        Matrix(matrices[0]),
-        None if b is None else Matrix(matrices[1]),
-    )
+    total, last = dot(matrices[0], matrices[-1]), None if b is None else Matrix(matrices[1])
+    return total, Matrix(matrices[0]), last
 
 
 def cross(a: Tensor, b: Tensor | None) -> Tensor:
@@ -117,19 +127,12 @@ def blend(p: Matrix, q: Matrix, x: Tensor, y: Tensor) -> Matrix:
     return Matrix(values.to(p.values.dtype), diagonal, scale)
 
 
-def gradient(
-    matrix: Matrix,
-    rows: Tensor,
-    mine: Tensor,
-    other: Tensor | None,
-    coef: Tensor | None,
-    factor: Tensor,
-) -> Tensor:
+def gradient(matrix: Matrix, rows: Tensor, terms: Terms) -> Tensor:
     """factor * G rows + other * coef, in rows' dtype: the gradient by a Gram matrix G.
 
-    rows (N, D): all ranks'.  mine (n, D): those of them that G's diagonal stands for.
-    other (n, D): the second tensor's, with coef (D,), or None.  factor: 0-d.
+    rows (N, D): all ranks'.
     """
+    _, other, coef, factor = terms
     out = (matrix.values * factor) @ rows.to(factor.dtype)
     if other is not None and coef is not None:
         out = out.addcmul_(other.to(out.dtype), coef)

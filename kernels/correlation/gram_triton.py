@@ -23,20 +23,20 @@ In the kernels capitals are pointers.
 Source: Zbontar et al. 2021, arXiv:2103.03230, eq. 1; |a^T b|^2 = tr(a a^T b b^T).
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
+from ..common.launch import FLOATS, kernel_by_part, launcher, random
 from ..common.matmul import product
-from ..common.triton import dot, precision, rows_contiguous, tl, triton
-from ..common.tuning import Config, Kernel, config_for, register
-from .configs import settle_variants, shape_class, tile_variants
+from ..common.triton import dot, precision, rows_contiguous
+from ..common.tuning import Config, config_for
+from . import configs
+from .configs import shape_class
 from .gram_torch import Matrix
 
 # Reckoned from an H200's figures, to be confirmed by measurement.
@@ -44,8 +44,6 @@ SIDE = 1280  # rows of a symmetric matrix, 55 tiles of 128 and more: fewer leave
 STRIP_BYTES = 1 << 25  # of float32 products: an H200's L2 holds them,
 LEAST_ROWS, TILE = 512, 128  # but fewer rows would wait for the other side; a multiple of TILE
 STRIPS = 4  # of a symmetric float32 product, for 5/8 of the work
-
-Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
 
 
 @triton.jit
@@ -201,28 +199,21 @@ def schedule(x: Tensor, M: int, mirror: bool) -> str:
     return "tiles" if mirror and x.dtype != torch.float32 and M >= SIDE else "products"
 
 
-def _choose(kernel: Kernel, x: Tensor, part: str) -> Choice:
-    name = shape_class(x, part)
-    return name, config_for(kernel, name, x.device)
-
-
 def _parts_of(matrices: list[Matrix]) -> tuple[Tensor | None, ...]:
     """Values, diagonal and scale of one or two matrices: the kernels' OUT, DIAGONAL and SCALE."""
     first, *second = matrices
     return *first, *(second[0] if second else (None,) * 3)
 
 
-def by_tiles(
-    sides: list[Tensor], matrices: list[Matrix], columns: bool, choice: Choice | None = None
-) -> Tensor:
+def by_tiles(sides: list[Tensor], matrices: list[Matrix], columns: bool) -> Tensor:
     """sum_ij s_ij t_ij of symmetric matrices without their diagonals; they go into `matrices`.
 
     sides: a, or a and b; columns: their columns meet, not their rows.
     """
     a, b = sides[0], sides[1] if len(sides) > 1 else None
     K, M = a.shape if columns else a.shape[::-1]
-    part = "columns" if columns else "one" if b is None else "pair"
-    name, config = choice or _choose(TILES, a, part)
+    name = shape_class(a, "columns" if columns else "one" if b is None else "pair")
+    config = config_for(TILES, name, a.device)
     blocks, side = config.blocks, triton.cdiv(M, config.blocks["BLOCK"])
     grid = side * (side - 1) // 2 + side * (1 if blocks["CORNER"] == blocks["BLOCK"] else 3)
     parts = torch.empty(grid, dtype=torch.float32, device=a.device)
@@ -237,12 +228,7 @@ def by_tiles(
 
 
 def settle(
-    strips: list[Tensor],
-    matrices: list[Matrix],
-    corner: tuple[int, int],
-    start: int,
-    mirror: bool,
-    choice: Choice | None = None,
+    strips: list[Tensor], matrices: list[Matrix], corner: tuple[int, int], start: int, mirror: bool
 ) -> Tensor:
     """The parts of by_products' sum that strips (R, C) of s and t make; corner: their first entry.
 
@@ -250,7 +236,7 @@ def settle(
     """
     s, t = strips[0], strips[1] if len(strips) > 1 else None
     part = ("one" if t is None else "pair") + ("-mirror" if mirror else "")
-    _, config = choice or _choose(SETTLE, matrices[0].values, part)
+    config = config_for(SETTLE, shape_class(matrices[0].values, part), s.device)
     (R, C), N, blocks = s.shape, matrices[0].values.shape[1], config.blocks
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_N"])
     parts = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=s.device)
@@ -331,25 +317,37 @@ def covariance_matrix(a: Tensor, b: Tensor | None, by: str = "") -> tuple[Tensor
     return by_products([(a.T, other.T)], [matrix], b is None), matrix
 
 
-def _try_tiles(sides: list[Tensor], columns: bool, choice: Choice) -> list[Tensor]:
-    """A tuner's launch: all it makes."""
+def _all_tiles(sides: list[Tensor], columns: bool) -> list[Tensor]:
+    """All that a launch for a tuner makes."""
     M = sides[0].shape[1 if columns else 0]
     matrices = [
         _matrix(x, (M, M), True, lambda x=x: x.new_ones((), dtype=torch.float32)) for x in sides
     ]
-    total = by_tiles(sides, matrices, columns, choice)
+    total = by_tiles(sides, matrices, columns)
     return [total, *(x for matrix in matrices for x in matrix[:2] if x is not None)]
 
 
-def _try_settle(
-    strips: list[Tensor], dtype: torch.dtype, mirror: bool, choice: Choice
-) -> list[Tensor]:
-    """A tuner's launch, of a strip of a matrix that has no other."""
+def _settle_strip(strips: list[Tensor], dtype: torch.dtype, mirror: bool) -> list[Tensor]:
+    """All that a launch for a tuner makes, of a strip of a matrix that has no other."""
     (R, C), like = strips[0].shape, strips[0].new_empty(0, dtype=dtype)
     matrices = [_matrix(like, (C if mirror else R, C), True, strips[0].amax) for _ in strips]
-    parts = settle(strips, matrices, (0, 0), 0, mirror, choice)
+    parts = settle(strips, matrices, (0, 0), 0, mirror)
     return [parts.sum(), *(m.values[:R] for m in matrices)]
 
 
-TILES = register(Kernel("correlation_tiles", _tiles, tile_variants(_tiles, _try_tiles)))
-SETTLE = register(Kernel("correlation_settle", _settle, settle_variants(_settle, _try_settle)))
+def _try_tiles(dtype: str, part: str, config: Config, device: torch.device) -> Any:
+    shape = 2 if part == "pair" else 1, *configs.TRIAL_TILES[part]
+    sides = [*random(dtype, device, *shape, unit=True)]
+    return launcher(TILES.name, config, _all_tiles, sides, part == "columns")
+
+
+def _try_settle(dtype: str, part: str, config: Config, device: torch.device) -> Any:
+    shape = 2 if "pair" in part else 1, *configs.TRIAL_STRIP
+    strips, mirror = [*random("float32", device, *shape, unit=True)], part.endswith("mirror")
+    return launcher(SETTLE.name, config, _settle_strip, strips, getattr(torch, dtype), mirror)
+
+
+TILES = kernel_by_part(
+    "correlation_tiles", _tiles, configs.TYPES, configs.TILES, _try_tiles, FLOATS[:2], product=True
+)
+SETTLE = kernel_by_part("correlation_settle", _settle, configs.TYPES, configs.SETTLE, _try_settle)

@@ -23,7 +23,7 @@ from ..common.checks import check_pair, check_rows
 from ..common.dispatch import declare
 from . import moments_ops
 from .correlation import correlation_reference, cross_correlation, frobenius_sq, plan_for
-from .gram_torch import Matrix, blend, overlap
+from .gram_torch import Matrix, Terms, blend, overlap
 from .plans import added, backends
 
 
@@ -67,11 +67,12 @@ class _ByGrams(torch.autograd.Function):
         need = ctx.needs_input_grad
         da = db = dr = None
         if need[0]:
-            da = backend.gradient(blend(gram_b, gram_r, g, g_r), all_a, a, b, coef, two)
+            da = backend.gradient(blend(gram_b, gram_r, g, g_r), all_a, Terms(a, b, coef, two))
         if need[1]:
-            db = backend.gradient(blend(gram_a, gram_r, g, g_r), all_b, b, a, coef, two)
+            db = backend.gradient(blend(gram_a, gram_r, g, g_r), all_b, Terms(b, a, coef, two))
         if need[2]:
-            dr = backend.gradient(blend(gram_a, gram_b, g_r, g_r), all_r, r, None, None, two)
+            terms = Terms(r, None, None, two)
+            dr = backend.gradient(blend(gram_a, gram_b, g_r, g_r), all_r, terms)
         return da, db, dr, None, None
 
 

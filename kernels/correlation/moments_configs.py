@@ -10,14 +10,12 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from ..common.tuning import Config, Variant
+from ..common.launch import ROWS, Part, configs, dtype_name, named, random
 
 # (BLOCK_N, BLOCK_D, warps, STAGES) for 16-bit numbers; the first is the safe one.
 LOOPS = [(128, 32, 8, 4), (64, 32, 4, 4), (256, 32, 16, 3), (128, 64, 16, 3), (256, 16, 8, 4)]
@@ -33,10 +31,8 @@ BOTH_HELD = {  # two tensors' rows
     "N512": [(512, 16, 8, 1), (512, 32, 16, 1), (512, 16, 4, 1)],
     "N1024": [(1024, 16, 16, 1), (1024, 16, 8, 1)],
 }
-FORWARD = {**HELD, "whole": LOOPS, "measure": LOOPS, "apply": TILES, "affine": TILES}
-BACKWARD = {**BOTH_HELD, "whole": LOOPS, "sums": LOOPS, "apply": TILES}
-JOIN = [(16, 64, 4, 1), (16, 128, 4, 1), (32, 32, 4, 1)]
-TRITON = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16"}
+FORWARD = HELD | {"whole": LOOPS, "measure": LOOPS, "apply": TILES, "affine": TILES}
+BACKWARD = BOTH_HELD | {"whole": LOOPS, "sums": LOOPS, "apply": TILES}
 PHASES = {"measure": (True, False), "sums": (True, False), "apply": (False, True)}
 PHASES["affine"] = PHASES["apply"]
 
@@ -48,11 +44,29 @@ ABSENT = {
     "sums": ("DZ", "INV_STD", "G_MEAN", "G_OUT"),
 }
 BOTH = ("PARTS", "SHIFT", "REST", "OFFSET", "SUMS", "G_MEAN", "G_OUT")
-ROWS = ("Z", "OUT", "G", "DZ")
-SIZES = ("N", "D", "z_row", "g_row", "out_row", "share")
+TYPES = named("*fp32:16", "PARTS SHIFT REST SCALE OFFSET SUMS INV_STD G_MEAN G_OUT")
+TYPES |= named("i32:16", "N D z_row g_row out_row share") | named("fp32", "eps divisor")
+TYPES |= named(ROWS, "Z OUT G DZ")
 TRIAL = (4096, 8192)  # rows, but of held ones as many as are held; columns
 
-Trial = Callable[[str, str, Config, torch.device], Callable[[], Any]]  # of a dtype and a part
+
+def parts(tables: dict[str, list[tuple[int, int, int, int]]]) -> dict[str, Part]:
+    """The parts of the forward or the backward kernel."""
+    made = {}
+    for name, table in tables.items():
+        measure, apply = PHASES.get(name, (True, True))
+        flags = {"MEASURE": measure, "APPLY": apply, "HELD": name in HELD}
+        sizes = [(rows, columns, stages, warps, stages) for rows, columns, warps, stages in table]
+        candidates = configs("BLOCK_N BLOCK_D STAGES", sizes)
+        made[name] = Part(dict.fromkeys(ABSENT.get(name, BOTH)) | flags, candidates)
+    return made
+
+
+JOIN = Part(
+    {"ROOT": True},
+    configs("BLOCK_P BLOCK_D", [(16, 64, 4, 1), (16, 128, 4, 1), (32, 32, 4, 1)]),
+    {"OUT": "*fp32:16", "P": "i32"},
+)
 
 
 def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
@@ -61,59 +75,15 @@ def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
     >>> shape_class(["float32-N256", "float32-whole"], torch.empty(100, 3), "whole")
     'float32-N256'
     """
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = dtype_name(x)
     if part == "whole":
         fits = (n for n in HELD if len(x) <= int(n[1:]) and f"{dtype}-{n}" in classes)
         part = next(fits, part)
     return f"{dtype}-{part}"
 
 
-def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
-    """The classes of the forward or the backward kernel, with these parts."""
-    classes = {}
-    for dtype in TRITON:
-        for part, table in parts.items():
-            name, phases = f"{dtype}-{part}", PHASES.get(part, (True, True))
-            absent = [n for n in ABSENT.get(part, BOTH) if n in fn.arg_names]
-            flags = {"MEASURE": phases[0], "APPLY": phases[1], "HELD": part in HELD}
-            constants = {**dict.fromkeys(absent), **flags}
-            blocks = ("BLOCK_N", "BLOCK_D", "STAGES")
-            names = [n for n in fn.arg_names if n not in constants and n not in blocks]
-            types = {n: _type(n, dtype) for n in names}
-            configs = tuple(_config(dtype, *sizes) for sizes in table)
-            classes[name] = Variant(
-                name, types, constants, False, configs, configs[0], partial(trial, dtype, part)
-            )
-    return classes
-
-
-def _config(dtype: str, rows: int, columns: int, warps: int, stages: int) -> Config:
-    """Half as many columns of 32 bits, so that a block's row has as many bytes."""
-    if dtype == "float32":
-        columns //= 2
-    return Config({"BLOCK_N": rows, "BLOCK_D": columns, "STAGES": stages}, warps, stages)
-
-
-def _type(name: str, dtype: str) -> str:
-    if name in SIZES:
-        return "i32:16"
-    if name in ROWS:
-        return TRITON[dtype]
-    return "fp32" if name in ("eps", "divisor") else "*fp32:16"
-
-
-def join_variants(trial: Any) -> dict[str, Variant]:
-    """The one class of `join`."""
-    types = {"PARTS": "*fp32:16", "OUT": "*fp32:16", "P": "i32", "D": "i32:16"}
-    types |= {"share": "i32:16", "N": "i32:16", "eps": "fp32", "divisor": "fp32"}
-    configs = tuple(Config({"BLOCK_P": p, "BLOCK_D": d}, w, s) for p, d, w, s in JOIN)
-    return {"join": Variant("join", types, {"ROOT": True}, False, configs, configs[0], trial)}
-
-
 def trial_rows(dtype: str, part: str, device: torch.device, tensors: int = 1) -> list[Tensor]:
-    """(N, D) of a deviation of 1 about a mean of 3, the same at each call."""
+    """(N, D) of a deviation of 1 about a mean of 3."""
     N, D = TRIAL
     N = min(N, int(part[1:])) if part in HELD else N
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(tensors, N, D, generator=generator, device=device) + 3
-    return list(x.to(getattr(torch, dtype)))
+    return list(random(dtype, device, tensors, N, D) + 3)

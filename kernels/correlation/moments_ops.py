@@ -10,51 +10,36 @@ from torch import Tensor
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
 
 from ..common.autograd import finished, first_order
-from ..common.operators import operator
+from ..common.operators import launches
 from . import moments_torch
-from . import moments_triton as launches
 from .moments_torch import inverse
 
 
-class Fused:
-    """`moments_torch`'s functions by Triton: (N, D) rows in any layout, columns (D,) float32."""
-
-    moments = operator(
-        "moments", launches.moments, lambda z: z.new_empty(3, z.shape[1], dtype=torch.float32)
-    )
-    join = operator(
-        "moments_joined", launches.join, lambda parts, rows: parts.new_empty(parts.shape[1:])
-    )
-    standardize = operator(
-        "standardized",
-        launches.standardize,
-        lambda z, eps, unbiased: (
-            z.new_empty(z.shape),
-            z.new_empty(z.shape[1], dtype=torch.float32),
-        ),
-    )
-    apply = operator("moments_applied", launches.apply, lambda z, *columns: z.new_empty(z.shape))
-    sums = operator(
-        "moments_sums",
-        launches.sums,
-        lambda grad, out: out.new_empty(2, out.shape[1], dtype=torch.float32),
-    )
-    gradient = operator(
-        "moments_gradient", launches.gradient, lambda grad, out, *columns: out.new_empty(out.shape)
-    )
-    gradient_whole = operator(
-        "moments_gradient_whole",
-        launches.gradient_whole,
-        lambda grad, out, inv_std, divisor: out.new_empty(out.shape),
-    )
-
-    @staticmethod
-    def column_dot(a: Tensor, b: Tensor) -> Tensor:
-        """sum_n a_nd b_nd: (D,)."""
-        return Fused.sums(a, b)[1]
+def _floats(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
-backends: dict[str, Any] = {"torch": moments_torch, "triton": Fused}
+def _fake_standardize(z: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), _floats(z, z.shape[1])
+
+
+def _fake_gradient_whole(grad: Tensor, out: Tensor, inv_std: Tensor, divisor: int) -> Tensor:
+    return out.new_empty(out.shape)
+
+
+fused = launches(
+    f"{__package__}.moments_triton",
+    moments_torch,
+    moments=lambda z: _floats(z, 3, z.shape[1]),
+    join=lambda parts, rows: parts.new_empty(parts.shape[1:]),
+    standardize=_fake_standardize,
+    apply=lambda z, *columns: z.new_empty(z.shape),
+    sums=lambda grad, out: _floats(out, 2, out.shape[1]),
+    gradient=lambda grad, out, *columns: out.new_empty(out.shape),
+    gradient_whole=_fake_gradient_whole,
+)
+fused.column_dot = lambda a, b: fused.sums(a, b)[1]
+backends: dict[str, Any] = {"torch": moments_torch, "triton": fused}
 
 
 def _join_ranks(z: Tensor, group: Group, impl: str) -> tuple[Tensor, Tensor, Tensor]:

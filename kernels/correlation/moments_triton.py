@@ -24,20 +24,17 @@ Source: Welford 1962, "Note on a method for calculating corrected sums of square
 Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler: tl.sum "may return a tuple".
-
 from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import launcher
-from ..common.triton import rows_contiguous, sm_count, tl, triton
-from ..common.tuning import Config, Kernel, config_for, register
+from ..common.launch import kernel_by_part, launcher
+from ..common.triton import rows_contiguous, sm_count
+from ..common.tuning import Config, Kernel, config_for
 from . import moments_configs as configs
 
 
@@ -406,7 +403,7 @@ def _try_backward(dtype: str, part: str, config: Config, device: torch.device) -
     return run(gradient_whole, grad, out, column, 10 * len(out))
 
 
-def _try_join(config: Config, device: torch.device) -> Any:
+def _try_join(dtype: str, part: str, config: Config, device: torch.device) -> Any:
     generator = torch.Generator(device).manual_seed(0)
     parts = torch.rand(16, 3, configs.TRIAL[1], generator=generator, device=device)
 
@@ -417,10 +414,13 @@ def _try_join(config: Config, device: torch.device) -> Any:
     return launcher(JOIN.name, config, run)
 
 
-def _registered(name: str, fn: Any, parts: Any, trial: Any) -> Kernel:
-    return register(Kernel(f"standardize_{name}", fn, configs.variants(fn, parts, trial)))
-
-
-FORWARD = _registered("forward", _forward, configs.FORWARD, _try_forward)
-BACKWARD = _registered("backward", _backward, configs.BACKWARD, _try_backward)
-JOIN = register(Kernel("standardize_join", _join_kernel, configs.join_variants(_try_join)))
+FORWARD, BACKWARD = (
+    kernel_by_part(f"standardize_{name}", fn, configs.TYPES, parts, trial, halved="BLOCK_D")
+    for name, fn, parts, trial in (
+        ("forward", _forward, configs.parts(configs.FORWARD), _try_forward),
+        ("backward", _backward, configs.parts(configs.BACKWARD), _try_backward),
+    )
+)
+JOIN = kernel_by_part(
+    "standardize_join", _join_kernel, configs.TYPES, {"": configs.JOIN}, _try_join, ["join"]
+)

@@ -113,9 +113,10 @@ class ByGram(torch.autograd.Function):
         coef = g_diagonal - 2 * g * diagonal if ctx.split else None
         da = db = None
         if ctx.needs_input_grad[0]:
-            da = backend.gradient(gram_b, all_a, a, a if b is None else b, coef, 2 * g)
+            terms = gram_torch.Terms(a, a if b is None else b, coef, 2 * g)
+            da = backend.gradient(gram_b, all_a, terms)
         if b is not None and ctx.needs_input_grad[1]:
-            db = backend.gradient(gram_a, all_b, b, a, coef, 2 * g)
+            db = backend.gradient(gram_a, all_b, gram_torch.Terms(b, a, coef, 2 * g))
         return da, db, None, None, None
 
 

@@ -13,26 +13,24 @@ W is rounded to the inputs' dtype; in float16 it is divided by FP16_SCALE first.
 Memory: a block of S and of W, one strip's sums of columns, gradients in float32.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
-from ..common.launch import dtype_name
+from ..common.launch import ROWS, Part, configs, dtype_name, kernel_by_part, launcher, named, random
 from ..common.matmul import product
-from ..common.triton import tl, triton
-from ..common.tuning import Config, Kernel, Variant, config_for, forced, register
-from .lse_torch import Grads, Pairs
+from ..common.tuning import Config, Kernel, config_for
+from . import masks_triton
+from .lse_torch import Grads, Pairs, weights
 from .masks import Masks, exclude_self, triton_rules
-from .scores_triton import LEAST, fp16_scale, join, log_sum, scored, weighed, weights
+from .scores_triton import LEAST, fp16_scale, join, log_sum, scored, weighed
 
 __all__ = ["SUMMARIZE", "WEIGH", "gradients", "join", "log_sum", "statistics", "weights"]
 
@@ -206,53 +204,37 @@ def gradients(
 
 
 TRIAL = (4096, 2048)  # rows and keys of a tuner's launch
-CONFIGS = [(32, 128, 4), (64, 64, 8), (32, 256, 8), (64, 128, 8)]
-SIZES = {key: "i32:16" for key in ("i0", "j0", "R", "C", "M", "N", "width")}
-PLAIN = {"BIAS": None, "RULES": (), "PLACES": (), "ROW_IDS": None, "COL_IDS": None, "VECTOR": False}
-FULL = {"RULES": (exclude_self.triton,), "PLACES": (0,), "VECTOR": True}
-FLOATS = ("S", "SCALE", "BIAS", "ROWS", "COLS", "ROW_SIDE", "COL_SIDE", "FP16_SCALE", "SUMS")
-TYPES = {**SIZES, **{key: "*fp32:16" for key in FLOATS}, "ROW_IDS": "*i64:16", "COL_IDS": "*i64:16"}
-
-
-def _variants(fn: Any, kernel: str) -> dict[str, Variant]:
-    """A class for each dtype, with and without rules on ids, a bias and a scale for each row."""
-    classes = {}
-    for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
-        for part, constants in (("plain", PLAIN), ("full", FULL)):
-            absent = {} if dtype == "float16" else {"FP16_SCALE": None}
-            absent |= {"SUMS": None} if part == "plain" else {}
-            names = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
-            types = {n: TYPES.get(n, f"*{short}:16") for n in names if n not in absent}
-            unused = {n: v for n, v in absent.items() if n in fn.arg_names}
-            configs = tuple(Config({"BLOCK_M": m, "BLOCK_N": n}, w, 1) for m, n, w in CONFIGS)
-            name, trial = f"{dtype}-{part}", partial(_try, kernel, dtype, part)
-            constexprs = {**constants, **unused}
-            classes[name] = Variant(name, types, constexprs, False, configs, configs[0], trial)
-    return classes
+CONFIGS = configs(
+    "BLOCK_M BLOCK_N", [(32, 128, 4, 1), (64, 64, 8, 1), (32, 256, 8, 1), (64, 128, 8, 1)]
+)
+PLAIN = dict.fromkeys(("BIAS", "ROW_IDS", "COL_IDS", "SUMS"))
+PARTS = {  # "full": with rules on ids, a bias and a scale for each row
+    "plain": Part({"RULES": (), "PLACES": (), "VECTOR": False, **PLAIN}, CONFIGS),
+    "full": Part({"RULES": (masks_triton.exclude_self,), "PLACES": (0,), "VECTOR": True}, CONFIGS),
+}
+TYPES = named("i32:16", "i0 j0 R C M N width") | named("*i64:16", "ROW_IDS COL_IDS")
+TYPES |= named("*fp32:16", "S SCALE BIAS ROWS COLS ROW_SIDE COL_SIDE FP16_SCALE SUMS")
+TYPES |= named(ROWS, "W")
 
 
 def _try(kernel: str, dtype: str, part: str, config: Config, device: torch.device) -> Any:
     """One block of scores, forward or backward, with `config`."""
-    (M, N), generator = TRIAL, torch.Generator(device).manual_seed(0)
-    q = torch.randn(M, 64, generator=generator, device=device).to(getattr(torch, dtype))
+    M, N = TRIAL
+    q = random(dtype, device, M, 64)
     scale, bias, mask = torch.full((), 0.1, device=device), None, Masks()
     if part == "full":
         scale, bias = scale.expand(M).contiguous(), scale.new_zeros(N)
         mask = exclude_self(torch.arange(M, device=device), torch.arange(N, device=device))
     pairs = Pairs(q, q[:N], scale, bias, *mask.ids(), mask.key, False)
+    if kernel == SUMMARIZE.name:
+        return launcher(kernel, config, statistics, pairs, True)
     sides = [torch.ones(2, n, device=device) for n in (M, N)]
-
-    def launch() -> Any:
-        with forced(kernel, config):
-            if kernel == SUMMARIZE.name:
-                return statistics(pairs, True)
-            grads = gradients(pairs, sides[0], sides[1], (True, True, True, part == "full"))
-            return [x for x in grads if x.numel()]
-
-    return launch
+    need = True, True, True, part == "full"
+    run = lambda: gradients(pairs, sides[0], sides[1], need)  # noqa: E731
+    return launcher(kernel, config, lambda: [x for x in run() if x.numel()])
 
 
-SUMMARIZE = register(
-    Kernel("pairwise_summarize", _summarize, _variants(_summarize, "pairwise_summarize"))
+SUMMARIZE, WEIGH = (
+    kernel_by_part(name, fn, TYPES, PARTS, partial(_try, name))
+    for name, fn in (("pairwise_summarize", _summarize), ("pairwise_weigh", _weigh))
 )
-WEIGH = register(Kernel("pairwise_weigh", _weigh, _variants(_weigh, "pairwise_weigh")))

@@ -11,24 +11,23 @@ strings: so a mask goes by its key, and the implementation by its name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.autograd import accumulator, first_order
-from . import lse_gemm, lse_torch, lse_triton
+from ..common.operators import operator
+from . import lse_torch
 from .lse_torch import Grads, Pairs
 
 FUSED_UP_TO = 256  # features; from others' measurements, to be confirmed by `make gpu-bench`
-SCHEDULES = {"tiles": lse_triton, "products": lse_gemm}
 
 
-def schedule(x: Tensor) -> ModuleType:
-    """The Triton module for rows like x."""
+def schedule(x: Tensor) -> str:
+    """Triton's schedule for rows like x: "tiles" or "products"."""
     large = x.dtype != torch.float32 and x.shape[1] > FUSED_UP_TO
-    return SCHEDULES["products" if large else "tiles"]
+    return "products" if large else "tiles"
 
 
 def backend(impl: str, x: Tensor) -> Any:
@@ -38,11 +37,13 @@ def backend(impl: str, x: Tensor) -> Any:
     """
     if impl == "torch":
         return lse_torch
-    return SCHEDULES[impl] if impl in SCHEDULES else schedule(x)
+    from . import lse_gemm, lse_triton
+
+    by = schedule(x) if impl == "triton" else impl
+    return {"tiles": lse_triton, "products": lse_gemm}[by]
 
 
-@torch.library.custom_op("fastssl::pairwise_stats", mutates_args=())
-def stats(
+def _stats(
     tensors: list[Tensor | None], mask: str, same: bool, both: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """`statistics` of rows and columns.  tensors: q, k, scale, bias, row_ids, col_ids."""
@@ -55,15 +56,13 @@ def _pairs(tensors: Sequence[Any], mask: str, same: bool) -> Pairs:
     return Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
 
 
-@stats.register_fake
-def _(tensors, mask, same, both, impl):
+def _fake_stats(tensors, mask, same, both, impl):
     q, k = tensors[:2]
     like = q.new_empty(0, dtype=accumulator(q.dtype))
     return like.new_empty(2, q.shape[0]), like.new_empty(2, k.shape[0] if both else 0)
 
 
-@torch.library.custom_op("fastssl::pairwise_grads", mutates_args=())
-def grads(
+def _grads(
     tensors: list[Tensor | None],
     rows: Tensor | None,
     cols: Tensor | None,
@@ -77,13 +76,16 @@ def grads(
     return tuple(backend(impl, pairs.q).gradients(pairs, rows, cols, tuple(need)))
 
 
-@grads.register_fake
-def _(tensors, rows, cols, mask, same, need, impl):
+def _fake_grads(tensors, rows, cols, mask, same, need, impl):
     q, k, scale = tensors[:3]
     like = q.new_empty(0, dtype=accumulator(q.dtype))
     sizes = q.shape, k.shape, scale.shape, k.shape[:1]
     asked = need[0] or same, need[1] and not same, need[2], need[3]
     return tuple(like.new_empty(s if a else 0) for s, a in zip(sizes, asked, strict=True))
+
+
+stats = operator("pairwise_stats", _stats, _fake_stats)
+grads = operator("pairwise_grads", _grads, _fake_grads)
 
 
 class _LSE(torch.autograd.Function):

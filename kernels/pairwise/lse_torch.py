@@ -147,7 +147,7 @@ def join(a: Tensor, b: Tensor) -> Tensor:
 
 
 def weights(stats: Tensor, grad: Tensor) -> Tensor:
-    """(2, M): m and g / l, so that a pair's W is exp(s - m) times it; 0 where no pair was left."""
+    """(2, M): m and g / l; a pair's W is that times e, in Triton 2, to the s - m; 0 of no pair."""
     m, total = stats
     return torch.stack([m, torch.where(total == 0, 0, grad.to(total.dtype) / total)])
 

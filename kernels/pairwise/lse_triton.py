@@ -16,22 +16,21 @@ Row indices are int64, as row * stride passes 2**31.  Scores and statistics: sco
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import dot, precision, rows_contiguous, tl, triton
-from ..common.tuning import Config, Kernel, config_for, register
-from .lse_configs import backward_variants, forward_variants, shape_class
-from .lse_torch import Grads, Pairs
+from ..common.triton import dot, precision, rows_contiguous
+from ..common.tuning import Config, Kernel, register
+from .classes import Choice, choose
+from .lse_configs import backward_variants, forward_variants
+from .lse_torch import Grads, Pairs, weights
 from .masks import triton_rules
-from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed, weights
+from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed
 
 __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
 
@@ -112,15 +111,6 @@ def _bwd(
     tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if SUMS is not None:
         tl.store(SUMS + row, sums, row < M)
-
-
-Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
-
-
-def choose(kernel: Kernel, x: Tensor, part: str) -> Choice:
-    """The shape class of a launch and the configuration to make it with."""
-    name = shape_class(x, part)
-    return name, config_for(kernel, name, x.device)
 
 
 def _fits_block(constants: Mapping[str, Any], config: Config, D: int) -> bool:
@@ -225,5 +215,5 @@ def gradients(
     return Grads(*(scale.new_empty(0) if g is None else g for g in wanted))
 
 
-FWD = register(Kernel("pairwise_lse_fwd", _fwd, forward_variants(forward)))
-BWD = register(Kernel("pairwise_lse_bwd", _bwd, backward_variants(backward, forward)))
+FWD = register(Kernel("pairwise_lse_fwd", _fwd, forward_variants(_fwd, forward)))
+BWD = register(Kernel("pairwise_lse_bwd", _bwd, backward_variants(_bwd, backward, forward)))

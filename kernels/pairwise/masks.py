@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.triton import HAS_TRITON
-from . import masks_triton
+from ..common.dispatch import HAS_TRITON
 
 _rules: dict[str, PairMask] = {}
 
@@ -55,6 +54,21 @@ class _Rules:
         )
 
 
+class _Own(NamedTuple):
+    """The twin of that name in masks_triton.py, which imports Triton."""
+
+    name: str
+
+
+def _is_twin(function: Any) -> bool:
+    """Whether None, one of ours, or a @triton.jit function, as far as Triton is there to tell."""
+    if function is None or type(function) is _Own or not HAS_TRITON:
+        return True
+    from triton import KernelInterface
+
+    return isinstance(function, KernelInterface)
+
+
 @dataclass(frozen=True)
 class PairMask(_Rules):
     """A rule: keep(row_ids, col_ids) is a bool tensor, broadcasting the two.
@@ -75,7 +89,7 @@ class PairMask(_Rules):
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.triton is not None and HAS_TRITON and not masks_triton.is_twin(self.triton):
+        if not _is_twin(self.triton):
             raise ValueError(
                 f"triton must be a @triton.jit function of (row_ids, col_ids) in mask "
                 f"{self.name!r}, got {self.triton!r}"
@@ -193,8 +207,11 @@ def decode(key: str) -> tuple[tuple[PairMask, ...], tuple[int, ...]]:
 
 def triton_rules(key: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """RULES and PLACES of a `Masks.key`, as the Triton kernels take them."""
+    from . import masks_triton
+
     rules, places = decode(key)
-    return tuple(rule.triton for rule in rules), places
+    twins = (rule.triton for rule in rules)
+    return tuple(getattr(masks_triton, t.name) if type(t) is _Own else t for t in twins), places
 
 
 def as_masks(mask: Any) -> Masks:
@@ -231,9 +248,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _rule(name: str, keep: Callable[[Tensor, Tensor], Tensor]) -> PairMask:
-    return PairMask(
-        name, keep, symmetric=True, triton=getattr(masks_triton, name) if HAS_TRITON else None
-    )
+    return PairMask(name, keep, symmetric=True, triton=_Own(name))
 
 
 exclude_self = _rule("exclude_self", lambda i, j: i != j)

@@ -1,8 +1,7 @@
 """The pair masks' rules for Triton, and how a kernel asks them.  Ids are never negative in //."""
 
-from typing import Any
-
-from ..common.triton import tl, triton
+import triton
+import triton.language as tl
 
 
 @triton.jit
@@ -49,8 +48,3 @@ def kept(
         else:
             keep = keep & RULES[t](i[:, None], j[None, :])
     return keep
-
-
-def is_twin(function: Any) -> bool:
-    """Whether a @triton.jit function."""
-    return isinstance(function, triton.KernelInterface)

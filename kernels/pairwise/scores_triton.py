@@ -9,9 +9,11 @@ A kernel sees x, y: rows and columns, or with TRANSPOSED columns and rows.  Capi
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import dot, tl, triton
+from ..common.triton import dot
 from .masks_triton import kept
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -78,12 +80,6 @@ def join(a: Tensor, b: Tensor) -> Tensor:
     """The statistics of two disjoint sets of pairs together."""
     m = torch.maximum(a[0], b[0])
     return torch.stack([m, a[1] * (a[0] - m).exp2() + b[1] * (b[0] - m).exp2()])
-
-
-def weights(stats: Tensor, grad: Tensor) -> Tensor:
-    """(2, M): m and g / l, so that a pair's W is 2^(s - m) times it; 0 where no pair was left."""
-    m, total = stats
-    return torch.stack([m, torch.where(total == 0, 0, grad.float() / total)])
 
 
 def fp16_scale(sides: list[Tensor | None], factor: Tensor) -> Tensor:

@@ -40,10 +40,6 @@ def pairwise_sigmoid_reference(q, k, scale, bias, positive):
     return -F.logsigmoid(torch.where(keep, s_MN, -s_MN)).sum()
 
 
-def _reference(q, k, scale, bias, positive: Masks) -> Tensor:
-    return pairwise_sigmoid_reference(q, k, scale, bias, positive)
-
-
 def _run(q, k, scale, bias, positive: Masks, impl: str) -> Tensor:
     return sigmoid_ops.total(_logits(q, k, scale, bias, positive), impl)
 
@@ -52,7 +48,7 @@ def _logits(q, k, scale, bias, positive: Masks) -> Logits:
     return Logits(q, k, scale, bias, *positive.ids(), positive.key)
 
 
-_SIGMOID = declare("pairwise_sigmoid", _run, _reference)
+_SIGMOID = declare("pairwise_sigmoid", _run, pairwise_sigmoid_reference)
 
 
 def _check(q, k, scale, bias, positive) -> tuple[Tensor, Tensor, Masks]:

@@ -14,27 +14,35 @@ import torch
 from torch import Tensor
 
 from ..common.autograd import accumulator, first_order, full_precision
-from . import sigmoid_torch, sigmoid_triton
+from ..common.operators import operator
+from . import sigmoid_torch
 from .sigmoid_torch import Logits, Need, Results
 
-backends: dict[str, Any] = {"torch": sigmoid_torch, "triton": sigmoid_triton}
+
+def _backend(impl: str) -> Any:
+    if impl == "torch":
+        return sigmoid_torch
+    from . import sigmoid_triton
+
+    return sigmoid_triton
 
 
-@torch.library.custom_op("fastssl::pairwise_sigmoid", mutates_args=())
-def sigmoid(
+def _run(
     tensors: list[Tensor | None], mask: str, need: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`results`.  tensors: those of `Logits`."""
-    return tuple(backends[impl].results(Logits(*tensors, mask), tuple(need)))  # pyright: ignore
+    return tuple(_backend(impl).results(Logits(*tensors, mask), tuple(need)))  # pyright: ignore
 
 
-@sigmoid.register_fake
-def _(tensors, mask, need, impl):
+def _fake(tensors, mask, need, impl):
     q, k = tensors[:2]
     like = q.new_empty((), dtype=accumulator(q.dtype))
     sizes = q.shape, k.shape, (), ()
     made = (like.new_empty(s if n else 0) for s, n in zip(sizes, need, strict=True))
     return like, *made
+
+
+sigmoid = operator("pairwise_sigmoid", _run, _fake)
 
 
 class _Sigmoid(torch.autograd.Function):

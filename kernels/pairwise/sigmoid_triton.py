@@ -15,25 +15,24 @@ FP16_SCALE first: at SigLIP's first bias of -10 a negative pair's 4.5e-5 would a
 In the kernels capitals are pointers.  Row indices are int64, as row * stride passes 2**31.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler.
-
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import spans
 from ..common.launch import dtype_name
 from ..common.matmul import product as matmul
-from ..common.triton import dot, precision, rows_contiguous, tl, triton
-from ..common.tuning import Config, Kernel, config_for, register
+from ..common.triton import dot, precision, rows_contiguous
+from ..common.tuning import Kernel, config_for, register
+from .classes import Choice, choose
 from .lse_gemm import BLOCK_BYTES
 from .masks import triton_rules
 from .masks_triton import kept
 from .scores_triton import LOG2_E, product
-from .sigmoid_configs import FP16_SCALES, PASSES, shape_class, tile_variants, weigh_variants
+from .sigmoid_configs import FP16_SCALES, PASSES, tile_variants, weigh_variants
 from .sigmoid_torch import Logits, Need, Results
 
 FUSED_UP_TO = 256  # features; from others' measurements on Hopper, to be confirmed by gpu-tune
@@ -141,15 +140,6 @@ def _weigh(
         tl.store(SUMS + 2, 0.0)
 
 
-Choice = tuple[str, Config]  # of a shape class by name, and of the configuration in it
-
-
-def choose(kernel: Kernel, q: Tensor, part: str) -> Choice:
-    """The shape class of a launch and the configuration to make it with."""
-    name = shape_class(q, part) if kernel is TILES else f"{dtype_name(q)}-{part}"
-    return name, config_for(kernel, name, q.device)
-
-
 def one_side(
     logits: Logits, part: str, choice: Choice | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -178,15 +168,13 @@ def one_side(
     return None if sums is None else sums.sum(0, dtype=torch.float64), out
 
 
-def weigh(
-    p: Tensor, logits: Logits, i: slice, j: slice, part: str, choice: Choice | None = None
-) -> tuple[Tensor, Tensor]:
+def weigh(p: Tensor, logits: Logits, i: slice, j: slice, part: str) -> tuple[Tensor, Tensor]:
     """The sums (3,) of a block of products, and its W times FP16_SCALE in the inputs' dtype.
 
     part: "loss" or "grad"; of "loss" there is no W, and the sums of W are 0.
     float32 products become their W.
     """
-    _, config = choice or choose(WEIGH, logits.q, part)
+    config = config_for(WEIGH, f"{dtype_name(logits.q)}-{part}", p.device)
     (R, C), blocks, (rules, places) = p.shape, config.blocks, triton_rules(logits.mask)
     grid = triton.cdiv(R, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_N"])
     sums = p.new_empty(*grid, 3)
@@ -241,5 +229,5 @@ def results(logits: Logits, need: Need) -> Results:
     return Results(total, *grads)
 
 
-TILES = register(Kernel("pairwise_sigmoid_tiles", _tiles, tile_variants(one_side)))
-WEIGH = register(Kernel("pairwise_sigmoid_weigh", _weigh, weigh_variants(weigh)))
+TILES = register(Kernel("pairwise_sigmoid_tiles", _tiles, tile_variants(_tiles, one_side)))
+WEIGH = register(Kernel("pairwise_sigmoid_weigh", _weigh, weigh_variants(_weigh, weigh)))

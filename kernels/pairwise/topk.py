@@ -23,7 +23,7 @@ from torch import Tensor
 from ..common.autograd import accumulator
 from ..common.chunks import spans, tile_shape
 from ..common.dispatch import declare
-from . import topk_triton
+from ..common.operators import operator
 from .lse import Mask, check_pairs
 from .masks import Masks, Tile
 from .topk_configs import MOST
@@ -61,11 +61,7 @@ def topk_torch(
     return values, indices
 
 
-backends = {"torch": topk_torch, "triton": topk_triton.topk}
-
-
-@torch.library.custom_op("fastssl::pairwise_topk", mutates_args=())
-def _search(
+def _topk(
     q: Tensor,
     k: Tensor,
     n: int,
@@ -74,13 +70,19 @@ def _search(
     mask: str,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return backends[impl](q, k, n, row_ids, col_ids, mask)
+    if impl == "torch":
+        return topk_torch(q, k, n, row_ids, col_ids, mask)
+    from .topk_triton import topk
+
+    return topk(q, k, n, row_ids, col_ids, mask)
 
 
-@_search.register_fake
-def _(q, k, n, row_ids, col_ids, mask, impl):
+def _fake(q, k, n, row_ids, col_ids, mask, impl):
     shape = q.shape[0], n
     return q.new_empty(shape, dtype=accumulator(q.dtype)), q.new_empty(shape, dtype=torch.int64)
+
+
+_search = operator("pairwise_topk", _topk, _fake)
 
 
 def _run(q, k, n, mask: Masks, impl: str):

@@ -7,6 +7,7 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.launch import ROWS, configs, named, random, variant
 from ..common.tuning import Config, Variant
+from .classes import dtype_class
 
 SLOTS = {"n16": 16, "n64": 64, "n256": 256}
 MOST = 256  # the largest n
@@ -37,15 +40,11 @@ TF32 = {
     "n256": [(32, 64, 32, 8, 3), (32, 64, 32, 4, 3)],
 }
 TABLES = {"bfloat16": HALF, "float16": HALF, "tf32": TF32, "float32": FULL}
-TRITON = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16", "tf32": "*fp32:16"}
 TRIAL = (8192, 65_536, 128)  # M, N, D
 
 # Sizes and strides are taken to be divisible by 16, and ids to be given: positions cost less.
-SIGNATURE = {
-    **{"ROW_IDS": "*i64:16", "COL_IDS": "*i64:16", "KEYS": "*i64:16", "M": "i32:16"},
-    **{"N": "i32:16", "D": "i32:16", "n": "i32", "share": "i32:16"},
-    **{"q_row": "i32:16", "k_row": "i32:16"},
-}
+TYPES = named("i32:16", "M N D share q_row k_row") | named("i32", "n")
+TYPES |= named("*i64:16", "ROW_IDS COL_IDS KEYS") | named(ROWS, "Q K")
 
 Launch = Callable[..., Any]
 
@@ -56,41 +55,26 @@ def shape_class(q: Tensor, n: int) -> str:
     >>> shape_class(torch.empty(2, 3, dtype=torch.bfloat16), 20)
     'bfloat16-n64'
     """
-    dtype = str(q.dtype).removeprefix("torch.")
-    if dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
-        dtype = "tf32"
-    return f"{dtype}-{next(name for name, slots in SLOTS.items() if n <= slots)}"
+    return f"{dtype_class(q)}-{next(name for name, slots in SLOTS.items() if n <= slots)}"
 
 
-def variants(rule: Any, launch: Launch) -> dict[str, Variant]:
+def variants(fn: Any, rule: Any, launch: Launch) -> dict[str, Variant]:
     """The classes.  rule: the Triton rule to compile with.  launch: that of topk_triton.topk."""
-    return {
-        (name := f"{dtype}-{width}"): _variant(name, rule, launch)
-        for dtype in TABLES
-        for width in SLOTS
-    }
-
-
-def _variant(name: str, rule: Any, launch: Launch) -> Variant:
-    dtype, width = name.split("-")
-    configs = tuple(
-        Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, warps, stages)
-        for m, n, d, warps, stages in TABLES[dtype][width]
-    )
-    constants = {
-        **{"RULES": (rule,), "PLACES": (0,), "SLOTS": SLOTS[width]},
-        **{"PRECISION": "tf32" if dtype == "tf32" else "ieee"},
-    }
-    signature = {"Q": TRITON[dtype], "K": TRITON[dtype], **SIGNATURE}
-    trial = partial(_try, launch, name)
-    return Variant(name, signature, constants, dtype != "float32", configs, configs[0], trial)
+    classes = {}
+    for dtype, (width, slots) in itertools.product(TABLES, SLOTS.items()):
+        name, table = f"{dtype}-{width}", TABLES[dtype][width]
+        candidates = configs("BLOCK_M BLOCK_N BLOCK_D", table)
+        constants = {"RULES": (rule,), "PLACES": (0,), "SLOTS": slots}
+        constants["PRECISION"] = "tf32" if dtype == "tf32" else "ieee"
+        trial, product = partial(_try, launch, name), dtype != "float32"
+        classes[name] = variant(name, fn, TYPES, constants, candidates, trial, product)
+    return classes
 
 
 def _try(launch: Launch, name: str, config: Config, device: torch.device) -> Launch:
     """The scores of unit rows' neighbors; of near equals two configurations may pick another."""
     dtype, width = name.split("-")
-    (M, N, D), generator = TRIAL, torch.Generator(device).manual_seed(0)
-    x = torch.randn(M + N, D, generator=generator, device=device)
-    x = torch.nn.functional.normalize(x).to(getattr(torch, dtype, torch.float32))
+    M, N, D = TRIAL
+    x = random(dtype, device, M + N, D, unit=True)
     arguments = x[:M], x[M:], SLOTS[width], None, None, ""
     return lambda: launch(*arguments, (name, config))[0]

@@ -14,14 +14,12 @@ Memory: 8 n M bytes for each share.  In place: nothing.
 In the kernels capitals are pointers, and ids that are not given are positions.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
-# Triton states the types of its functions for its own compiler: tl.max "may return a tuple".
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import precision, rows_contiguous, sm_count, tl, triton
+from ..common.triton import precision, rows_contiguous, sm_count
 from ..common.tuning import Config, Kernel, config_for, register
 from .masks import triton_rules
 from .masks_triton import exclude_self, kept
@@ -113,7 +111,8 @@ def topk(
     mask: that of `Masks.key`.  choice: a shape class by name, and the configuration to launch.
     """
     q, k, (M, D), N = rows_contiguous(q), rows_contiguous(k), q.shape, len(k)
-    name, config = choice or _choose(q, n)
+    name = shape_class(q, n)
+    name, config = choice or (name, config_for(TOPK, name, q.device))
     share = _share(M, N, n, config, q.device)
     constants, (rules, places) = TOPK.variants[name].constexprs, triton_rules(mask)
     keys = torch.empty(M, triton.cdiv(N, share) * n, dtype=torch.int64, device=q.device)
@@ -126,11 +125,6 @@ def topk(
     return _decoded(keys.topk(n, dim=1).values)
 
 
-def _choose(q: Tensor, n: int) -> tuple[str, Config]:
-    name = shape_class(q, n)
-    return name, config_for(TOPK, name, q.device)
-
-
 def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
     """The scores and the places in keys, as `_keys` puts them there."""
     rank = (keys >> 32).to(torch.int32)
@@ -138,4 +132,4 @@ def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
     return scores, 0x7FFFFFFF - (keys & 0x7FFFFFFF)
 
 
-TOPK = register(Kernel("pairwise_topk", _topk, variants(exclude_self, topk)))
+TOPK = register(Kernel("pairwise_topk", _topk, variants(_topk, exclude_self, topk)))

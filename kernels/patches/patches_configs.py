@@ -9,14 +9,16 @@ Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.tuning import Config, Variant
+from ..common.launch import POINTERS, Trial, configs, named, random, variant
+from ..common.tuning import Variant
 
 # (BLOCK_N, BLOCK_P, warps); the first is the safe one.
 MOVES = {"narrow": [(16, 64, 4)], "wide": [(4, 256, 4), (8, 256, 8)]}
@@ -33,16 +35,13 @@ LOOKED_AT = 64  # ids at a time
 
 READ = {"float32": "float32", "bfloat16": "bfloat16", "uint8-float32": "uint8"}
 READ |= {"uint8-bfloat16": "uint8"}
-TRITON = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16", "uint8": "*u8:16"}
 TRIAL = (128, 224)  # images, pixels a side: three channels
 
 # What is adjacent; other sizes and strides are taken to be divisible by 16, or named here.
-COLUMNS = {"s_w": 1, "p_p": 1, "g_p": 1}
-FLAGS = {"C": 3, "PT": 1, "WIDE": False, "KIND": 0, "NORM_PIX": True, "NORM": None}
-TYPES = {"NORM": "*fp32:16", "IDS": "*i64:16", "LOSS": "*fp32:16", "STATS": "*fp32:16"}
-TYPES |= {"eps": "fp32", "gh": "i32", "gw": "i32", "K": "i32", "L": "i32"}
-
-Trial = Callable[[str, str, Config, torch.device], Callable[[], Any]]  # of a dtype and a part
+CONSTANTS = {"s_w": 1, "p_p": 1, "g_p": 1, "C": 3, "PT": 1, "WIDE": False, "KIND": 0}
+CONSTANTS |= {"NORM_PIX": True, "NORM": None}
+TYPES = named("i32:16", "N P s_b s_c s_t s_h g_b g_k p_b p_k") | named("i32", "gh gw K L")
+TYPES |= named("*fp32:16", "NORM LOSS STATS") | {"IDS": "*i64:16", "eps": "fp32"}
 
 
 def shape_class(images: torch.dtype, result: torch.dtype, part: str) -> str:
@@ -73,47 +72,29 @@ def measured(P: int) -> str:
 
 def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
     """The classes of a kernel with these parts."""
-    classes = {}
-    for dtypes, read in READ.items():
-        if read == "uint8" and "IMAGES" not in fn.arg_names:
+    classes, names = {}, fn.arg_names
+    blocks = "BLOCK_N BLOCK_P BLOCK_K" if "BLOCK_K" in names else "BLOCK_N BLOCK_P"
+    for (dtypes, read), (part, table) in product(READ.items(), parts.items()):
+        if read == "uint8" and "IMAGES" not in names:
             continue
-        for part, table in parts.items():
-            name, side = f"{dtypes}-{part}", SIDES[part]
-            constants = {**COLUMNS, **FLAGS, "PH": side, "PW": side, "HELD": part in HELD}
-            constants = {n: value for n, value in constants.items() if n in fn.arg_names}
-            named = [n for n in fn.arg_names if n not in constants and not n.startswith("BLOCK")]
-            result, loss = dtypes.rpartition("-")[2], "PRED" in fn.arg_names  # G is the loss's
-            types = {n: _type(n, read, result, loss) for n in named}
-            configs = tuple(_config(fn, *sizes) for sizes in table)
-            classes[name] = Variant(
-                name, types, constants, False, configs, configs[0], partial(trial, dtypes, part)
-            )
+        name, side, result = f"{dtypes}-{part}", SIDES[part], POINTERS[dtypes.rpartition("-")[2]]
+        types = TYPES | dict.fromkeys(("PRED", "D_PRED", "OUT", "G"), result)
+        types["IMAGES"] = POINTERS[read]
+        if "PRED" in names:  # G is the loss's
+            types["G"] = POINTERS["float32"]
+        constants = CONSTANTS | {"PH": side, "PW": side, "HELD": part in HELD}
+        looked = (LOOKED_AT,) if "BLOCK_K" in names else ()
+        sizes = [(n, p, *looked, warps, 1) for n, p, warps in table]
+        candidates, run = configs(blocks, sizes), partial(trial, dtypes, part)
+        classes[name] = variant(name, fn, types, constants, candidates, run)
     return classes
-
-
-def _type(name: str, read: str, result: str, loss: bool) -> str:
-    if name == "IMAGES":
-        return TRITON[read]
-    if name == "G":
-        return "*fp32:16" if loss else TRITON[result]
-    if name in ("PRED", "D_PRED", "OUT"):
-        return TRITON[result]
-    return TYPES.get(name, "i32:16")
-
-
-def _config(fn: Any, rows: int, values: int, warps: int) -> Config:
-    blocks = {"BLOCK_N": rows, "BLOCK_P": values}
-    if "BLOCK_K" in fn.arg_names:
-        blocks["BLOCK_K"] = LOOKED_AT
-    return Config(blocks, warps, 1)
 
 
 def trial_images(dtypes: str, part: str, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Images, three quarters of their patches, and a patch's side; the same at each call."""
     B, S = TRIAL
     side = min(SIDES[part], S)
-    generator = torch.Generator(device).manual_seed(0)
-    images = torch.rand(B, 3, S, S, generator=generator, device=device) * 255
-    order = torch.rand(B, (S // side) ** 2, generator=generator, device=device).argsort(1)
+    images = 255 * random("float32", device, B, 3, S, S).sigmoid()
+    order = random("float32", device, B, (S // side) ** 2, seed=1).argsort(1)
     ids = order[:, : max(1, 3 * order.shape[1] // 4)].contiguous()
     return images.to(getattr(torch, READ[dtypes])), ids, side

@@ -3,64 +3,66 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.autograd import first_order
-from ..common.operators import operator
+from ..common.operators import launches
 from . import patches_torch
-from . import patches_triton as launches
 from .patches_torch import KINDS, Spec
 
 
-def _fake_mse(pred, images, norm, ids, spec, eps):
+def _fake_gather(images, norm, ids, patch, dtype):
+    return images.new_empty(*ids.shape, images.shape[1] * math.prod(patch), dtype=dtype)
+
+
+def _fake_mse(
+    pred: Tensor, images: Tensor, norm: Tensor | None, ids: Tensor, spec: Sequence[int],
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     loss = pred.new_empty(ids.shape, dtype=torch.float32)
     return loss, loss.new_empty((*ids.shape, 2) if eps is not None else (0,))
 
 
-class Fused:
-    """`patches_torch`'s functions by Triton; images (B, C, T, H, W) in any layout."""
+def _fake_mse_grad(
+    grad: Tensor, pred: Tensor, images: Tensor, norm: Tensor | None, ids: Tensor, stats: Tensor,
+    spec: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return pred.new_empty(pred.shape)
 
-    gather = operator(
-        "patches_gathered",
-        launches.gather,
-        lambda images, norm, ids, patch, dtype: images.new_empty(
-            *ids.shape, images.shape[1] * math.prod(patch), dtype=dtype
-        ),
-    )
-    spread = operator(
-        "patches_spread",
-        launches.spread,
-        lambda grad, norm, ids, patch, shape, dtype: grad.new_empty(shape, dtype=dtype),
-    )
-    mse = operator("patches_mse", launches.mse, _fake_mse)
-    mse_grad = operator(
-        "patches_mse_grad",
-        launches.mse_grad,
-        lambda grad, pred, *arguments: pred.new_empty(pred.shape),
-    )
 
-    @staticmethod
-    def error(
-        pred: Tensor, images: Tensor, norm: Tensor | None, ids: Tensor, spec: Spec, keep: bool
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The loss of each patch, (B, K), and what `gradient` needs."""
-        loss, stats = Fused.mse(pred, images, norm, ids, _numbers(spec), spec.eps)
-        return loss, (pred, images, norm, ids, stats)
+fused = launches(
+    f"{__package__}.patches_triton",
+    patches_torch,
+    gather=_fake_gather,
+    spread=lambda grad, norm, ids, patch, shape, dtype: grad.new_empty(shape, dtype=dtype),
+    mse=_fake_mse,
+    mse_grad=_fake_mse_grad,
+)
 
-    @staticmethod
-    def gradient(grad: Tensor, saved: tuple[Tensor, ...], spec: Spec) -> Tensor:
-        """The gradient to pred, given that of each patch's loss."""
-        return Fused.mse_grad(grad, *saved, _numbers(spec))
+
+def _error(
+    pred: Tensor, images: Tensor, norm: Tensor | None, ids: Tensor, spec: Spec, keep: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss of each patch, (B, K), and what `gradient` needs."""
+    loss, stats = fused.mse(pred, images, norm, ids, _numbers(spec), spec.eps)
+    return loss, (pred, images, norm, ids, stats)
+
+
+def _gradient(grad: Tensor, saved: tuple[Tensor, ...], spec: Spec) -> Tensor:
+    """The gradient to pred, given that of each patch's loss."""
+    return fused.mse_grad(grad, *saved, _numbers(spec))
 
 
 def _numbers(spec: Spec) -> list[int]:
     return [*spec.patch, KINDS.index(spec.kind)]
 
 
-backends: dict[str, Any] = {"torch": patches_torch, "triton": Fused}
+fused.error, fused.gradient = _error, _gradient
+backends: dict[str, Any] = {"torch": patches_torch, "triton": fused}
 
 
 class GatherPatches(torch.autograd.Function):

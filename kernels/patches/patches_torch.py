@@ -40,7 +40,7 @@ class Spec(NamedTuple):
     kind: str
 
 
-def grid_view(images: Tensor, patch: Patch) -> Tensor:
+def grid_view(images: Tensor, patch: Sequence[int]) -> Tensor:
     """(B, C, T, H, W) as (B, gt, gh, gw, pt, ph, pw, C), without a copy whatever the strides."""
     for axis, side in zip((4, 3, 2), reversed(patch), strict=True):
         images = images.unflatten(axis, (-1, side))
@@ -57,7 +57,7 @@ def _places(ids: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tenso
 class _Pixels:
     """Images, as their memory lies: channels-last ones are wide images of one channel."""
 
-    def __init__(self, images: Tensor, norm: Tensor | None, patch: Patch) -> None:
+    def __init__(self, images: Tensor, norm: Tensor | None, patch: Sequence[int]) -> None:
         (C, T, H, W), (pt, ph, pw) = images.shape[1:], patch
         last = images.permute(0, 2, 3, 4, 1)
         if not images.is_contiguous() and last.is_contiguous():
@@ -107,7 +107,7 @@ def _interleaved(x: Tensor) -> Tensor:
 
 
 def gather(
-    images: Tensor, norm: Tensor | None, ids: Tensor, patch: Patch, dtype: torch.dtype
+    images: Tensor, norm: Tensor | None, ids: Tensor, patch: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """(B, K, P) in `dtype`; norm (2, C) or None: x becomes (x - norm_0c) * norm_1c."""
     pixels, P = _Pixels(images, norm, patch), images.shape[1] * math.prod(patch)
@@ -123,7 +123,7 @@ def spread(
     grad: Tensor,
     norm: Tensor | None,
     ids: Tensor,
-    patch: Patch,
+    patch: Sequence[int],
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:

@@ -21,19 +21,16 @@ In the kernels capitals are pointers, or numbers known when they are compiled; *
 on are strides.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# Triton states the types of its functions for its own compiler: tl.sum "may return a tuple".
-
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import launcher
-from ..common.triton import tl, triton
+from ..common.launch import launcher, random
 from ..common.tuning import Config, Kernel, config_for, register
 from . import patches_configs as configs
 
@@ -380,18 +377,13 @@ def mse_grad(
 def _trial(dtypes: str, part: str, device: torch.device) -> tuple[Tensor, Tensor, int, Tensor]:
     """Images (B, 3, 1, S, S), ids, a patch's side, and predictions of the patches."""
     images, ids, side = configs.trial_images(dtypes, part, device)
-    generator = torch.Generator(device).manual_seed(1)
-    pred = torch.randn(*ids.shape, 3 * side * side, generator=generator, device=device)
-    return images[:, :, None], ids, side, pred.to(_result(dtypes))
-
-
-def _result(dtypes: str) -> torch.dtype:
-    return getattr(torch, dtypes.rpartition("-")[2])
+    pred = random(dtypes.rpartition("-")[2], device, *ids.shape, 3 * side * side, seed=1)
+    return images[:, :, None], ids, side, pred
 
 
 def _try_gather(dtypes: str, part: str, config: Config, device: torch.device) -> Any:
-    images, ids, side, _ = _trial(dtypes, part, device)
-    arguments = images, None, ids, (1, side, side), _result(dtypes)
+    images, ids, side, pred = _trial(dtypes, part, device)
+    arguments = images, None, ids, (1, side, side), pred.dtype
     return launcher(GATHER.name, config, gather, *arguments)
 
 
@@ -414,11 +406,12 @@ def _try_mse_grad(dtypes: str, part: str, config: Config, device: torch.device) 
     return launcher(MSE_GRAD.name, config, mse_grad, *arguments)
 
 
-def _registered(name: str, fn: Any, parts: Any, trial: Any) -> Kernel:
-    return register(Kernel(name, fn, configs.variants(fn, parts, trial)))
-
-
-GATHER = _registered("patches_gather", _gather, configs.MOVES, _try_gather)
-SPREAD = _registered("patches_spread", _spread, configs.SPREAD, _try_spread)
-MSE = _registered("patches_mse", _mse, configs.MOMENTS, _try_mse)
-MSE_GRAD = _registered("patches_mse_grad", _mse_grad, configs.MOVES, _try_mse_grad)
+GATHER, SPREAD, MSE, MSE_GRAD = (
+    register(Kernel(f"patches{fn.__name__}", fn, configs.variants(fn, parts, trial)))
+    for fn, parts, trial in (
+        (_gather, configs.MOVES, _try_gather),
+        (_spread, configs.SPREAD, _try_spread),
+        (_mse, configs.MOMENTS, _try_mse),
+        (_mse_grad, configs.MOVES, _try_mse_grad),
+    )
+)

@@ -9,26 +9,11 @@ Here a tile of distances is made at a time; each point's nearest one, 4 bytes, i
 and the gradient goes through it alone: exact, wherever the nearest is one.  Where several are
 equally near it goes through the first.  Differences are squared, not expanded to products: clouds
 far from the origin lose nothing.
-In Triton a program has a block of one cloud's points and goes over the other cloud in blocks:
-
-    nearest   least_n = min_m |x_n - y_m|^2, at the lowest m that has it
-    pull      dx_n = a c (x_n - y_at(n)) + b sum_(m: back(m) = n) c (x_n - y_m)
-              c = 2 for squares, 1 / distance (0 at distance 0) for distances
-
-A place of a block keeps its own best, and the block's best is taken once, at the end.  `pull` finds
-the points whose nearest is n by looking through all of `back`: no atomics.
-In the kernels capitals are pointers; g is a cloud, k a coordinate.
 Cost: 3 D N M operations a pair, each way in Triton; in torch, backward costs N + M.
 Memory: O(N + M), and one chunk.  In place: nothing.
 Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 3.3, whose reconstruction loss is
 "l2"; "l1", half the sum of both mean distances, is usual for completion of point clouds.
 """
-
-
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler.
 
 from types import SimpleNamespace
 from typing import Any
@@ -40,10 +25,7 @@ from ..common.autograd import accumulator, finished, first_order
 from ..common.checks import require_float
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
-from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
-from ..common.operators import operator
-from ..common.triton import tl, triton
-from ..common.tuning import Config
+from ..common.operators import launches
 
 DIMENSIONS = 8
 
@@ -63,7 +45,7 @@ def _root(least: Tensor) -> Tensor:
     return torch.where(least > 0, least, 1).sqrt() * (least > 0)
 
 
-def _squares_torch(x: Tensor, y: Tensor) -> Tensor:
+def _squares(x: Tensor, y: Tensor) -> Tensor:
     """|x - y|^2 of every pair, (..., N, M), by coordinates: nothing cancels far from the origin."""
     acc = accumulator(x.dtype)
     total = x.new_zeros(*x.shape[:-1], y.shape[-2], dtype=acc)
@@ -73,7 +55,7 @@ def _squares_torch(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def _nearest_torch(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Squared distance and place of the nearest of y to each x, (G, N), and of x to each y, (G, M).
 
     Of several nearest, the first.  A tile of distances is one chunk, and serves both ways.
@@ -86,7 +68,7 @@ def _nearest_torch(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     points = list(row_spans(near_x[0].T, M))
     for g in row_spans(near_x[0], points[0].stop * M):
         for i in points:
-            tile = _squares_torch(x[g, i], y[g])
+            tile = _squares(x[g, i], y[g])
             near_x[0][g, i], near_x[1][g, i] = tile.min(2)
             least, places = tile.min(1)
             closer = (least < near_y[0][g]) | least.isnan()
@@ -95,7 +77,7 @@ def _nearest_torch(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return *near_x, *near_y
 
 
-def _pull_torch(
+def _pull(
     grad: Tensor, x: Tensor, y: Tensor, places: Tensor, back: Tensor, weights: list[float],
     root: bool,
 ) -> Tensor:  # fmt: skip
@@ -103,9 +85,9 @@ def _pull_torch(
     acc = accumulator(x.dtype)
     x_acc, y_acc = x.to(acc), y.to(acc)
     own = x_acc - _points(y_acc, places)
-    dx = own * (_factor_torch(own, root) * (weights[0] * grad)[:, None, None])
+    dx = own * (_factor(own, root) * (weights[0] * grad)[:, None, None])
     other = _points(x_acc, back) - y_acc
-    other = other * (_factor_torch(other, root) * (weights[1] * grad)[:, None, None])
+    other = other * (_factor(other, root) * (weights[1] * grad)[:, None, None])
     dx.scatter_add_(1, back.long()[..., None].expand_as(other), other)
     return dx.to(x.dtype)
 
@@ -114,129 +96,11 @@ def _points(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places.long()[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _factor_torch(delta: Tensor, root: bool) -> Tensor | float:
+def _factor(delta: Tensor, root: bool) -> Tensor | float:
     if not root:
         return 2.0
     far = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
     return torch.where(far > 0, 1 / far, 0.0)
-
-
-@triton.jit
-def _squares(X, Y, x_at, y_at, row, column, x_k, y_k, DIMS: tl.constexpr):
-    """|x - y|^2 of every pair of a block, by coordinates: nothing cancels far from the origin."""
-    total = tl.zeros([x_at.shape[0], y_at.shape[0]], tl.float32)
-    for k in tl.static_range(DIMS):
-        x = tl.load(X + x_at + k * x_k, row, 0.0).to(tl.float32)
-        y = tl.load(Y + y_at + k * y_k, column, 0.0).to(tl.float32)
-        delta = x[:, None] - y[None, :]
-        total += delta * delta
-    return total
-
-
-@triton.jit
-def _nearest(
-    X, Y, LEAST, PLACES, N, M, x_g, x_n, x_k, y_g, y_n, y_k,
-    DIMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """LEAST float32 and PLACES int32 (G, N).  What is not a number is as far as infinity."""
-    g = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_at, y_at = g * x_g + n.to(tl.int64) * x_n, g * y_g
-    best = tl.full([BLOCK_N, BLOCK_M], float("inf"), tl.float32)
-    places = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-    for start in range(0, M, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        total = _squares(
-            X, Y, x_at, y_at + m.to(tl.int64) * y_n, n < N, m < M, x_k, y_k, DIMS
-        )  # fmt: skip
-        closer = (total < best) & (m < M)[None, :]
-        best = tl.where(closer, total, best)
-        places = tl.where(closer, m[None, :], places)
-    least = tl.min(best, 1)
-    places = tl.min(tl.where(best == least[:, None], places, 2147483647), 1)
-    tl.store(LEAST + g * N + n, least, n < N)
-    tl.store(PLACES + g * N + n, tl.where(least < float("inf"), places, 0), n < N)
-
-
-@triton.jit
-def _factor(total, ROOT: tl.constexpr):
-    """c, of squared distances."""
-    if ROOT:
-        far = tl.where(total > 0, total, 1.0)
-        return tl.where(total > 0, tl.div_rn(1.0, tl.sqrt_rn(far)), 0.0)
-    else:
-        return tl.full(total.shape, 2.0, tl.float32)
-
-
-@triton.jit
-def _pull(
-    GRAD, X, Y, PLACES, BACK, DX, N, M, a, b, grad_g, x_g, x_n, x_k, y_g, y_n, y_k,
-    ROOT: tl.constexpr, DIMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """DX (G, N, DIMS), its gradients in float32 until they are stored; WIDTH >= DIMS."""
-    g = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row, column = n < N, tl.arange(0, WIDTH)
-    x_at, y_at = g * x_g + n.to(tl.int64) * x_n, g * y_g
-    dx = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    for start in range(0, M, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        there = y_at + m.to(tl.int64) * y_n
-        back = tl.load(BACK + g * M + m, m < M, -1)
-        mine = back[None, :] == n[:, None]
-        total = _squares(X, Y, x_at, there, row, m < M, x_k, y_k, DIMS)
-        factor = _factor(total, ROOT)
-        for k in tl.static_range(DIMS):
-            x = tl.load(X + x_at + k * x_k, row, 0.0).to(tl.float32)
-            y = tl.load(Y + there + k * y_k, m < M, 0.0).to(tl.float32)
-            part = tl.sum(tl.where(mine, factor * (x[:, None] - y[None, :]), 0.0), 1)
-            dx += tl.where((column == k)[None, :], b * part[:, None], 0.0)
-    nearest = y_at + tl.load(PLACES + g * N + n, row, 0).to(tl.int64) * y_n
-    own = tl.zeros([BLOCK_N], tl.float32)
-    for k in tl.static_range(DIMS):
-        x = tl.load(X + x_at + k * x_k, row, 0.0).to(tl.float32)
-        delta = x - tl.load(Y + nearest + k * y_k, row, 0.0).to(tl.float32)
-        own += delta * delta
-    factor = _factor(own, ROOT)
-    for k in tl.static_range(DIMS):
-        x = tl.load(X + x_at + k * x_k, row, 0.0).to(tl.float32)
-        delta = x - tl.load(Y + nearest + k * y_k, row, 0.0).to(tl.float32)
-        dx += tl.where((column == k)[None, :], (a * factor * delta)[:, None], 0.0)
-    dx *= tl.load(GRAD + g * grad_g)
-    at = (g * N + n)[:, None] * DIMS + column[None, :]
-    tl.store(DX + at, dx.to(DX.dtype.element_ty), row[:, None] & (column < DIMS)[None, :])
-
-
-def _nearest_one_way(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    (G, N, D), M, config = x.shape, y.shape[1], config_by_dtype(NEAREST, x)
-    least = x.new_empty(G, N, dtype=torch.float32)
-    places = torch.empty(G, N, dtype=torch.int32, device=x.device)
-    if G:
-        with torch.cuda.device_of(x):
-            _nearest[G, triton.cdiv(N, config.blocks["BLOCK_N"])](
-                x, y, least, places, N, M, *x.stride(), *y.stride(), DIMS=D, **config.arguments
-            )
-    return least, places
-
-
-def _nearest_triton(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_nearest_one_way(x, y), *_nearest_one_way(y, x)
-
-
-def _pull_triton(
-    grad: Tensor, x: Tensor, y: Tensor, places: Tensor, back: Tensor, weights: list[float],
-    root: bool,
-) -> Tensor:  # fmt: skip
-    (G, N, D), M, config = x.shape, y.shape[1], config_by_dtype(PULL, x)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if G:
-        with torch.cuda.device_of(x):
-            _pull[G, triton.cdiv(N, config.blocks["BLOCK_N"])](
-                grad, x, y, places, back, dx, N, M, *weights, *grad.stride(), *x.stride(),
-                *y.stride(), ROOT=root, DIMS=D, WIDTH=triton.next_power_of_2(D), **config.arguments,
-            )  # fmt: skip
-    return dx
 
 
 def _fake_nearest(x, y):
@@ -245,15 +109,14 @@ def _fake_nearest(x, y):
     return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in sizes)
 
 
-backends: dict[str, Any] = {
-    "torch": SimpleNamespace(nearest=_nearest_torch, pull=_pull_torch),
-    "triton": SimpleNamespace(
-        nearest=operator("chamfer_nearest", _nearest_triton, _fake_nearest),
-        pull=operator(
-            "chamfer_pulled", _pull_triton, lambda grad, x, *arguments: x.new_empty(x.shape)
-        ),
-    ),
-}
+_TORCH = SimpleNamespace(nearest=_nearest, pull=_pull)
+_TRITON = launches(
+    f"{__package__}.chamfer_triton",
+    _TORCH,
+    nearest=_fake_nearest,
+    pull=lambda grad, x, *arguments: x.new_empty(x.shape),
+)
+backends = {"torch": _TORCH, "triton": _TRITON}
 
 
 class _Chamfer(torch.autograd.Function):
@@ -309,50 +172,3 @@ def chamfer(pred: Tensor, target: Tensor, *, kind: str = "l2", impl: str = "auto
         raise ValueError(f"kind must be 'l2' or 'l1', got {kind!r}")
     loss = _CHAMFER(impl, pred, target, kind == "l1", inputs={"pred": pred, "target": target})
     return loss.to(accumulator(pred.dtype))
-
-
-TRIAL = (64, 1024, 3)  # clouds, points, coordinates
-
-
-def _trial(dtype: str, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(2, *TRIAL, generator=generator, device=device)
-    return list(x.to(getattr(torch, dtype)))
-
-
-def _try_nearest(dtype: str, config: Config, device: torch.device) -> Any:
-    return launcher(NEAREST.name, config, _nearest_triton, *_trial(dtype, device))
-
-
-def _try_pull(dtype: str, config: Config, device: torch.device) -> Any:
-    x, y = _trial(dtype, device)
-    _, places, _, back = _nearest_triton(x, y)
-    arguments = torch.ones(len(x), device=device), x, y, places, back, [1.0, 1.0], False
-    return launcher(PULL.name, config, _pull_triton, *arguments)
-
-
-def _config(rows: int, columns: int, warps: int) -> Config:
-    return Config({"BLOCK_N": rows, "BLOCK_M": columns}, warps, 2)
-
-
-# Points of three coordinates, as they come; sizes are not taken to be divisible by anything.
-_TYPES = {name: "i32" for name in ("N", "M", "x_g", "x_n", "y_g", "y_n")} | {"X": ROWS, "Y": ROWS}
-_CONSTANTS = {"DIMS": 3, "x_k": 1, "y_k": 1}
-_PULL_TYPES = {"GRAD": "*fp32:16", "PLACES": "*i32:16", "BACK": "*i32:16", "DX": ROWS}
-_PULL_TYPES |= {"a": "fp32", "b": "fp32", "grad_g": "i32"}
-NEAREST = kernel_by_dtype(
-    "chamfer_nearest",
-    _nearest,
-    {**_TYPES, "LEAST": "*fp32:16", "PLACES": "*i32:16"},
-    _CONSTANTS,
-    [_config(32, 32, 4), _config(64, 64, 4), _config(32, 128, 4)],
-    _try_nearest,
-)
-PULL = kernel_by_dtype(
-    "chamfer_pull",
-    _pull,
-    {**_TYPES, **_PULL_TYPES},
-    {**_CONSTANTS, "ROOT": False, "WIDTH": 4},
-    [_config(32, 32, 4), _config(64, 64, 4)],
-    _try_pull,
-)

@@ -7,20 +7,10 @@ Why: eager makes a normalized copy of both sides, their product, and keeps them 
 of chosen rows it makes a gathered copy first.  Here each row is read where it stands, once each
 way, and three numbers a row are kept.  1 - cos is never negative, whatever cos rounds to: at a
 perfect prediction the gradient is 0 for gamma > 1, and that of -cos for gamma = 1.
-In Triton a program has whole rows and goes over them once; backward has a block of features too:
-
-    dp = -g gamma (1 - cos)^(gamma - 1) (t / |t| - cos p / |p|) / |p|,  without cos where |p| <= EPS
-
-Traffic: pred and target once; backward once more, and their gradients.  Memory-bound.  No atomics.
-In place: nothing.  In the kernels capitals are pointers; r is a row of R, k a sequence.
+Traffic: pred and target once; backward once more, and their gradients.  Memory-bound.  In
+place: nothing.
 Source: Hou et al. 2022, GraphMAE, arXiv:2205.10803, eq. 2.
 """
-
-
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler.
 
 from types import SimpleNamespace
 from typing import Any
@@ -33,14 +23,10 @@ from ..common.autograd import accumulator, finished, first_order
 from ..common.checks import check_ids, require_at_least, require_float, require_tensors
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
-from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
-from ..common.operators import operator
+from ..common.operators import launches
 from ..common.rows import gather, rows_of
-from ..common.triton import tl, triton
-from ..common.tuning import Config
 
-EPS = tl.constexpr(1e-12)
-_EPS = 1e-12  # the same in torch
+EPS = 1e-12
 
 
 def scaled_cosine_error_reference(pred, target, ids, gamma):
@@ -58,10 +44,10 @@ def _chunk(x: Tensor, ids: Tensor | None, i: slice, acc: torch.dtype) -> Tensor:
 
 def _unit(x: Tensor, norm: Tensor) -> Tensor:
     """Divided, not multiplied by an inverse: a row of one feature becomes exactly 1 or -1."""
-    return x / norm.clamp_min(_EPS)[..., None]
+    return x / norm.clamp_min(EPS)[..., None]
 
 
-def _errors_torch(
+def _errors(
     pred: Tensor, target: Tensor, ids: Tensor | None, gamma: float
 ) -> tuple[Tensor, Tensor]:
     """(1 - cos)^gamma (B, K) and, for the gradients, (3, B, K): cos and both norms; float32."""
@@ -75,7 +61,7 @@ def _errors_torch(
     return (1 - stats[0]).clamp_min_(0).pow_(gamma), stats
 
 
-def _gradients_torch(
+def _gradients(
     grad: Tensor,
     pred: Tensor,
     target: Tensor,
@@ -100,8 +86,8 @@ def _gradients_torch(
             if not needs[side]:
                 continue
             norm = stats[1 + side, i]
-            along = torch.where(norm > _EPS, cos, 0.0)[..., None]
-            d = torch.addcmul(y, x, along, value=-1).mul_((w / norm.clamp_min(_EPS))[..., None])
+            along = torch.where(norm > EPS, cos, 0.0)[..., None]
+            d = torch.addcmul(y, x, along, value=-1).mul_((w / norm.clamp_min(EPS))[..., None])
             if ids is None:
                 made[side][i] = d
             else:
@@ -110,150 +96,21 @@ def _gradients_torch(
     return made[0], made[1]
 
 
-@triton.jit
-def _places(IDS, r, R, n):
-    """The sequence and the place of each row; n rows a sequence."""
-    if IDS is None:
-        return r // n, r % n
-    else:
-        return r // n, tl.load(IDS + r, r < R, 0)
+def _fake_errors(pred, target, ids, gamma):
+    loss = pred.new_empty(pred.shape[:2] if ids is None else ids.shape, dtype=torch.float32)
+    return loss, loss.new_empty(3, *loss.shape)
 
 
-@triton.jit
-def _power(e, gamma, SQUARE: tl.constexpr):
-    """e^gamma, and its derivative, for e >= 0; at 0 that is 1 for gamma = 1, else 0."""
-    if SQUARE:
-        return e * e, 2.0 * e
-    else:
-        at_zero = tl.where(gamma == 1.0, 1.0, 0.0)
-        slope = tl.exp2((gamma - 1.0) * tl.log2(tl.where(e > 0.0, e, 1.0)))
-        slope = tl.where(e == 0.0, at_zero, slope)
-        return e * slope, gamma * slope
-
-
-@triton.jit
-def _forward(
-    P, T, IDS, LOSS, STATS, R, n, D, gamma, p_k, p_r, p_d, t_k, t_r, t_d,
-    SQUARE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    k, place = _places(IDS, r, R, n)
-    P += (k * p_k + place * p_r)[:, None]
-    T += (k * t_k + place * t_r)[:, None]
-    pp = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    tt, pt = pp, pp
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        here = (r < R)[:, None] & (d < D)[None, :]
-        p = tl.load(P + d.to(tl.int64)[None, :] * p_d, here, 0.0).to(tl.float32)
-        t = tl.load(T + d.to(tl.int64)[None, :] * t_d, here, 0.0).to(tl.float32)
-        pp += p * p
-        tt += t * t
-        pt += p * t
-    p_norm = tl.sqrt_rn(tl.sum(pp, 1))
-    t_norm = tl.sqrt_rn(tl.sum(tt, 1))
-    cos = tl.div_rn(tl.sum(pt, 1), tl.maximum(p_norm, EPS))
-    cos = tl.div_rn(cos, tl.maximum(t_norm, EPS))
-    e = tl.where(cos > 1.0, 0.0, 1.0 - cos)
-    loss, _ = _power(e, gamma, SQUARE)
-    tl.store(LOSS + r, loss, r < R)
-    tl.store(STATS + r, cos, r < R)
-    tl.store(STATS + R + r, p_norm, r < R)
-    tl.store(STATS + 2 * R + r, t_norm, r < R)
-
-
-@triton.jit
-def _backward(
-    G, P, T, IDS, STATS, DP, DT, R, n, L, D, gamma, g_k, g_r, p_k, p_r, p_d, t_k, t_r, t_d,
-    SQUARE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """DP and DT (sequences, L, D): rows at their places."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row, here = r < R, (r < R)[:, None] & (d < D)[None, :]
-    k, place = _places(IDS, r, R, n)
-    cos = tl.load(STATS + r, row, 0.0)
-    p_norm, t_norm = tl.load(STATS + R + r, row, 1.0), tl.load(STATS + 2 * R + r, row, 1.0)
-    _, slope = _power(tl.where(cos > 1.0, 0.0, 1.0 - cos), gamma, SQUARE)
-    w = -slope * tl.load(G + k * g_k + (r % n) * g_r, row, 0.0)
-    in_p = tl.div_rn(1.0, tl.maximum(p_norm, EPS))
-    in_t = tl.div_rn(1.0, tl.maximum(t_norm, EPS))
-    feature = d.to(tl.int64)[None, :]
-    p = tl.load(P + (k * p_k + place * p_r)[:, None] + feature * p_d, here, 0.0).to(tl.float32)
-    t = tl.load(T + (k * t_k + place * t_r)[:, None] + feature * t_d, here, 0.0).to(tl.float32)
-    p, t = p * in_p[:, None], t * in_t[:, None]
-    out = ((k * L + place) * D)[:, None] + d[None, :]
-    if DP is not None:
-        along = tl.where(p_norm > EPS, cos, 0.0)[:, None]
-        dp = (t - along * p) * (w * in_p)[:, None]
-        tl.store(DP + out, dp.to(DP.dtype.element_ty), here)
-    if DT is not None:
-        along = tl.where(t_norm > EPS, cos, 0.0)[:, None]
-        dt = (p - along * t) * (w * in_t)[:, None]
-        tl.store(DT + out, dt.to(DT.dtype.element_ty), here)
-
-
-def _forward_triton(
-    pred: Tensor, target: Tensor, ids: Tensor | None, gamma: float
-) -> tuple[Tensor, Tensor]:
-    (B, n, D) = pred.shape if ids is None else (*ids.shape, pred.shape[2])
-    loss = pred.new_empty(B, n, dtype=torch.float32)
-    stats, config = loss.new_empty(3, B, n), config_by_dtype(FORWARD, pred)
-    if loss.numel():
-        with torch.cuda.device_of(pred):
-            _forward[(triton.cdiv(B * n, config.blocks["BLOCK_R"]),)](
-                pred, target, None if ids is None else ids.contiguous(), loss, stats, B * n, n, D,
-                float(gamma), *pred.stride(), *target.stride(), SQUARE=gamma == 2,
-                **config.arguments,
-            )  # fmt: skip
-    return loss, stats
-
-
-def _backward_triton(
-    grad: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    ids: Tensor | None,
-    stats: Tensor,
-    gamma: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor]:
-    (B, L, D), n, config = pred.shape, stats.shape[2], config_by_dtype(BACKWARD, pred)
-    fresh = torch.empty_like if ids is None else torch.zeros_like
-    dp, dt = (
-        fresh(x, memory_format=torch.contiguous_format) if need else None
-        for x, need in zip((pred, target), needs, strict=True)
-    )
-    grid = triton.cdiv(B * n, config.blocks["BLOCK_R"]), triton.cdiv(D, config.blocks["BLOCK_D"])
-    if 0 not in grid:
-        with torch.cuda.device_of(pred):
-            _backward[grid](
-                grad, pred, target, None if ids is None else ids.contiguous(), stats, dp, dt, B * n,
-                n, L, D, float(gamma), *grad.stride(), *pred.stride(), *target.stride(),
-                SQUARE=gamma == 2, **config.arguments,
-            )  # fmt: skip
-    return pred.new_empty(0) if dp is None else dp, target.new_empty(0) if dt is None else dt
-
-
-def _fake_forward(pred, target, ids, gamma):
-    shape = pred.shape[:2] if ids is None else ids.shape
-    return pred.new_empty(shape, dtype=torch.float32), pred.new_empty(
-        3, *shape, dtype=torch.float32
-    )
-
-
-def _fake_backward(grad, pred, target, ids, stats, gamma, needs):
+def _fake_gradients(grad, pred, target, ids, stats, gamma, needs):
     dp, dt = (x.new_empty(x.shape if n else 0) for x, n in zip((pred, target), needs, strict=True))
     return dp, dt
 
 
-backends: dict[str, Any] = {
-    "torch": SimpleNamespace(errors=_errors_torch, gradients=_gradients_torch),
-    "triton": SimpleNamespace(
-        errors=operator("scaled_cosine", _forward_triton, _fake_forward),
-        gradients=operator("scaled_cosine_gradients", _backward_triton, _fake_backward),
-    ),
-}
+_TORCH = SimpleNamespace(errors=_errors, gradients=_gradients)
+_TRITON = launches(
+    f"{__package__}.cosine_triton", _TORCH, errors=_fake_errors, gradients=_fake_gradients
+)
+backends = {"torch": _TORCH, "triton": _TRITON}
 
 
 class _ScaledCosine(torch.autograd.Function):
@@ -313,50 +170,3 @@ def scaled_cosine_error(
         accumulator(pred.dtype)
     )
     return loss if pred.ndim == 3 else loss[0]
-
-
-TRIAL = (256, 196, 768)  # sequences, places, features
-
-
-def _trial(dtype: str, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(2, *TRIAL, generator=generator, device=device)
-    return list(x.to(getattr(torch, dtype)))
-
-
-def _try_forward(dtype: str, config: Config, device: torch.device) -> Any:
-    return launcher(FORWARD.name, config, _forward_triton, *_trial(dtype, device), None, 2.0)
-
-
-def _try_backward(dtype: str, config: Config, device: torch.device) -> Any:
-    pred, target = _trial(dtype, device)
-    loss, stats = _forward_triton(pred, target, None, 2.0)
-    arguments = torch.ones_like(loss), pred, target, None, stats, 2.0, [True, True]
-    return launcher(BACKWARD.name, config, _backward_triton, *arguments)
-
-
-def _config(rows: int, columns: int, warps: int) -> Config:
-    return Config({"BLOCK_R": rows, "BLOCK_D": columns}, warps, 2)
-
-
-# Sizes and strides are taken to be divisible by 16, features adjacent, ids to be given.
-_TYPES = {"P": ROWS, "T": ROWS, "IDS": "*i64:16", "STATS": "*fp32:16", "n": "i32", "D": "i32:16"}
-_TYPES |= {name: "i32:16" for name in ("R", "p_k", "p_r", "t_k", "t_r")} | {"gamma": "fp32"}
-_CONSTANTS = {"SQUARE": True, "p_d": 1, "t_d": 1}
-_GRADS = {"G": "*fp32:16", "DP": ROWS, "DT": ROWS, "L": "i32", "g_k": "i32", "g_r": "i32"}
-FORWARD = kernel_by_dtype(
-    "scaled_cosine_forward",
-    _forward,
-    {**_TYPES, "LOSS": "*fp32:16"},
-    _CONSTANTS,
-    [_config(4, 256, 4), _config(4, 512, 8)],
-    _try_forward,
-)
-BACKWARD = kernel_by_dtype(
-    "scaled_cosine_backward",
-    _backward,
-    {**_TYPES, **_GRADS},
-    _CONSTANTS,
-    [_config(8, 256, 4), _config(4, 512, 4)],
-    _try_backward,
-)

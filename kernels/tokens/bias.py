@@ -7,20 +7,11 @@ relative positions gives it.
 Why: eager gathers rows of (B, H, L, L) copies, then columns; its backward scatters with atomics.
 Here the result is written once; the gradient is read by the inverse of ids, summed over the batch
 in float32, without atomics in Triton: the same bits each run.
-Backward: a program has a tile of one head and reads by the inverse of ids, so that each place is
-written once; sums over the batch stay in registers, are compensated (Kahan), and are taken by
-shares of the batch, as many as fill the GPU, which one launch more adds up.
 Traffic: the result once, and bias from L2; backward its gradient.  Memory-bound.  In place:
-nothing.  In the kernels capitals are pointers; x_h, x_i, x_j are strides by head, row and column.
+nothing.
 Source: Bao et al. 2022, BEiT, arXiv:2106.08254, section 2.1 (shared relative positions), on the
 visible tokens of He et al. 2021, MAE, arXiv:2111.06377.
 """
-
-
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler.
 
 from types import SimpleNamespace
 from typing import Any
@@ -32,10 +23,7 @@ from ..common.autograd import accumulator, finished, first_order
 from ..common.checks import check_ids, check_index, require_float
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
-from ..common.launch import ROWS, config_by_dtype, kernel_by_dtype, launcher
-from ..common.operators import operator
-from ..common.triton import sm_count, tl, triton
-from ..common.tuning import Config
+from ..common.operators import launches
 
 
 def gather_bias_reference(bias, ids):
@@ -43,7 +31,7 @@ def gather_bias_reference(bias, ids):
     return bias[:, ids[:, :, None], ids[:, None, :]].movedim(0, 1)
 
 
-def _pick_torch(bias: Tensor, ids: Tensor) -> Tensor:
+def _pick(bias: Tensor, ids: Tensor) -> Tensor:
     """bias_(h, ids_bi, ids_bj): (B, H, K, K)."""
     (H, L, _), (B, K) = bias.shape, ids.shape
     out, flat = bias.new_empty(B, H, K * K), bias.reshape(H, L * L)
@@ -58,7 +46,7 @@ def _pairs(ids: Tensor, length: int) -> Tensor:
     return (ids[:, :, None] * length + ids[:, None, :]).flatten(1)
 
 
-def _unpick_torch(grad: Tensor, ids: Tensor, length: int) -> Tensor:
+def _unpick(grad: Tensor, ids: Tensor, length: int) -> Tensor:
     """The gradient of `gather_bias` to the bias: (H, L, L) float32."""
     B, H, K, _ = grad.shape
     total = grad.new_zeros(H, length * length, dtype=accumulator(grad.dtype))
@@ -68,109 +56,21 @@ def _unpick_torch(grad: Tensor, ids: Tensor, length: int) -> Tensor:
     return total.view(H, length, length)
 
 
-def _places_of(ids: Tensor, length: int) -> Tensor:
-    """Where each of `length` places stands in a row of ids (B, K), -1 if nowhere: (B, length)."""
-    order = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return ids.new_full((len(ids), length), -1).scatter_(1, ids, order)
+def _fake_pick(bias, ids):
+    B, K = ids.shape
+    return bias.new_empty(B, bias.shape[0], K, K)
 
 
-@triton.jit
-def _ids(IDS, b, i, K, L):
-    """The ids of some places of sequence b, and which of them there are."""
-    ids = tl.load(IDS + b * K + i, i < K, -1)
-    return ids, (ids >= 0) & (ids < L)
-
-
-@triton.jit
-def _pick(
-    BIAS, IDS, OUT, H, K, L, b_h, b_i, b_j, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
-):  # fmt: skip
-    """OUT (B, H, K, K)."""
-    head = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    j = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
-    p, row = _ids(IDS, head // H, i, K, L)
-    q, column = _ids(IDS, head // H, j, K, L)
-    at = (head % H) * b_h + p[:, None] * b_i + q[None, :] * b_j
-    x = tl.load(BIAS + at, row[:, None] & column[None, :], 0.0)
-    out = (head * K + i)[:, None] * K + j[None, :]
-    tl.store(OUT + out, x, (i < K)[:, None] & (j < K)[None, :])
-
-
-@triton.jit
-def _unpick(
-    G, PLACES, PARTS, B, H, K, L, share, g_b, g_h, g_i, g_j,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """PARTS (shares, H, L, L) float32.  PLACES (B, L): where p stands in ids_b, -1 if nowhere."""
-    first = tl.program_id(0).to(tl.int64) * share
-    blocks = tl.cdiv(L, BLOCK_I)
-    h = (tl.program_id(1) // blocks).to(tl.int64)
-    p = tl.program_id(1) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
-    q = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
-    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    lost = total
-    for step in range(0, tl.minimum(B - first, share)):
-        b = first + step
-        i, row = _ids(PLACES, b, p, L, K)
-        j, column = _ids(PLACES, b, q, L, K)
-        at = b * g_b + h * g_h + i[:, None] * g_i + j[None, :] * g_j
-        g = tl.load(G + at, row[:, None] & column[None, :], 0.0).to(tl.float32) - lost
-        after = total + g
-        lost = (after - total) - g
-        total = after
-    part = (tl.program_id(0).to(tl.int64) * H + h) * L
-    here = (p < L)[:, None] & (q < L)[None, :]
-    tl.store(PARTS + (part + p)[:, None] * L + q[None, :], total, here)
-
-
-def _pick_triton(bias: Tensor, ids: Tensor) -> Tensor:
-    (H, L, _), (B, K) = bias.shape, ids.shape
-    out, config = bias.new_empty(B, H, K, K), config_by_dtype(PICK, bias)
-    rows, columns = (triton.cdiv(K, config.blocks[b]) for b in ("BLOCK_I", "BLOCK_J"))
-    if out.numel():
-        with torch.cuda.device_of(bias):
-            _pick[B * H, rows, columns](
-                bias, ids.contiguous(), out, H, K, L, *bias.stride(), **config.arguments
-            )
-    return out
-
-
-def _unpick_triton(grad: Tensor, ids: Tensor, length: int) -> Tensor:
-    B, H, K, _ = grad.shape
-    tiles = max(1, H * triton.cdiv(length, 32) ** 2)
-    share = triton.cdiv(B, max(1, min(B, 4 * sm_count(grad.device) // tiles)))
-    shares, config = triton.cdiv(B, max(1, share)), config_by_dtype(UNPICK, grad)
-    parts = grad.new_empty(shares, H, length, length, dtype=torch.float32)
-    rows, columns = (triton.cdiv(length, config.blocks[b]) for b in ("BLOCK_I", "BLOCK_J"))
-    if parts.numel():
-        with torch.cuda.device_of(grad):
-            _unpick[shares, H * rows, columns](
-                grad, _places_of(ids, length), parts, B, H, K, length, share, *grad.stride(),
-                **config.arguments,
-            )  # fmt: skip
-    return parts.sum(0)
-
-
-backends: dict[str, Any] = {
-    "torch": SimpleNamespace(pick=_pick_torch, unpick=_unpick_torch),
-    "triton": SimpleNamespace(
-        pick=operator(
-            "bias_picked",
-            _pick_triton,
-            lambda bias, ids: bias.new_empty(
-                ids.shape[0], bias.shape[0], ids.shape[1], ids.shape[1]
-            ),
-        ),
-        unpick=operator(
-            "bias_unpicked",
-            _unpick_triton,
-            lambda grad, ids, length: grad.new_empty(
-                grad.shape[1], length, length, dtype=torch.float32
-            ),
-        ),
+_TORCH = SimpleNamespace(pick=_pick, unpick=_unpick)
+_TRITON = launches(
+    f"{__package__}.bias_triton",
+    _TORCH,
+    pick=_fake_pick,
+    unpick=lambda grad, ids, length: grad.new_empty(
+        grad.shape[1], length, length, dtype=torch.float32
     ),
-}
+)
+backends = {"torch": _TORCH, "triton": _TRITON}
 
 
 class _GatherBias(torch.autograd.Function):
@@ -209,33 +109,3 @@ def gather_bias(bias: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
     check_index("ids", ids, "(B, K)", bias=bias)
     check_ids(ids, bias.shape[1])
     return _BIAS(impl, bias, ids, inputs={"bias": bias})
-
-
-TRIAL = (256, 12, 196)  # sequences, heads, places; a quarter of the places is visible
-
-
-def _trial(dtype: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    (B, H, L), generator = TRIAL, torch.Generator(device).manual_seed(0)
-    bias = torch.randn(H, L, L, generator=generator, device=device)
-    ids = torch.rand(B, L, generator=generator, device=device).argsort(1)[:, : max(1, L // 4)]
-    return bias.to(getattr(torch, dtype)), ids
-
-
-def _try_pick(dtype: str, config: Config, device: torch.device) -> Any:
-    return launcher(PICK.name, config, _pick_triton, *_trial(dtype, device))
-
-
-def _try_unpick(dtype: str, config: Config, device: torch.device) -> Any:
-    bias, ids = _trial(dtype, device)
-    grad = _pick_triton(bias, ids)
-    return launcher(UNPICK.name, config, _unpick_triton, grad, ids, bias.shape[1])
-
-
-# Strides by column are 1; a table's sizes are divisible by nothing.
-_SIZES = {name: "i32" for name in ("H", "K", "L")}
-_CONFIGS = [Config({"BLOCK_I": 32, "BLOCK_J": 32}, 4, 2), Config({"BLOCK_I": 16, "BLOCK_J": 64}, 4)]
-_PICK_TYPES = {"BIAS": ROWS, "IDS": "*i64:16", "OUT": ROWS, **_SIZES, "b_h": "i32", "b_i": "i32"}
-_UNPICK_TYPES = {"G": ROWS, "PLACES": "*i64:16", "PARTS": "*fp32:16", "B": "i32", **_SIZES}
-_UNPICK_TYPES |= {"share": "i32", "g_b": "i32", "g_h": "i32", "g_i": "i32"}
-PICK = kernel_by_dtype("bias_pick", _pick, _PICK_TYPES, {"b_j": 1}, _CONFIGS, _try_pick)
-UNPICK = kernel_by_dtype("bias_unpick", _unpick, _UNPICK_TYPES, {"g_j": 1}, _CONFIGS, _try_unpick)

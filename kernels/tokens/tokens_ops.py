@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ..common.autograd import finished, first_order
-from ..common.operators import operator
+from ..common.operators import launches
 from . import tokens_torch
-from . import tokens_triton as launches
 
 
 def _fake_restore_grads(grad, ids, visible, need_visible, need_token, need_pos):
@@ -21,43 +20,18 @@ def _fake_restore_grads(grad, ids, visible, need_visible, need_token, need_pos):
     )
 
 
-class Fused:
-    """`tokens_torch`'s functions by Triton: rows in any layout, ids int64."""
-
-    gather = operator(
-        "tokens_gathered",
-        launches.gather,
-        lambda source, ids: source.new_empty(*ids.shape, source.shape[2]),
-    )
-    restore = operator(
-        "tokens_restored",
-        launches.restore,
-        lambda visible, ids, token, pos: visible.new_empty(*ids.shape, visible.shape[2]),
-    )
-    pack = operator(
-        "tokens_packed",
-        launches.pack,
-        lambda tokens, ids, owners: tokens.new_empty(*ids.shape, tokens.shape[2]),
-    )
-    restore_grads = operator("tokens_unrestored", launches.restore_grads, _fake_restore_grads)
-    scatter = operator(
-        "tokens_scattered",
-        launches.scatter,
-        lambda x, ids, length: x.new_empty(x.shape[0], length, x.shape[2]),
-    )
-    scatter_table = operator(
-        "tokens_tabled",
-        launches.scatter_table,
-        lambda x, ids, length: x.new_empty(length, x.shape[2], dtype=torch.float32),
-    )
-    unpack = operator(
-        "tokens_unpacked",
-        launches.unpack,
-        lambda x, ids, owners, sequences, length: x.new_empty(sequences, length, x.shape[1]),
-    )
-
-
-backends: dict[str, Any] = {"torch": tokens_torch, "triton": Fused}
+fused = launches(
+    f"{__package__}.tokens_triton",
+    tokens_torch,
+    gather=lambda source, ids: source.new_empty(*ids.shape, source.shape[2]),
+    restore=lambda visible, ids, *rest: visible.new_empty(*ids.shape, visible.shape[2]),
+    pack=lambda tokens, ids, owners: tokens.new_empty(*ids.shape, tokens.shape[2]),
+    restore_grads=_fake_restore_grads,
+    scatter=lambda x, ids, length: x.new_empty(x.shape[0], length, x.shape[2]),
+    scatter_table=lambda x, ids, length: x.new_empty(length, x.shape[2], dtype=torch.float32),
+    unpack=lambda x, ids, owners, *sizes: x.new_empty(*sizes, x.shape[1]),
+)
+backends: dict[str, Any] = {"torch": tokens_torch, "triton": fused}
 
 
 class Restore(torch.autograd.Function):

@@ -18,20 +18,17 @@ Source: He et al. 2021, MAE, arXiv:2111.06377, section 3 "Simple implementation"
 "Further remarks on reducing truncation errors".
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
-# pyright: reportGeneralTypeIssues=false
-# Triton states the types of its functions for its own compiler: tl.max "may return a tuple".
-
 from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import launcher
-from ..common.triton import sm_count, tl, triton
-from ..common.tuning import Config, Kernel, config_for, register
+from ..common.launch import kernel_by_part, launcher
+from ..common.triton import sm_count
+from ..common.tuning import Config, Kernel, config_for
 from . import tokens_configs as configs
 
 
@@ -277,10 +274,11 @@ def _try_scatter(dtype: str, part: str, config: Config, device: torch.device) ->
     return launcher(SCATTER.name, config, add, x[:, :K], ids[:, :K], x.shape[1])
 
 
-def _registered(name: str, fn: Any, parts: Any, table: Any, trial: configs.Trial) -> Kernel:
-    return register(Kernel(f"tokens_{name}", fn, configs.variants(fn, parts, table, trial)))
-
-
-GATHER = _registered("gather", _gather_rows, configs.GATHER, configs.MOVES, _try_gather)
-RESTORE = _registered("restore", _restore_rows, configs.RESTORE, configs.SUMS, _try_restore)
-SCATTER = _registered("scatter", _scatter_rows, configs.SCATTER, configs.SUMS, _try_scatter)
+GATHER, RESTORE, SCATTER = (
+    kernel_by_part(f"tokens_{name}", fn, configs.TYPES, parts, trial, halved="BLOCK_D")
+    for name, fn, parts, trial in (
+        ("gather", _gather_rows, configs.GATHER, _try_gather),
+        ("restore", _restore_rows, configs.RESTORE, _try_restore),
+        ("scatter", _scatter_rows, configs.SCATTER, _try_scatter),
+    )
+)

@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from fastssl.kernels.pairwise import lse_configs as pairwise_configs
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import sigmoid_configs, topk_configs
 from fastssl.kernels.patches import patches_configs
-from fastssl.kernels.regression import cosine
-from fastssl.kernels.tokens import bias, tokens_configs
+from fastssl.kernels.regression import chamfer_triton, cosine_triton
+from fastssl.kernels.tokens import bias_triton, tokens_configs
 
 CPU = torch.device("cpu")
 SAFE, FAST, OFF, BROKEN, LARGE = (Config({"BLOCK_M": 2**i}) for i in range(5))
@@ -205,9 +204,9 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
     monkeypatch.setattr(correlation_configs, "TRIAL_STRIP", (10, 40))
     monkeypatch.setattr(patches_configs, "TRIAL", (2, 8))
     monkeypatch.setattr(tokens_configs, "TRIAL", (3, 9, 10))
-    monkeypatch.setattr(bias, "TRIAL", (3, 2, 9))
-    monkeypatch.setattr(cosine, "TRIAL", (2, 3, 10))
-    monkeypatch.setattr(import_module("fastssl.kernels.regression.chamfer"), "TRIAL", (2, 7, 3))
+    monkeypatch.setattr(bias_triton, "TRIAL", (3, 2, 9))
+    monkeypatch.setattr(cosine_triton, "TRIAL", (2, 3, 10))
+    monkeypatch.setattr(chamfer_triton, "TRIAL", (2, 7, 3))
     known = _tuning.kernels()[name]
     whole = known.variants[variant]
     last = [config for config in whole.candidates if config != whole.safe][-1:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.kernels import gather_bias
-from fastssl.kernels.tokens import bias as ops
+from fastssl.kernels.tokens import bias_triton as ops
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -71,8 +71,8 @@ def test_operators():
     bias, ids = problem(2, 3, 5, 2, torch.float16)
     grad = torch.randn(2, 2, 3, 3, device=DEVICE)
     for found, arguments in [
-        (torch.ops.fastssl.bias_picked.default, (bias.mT, ids)),
-        (torch.ops.fastssl.bias_unpicked.default, (grad.mT, ids, 5)),
+        (torch.ops.fastssl.bias_pick.default, (bias.mT, ids)),
+        (torch.ops.fastssl.bias_unpick.default, (grad.mT, ids, 5)),
     ]:
         tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
         torch.library.opcheck(found, arguments, test_utils=tests)

@@ -12,9 +12,10 @@ import torch
 
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.correlation import correlation_ops as correlation_fused
+from fastssl.kernels.correlation import gradient_triton
 from fastssl.kernels.correlation import gram_triton as correlation_tiles
 from fastssl.kernels.correlation.configs import shape_class
-from fastssl.kernels.correlation.gram_torch import Matrix
+from fastssl.kernels.correlation.gram_torch import Matrix, Terms
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
 FORCED = {
@@ -81,7 +82,9 @@ class ByGram(torch.autograd.Function):
 
         def whole(gram, x):
             out = torch.zeros_like(x)
-            out[ctx.rows] = correlation_fused.gradient(gram, x, x[ctx.rows], None, None, factor)
+            out[ctx.rows] = correlation_fused.gradient(
+                gram, x, Terms(x[ctx.rows], None, None, factor)
+            )
             return out
 
         return whole(gram_b, a), None if b is None else whole(gram_a, b), None, None
@@ -227,7 +230,8 @@ def test_gradients_join_all_their_terms(schedule):
     w = torch.randn(5, 37, device=DEVICE).bfloat16()
     diagonal, coef = torch.randn(5, device=DEVICE), torch.randn(20, device=DEVICE)
     factor, mine = torch.tensor(0.7, device=DEVICE), slice(30, 35)
-    found = correlation_fused.gradient(Matrix(w, diagonal), z, z[mine], y[mine], coef, factor)
+    terms = Terms(z[mine], y[mine], coef, factor)
+    found = correlation_fused.gradient(Matrix(w, diagonal), z, terms)
     W = w.double().index_add(1, torch.arange(30, 35, device=DEVICE), diagonal.diag().double())
     want = 0.7 * W @ z.double() + y[mine].double() * coef.double()
     assert found.dtype == torch.bfloat16
@@ -323,7 +327,7 @@ def test_rows_beyond_two_to_the_31_elements(schedule, tmp_path):
         total, gram, _ = correlation_fused.grams(x, None, x, None, 0)
         diagonal, rest, matrix = correlation_fused.covariance(x, None, True)
         one = torch.ones((), device=DEVICE)
-        dx = correlation_fused.gradient(gram, x, x, x, diagonal, one)
+        dx = correlation_fused.gradient(gram, x, Terms(x, x, diagonal, one))
         found = [total, gram.values, diagonal, rest, matrix.values, dx]
         if x is near:
             expected = found
@@ -364,7 +368,7 @@ def test_products_of_a_symmetric_float32_matrix_are_half(monkeypatch):
 
 def test_holds_a_strip_of_products(monkeypatch):
     sizes = {}
-    for module in (correlation_tiles, correlation_fused):
+    for module in (correlation_tiles, gradient_triton):
         seen = lambda a, b, m=module, f=module.product: (  # noqa: E731
             sizes.setdefault(m, []).append(len(a) * b.shape[1]) or f(a, b)
         )
@@ -373,7 +377,7 @@ def test_holds_a_strip_of_products(monkeypatch):
     matrix = correlation_fused.covariance(a, b, True)[2]
     correlation_fused.gradient_across(matrix, a, None, torch.ones((), device=DEVICE), False)
     assert sizes[correlation_tiles] == [8 * 90] * 11 + [2 * 90]
-    assert sizes[correlation_fused] == [8 * 90] * 6 + [2 * 90]
+    assert sizes[gradient_triton] == [8 * 90] * 6 + [2 * 90]
     assert correlation_tiles.strip_rows(7) == 84  # of 85
 
 
@@ -405,7 +409,7 @@ def test_compiles_whole():
     def run(a, b):
         total, gram_a, gram_b = correlation_fused.grams(a, b, a, b, 0)
         diagonal, rest, matrix = correlation_fused.covariance(a, b, False)
-        da = correlation_fused.gradient(gram_b, a, a, None, None, total)
+        da = correlation_fused.gradient(gram_b, a, Terms(a, None, None, total))
         return total + rest, da, correlation_fused.gradient_across(matrix, b, None, rest, True)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

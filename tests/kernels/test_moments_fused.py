@@ -11,7 +11,7 @@ from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.common.tuning import Config
 from fastssl.kernels.correlation import moments_configs
 from fastssl.kernels.correlation import moments_triton as ops
-from fastssl.kernels.correlation.moments_ops import Fused
+from fastssl.kernels.correlation.moments_ops import fused
 from tests.covering import examples
 from tests.oracle import DEVICE, UPSTREAM, as_accurate_as_eager, assert_no_worse
 
@@ -289,15 +289,15 @@ def test_operators():
     column = torch.ones(5, device=DEVICE)
     for operator, arguments in [
         ("moments", (z,)),
-        ("moments_joined", (torch.ones(2, 3, 5, device=DEVICE), 4)),
-        ("standardized", (z, 0.1, True)),
-        ("moments_applied", (z.T.contiguous().T, column, column, column)),
-        ("moments_applied", (z, column, column, column, column)),
-        ("moments_sums", (grad, z)),
-        ("moments_gradient", (grad, z, column, column, column)),
-        ("moments_gradient_whole", (grad, z, column, 20)),
+        ("join", (torch.ones(2, 3, 5, device=DEVICE), 4)),
+        ("standardize", (z, 0.1, True)),
+        ("apply", (z.T.contiguous().T, column, column, column)),
+        ("apply", (z, column, column, column, column)),
+        ("sums", (grad, z)),
+        ("gradient", (grad, z, column, column, column)),
+        ("gradient_whole", (grad, z, column, 20)),
     ]:
-        found = getattr(torch.ops.fastssl, operator).default
+        found = getattr(torch.ops.fastssl, f"moments_{operator}").default
         tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
         torch.library.opcheck(found, arguments, test_utils=tests)
 
@@ -307,8 +307,8 @@ def test_compiles_whole():
     (z,) = rows(torch.float32, (20, 5))
 
     def both(z):
-        out, inv_std = Fused.standardize(2 * z, 0.1, False)
-        return out, Fused.gradient_whole(out.cos(), out, inv_std, 20), Fused.column_dot(out, z)
+        out, inv_std = fused.standardize(2 * z, 0.1, False)
+        return out, fused.gradient_whole(out.cos(), out, inv_std, 20), fused.column_dot(out, z)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, compiled(z), both(z)))

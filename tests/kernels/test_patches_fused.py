@@ -11,7 +11,7 @@ from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.patches import patches_configs as configs
 from fastssl.kernels.patches import patches_triton
 from fastssl.kernels.patches.patches_configs import shape_class
-from fastssl.kernels.patches.patches_ops import Fused
+from fastssl.kernels.patches.patches_ops import fused
 from tests.kernels.test_patches import (
     CASES,
     CLIP,
@@ -149,12 +149,12 @@ def test_operators_keep_torchs_rules(norm):
     ids = torch.tensor([[1]], device=DEVICE)
     table = torch.tensor([[0.5], [2.0]], device=DEVICE) if norm else None
     pred, check = torch.randn(1, 1, 4, device=DEVICE), torch.library.opcheck
-    check(Fused.gather, (images, table, ids, (1, 2, 2), torch.bfloat16))
-    check(Fused.spread, (pred, table, ids, (1, 2, 2), images.shape, torch.float16))
+    check(fused.gather, (images, table, ids, (1, 2, 2), torch.bfloat16))
+    check(fused.spread, (pred, table, ids, (1, 2, 2), images.shape, torch.float16))
     given, eps = (images, table, ids), 1e-6 if norm else None
-    check(Fused.mse, (pred, *given, (1, 2, 2, 2), eps))
-    _, stats = Fused.mse(pred, *given, (1, 2, 2, 2), eps)
-    check(Fused.mse_grad, (pred[..., 0], pred, *given, stats, (1, 2, 2, 2)))
+    check(fused.mse, (pred, *given, (1, 2, 2, 2), eps))
+    _, stats = fused.mse(pred, *given, (1, 2, 2, 2), eps)
+    check(fused.mse_grad, (pred[..., 0], pred, *given, stats, (1, 2, 2, 2)))
 
 
 @once

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.kernels import scaled_cosine_error
-from fastssl.kernels.regression import cosine as ops
+from fastssl.kernels.regression import cosine_triton as ops
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, largest_tensor, saved_elements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -177,7 +177,7 @@ def test_compiles_whole_and_once(impl):
 def test_operators():
     p, t = rows(2, 5, 9, dtype=torch.float16)
     ids = torch.tensor([[0, 3], [4, 1]], device=DEVICE)
-    found = torch.ops.fastssl.scaled_cosine, torch.ops.fastssl.scaled_cosine_gradients
+    found = torch.ops.fastssl.cosine_errors, torch.ops.fastssl.cosine_gradients
     tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
     for chosen in (ids, None):
         arguments = (p, t.float(), chosen, 1.5)

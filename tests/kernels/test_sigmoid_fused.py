@@ -11,12 +11,12 @@ from fastssl.kernels import PairMask, same_group
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.pairwise import sigmoid_ops
 from fastssl.kernels.pairwise import sigmoid_triton as sigmoid_fused
+from fastssl.kernels.pairwise.classes import shape_class
 from fastssl.kernels.pairwise.sigmoid import (
     pairwise_sigmoid,
     pairwise_sigmoid_grads,
     pairwise_sigmoid_reference,
 )
-from fastssl.kernels.pairwise.sigmoid_configs import shape_class
 from fastssl.kernels.pairwise.sigmoid_torch import Logits
 from fastssl.kernels.pairwise.sigmoid_triton import TILES, WEIGH, choose, one_side, results, weigh
 from tests.covering import crossed

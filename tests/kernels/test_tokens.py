@@ -280,14 +280,14 @@ def test_operators():
     ids, (visible, token, pos) = problem(2, 3, 5, 4, torch.float16)
     chosen, owners = ids.visible, torch.tensor([0, 1, 1], dtype=torch.int32, device=DEVICE)
     for operator, arguments in [
-        ("gathered", (pos[None], chosen)),
-        ("restored", (visible, ids.restore, token, None)),
-        ("restored", (visible, ids.restore, token, pos)),
-        ("packed", (visible, chosen[0] % 3, owners)),
-        ("unrestored", (pos.expand(2, 5, 4), ids.restore, 3, True, False, True)),
-        ("scattered", (visible, chosen, 5)),
-        ("tabled", (visible, chosen, 5)),
-        ("unpacked", (visible[0], chosen[0], owners, 2, 5)),
+        ("gather", (pos[None], chosen)),
+        ("restore", (visible, ids.restore, token, None)),
+        ("restore", (visible, ids.restore, token, pos)),
+        ("pack", (visible, chosen[0] % 3, owners)),
+        ("restore_grads", (pos.expand(2, 5, 4), ids.restore, 3, True, False, True)),
+        ("scatter", (visible, chosen, 5)),
+        ("scatter_table", (visible, chosen, 5)),
+        ("unpack", (visible[0], chosen[0], owners, 2, 5)),
     ]:
         found = getattr(torch.ops.fastssl, f"tokens_{operator}").default
         tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"

@@ -33,7 +33,7 @@ def kernel(trial=launches, source="def f(): pass"):
 @pytest.fixture(autouse=True)
 def h200(monkeypatch, tmp_path):
     """A machine with a GPU that nothing is launched on, and a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FASTSSL_AUTOTUNE", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -105,38 +105,27 @@ def test_autotune_times_again_when_the_kernel_has_changed():
     assert autotune(kernel(source="def f(): return 1"), again) == SMALL
 
 
-def test_autotune_keeps_other_answers(tmp_path):
+def test_each_kernel_keeps_its_own_answer(tmp_path):
     autotune(kernel())
     autotune(kernel(source="another"))
-    (path,) = (tmp_path / "fastssl").iterdir()
-    assert path.name == "tuned-NVIDIA-H200.json"
-    assert len(json.loads(path.read_text())) == 2
+    assert len([*tmp_path.glob(f"*/{_tuning.KEPT}")]) == 2
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"k": 1}', '{"k": {"blocks": {}}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"k": 1}', '{"blocks": {}}'])
 def test_a_damaged_cache_is_said_and_written_anew(content, tmp_path):
-    path = tmp_path / "fastssl" / "tuned-NVIDIA-H200.json"
-    path.parent.mkdir()
+    autotune(kernel())
+    (path,) = tmp_path.glob(f"*/{_tuning.KEPT}")
     path.write_text(content)
-    with pytest.warns(
-        UserWarning, match="tuned-NVIDIA-H200.json is damaged and will be overwritten"
-    ):
+    with pytest.warns(UserWarning, match="fastssl-tuned.json is damaged and will be overwritten"):
         assert autotune(kernel()) == LARGE
-    assert [entry["blocks"] for entry in json.loads(path.read_text()).values()] == [LARGE.blocks]
+    assert json.loads(path.read_text())["blocks"] == LARGE.blocks
 
 
 def test_a_cached_answer_that_is_no_candidate_is_not_taken(tmp_path):
     autotune(kernel())
-    (path,) = (tmp_path / "fastssl").iterdir()
+    (path,) = tmp_path.glob(f"*/{_tuning.KEPT}")
     path.write_text(path.read_text().replace('"BLOCK_M": 64', '"BLOCK_M": 4096'))
     assert autotune(kernel()) == LARGE
-
-
-def test_a_cache_that_cannot_be_written_is_said(tmp_path):
-    (tmp_path / "fastssl").write_text("a file where the folder would be")
-    with pytest.warns(UserWarning) as said:
-        assert autotune(kernel()) == LARGE
-    assert "the tuning is not kept" in str(said[-1].message)
 
 
 def test_nothing_that_fits_leaves_the_safe_configuration_and_no_trace(tmp_path):
@@ -144,7 +133,7 @@ def test_nothing_that_fits_leaves_the_safe_configuration_and_no_trace(tmp_path):
         return launches(HUGE, device)
 
     assert autotune(kernel(too_large)) == SMALL
-    assert not (tmp_path / "fastssl").exists()
+    assert not [*tmp_path.glob(f"*/{_tuning.KEPT}")]
 
 
 def test_a_trial_that_fails_otherwise_is_not_hidden():

@@ -25,9 +25,15 @@ TESTS = {
     "kernels/patches/patches_triton": (PATCHES, "not compiled and not trial"),
     "kernels/patches/patches_torch": ("tests/kernels/test_patches.py", "torch and not compiled"),
     "kernels/tokens/tokens_triton": ("tests/kernels/test_tokens.py", "triton and not compiles"),
-    "kernels/tokens/bias": ("tests/kernels/test_bias.py", "triton and not compiles"),
-    "kernels/regression/cosine": ("tests/kernels/test_scaled_cosine.py", "triton and not compiles"),
-    "kernels/regression/chamfer": ("tests/kernels/test_chamfer.py", "triton and not compiles"),
+    "kernels/tokens/bias_triton": ("tests/kernels/test_bias.py", "triton and not compiles"),
+    "kernels/regression/cosine_triton": (
+        "tests/kernels/test_scaled_cosine.py",
+        "triton and not compiles",
+    ),
+    "kernels/regression/chamfer_triton": (
+        "tests/kernels/test_chamfer.py",
+        "triton and not compiles",
+    ),
     "kernels/correlation/plans": (CORRELATION + " tests/kernels/test_correlation_ranks.py", ""),
 }
 
@@ -272,55 +278,55 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("k * x_r", "k * x_b"),
         ("start_b + l + 1", "start_b + l + 2"),
     ],
-    "kernels/tokens/bias._pick": [
+    "kernels/tokens/bias_triton._pick": [
         ("(head % H) * b_h", "(head // H) * b_h"),
         ("b_i + q[None, :]", "b_i + p[None, :]"),
         ("head // H, i, K", "head % H, i, K"),
         ("(head * K + i)", "(head + i)"),
         ("p[:, None] * b_i", "p[:, None] * b_h"),
     ],
-    "kernels/tokens/bias._unpick": [
+    "kernels/tokens/bias_triton._unpick": [
         ("h * g_h", "h * g_i"),
         ("i[:, None] * g_i + j[None, :] * g_j", "i[:, None] * g_j + j[None, :] * g_i"),
         ("total = after", "total = g"),
         ("(tl.program_id(0).to(tl.int64) * H + h) * L", "h * L"),
         ("% blocks * BLOCK_I", "// blocks * BLOCK_I"),
     ],
-    "kernels/regression/cosine._power": [
+    "kernels/regression/cosine_triton._power": [
         ("gamma == 1.0, 1.0, 0.0", "gamma == 1.0, 0.0, 0.0"),
         ("gamma * slope", "slope"),
         ("2.0 * e", "e"),
     ],
-    "kernels/regression/cosine._forward": [
+    "kernels/regression/cosine_triton._forward": [
         ("cos > 1.0, 0.0, 1.0 - cos", "cos > 1.0, 1.0, 1.0 - cos"),
         ("tt += t * t", "tt = t * t"),
         ("place * p_r", "place * p_k"),
         ("tl.maximum(p_norm, EPS)", "p_norm"),
         ("STATS + 2 * R + r, t_norm", "STATS + 2 * R + r, p_norm"),
     ],
-    "kernels/regression/cosine._backward": [
+    "kernels/regression/cosine_triton._backward": [
         ("w = -slope", "w = slope"),
         ("p_norm > EPS, cos", "p_norm > EPS, 1.0"),
         ("dt = (p - along * t)", "dt = (t - along * p)"),
         ("(k * L + place)", "(k * n + place)"),
         ("(r % n) * g_r", "r * g_r"),
     ],
-    "kernels/regression/chamfer._squares": [
+    "kernels/regression/chamfer_triton._squares": [
         ("total += delta * delta", "total = delta * delta"),
         ("x[:, None] - y[None, :]", "x[:, None] + y[None, :]"),
     ],
-    "kernels/regression/chamfer._nearest": [
+    "kernels/regression/chamfer_triton._nearest": [
         ("(total < best)", "(total <= best)"),
         ("g * x_g + n", "g * y_g + n"),
         ("& (m < M)[None, :]", "& (m <= M)[None, :]"),
         ("tl.where(best == least[:, None], places", "tl.where(best >= least[:, None], places"),
         ("tl.where(closer, m[None, :], places)", "tl.where(closer, start, places)"),
     ],
-    "kernels/regression/chamfer._factor": [
+    "kernels/regression/chamfer_triton._factor": [
         ("tl.where(total > 0, tl.div_rn", "tl.where(total < 0, tl.div_rn"),
         ("total.shape, 2.0", "total.shape, 1.0"),
     ],
-    "kernels/regression/chamfer._pull": [
+    "kernels/regression/chamfer_triton._pull": [
         ("back[None, :] == n[:, None]", "back[None, :] >= n[:, None]"),
         ("b * part", "a * part"),
         ("a * factor * delta", "b * factor * delta"),
