@@ -7,15 +7,29 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
-# Ranks fork from one server that has imported these already: a second each, not ten.
-_PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
-_PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
+# Processes fork from one server that has imported these already: a tenth of a second each, not ten.
+PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
+PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
+PRELOAD += ["deepspeed", "fastssl.run.train", "fastssl.cli", "sklearn.linear_model"]
+
+
+def start(fn: Callable[..., Any], *args: Any) -> BaseProcess:
+    """A new process that runs fn(*args) on the CPU, its libraries imported before it began."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=fn, args=args, daemon=True)
+    # The server takes its environment from its first caller.
+    with patch.dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):
+        process.start()
+    return process
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 400) -> list[Any]:
@@ -24,28 +38,17 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 4
     fn: a module's top-level function; it returns tensors, numbers, strings and containers of them.
     Raises RuntimeError with every failed rank's traceback, or naming the ranks that hung.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # the server takes its environment from its first caller
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_rank, args=(fn, rank, world, folder, args), daemon=True)
-            for rank in range(world)
-        ]
+        ranks: list[BaseProcess] = []
         try:
-            for process in ranks:
-                process.start()
+            for rank in range(world):
+                ranks.append(start(_rank, fn, rank, world, folder, args))
             for process in ranks:
                 process.join(timeout)
             hung = [i for i, process in enumerate(ranks) if process.is_alive()]
         finally:
             for process in ranks:
                 process.kill()
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
         errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
         if errors or hung or any(process.exitcode for process in ranks):
             codes = [process.exitcode for process in ranks]
