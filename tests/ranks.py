@@ -21,11 +21,14 @@ PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of te
 PRELOAD += ["deepspeed", "fastssl.run.train", "fastssl.cli", "sklearn.linear_model"]
 
 
-def start(fn: Callable[..., Any], *args: Any) -> BaseProcess:
-    """A new process that runs fn(*args) on the CPU, its libraries imported before it began."""
+def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProcess:
+    """A new process that runs fn(*args) on the CPU, its libraries imported before it began.
+
+    A daemon ends with this process, and may have no children.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=fn, args=args, daemon=True)
+    process = context.Process(target=fn, args=args, daemon=daemon)
     # The server takes its environment from its first caller.
     with patch.dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):
         process.start()
