@@ -10,13 +10,13 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 # Processes fork from one server that has imported these already: a tenth of a second each, not ten.
-PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
+PRELOAD = ["tests.on_cpu", "torch._dynamo", "torch.nn.parallel"]  # DDP imports dynamo
+PRELOAD += ["fastssl.losses"]
 PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
 PRELOAD += ["deepspeed", "fastssl.run.train", "fastssl.cli", "sklearn.linear_model"]
 
@@ -29,9 +29,7 @@ def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProces
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=fn, args=args, daemon=daemon)
-    # The server takes its environment from its first caller.
-    with patch.dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):
-        process.start()
+    process.start()
     return process
 
 

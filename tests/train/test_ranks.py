@@ -35,7 +35,7 @@ def configuration(method: str, stage: int | str, output: Path, world: int):
         name=f"{method}-zero{stage}-{world}",
         engine__zero_stage=3 if stage == WHOLE else stage,
         engine__deepspeed={} if stage == WHOLE else cut,
-        evaluate__max_images=32,
+        **({"method__queue_size": 64} if method == "nnclr" else {}),  # begun anew at step 4
     )
 
 
@@ -87,7 +87,7 @@ def test_loss_curve_of_two_ranks_is_that_of_one(trained, method, stage):
     torch.testing.assert_close(
         torch.tensor(done[2][0][f"{method}-{stage}"]),
         torch.tensor(done[1][0][f"{method}-0"]),
-        atol=0.032,  # of 32 held-out images one may fall to the other side
+        atol=0.11,  # of 10 held-out images one may fall to the other side
         rtol=0.0,
     )
 

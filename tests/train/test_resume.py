@@ -16,7 +16,7 @@ from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import Silent
 from fastssl.run.train import Interrupted, Progress, Run, _Signals, pretrain
 from tests.data.photos import folder
-from tests.runs import few_digits, final, tiny
+from tests.runs import final, tiny
 
 
 def saved_method(cfg):
@@ -42,7 +42,6 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
 ):
     engine = {"engine__zero_stage": stage, "engine__precision": precision}
     others = {"model__kwargs__proj_drop_rate": 0.1, "evaluate__max_images": 40}
-    others |= {"data__source": few_digits(140), "batch_size": 24}
     if method == "nnclr":
         others["method__queue_size"] = 64  # filled and begun anew
     whole = tiny(method, tmp_path, name="whole", epochs=2, **engine, **others)
