@@ -28,9 +28,15 @@ def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProces
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=fn, args=args, daemon=daemon)
+    process = context.Process(target=_plainly, args=(fn, *args), daemon=daemon)
     process.start()
     return process
+
+
+def _plainly(fn: Callable[..., Any], *args: Any) -> None:
+    """With children that start as those of any program do, not by a server of their own."""
+    multiprocessing.set_start_method(None, force=True)  # pyright: ignore[reportArgumentType]
+    fn(*args)
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 400) -> list[Any]:
