@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import tempfile
@@ -34,9 +35,13 @@ def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProces
 
 
 def _plainly(fn: Callable[..., Any], *args: Any) -> None:
-    """With children that start as those of any program do, not by a server of their own."""
-    multiprocessing.set_start_method(None, force=True)  # pyright: ignore[reportArgumentType]
-    fn(*args)
+    """As a program runs it: its children fork from it, and what waits for the exit is done."""
+    multiprocessing.set_start_method(None, force=True)
+    atexit._clear()  # the server's
+    try:
+        fn(*args)
+    finally:
+        atexit._run_exitfuncs()
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 400) -> list[Any]:
