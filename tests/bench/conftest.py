@@ -3,10 +3,10 @@
 import pytest
 
 from fastssl.bench.measure import memory
+from tests.ranks import PRELOAD
 
 
 @pytest.fixture(autouse=True)
 def quick_children(monkeypatch):
-    """The server that children fork from imports what these tests need, and no other library."""
-    needed = ["torch", "fastssl.losses", "fastssl.bench.measure.gate", "lightly.loss"]
-    monkeypatch.setattr(memory, "PRELOAD", needed)
+    """The server that children fork from serves ranks as well: a process has only one."""
+    monkeypatch.setattr(memory, "PRELOAD", [*PRELOAD, "fastssl.bench.measure.gate"])

@@ -1,15 +1,12 @@
-"""A run's data without its model, in a process that kills itself:
+"""A run's data without its model, in a process that kills itself.
 
-    python -m tests.data.killed_worker LOG FOLDER RANK WORLD BACKEND DIES_AT
-
-Streams two epochs and writes a line a step, its number and the ids of the samples, as a run does
-that saves at every step; started again, it goes on behind the last whole line.  After DIES_AT lines
-it ends by kill -9, its readers busy with the batches to come.
+`read` streams two epochs and writes a line a step, its number and the ids of the samples, as a run
+does that saves at every step; started again, it goes on behind the last whole line.  After
+`dies_at` lines it ends by kill -9, its readers busy with the batches to come.
 """
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,18 +48,13 @@ def told(folder: str, rank: int, world: int, backend: str, start: int) -> Iterat
         yield f"{step}: {ids}: {sums}\n"
 
 
-def main() -> None:
-    log, folder, rank, world, backend, dies_at = Path(sys.argv[1]), *sys.argv[2:]
+def read(log: Path, folder: str, rank: int, world: int, backend: str, dies_at: int) -> None:
     start = steps_done(log)
     with open(log, "a") as file:
-        lines = told(folder, int(rank), int(world), backend, start)
+        lines = told(folder, rank, world, backend, start)
         for count, line in enumerate(lines, start + 1):
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-            if count == int(dies_at):
+            if count == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

@@ -241,7 +241,8 @@ def test_a_convolutional_network_grows_with_its_images(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "step", look)
     ops = [{"name": "low_frequency", "multiple": 8}]
     data = {"source": FRACTALS, "image_size": 32, "batch_ops": ops, "workers": 0}
-    model = {"name": "resnet10t", "kwargs": {}}
+    narrow = {"channels": [8, 16, 32, 64], "stem_width": 8}
+    model = {"name": "resnet10t", "kwargs": narrow}
     cfg = tiny("simclr", tmp_path, data=data, model=model, batch_size=16, epochs=5)
     pretrain(cfg)
     assert seen == [24] * 8 + [32] * 2  # 5/7 and 6/7 of 32 are nearest to 24

@@ -1,30 +1,21 @@
 """kill -9 in mid-epoch, and again: every sample of an epoch is seen once, in the same batches."""
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.data.killed_worker import BATCH, EPOCHS, told
+from tests.data.killed_worker import BATCH, EPOCHS, read, told
 from tests.data.photos import folder
+from tests.ranks import start
 
 COUNT = 61  # 8 steps of 8: the last one has 3 of padding
 STEPS = EPOCHS * 8
 NEVER = 2 * STEPS
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return folder(tmp_path_factory.mktemp("photos"), COUNT)
-
-
-def start(log, photos, rank, world, backend, dies_at):
-    words = [sys.executable, "-m", "tests.data.killed_worker"]
-    given = [str(log), str(photos), str(rank), str(world), backend, str(dies_at)]
-    return subprocess.Popen([*words, *given], cwd=ROOT)
+    return str(folder(tmp_path_factory.mktemp("photos"), COUNT))
 
 
 @pytest.mark.parametrize("world, backend", [(1, "dali"), (2, "torch")])
@@ -33,8 +24,14 @@ def test_every_sample_once_whatever_is_killed(world, backend, photos, tmp_path):
 
     def ends(dies_at):
         """How the ranks end that die after so many lines, one line apart from each other."""
-        runs = [start(log, photos, r, world, backend, dies_at + r) for r, log in enumerate(logs)]
-        return [run.wait(timeout=300) for run in runs]
+        runs = [
+            start(read, log, photos, r, world, backend, dies_at + r, daemon=False)
+            for r, log in enumerate(logs)
+        ]
+        for run in runs:
+            run.join(300)
+            run.kill()
+        return [run.exitcode for run in runs]
 
     count = 10  # in the midst of an epoch
     assert ends(dies_at=count) == [-signal.SIGKILL] * world
@@ -57,4 +54,4 @@ def test_every_sample_once_whatever_is_killed(world, backend, photos, tmp_path):
         seen = sorted(int(word) for word in words if not word.startswith("pad"))
         assert seen == list(range(COUNT))
     for rank, log in enumerate(logs):  # to the last bit of the views' sums
-        assert log.read_text() == "".join(told(str(photos), rank, world, backend, 0))
+        assert log.read_text() == "".join(told(photos, rank, world, backend, 0))

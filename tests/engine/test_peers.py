@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from fastssl.engine.peers import _watch, watched
+from tests.ranks import start
 
 
 def rank_of_two(rank, folder, how):
@@ -30,10 +31,7 @@ def rank_of_two(rank, folder, how):
     "how, codes", [("killed", [1, -signal.SIGKILL]), ("fails", [1, 1]), ("leaves", [0, 0])]
 )
 def test_a_rank_does_not_wait_for_a_dead_one(how, codes, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=rank_of_two, args=(r, str(tmp_path), how)) for r in (0, 1)]
-    for process in ranks:
-        process.start()
+    ranks = [start(rank_of_two, r, str(tmp_path), how) for r in (0, 1)]
     for process in ranks:
         process.join(200)  # without the watch: half an hour
     ended = [process.exitcode for process in ranks]
@@ -79,8 +77,7 @@ def launcher(told):
 
 def test_an_orphan_of_torchrun_is_told_to_stop(tmp_path):
     told = tmp_path / "told"
-    launched = multiprocessing.get_context("forkserver").Process(target=launcher, args=(told,))
-    launched.start()
+    launched = start(launcher, told, daemon=False)
     launched.join(200)
     for _ in range(2000):
         if told.exists():

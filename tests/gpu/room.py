@@ -7,8 +7,9 @@ kernels.  That proves the tests themselves; what only a GPU has is behind the he
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle, product
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +21,20 @@ from tests.oracle import largest_tensor
 REHEARSAL = os.environ.get("FASTSSL_GPU_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda:0")
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def pick(gpu: T, tiny: T) -> T:
     """The shape for the GPU, or the one that its rehearsal can afford."""
     return tiny if REHEARSAL else gpu
+
+
+def crossed(items: Sequence[T], values: Iterable[U]) -> list[tuple[T, U]]:
+    """Every item with every value; the rehearsal takes them in turn, one value an item."""
+    values = list(values)
+    if REHEARSAL:
+        return list(zip(items, cycle(values)))
+    return list(product(items, values))
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class Subject:
     tiny: tuple[int, ...]
     primitive: str = ""
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Those to test here, the first being the usual one."""
@@ -410,7 +413,7 @@ SUBJECTS = [
     Subject("gather_patches", _gather_patches, ((64, 224, 16),), (3, 12, 4), "gather_patches"),
     Subject("patch_mse", _patch_mse, ((64, 224, 16), (9, 96, 8)), (3, 12, 4), "patch_mse"),
     Subject(
-        "patch_mse-clip", _clip_mse, ((8, 16, 224, 16), (2, 4, 120, 40)), (2, 4, 12, 4), "patch_mse"
+        "patch_mse-clip", _clip_mse, ((8, 16, 224, 16), (2, 4, 120, 40)), (2, 4, 8, 4), "patch_mse"
     ),
     Subject("restore_tokens", _restore, ((64, 196, 512), (7, 11, 33)), (3, 9, 5), "restore_tokens"),
     Subject("gather_tokens", _gather_tokens, ((64, 196, 768),), (3, 9, 5), "gather_tokens"),

@@ -1,28 +1,31 @@
-"""fastssl, which kills itself: python -m tests.train.killed_run STEP pretrain RECIPE ...
-
-It ends by kill -9 with STEP optimizer steps done, its readers busy with the batches to come.
-"""
+"""fastssl in a process of its own, which may kill itself."""
 
 import os
 import signal
 import sys
+from pathlib import Path
 
 from fastssl.cli import main
 from fastssl.engine.engine import Engine
 
 
-def kill_at(last: int) -> None:
-    """From now on the step after `last` ends this process."""
+def run(words: list[str], log: Path, dies_at: int | None = None) -> None:
+    """`fastssl WORDS` in a session of its own, what it says written to `log`.
+
+    With `dies_at` optimizer steps done it ends by kill -9, its readers busy with batches to come.
+    """
+    os.setsid()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
     step = Engine.step
 
     def killed(self, *args, **options):
-        if self.ds.global_steps == last:
+        if self.ds.global_steps == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, *args, **options)
 
     Engine.step = killed
-
-
-if __name__ == "__main__":
-    kill_at(int(sys.argv.pop(1)))
+    sys.argv = ["fastssl", *words]
     main()

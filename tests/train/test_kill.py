@@ -3,41 +3,39 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from fastssl.config import dump, load
 from fastssl.report import read_metrics
 from fastssl.run.train import pretrain
+from tests import ranks
 from tests.data.photos import folder
 from tests.runs import losses, tiny
+from tests.train import killed_run
 
-ROOT = Path(__file__).parents[2]
 
-
-def command(cfg, tmp_path, *more, dies_at=None):
-    recipe = tmp_path / f"{cfg.name}.yaml"
+def start(cfg, tmp_path, dies_at=None):
+    """`fastssl pretrain` of this configuration, begun; and the file of what it says."""
+    recipe, log = tmp_path / f"{cfg.name}.yaml", tmp_path / "out"
     recipe.write_text(dump(cfg))
-    program = ["fastssl"] if dies_at is None else ["tests.train.killed_run", str(dies_at)]
-    return [sys.executable, "-m", *program, "pretrain", str(recipe), *more]
+    words = ["pretrain", str(recipe)]
+    return ranks.start(killed_run.run, words, log, dies_at, daemon=False), log
 
 
 def test_a_whole_group_told_to_stop_saves_its_state(tmp_path):
     """As a cluster does it: SIGTERM reaches the loader's workers as well."""
-    cfg = tiny("mae", tmp_path, name="told", epochs=400, data__workers=2)
-    with open(tmp_path / "out", "w") as out:
-        words = command(cfg, tmp_path)
-        run = subprocess.Popen(words, stdout=out, stderr=out, start_new_session=True)
-        while not (cfg.directory / "metrics.jsonl").is_file() or len(losses(cfg)) < 3:
-            assert run.poll() is None, (tmp_path / "out").read_text()
-            time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGTERM)
-        assert run.wait(timeout=300) == 5, (tmp_path / "out").read_text()
-    said = (tmp_path / "out").read_text()
+    cfg = tiny("mae", tmp_path, name="told", epochs=400, data__workers=2, evaluate__max_images=8)
+    run, log = start(cfg, tmp_path)
+    while not (cfg.directory / "metrics.jsonl").is_file() or len(losses(cfg)) < 3:
+        assert run.is_alive(), log.read_text()
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    run.join(300)
+    run.kill()
+    said = log.read_text()
+    assert run.exitcode == 5, said
     assert "resume=auto continues" in said and "Traceback" not in said
     assert list(cfg.directory.glob("checkpoints/step-*/manifest.json"))
 
@@ -52,10 +50,10 @@ def test_killed_and_resumed_equals_undisturbed(backend, tmp_path):
     whole = tiny("simclr", tmp_path, name="whole", **changes)
     killed = whole.model_copy(update={"name": "killed"})
     pretrain(whole)  # undisturbed, in this process
-    done = subprocess.run(
-        command(killed, tmp_path, dies_at=8), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run, log = start(killed, tmp_path, dies_at=8)
+    run.join(300)
+    run.kill()
+    assert run.exitcode == -signal.SIGKILL, log.read_text()
     assert len(losses(killed)) == 8
     pretrain(killed.model_copy(update={"resume": "auto"}))
     assert losses(killed) == losses(whole) and len(losses(whole)) == 15

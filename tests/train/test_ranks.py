@@ -15,7 +15,7 @@ WHOLE = "3, uncut"  # parameters this small are whole on every rank, beside thei
 RUNS: dict[
     str, tuple[int | str, ...]
 ] = {  # of each kind of method; every stage with MAE: test_engine
-    "simclr": (0, 3),
+    "simclr": (0,),
     "mae": (2,),
     "mocov3": (WHOLE,),
     "nnclr": (1,),
@@ -33,11 +33,9 @@ def configuration(method: str, stage: int | str, output: Path, world: int):
         method,
         output,
         name=f"{method}-zero{stage}-{world}",
-        epochs=2,
-        batch_size=32,
         engine__zero_stage=3 if stage == WHOLE else stage,
         engine__deepspeed={} if stage == WHOLE else cut,
-        evaluate__max_images=64,
+        **({"method__queue_size": 64} if method == "nnclr" else {}),  # begun anew at step 4
     )
 
 
@@ -65,7 +63,7 @@ def resumed(rank: int, method: str, stage: int | str, folder: str):
     before = losses(cfg)
     barrier()
     if rank == 0:
-        newest = cfg.directory / "checkpoints/step-00000022"
+        newest = cfg.directory / "checkpoints/step-00000010"
         (newest / "encoder.safetensors").write_bytes(b"")
     barrier()
     pretrain(cfg.model_copy(update={"resume": "auto"}))
@@ -83,13 +81,13 @@ def test_loss_curve_of_two_ranks_is_that_of_one(trained, method, stage):
     folder, done = trained
     one = losses(configuration(method, 0, folder, 1))
     two = losses(configuration(method, stage, folder, 2))
-    assert len(one) == 22
+    assert len(one) == 10
     torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
     assert done[2][0] == done[2][1]  # every rank returns the same results
     torch.testing.assert_close(
         torch.tensor(done[2][0][f"{method}-{stage}"]),
         torch.tensor(done[1][0][f"{method}-0"]),
-        atol=0.016,  # of 64 held-out images one may fall to the other side
+        atol=0.11,  # of 10 held-out images one may fall to the other side
         rtol=0.0,
     )
 
@@ -97,4 +95,4 @@ def test_loss_curve_of_two_ranks_is_that_of_one(trained, method, stage):
 @pytest.mark.parametrize("method, stage", RESUMED)
 def test_two_ranks_resume_to_the_last_bit(trained, method, stage):
     before, after = trained[1][2][0][f"resumed-{method}-{stage}"]
-    assert len(after) == 22 and after == before
+    assert len(after) == 10 and after == before

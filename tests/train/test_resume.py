@@ -50,6 +50,8 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
 ):
     engine = {"engine__zero_stage": stage, "engine__precision": precision}
     others = {"model__kwargs__proj_drop_rate": 0.1, "evaluate__max_images": 40}
+    if method == "nnclr":
+        others["method__queue_size"] = 64  # filled and begun anew
     whole = tiny(method, tmp_path, name="whole", epochs=2, **engine, **others)
     pretrain(whole)
     parted = whole.model_copy(update={"name": "parted", "resume": "auto"})
