@@ -5,6 +5,7 @@ BIN := .venv/bin
 OURS := $(filter .venv/bin,$(BIN))
 
 .PHONY: demo test test-all lint bench aot clean
+test test-all: export PYTHONDONTWRITEBYTECODE =  # each of their processes would compile all modules
 .DELETE_ON_ERROR:
 
 demo: $(OURS:bin=train) ## pretrain on real images, evaluate, write runs/simclr-digits/report.html
@@ -22,7 +23,7 @@ test-all: lint         ## every case of every product of parameters, and all of 
 lint: $(OURS:bin=dev)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pyright --threads 2 --pythonpath $(BIN)/python
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	$(BIN)/shellcheck docker/install.sh
 
