@@ -15,6 +15,7 @@ from fastssl.models import (
     feature_dim,
     is_vit,
 )
+from tests.covering import examples
 from tests.oracle import largest_tensor
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -132,7 +133,7 @@ def test_checkpointing_recomputes_every_block():
         assert len(ran) == 2
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30, 10))
 @given(
     dims=st.sampled_from([1, 2, 3]),
     sides=st.tuples(*[st.integers(1, 4)] * 3),
