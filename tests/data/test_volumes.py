@@ -117,7 +117,7 @@ def test_bytes_are_in_0_1():
 
 def test_crops_have_their_volume_and_place():
     """On a volume that holds its own coordinates a view tells what it was cut from."""
-    side, size = 64, 8
+    side, size = 48, 8
     at = (torch.arange(side) + 0.5) / side
     axes = torch.meshgrid(at, at, at, indexing="ij")
     x = torch.stack(axes)
@@ -136,7 +136,7 @@ def test_crops_have_their_volume_and_place():
     u = (np.arange(300) + 0.5) / 300
     assert np.abs((np.sort(volumes) - 0.2) / 0.6 - u).max() < 0.1
     assert len(places) > 270
-    assert np.abs(np.sort(places) - u[: len(places)] * 300 / len(places)).max() < 0.1
+    assert np.abs(np.sort(places) - u[: len(places)] * 300 / len(places)).max() < 0.12
     assert abs(np.mean(ratios)) < 0.03 and np.abs(ratios).max() < 2 * math.log(1.25) + 0.1
 
 

@@ -212,7 +212,7 @@ def test_compiles_in_one_graph(kind):
     masked = MaskedViT(model)
     images = torch.randn(2, *kind[1], dtype=torch.float64)
     ids = torch.tensor([[1, 4], [0, 7]])
-    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(masked, fullgraph=True, backend="eager")
     upstream = torch.randn(2, 3, 24, dtype=torch.float64)
     ours, our_grads = gradients(model, compiled, images, ids, upstream)
     eager, their_grads = gradients(model, masked, images, ids, upstream)
