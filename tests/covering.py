@@ -16,9 +16,9 @@ import pytest
 FULL = False  # tests/conftest.py sets it before a module of tests is imported
 
 
-def examples(full: int) -> int:
-    """How many examples Hypothesis draws: `full` with --full, else at most 8."""
-    return full if FULL else min(full, 8)
+def examples(full: int, few: int = 8) -> int:
+    """How many examples Hypothesis draws: `full` with --full, else at most `few`."""
+    return full if FULL else min(full, few)
 
 
 def crossed(**axes: Mapping[str, Any]) -> pytest.MarkDecorator:

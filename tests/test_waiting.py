@@ -9,8 +9,13 @@ from fastssl.config import dump
 from fastssl.data.loader import PretrainLoader
 from fastssl.report import read_metrics
 from fastssl.run.train import pretrain
-from tests.runs import tiny
+from tests.runs import tiny, without_pictures
 from tests.test_cli import call
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    without_pictures(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
     monkeypatch.setattr(pairwise_products, "TRIAL", (20, 10))
     monkeypatch.setattr(topk_configs, "TRIAL", (5, 40, 8))
     monkeypatch.setattr(moments_configs, "TRIAL", (40, 10))
-    monkeypatch.setitem(correlation_configs.TRIAL_TILES, "pair", (150, 20))
+    monkeypatch.setitem(correlation_configs.TRIAL_TILES, "pair", (70, 20))
     monkeypatch.setattr(correlation_configs, "TRIAL_STRIP", (10, 40))
     monkeypatch.setattr(patches_configs, "TRIAL", (2, 8))
     monkeypatch.setattr(tokens_configs, "TRIAL", (3, 9, 10))

@@ -16,6 +16,7 @@ from fastssl.data.sources.decode import decode_bytes
 from fastssl.data.sources.tars import parse_index
 from fastssl.data.sources.tfrecord import TFRecordSource
 from fastssl.data.sources.webdataset import WebDatasetSource
+from tests.covering import examples
 from tests.data.made import noise, shard, tfrecord
 
 KINDS = {"JPEG": {}, "PNG": {}, "WEBP": {}, "BMP": {}, "GIF": {}, "TIFF": {}, "PPM": {}}
@@ -37,7 +38,7 @@ def damaged(data: bytes, damage) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60)
+@settings(max_examples=examples(60, 20))
 @given(damage=damages())
 def test_images(kind, damage):
     try:
@@ -79,7 +80,7 @@ CASES = [
 
 @pytest.mark.parametrize("kind, name", CASES)
 @pytest.mark.parametrize("indexed", [True, False])
-@settings(max_examples=40)
+@settings(max_examples=examples(40, 12))
 @given(damage=damages())
 def test_data_sets(kind, name, indexed, damage):
     whole = files(kind)
@@ -107,7 +108,7 @@ def test_data_sets(kind, name, indexed, damage):
                 assert error.name == source.name(i)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200, 60))
 @given(st.binary(max_size=80) | st.text(alphabet="v1.2 \npngq", max_size=60).map(str.encode))
 def test_indices(text):
     try:

@@ -68,16 +68,18 @@ def _reds_of(source, queue):
 
 
 def test_workers_of_either_kind_read_alike(tmp_path):
+    """Forked with the database open, or, as spawned ones, unpickled where it is not."""
     whole = opened(put(tmp_path, {f"a/{k}": encoded(k) for k in range(4)}))
     assert whole.item(0)[0, 0, 0] == 0  # it is open here
-    for method in ("fork", "spawn"):
-        context = torch.multiprocessing.get_context(method)
-        queue = context.SimpleQueue()
-        process = context.Process(target=_reds_of, args=(whole, queue))
-        process.start()
-        assert queue.get() == [0, 1, 2, 3]
-        process.join()
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_reds_of, args=(whole, queue))
+    process.start()
+    assert queue.get() == [0, 1, 2, 3]
+    process.join()
     assert reds(whole) == [0, 1, 2, 3]
+    lmdbs._OPENED.popitem()[1].close()
+    assert reds(pickle.loads(pickle.dumps(whole))) == [0, 1, 2, 3]
 
 
 def test_bad_values_and_keys_that_vanish(tmp_path):

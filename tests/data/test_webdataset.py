@@ -488,12 +488,13 @@ def _reds_of(source, queue):
 
 
 def test_workers_of_either_kind_read_alike(tmp_path):
+    """Forked, or unpickled as spawned ones are."""
     (whole,) = opened(two(tmp_path))
     whole.item(0)  # a descriptor is open
-    for method in ("fork", "spawn"):
-        context = torch.multiprocessing.get_context(method)
+    for source in (whole, pickle.loads(pickle.dumps(whole))):
+        context = torch.multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
-        process = context.Process(target=partial(_reds_of, whole, queue))
+        process = context.Process(target=partial(_reds_of, source, queue))
         process.start()
         assert queue.get() == list(range(7))
         process.join()

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.losses.vicreg import VICRegLoss, vicreg_reference
+from tests.covering import examples
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor
 
 SHAPES = [(5, 3), (33, 100), (200, 64), (2, 1), (12, 5, 30), (40, 3, 2, 7), (3, 2, 1)]
@@ -31,7 +32,7 @@ def test_value_and_gradient_of_lightly(shape, reduce):
     assert_no_worse(VICRegLoss(), lightly.loss.VICRegLoss(), views(*shape), reduce)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(2, 9), st.lists(st.integers(1, 4), max_size=2), st.integers(1, 12))
 def test_any_leading_axes(B, middle, D):
     inputs = [z.double() for z in views(B, *middle, D)]

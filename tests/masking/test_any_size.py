@@ -5,6 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastssl import masking as m
+from tests.covering import examples
 
 from .generators import marked, shown
 
@@ -20,7 +21,7 @@ def partition(mask, length, keep):
     assert torch.equal(order.gather(1, mask.restore), torch.arange(length).expand_as(order))
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(seeds=SEEDS, grid=st.tuples(SIDE, SIDE), share=st.floats(0, 1), least=st.integers(1, 60))
 def test_blocks(seeds, grid, share, least):
     L = grid[0] * grid[1]
@@ -29,7 +30,7 @@ def test_blocks(seeds, grid, share, least):
     partition(m.block_masking(seeds, grid, keep, least=least, tries=5), L, keep)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     seeds=SEEDS,
     grid=st.tuples(SIDE, SIDE),
@@ -48,7 +49,7 @@ def test_multi_blocks(seeds, grid, target, blocks, share):
     assert not (asked.any(1) & seen).any()
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     seeds=SEEDS,
     grid=st.lists(SIDE, min_size=1, max_size=3),
@@ -64,7 +65,7 @@ def test_fields(seeds, grid, share, groups):
         partition(made, L, keep)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(seeds=SEEDS, grid=st.tuples(SIDE, SIDE, SIDE), a=st.floats(0, 1), b=st.floats(0, 1))
 def test_clips(seeds, grid, a, b):
     T, frame = grid[0], grid[1] * grid[2]
@@ -78,7 +79,7 @@ def test_clips(seeds, grid, a, b):
     assert (decoded.sum(1) == decode).all() and not (decoded & shown(made.masking)).any()
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(seeds=SEEDS, grid=st.tuples(SIDE, SIDE), a=st.floats(0, 1), b=st.floats(0, 1))
 def test_times_and_bands(seeds, grid, a, b):
     F, S = grid

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.masking import span_masking, time_frequency_masking
+from tests.covering import examples
 from tests.oracle import DEVICE
 
 from .generators import shown
@@ -23,7 +24,7 @@ def runs(hidden):
     return [len(run) for run in turned.split()]
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60, 15))
 @given(
     keep=st.integers(1, 30), span=st.integers(1, 8), more=st.integers(0, 20), seed=st.integers(0)
 )

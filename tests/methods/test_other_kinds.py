@@ -47,16 +47,17 @@ def test_a_run_shows_itself(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_twenty_steps_learn(name, tmp_path):
+def test_a_few_steps_learn(name, tmp_path):
     method, batch = made(name, tmp_path, n=16)
     learns(method.train(), batch)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_activations_are_what_autograd_keeps(name, tmp_path):
-    cfg = tiny(name, tmp_path, batch_size=32)
+    changes = {"batch_size": 32, "model__kwargs__depth": 1}
+    cfg = tiny(name, tmp_path, **changes)
     plan = make_plan(cfg, CHANNELS[name], world=2)
-    real, batch = made(name, tmp_path, n=16, batch_size=32)
+    real, batch = made(name, tmp_path, n=16, **changes)
     real.train()
     own = {p.untyped_storage().data_ptr() for p in real.parameters()}
     kept, alive = {}, []

@@ -15,6 +15,7 @@ from fastssl.models import (
     feature_dim,
     is_vit,
 )
+from tests.covering import examples
 from tests.oracle import largest_tensor
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -132,7 +133,7 @@ def test_checkpointing_recomputes_every_block():
         assert len(ran) == 2
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30, 10))
 @given(
     dims=st.sampled_from([1, 2, 3]),
     sides=st.tuples(*[st.integers(1, 4)] * 3),
@@ -211,7 +212,7 @@ def test_compiles_in_one_graph(kind):
     masked = MaskedViT(model)
     images = torch.randn(2, *kind[1], dtype=torch.float64)
     ids = torch.tensor([[1, 4], [0, 7]])
-    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(masked, fullgraph=True, backend="eager")
     upstream = torch.randn(2, 3, 24, dtype=torch.float64)
     ours, our_grads = gradients(model, compiled, images, ids, upstream)
     eager, their_grads = gradients(model, masked, images, ids, upstream)

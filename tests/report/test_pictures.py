@@ -10,6 +10,7 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
 from fastssl.report import (
+    embedding,
     plot_curves,
     plot_embedding,
     plot_reconstructions,
@@ -21,13 +22,21 @@ from fastssl.report.embedding import _to_plane
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved, so that a test can look at their panels."""
+    """The figures that were to be saved, so that a test can look at their panels: none is drawn."""
+    seen: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: seen.append(self))
+    return seen
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
     seen: list[Figure] = []
     savefig = Figure.savefig
 
-    def spy(self, *args, **kwargs):
+    def spy(self, *args, **options):
         seen.append(self)
-        return savefig(self, *args, **kwargs)
+        return savefig(self, *args, **options)
 
     monkeypatch.setattr(Figure, "savefig", spy)
     return seen
@@ -40,6 +49,9 @@ def training(steps=30):
     ]
     rows += [{"kind": "eval", "step": s, "knn": 0.5 + s / 100, "rankme": 9.0} for s in (0, 10, 29)]
     return rows
+
+
+ONLY_LOSS = [{"kind": "train", "step": 0, "loss": 1.0}]
 
 
 def panels(figure):
@@ -55,9 +67,11 @@ def test_only_panels_with_data_are_drawn(tmp_path, figures):
         "Learning rate",
         "Samples per second",
     }
-    only_loss = [{"kind": "train", "step": 0, "loss": 1.0}]
-    assert plot_curves(only_loss, tmp_path / "one.png")
-    assert set(panels(figures[1])) == {"Loss"}
+
+
+def test_a_panel_alone_is_drawn(tmp_path, drawn):
+    assert plot_curves(ONLY_LOSS, tmp_path / "one.png")
+    assert set(panels(drawn[0])) == {"Loss"}
     assert imread(tmp_path / "one.png").ndim == 3
 
 
@@ -132,7 +146,7 @@ def test_a_save_that_fails_keeps_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fastssl.files.os.replace", refuse)
     with pytest.raises(OSError, match="no space"):
-        plot_curves(training(), path)
+        plot_curves(ONLY_LOSS, path)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("curves.png", b"old")]
 
 
@@ -141,16 +155,23 @@ def digits(n):
     return torch.tensor(x[:n]), torch.tensor(y[:n], dtype=torch.int64)
 
 
-def test_the_map_is_repeatable_and_keeps_neighbors_together(tmp_path):
-    x, y = digits(200)
+def test_the_map_is_repeatable_and_keeps_neighbors_together(tmp_path, monkeypatch):
+    x, y = digits(150)
+    made = []
+    monkeypatch.setattr(embedding, "_to_plane", lambda x: made.append(_to_plane(x)) or made[-1])
     names = [str(i) for i in range(10)]
     plot_embedding(x, y, names, tmp_path / "a.png", "Digits")
     plot_embedding(x, y, names, tmp_path / "b.png", "Digits")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    points, method = _to_plane(x.numpy())
+    points, method = made[0]
     assert method == "t-SNE"
     distance = torch.cdist(torch.tensor(points), torch.tensor(points)).fill_diagonal_(math.inf)
     assert (y[distance.argmin(1)] == y).double().mean() > 0.8  # chance: 0.1
+
+
+def test_a_collapsed_encoder_has_its_map(tmp_path):
+    plot_embedding(torch.ones(30, 4), torch.arange(30) % 2, [], tmp_path / "a.png", "Collapsed")
+    assert (tmp_path / "a.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -164,18 +185,17 @@ def test_maps_of_odd_sizes(tmp_path, n, dim, method):
     assert np.isfinite(points).all()
 
 
-def test_labels_and_names_of_every_kind(tmp_path, figures):
-    torch.manual_seed(0)
+def test_labels_and_names_of_every_kind(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(embedding, "_to_plane", lambda x: (x[:, :2], "PCA"))
     x, y = torch.randn(60, 4), torch.arange(60) % 12
     names = ["_hidden", "$5 bill", "<b>"] + [f"class {i}" for i in range(3, 11)]  # one too few
     plot_embedding(x, y, names, tmp_path / "named.png", "a_b $ c")
     plot_embedding(x, None, [], tmp_path / "unlabeled.png", "No labels")
     plot_embedding(x, torch.arange(60), [], tmp_path / "many.png", "Sixty classes")
-    plot_embedding(torch.ones(30, 4), y[:30], names, tmp_path / "collapsed.png", "Collapsed")
-    legend = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    legend = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
     assert legend[:3] == [" _hidden", r"\$5 bill", "<b>"]
     assert legend[-1] == "11" and len(legend) == 12
-    assert figures[1].axes[0].get_legend() is None is figures[2].axes[0].get_legend()
+    assert drawn[1].axes[0].get_legend() is None is drawn[2].axes[0].get_legend()
 
 
 def test_bad_features_are_named(tmp_path):
@@ -188,16 +208,16 @@ def test_bad_features_are_named(tmp_path):
         plot_embedding(torch.eye(3), torch.tensor([0, 1]), [], path, "")
 
 
-def test_a_sheet_shows_every_pixel_once_and_clips(tmp_path, figures):
+def test_a_sheet_shows_every_pixel_once_and_clips(tmp_path, drawn):
     images = torch.tensor([[[[0.0, 2.0], [math.nan, 0.5]]], [[[1.0, 1.0], [1.0, 1.0]]]])
     plot_reconstructions(images, 0 * images.nan_to_num(), images, tmp_path / "sheet.png")
-    (shown,) = figures[0].axes[0].images
+    (shown,) = drawn[0].axes[0].images
     pixels = np.asarray(shown.get_array())
     assert pixels.shape == (8, 5, 4)  # 3 rows and 2 columns of 2 x 2, one transparent pixel between
     assert pixels[:2, :2, 0].tolist() == [[0.0, 1.0], [0.0, 0.5]]
     assert pixels[6:, 3:, :3].min() == 1.0
     assert pixels[2].max() == 0.0 == pixels[:, 2].max()
-    labels = [text.get_text() for text in figures[0].axes[0].get_yticklabels()]
+    labels = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
     assert labels == ["original", "masked", "reconstruction"]
     assert imread(tmp_path / "sheet.png").shape[2] == 4
 
