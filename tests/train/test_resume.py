@@ -20,11 +20,13 @@ from tests.runs import final, tiny
 
 
 @pytest.fixture(autouse=True)
-def _hangups():
-    """Started by nohup, a process ignores hangups, and so would the runs of these tests."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _heard():
+    """Started by nohup or behind &, a process ignores these, and so would these tests' runs."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def saved_method(cfg):
