@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fastssl.kernels  # noqa: E402  after the variable is set
+from fastssl.kernels.common import tuning  # noqa: E402
 
 from . import covering, interpreter  # noqa: E402
 
@@ -23,6 +24,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 
 # The doctests of kernels/ are collected by the folder's name.  Imported a second time under it, the
 # operators would be registered twice, and the second would not know the masks of the first.
+if find_spec("triton"):
+    tuning.kernels()  # imports what is otherwise imported with a first launch
 for name, module in list(sys.modules.items()):
     if name.startswith(fastssl.kernels.__name__):
         sys.modules[name.removeprefix("fastssl.")] = module

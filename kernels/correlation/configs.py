@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from ..common.launch import ROWS, Part, configs, dtype_name, named
 
@@ -51,7 +51,7 @@ TRIAL_TILES = {"pair": (2048, 8192), "one": (2048, 8192), "columns": (8192, 4096
 TRIAL_STRIP = (2048, 4096)  # of a matrix, and of a gradient
 
 
-def shape_class(x: Tensor, part: str) -> str:
+def shape_class(x: torch.Tensor, part: str) -> str:
     """The name of x's class; part: one of TILES, SETTLE or FINISH.
 
     >>> shape_class(torch.empty(2, 3, dtype=torch.bfloat16), "pair")
