@@ -1,5 +1,6 @@
 """Every test runs on the CPU or the GPU alike; without a GPU, Triton interprets its kernels."""
 
+import gc
 import os
 import random
 import sys
@@ -47,6 +48,16 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """On a GPU a case takes next to no time, and there a pair of values may not say it all."""
     covering.FULL = config.getoption("--full") or torch.cuda.is_available()
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: no collection of garbage need go through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # some libraries call it a leak that they were not cleared
 
 
 def pytest_runtest_setup():

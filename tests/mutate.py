@@ -1,7 +1,7 @@
 """Do the tests notice a wrong line?  One token at a time is changed in a copy of the tree.
 
     python tests/mutate.py                  all of it; writes tests/mutations.md
-    python tests/mutate.py losses/ntxent    the mutations of one file or folder, printed only
+    python tests/mutate.py losses/ntxent    the mutations of these files or folders, printed only
 
 Each mutation must make at least one test of its place fail.  One that does not ends the command
 with 1: then the tests have a hole, or the token does nothing.  The mutations stand in
@@ -11,6 +11,7 @@ tests/mutations/, a file a room.  Libraries are imported once, and each mutation
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +29,7 @@ LIBRARIES = "torch triton numpy pytest lightly.loss open_clip.loss"  # not pytes
 LIBRARIES += " pytorch_metric_learning.losses pydantic yaml typer rich"
 HEAVY = "torchvision.transforms.v2 timm deepspeed sklearn.linear_model matplotlib.figure"
 LIMIT = 300  # seconds of one mutation; a hang is noticed too
+NO_TESTS = 5  # pytest's exit code
 
 
 class Mutation(NamedTuple):
@@ -138,23 +140,34 @@ def first_failure(code: int, log: Path) -> str:
     return "at import" if any("rror" in x for x in lines) and code == 2 else "SURVIVED"
 
 
-def row(mutation: Mutation, folder: Path) -> str:
-    """The mutation's line of the report; it ends in SURVIVED when no test failed."""
+def row(mutation: Mutation, folder: Path, report: str) -> str:
+    """The mutation's line of the report; it ends in SURVIVED when no test failed.
+
+    The test that noticed it when `report` was made is tried alone first.
+    """
     log = folder / "mutation.log"
+    old, new = (" ".join(text.split()).replace("|", "\\|") for text in mutation[1:3])
+    head, noticed = f"| `{mutation.place}` | `{old}` | `{new}` |", "SURVIVED"
+    before = re.search(re.escape(head) + r" (test_\w+)", report)
     path, source = mutate(mutation, folder)
     try:
-        noticed = first_failure(finish(start(mutation, folder, log)), log)
+        for only in (*(before.groups() if before else ()), mutation.only):
+            code = finish(start(mutation._replace(only=only), folder, log))
+            if code != NO_TESTS or only == mutation.only:
+                noticed = first_failure(code, log)
+            if noticed != "SURVIVED":
+                break
     finally:
         path.write_text(source)
-    old, new = (" ".join(text.split()).replace("|", "\\|") for text in mutation[1:3])
-    return f"| `{mutation.place}` | `{old}` | `{new}` | {noticed} |"
+    return f"{head} {noticed} |"
 
 
 def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     sys.dont_write_bytecode = True  # a mutation may leave a file's size and time as they were
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    wanted = [m for m in mutations() if len(sys.argv) < 2 or sys.argv[1] in m.place]
+    parts = sys.argv[1:]
+    wanted = [m for m in mutations() if not parts or any(part in m.place for part in parts)]
     heavy = any(not m.place.startswith(("kernels", "losses")) for m in wanted)
     for name in (LIBRARIES + f" {HEAVY}" * heavy).split():
         import_module(name)
@@ -170,12 +183,13 @@ def main() -> int:
         "| place | was | became | first failure |",
         "| --- | --- | --- | --- |",
     ]
+    report = REPORT.read_text() if REPORT.exists() else ""
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder))
         for mutation in wanted:
-            lines.append(row(mutation, Path(folder)))
+            lines.append(row(mutation, Path(folder), report))
             print(lines[-1], flush=True)
-    if len(sys.argv) < 2:
+    if not parts:
         REPORT.write_text("\n".join(lines) + "\n")
     survivors = sum(line.endswith("SURVIVED |") for line in lines)
     print(f"{len(wanted)} mutations, {survivors} survived")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +21,8 @@ PRELOAD = ["tests.on_cpu", "torch._dynamo", "torch.nn.parallel"]  # DDP imports 
 PRELOAD += ["fastssl.losses"]
 PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
 PRELOAD += ["deepspeed", "fastssl.run.train", "fastssl.cli", "sklearn.linear_model"]
+PRELOAD += ["deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"]
+PRELOAD += ["functorch.compile", "torch._inductor.compile_fx", "timm.optim", "pytest"]
 
 
 def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProcess:
@@ -38,6 +41,7 @@ def _plainly(fn: Callable[..., Any], *args: Any) -> None:
     """As a program runs it: its children fork from it, and what waits for the exit is done."""
     multiprocessing.set_start_method(None, force=True)
     atexit._clear()  # the server's
+    gc.freeze()  # else each collection, and DeepSpeed asks for them, goes through all libraries
     try:
         fn(*args)
     finally:

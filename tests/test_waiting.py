@@ -36,7 +36,7 @@ def shares(cfg):
 
 
 def test_slow_data_are_waited_for_as_the_last_words_say(slow_data, tmp_path):
-    cfg = tiny("mae", tmp_path, epochs=1, batch_size=256)
+    cfg = tiny("mae", tmp_path, epochs=1, batch_size=128)
     (tmp_path / "mine.yaml").write_text(dump(cfg))
     assert "% of the time waiting for data" in call("pretrain", tmp_path / "mine.yaml")
     results = json.loads((cfg.directory / "results.json").read_text())

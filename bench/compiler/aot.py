@@ -1,7 +1,7 @@
 """Ahead-of-time proof: every Triton kernel in every configuration, compiled without a GPU.
 
     python -m fastssl.bench.aot                        everything, on sm_80, sm_90 and sm_100
-    python -m fastssl.bench.aot --used                 what is launched: a class on one chip in turn
+    python -m fastssl.bench.aot --used                 a class on one chip in turn, as launched
     python -m fastssl.bench.aot --quick                one shape class a kernel, its safe one
     python -m fastssl.bench.aot --kernel 'pairwise*' --target sm_90 --json proofs.jsonl
 
@@ -118,6 +118,7 @@ def plan(
     for kernel in kernels:
         variants = list(kernel.variants.values())[: 1 if quick else None]
         taking_turns = used and len(variants) >= len(targets)
+        variants = _in_turn(variants) if taking_turns else variants
         for turn, variant in enumerate(variants):
             # A step further each round, or every third variant would go to the same chip.
             lap = turn // len(targets)
@@ -133,6 +134,14 @@ def plan(
                     continue
                 tasks += [Task(kernel.name, variant.name, config, target) for config in chosen]
     return tasks
+
+
+def _in_turn(variants: Iterable[Variant]) -> list[Variant]:
+    """Of those that differ in their 16-bit dtype alone, one or the other."""
+    alike: dict[str, list[Variant]] = {}
+    for variant in variants:
+        alike.setdefault(variant.name.replace("bfloat16", "float16"), []).append(variant)
+    return [same[turn % len(same)] for turn, same in enumerate(alike.values())]
 
 
 def prove(task: Task) -> Proof:
@@ -335,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", default="*", metavar="PATTERN", help="which kernels, by name")
     add("--target", nargs="+", choices=known, default=known, help="chips")
     add("--quick", action="store_true", help="one shape class a kernel, its safe configuration")
-    add("--used", action="store_true", help="the tuned, and the safe ones on a chip in turn")
+    add("--used", action="store_true", help="each class on a chip and in a 16-bit dtype in turn")
     add("--json", type=Path, metavar="FILE", help="also write the table there, as JSON lines")
     more = "import it, and call the function, to register more kernels"
     add("--module", action="append", default=[], metavar="MODULE[:FUNCTION]", help=more)

@@ -156,6 +156,12 @@ def test_what_is_used_is_compiled_for_one_chip_in_turn(monkeypatch):
     assert len(aot.plan([few], ["sm_80", "sm_90", "sm_100"], used=True)) == 6
 
 
+def test_of_two_16_bit_dtypes_one_is_compiled_in_turn():
+    names = ["bfloat16-a", "bfloat16-b", "float32-a", "float16-a", "float16-b", "uint8-bfloat16"]
+    tasks = aot.plan([Kernel("k", None, {n: variant(n) for n in names})], ["sm_80"], used=True)
+    assert [t.variant for t in tasks] == ["bfloat16-a", "float16-b", "float32-a", "uint8-bfloat16"]
+
+
 def test_what_was_tuned_on_a_target_is_compiled_for_it(monkeypatch):
     tuned = Config({"BLOCK_M": 256}, num_warps=8)
     monkeypatch.setattr(aot.tuning, "table", lambda: {("k", "sm_90", "v"): tuned})
