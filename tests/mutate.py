@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,7 @@ LIBRARIES = "torch triton numpy pytest lightly.loss open_clip.loss"  # not pytes
 LIBRARIES += " pytorch_metric_learning.losses pydantic yaml typer rich"
 HEAVY = "torchvision.transforms.v2 timm deepspeed sklearn.linear_model matplotlib.figure"
 LIMIT = 300  # seconds of one mutation; a hang is noticed too
+MEMORY = 16 << 30  # bytes of one
 NO_TESTS = 5  # pytest's exit code
 
 
@@ -91,6 +93,7 @@ def start(mutation: Mutation, folder: Path, log: Path) -> int:
     code = 70  # pytest did not start
     try:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)

@@ -10,7 +10,7 @@ from tests.runs import tiny, without_pictures
 
 @pytest.fixture(autouse=True)
 def _pictures(request, monkeypatch):
-    """Pictures are a third of a small run's time: drawn where a test is marked to look at them."""
+    """Pictures are drawn, and probes fitted whole, where a test is marked to look at them."""
     if request.node.get_closest_marker("pictures") is None:
         without_pictures(monkeypatch.setattr)
 
