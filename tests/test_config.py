@@ -170,9 +170,15 @@ def test_missing_and_broken_files(tmp_path):
         load(tmp_path)
 
 
+def test_more_views_than_a_method_reads_are_refused():
+    with pytest.raises(ConfigError, match=r"mae reads 1 view\(s\).*data.augment=simclr makes 2"):
+        resolve("mae-digits", ["data.augment=simclr"])
+
+
 def test_differences_name_what_makes_another_run(tmp_path):
     one = tiny("simclr", tmp_path)
-    same = one.model_copy(update={"resume": "auto", "device": "auto"})
+    data = one.data.model_copy(update={"changed": "allow"})
+    same = one.model_copy(update={"resume": "auto", "device": "auto", "data": data})
     assert differences(one, same) == []
     other = tiny("simclr", tmp_path, optim__lr=0.5, data__workers=3)
     assert differences(one, other) == ["optim.lr: 0.001 -> 0.5"]

@@ -39,7 +39,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if key not in names:", "if key is names:"),
         ("enumerate(value)} if isinstance(value, list)", "enumerate(value)} if value"),
     ],
-    "config/keys._no_model": [("n=3", "n=1"), ('return ""\n    known', "return name\n    known")],
+    "config/keys._no_model": [
+        ("if close else", "if not close else"),
+        ('return ""\n    known', "return name\n    known"),
+    ],
     "config/schema.notes": [
         ("self.batch_size / made_for", "made_for / self.batch_size"),
         ("(None, self.batch_size)", "(None, made_for)"),
