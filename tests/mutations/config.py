@@ -10,7 +10,7 @@ TESTS = {
         " or as_they_are",
     ),
     "config/keys": (CONFIG, "refusals or names_of"),
-    "config/schema": (CONFIG, "rate_chosen or refusals or difference or annealed"),
+    "config/schema": (CONFIG, "rate_chosen or refus or difference or annealed or more_views"),
     "config/errors": (CONFIG, "refusals or missing"),
     "section": (CONFIG, "refusals"),
     "engine/config": (ENGINE, "deepspeed_keys"),
