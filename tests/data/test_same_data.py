@@ -60,16 +60,16 @@ def test_the_same_data_may_lie_elsewhere(tmp_path):
         start(other, tmp_path, "resume=auto")
 
 
-def test_other_labels_or_classes_are_other_data():
+def test_other_labels_classes_or_names_are_other_data():
     """Fault 33: of shards, whose names may stay the same."""
 
-    def printed(labels, classes):
+    def printed(labels=(0, 1, 1), classes="ab", names="abc"):
         pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
-        part = ArrayImages(pixels, torch.tensor(labels), classes, ["a", "b", "c"])
+        part = ArrayImages(pixels, torch.tensor(labels), classes, [*names])
         return fingerprint(Split(part, part))["names"]
 
-    told = [printed([0, 1, 1], "ab"), printed([0, 1, 0], "ab"), printed([0, 1, 1], "ac")]
-    assert len({*told}) == 3 and told[0] == printed([0, 1, 1], "ab")
+    told = [printed(), printed((0, 1, 0)), printed(classes="ac"), printed(names="abd")]
+    assert len({*told}) == 4 and told[0] == printed()
 
 
 @pytest.mark.parametrize("size, refused", [(5, False), (6, True), (8, True)])

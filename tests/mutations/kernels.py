@@ -159,7 +159,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     ],
     "kernels/correlation/moments_torch.standardize": [
         ("if unbiased else 1.0", "if not unbiased else 1.0"),
-        ("x - x[0].detach()", "x - x[0]"),
+        ("x - x[0].detach()", "x"),
         ("<= FAR", ">= FAR"),
     ],
     "kernels/correlation/moments_torch.gradient": [
