@@ -137,6 +137,8 @@ def first_failure(code: int, log: Path) -> str:
         return f"ended with {code}"
     if code == 1 or failed:
         return failed[0].partition(" ")[2].partition(" - ")[0].rpartition("::")[2]
+    if code == 70 and any("PytestUnraisable" in line for line in lines):
+        return "at the end"
     if code not in (0, 2):
         raise SystemExit(f"pytest ended with {code}: " + " ".join(lines[-3:]))
     # What the tests import is broken: noticed, if it is the mutated tree that is.

@@ -91,6 +91,7 @@ def test_what_does_not_make_an_encoder_is_named():
         ({"global_pool": ""}, r"gives \(1, 17, 64\) for one view, not pooled features"),
         ({"patch_size": 12}, "64 is not a multiple of the patches' 12, and 4 pixels of each side"),
         ({"depht": 3}, "does not take 64-pixel images: .*depht"),
+        ({"act_layer": "nothing"}, "does not take 64-pixel images: 'nothing'"),  # a KeyError
     ):
         with pytest.raises(ValueError, match=sentence):
             build_backbone("test_vit", shape=(3, 64, 64), kwargs=arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.models import BatchNorm1d, projection_head
+from fastssl.models import BatchNorm1d, average_running_statistics, projection_head
 from tests.ranks import run_ranks
 
 
@@ -16,6 +16,7 @@ def test_shape_of_the_head(layers, final_norm):
     norms = [m for m in head if isinstance(m, BatchNorm1d)]
     assert len(linear) == layers and len(norms) == layers - (not final_norm)
     assert isinstance(head[-1], BatchNorm1d if final_norm else nn.Linear)
+    assert [m.affine for m in norms] == [True] * (layers - 1) + [False] * final_norm
     with pytest.raises(ValueError, match="layers=0"):
         projection_head(6, 8, 5, 0, final_norm=True)
 
@@ -52,6 +53,18 @@ def test_bfloat16_stays_bfloat16_across_ranks():
     (one,), two = run_ranks(halves, 1), run_ranks(halves, 2)
     assert all(part.dtype == torch.bfloat16 for part in two)
     torch.testing.assert_close(torch.cat(two), one, rtol=0.05, atol=0.1)
+
+
+def averaged(rank, world):
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean.fill_(rank)
+    average_running_statistics(norm)
+    return [norm.running_mean, norm.running_var]
+
+
+def test_statistics_kept_apart_are_averaged():
+    for mean, var in run_ranks(averaged, 2):
+        assert mean.tolist() == [0.5, 0.5] and var.tolist() == [1, 1]
 
 
 def test_two_ranks_normalize_as_one():
