@@ -39,6 +39,13 @@ def batch(n=B, size=16, seed=0, views=2):
     return {"views": images, "seeds": seeds, "index": torch.arange(n), "bad": []}
 
 
+def test_two_of_a_kind_draw_each_its_own():
+    noise, data = Noise(in_batch=0.0, gaussian=0.1), batch()
+    before = data["views"][0]
+    once, twice = (apply_batch_ops([noise] * n, data, 0.3)["views"][0] for n in (1, 2))
+    assert not torch.allclose(twice - once, once - before, atol=1e-4)
+
+
 @pytest.mark.parametrize("op", OPS, ids=NAMES)
 def test_same_seeds_same_result_and_nothing_else_moves(op):
     one, state = batch(), torch.get_rng_state()

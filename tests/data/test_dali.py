@@ -268,14 +268,15 @@ def test_parts_are_decoded_as_the_whole_is(options):
         assert (out.at(k) == whole[top : top + h, left : left + w]).all()
 
 
-def test_an_image_of_a_bomb_is_not_for_dali(monkeypatch):
+def test_an_image_of_a_bomb_is_not_for_dali(monkeypatch, photos):
     from PIL import Image
 
     from fastssl.data.errors import BadItem
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(BadItem, match="limit of 2000 pixels"):
-        encoded_item(Broken(files(1)), 0)
+    for source in (Broken(files(1)), photos):
+        with pytest.raises(BadItem, match="limit of 2000 pixels"):
+            encoded_item(source, 0)
 
 
 def test_draws_cost_no_decoding(photos):

@@ -4,16 +4,20 @@ EDGES = "tests/losses/test_edges.py"
 
 TESTS = {
     "losses": (EDGES, ""),
-    "losses/_checks": ("tests/losses/test_refusals.py tests/losses/test_contrastive.py", "refuse"),
+    "losses/_checks": (
+        "tests/losses/test_refusals.py tests/losses/test_dcl.py tests/losses/test_contrastive.py",
+        "refuse or images",
+    ),
     "losses/_loss": ("tests/losses/test_mmcr.py", "prints"),
     "losses/_unit": (EDGES, "length_one"),
     "losses/_contrastive": (
-        "tests/losses/test_dcl.py tests/losses/test_moco.py tests/losses/test_grouped.py",
-        "lightly or formula",
+        "tests/losses/test_dcl.py tests/losses/test_moco.py tests/losses/test_grouped.py"
+        " tests/losses/test_contrastive_ranks.py",
+        "lightly or formula or joined",
     ),
     "losses/_moments": ("tests/losses/test_vicreg.py " + EDGES, "vicreg and not leading"),
-    "losses/_ring": ("tests/losses/test_sharded.py", "W=4"),
-    "losses/_sharded": ("tests/losses/test_sharded.py", "W=4"),
+    "losses/_ring": ("tests/losses/test_sharded.py", ""),
+    "losses/_sharded": ("tests/losses/test_sharded.py", ""),
     "losses/ntxent": ("tests/losses/test_ntxent.py", "not compiles"),
     "losses/dcl": ("tests/losses/test_dcl.py", ""),
     "losses/hcl": ("tests/losses/test_hcl.py", ""),
