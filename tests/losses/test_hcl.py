@@ -69,6 +69,12 @@ def test_harder_negatives_cost_more():
     assert losses == sorted(losses) and losses[0] < losses[-1]
 
 
+def test_cosines_of_16_bits_keep_their_digits():
+    z0, z1 = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    loss = HCLLoss(temperature=0.1, tau_plus=0.1, beta=1.0)
+    torch.testing.assert_close(loss(z0, z1), loss(z0.float(), z1.float()), rtol=1e-5, atol=0)
+
+
 def test_known_value():
     same = torch.ones(50, 4, device=DEVICE)
     assert HCLLoss(tau_plus=0.3)(same, same).item() == pytest.approx(math.log(99), rel=1e-6)

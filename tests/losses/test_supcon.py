@@ -70,6 +70,12 @@ def test_two_views_without_labels_are_simclr():
     torch.testing.assert_close(SupConLoss(0.2)(both), NTXentLoss(0.2)(z0, z1))
 
 
+def test_in_16_bits_an_image_alone_has_no_loss():
+    """Its log-sum-exp is its positive's score, of the same rounded rows."""
+    many = torch.randn(10, 1, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert max(SupConLoss()(views).item() for views in many) < 1e-6
+
+
 def test_known_values():
     same = torch.ones(20, 3, 4, device=DEVICE)
     labels = some_labels(20, 4)
