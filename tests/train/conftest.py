@@ -9,10 +9,12 @@ from tests.runs import tiny, without_pictures
 
 
 @pytest.fixture(autouse=True)
-def _pictures(request, monkeypatch):
+def _pictures(request):
     """Pictures are drawn, and probes fitted whole, where a test is marked to look at them."""
-    if request.node.get_closest_marker("pictures") is None:
-        without_pictures(monkeypatch.setattr)
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which it may undo
+        if request.node.get_closest_marker("pictures") is None:
+            without_pictures(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")

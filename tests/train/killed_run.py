@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastssl.cli import main
 from fastssl.engine.engine import Engine
+from tests.runs import without_pictures
 
 
 def run(words: list[str], log: Path, dies_at: int | None = None) -> None:
@@ -27,5 +28,6 @@ def run(words: list[str], log: Path, dies_at: int | None = None) -> None:
         return step(self, *args, **options)
 
     Engine.step = killed
+    without_pictures()
     sys.argv = ["fastssl", *words]
     main()
