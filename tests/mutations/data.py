@@ -157,7 +157,6 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "data/worker.opened": [("except (OSError, RuntimeError)", "except RuntimeError")],
     "data/worker.EvalFetch": [("used.append(i)", "used.append(0)")],
     "data/render/encoded.encoded_item": [
-        ("size[0] * size[1] > limit", "size[0] + size[1] > limit"),
         ("None if careful", "None if not careful"),
     ],
     "data/render/encoded.union": [("min(p.left", "max(p.left")],

@@ -64,7 +64,6 @@ MUTATIONS = {
     "losses/_contrastive.joined_ids": [("+ n *", "+ 0 *")],
     "losses/_moments.forward": [("rows.sub_(rest)", "rows.sub_(0)")],
     "losses/_moments.variance_covariance": [
-        ("z.shape[-1] == 1", "z.shape[-1] == 0"),  # fault 35, D = 1
         ("(n - 1) * scale**2", "n * scale**2"),
         ("unit**2 /", "unit /"),
     ],
