@@ -177,7 +177,10 @@ def _fastest(variant: Variant, device: torch.device, clock: Clock, cache: Any) -
     if math.isinf(best):
         return variant.safe
     chosen = variant.candidates[times.index(best)]
-    cache.put(json.dumps({**chosen.fields(), "ms": best}), KEPT)
+    try:
+        cache.put(json.dumps({**chosen.fields(), "ms": best}), KEPT)
+    except OSError as error:
+        warnings.warn(f"the tuning is not kept: {error}", stacklevel=2)
     return chosen
 
 
@@ -212,7 +215,7 @@ def _read(cache: Any, variant: Variant) -> Config | None:
     path = cache.get_file(KEPT)
     try:
         config = Config.read(json.loads(Path(path).read_text(encoding="utf-8"))) if path else None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         warnings.warn(f"{path} is damaged and will be overwritten: {error!r}", stacklevel=2)
         return None
     return config if config in variant.candidates else None

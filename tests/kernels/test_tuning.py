@@ -121,6 +121,17 @@ def test_a_damaged_cache_is_said_and_written_anew(content, tmp_path):
     assert json.loads(path.read_text())["blocks"] == LARGE.blocks
 
 
+def test_a_cache_that_cannot_be_read_or_written_costs_no_run(tmp_path):
+    autotune(kernel())
+    (path,) = tmp_path.glob(f"*/{_tuning.KEPT}")
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(UserWarning) as said:
+        assert autotune(kernel()) == LARGE
+    damaged, lost = (str(one.message) for one in said)
+    assert "is damaged and" in damaged and lost.startswith("the tuning is not kept: ")
+
+
 def test_a_cached_answer_that_is_no_candidate_is_not_taken(tmp_path):
     autotune(kernel())
     (path,) = tmp_path.glob(f"*/{_tuning.KEPT}")
