@@ -62,6 +62,8 @@ def pytest_unconfigure():
 
 def pytest_runtest_setup():
     """Before a test and the fixtures that it is the first to ask for."""
+    if ranks := sys.modules.get("tests.ranks"):
+        ranks.serve()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

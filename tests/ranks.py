@@ -8,7 +8,11 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from multiprocessing import forkserver, util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,45 @@ import torch
 import torch.distributed as dist
 
 # Processes fork from one server that has imported these already: a tenth of a second each, not ten.
-PRELOAD = ["tests.on_cpu", "torch._dynamo", "torch.nn.parallel"]  # DDP imports dynamo
-PRELOAD += ["fastssl.losses"]
+PRELOAD = ["torch._dynamo", "torch.nn.parallel", "fastssl.losses"]  # DDP imports dynamo
 PRELOAD += ["lightly.loss", "lightly.models.modules", "open_clip.loss"]  # of tests with a rival
 PRELOAD += ["deepspeed", "fastssl.run.train", "fastssl.cli", "sklearn.linear_model"]
 PRELOAD += ["deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"]
 PRELOAD += ["functorch.compile", "torch._inductor.compile_fx", "timm.optim", "pytest"]
+
+
+@cache
+def serve() -> None:
+    """Let the server be a fork of this process, which has imported most of PRELOAD anyway.
+
+    Call it before there are threads: they do not live on in a fork.  Nor does a GPU's context.
+    """
+    if torch.cuda.is_available():
+        return
+    for name in PRELOAD:
+        if find_spec(name.partition(".")[0]):
+            import_module(name)
+    gc.collect()
+    gc.freeze()  # else each collection of garbage would copy what the processes share
+
+    def fork(path: str, words: Sequence[str], descriptors: Sequence[int]) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            kept = sorted([0, 1, 2, *descriptors])
+            for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
+                os.closerange(low + 1, high)
+            exec(words[-1])  # what a new interpreter would be given with -c
+        finally:
+            os._exit(0)
+
+    spawn, util.spawnv_passfds = util.spawnv_passfds, fork  # pyright: ignore
+    try:
+        forkserver.set_forkserver_preload(["tests.on_cpu"])
+        forkserver.ensure_running()
+    finally:
+        util.spawnv_passfds = spawn  # pyright: ignore
 
 
 def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProcess:
@@ -31,7 +68,7 @@ def start(fn: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProces
     A daemon ends with this process, and may have no children.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["tests.on_cpu", *PRELOAD])
     process = context.Process(target=_plainly, args=(fn, *args), daemon=daemon)
     process.start()
     return process
