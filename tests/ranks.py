@@ -8,11 +8,11 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from multiprocessing import forkserver, util
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,18 @@ PRELOAD += ["deepspeed", "fastssl.run.train", "fastssl.cli", "sklearn.linear_mod
 PRELOAD += ["deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"]
 PRELOAD += ["functorch.compile", "torch._inductor.compile_fx", "timm.optim", "pytest"]
 
+_served = False
 
-@cache
+
 def serve() -> None:
     """Let the server be a fork of this process, which has imported most of PRELOAD anyway.
 
     Call it before there are threads: they do not live on in a fork.  Nor does a GPU's context.
     """
-    if torch.cuda.is_available():
+    global _served
+    if _served or torch.cuda.is_available():
         return
+    _served = True
     for name in PRELOAD:
         if find_spec(name.partition(".")[0]):
             import_module(name)
@@ -50,10 +53,14 @@ def serve() -> None:
             kept = sorted([0, 1, 2, *descriptors])
             for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
                 os.closerange(low + 1, high)
+            warnings.simplefilter("ignore")  # pytest's are errors, which would end the server
             exec(words[-1])  # what a new interpreter would be given with -c
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(0)
 
+    resource_tracker.ensure_running()
     spawn, util.spawnv_passfds = util.spawnv_passfds, fork  # pyright: ignore
     try:
         forkserver.set_forkserver_preload(["tests.on_cpu"])

@@ -20,7 +20,6 @@ RUNS: dict[
     "mocov3": (WHOLE,),
     "nnclr": (1,),
     "sie": (3,),
-    "clip": (2,),
 }
 ALL = [(method, stage) for method, stages in RUNS.items() for stage in stages]
 RESUMED = [("mae", 2), ("mocov3", WHOLE), ("nnclr", 1)]
