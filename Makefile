@@ -4,15 +4,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 OURS := $(filter .venv/bin,$(BIN))
 
-.PHONY: demo test test-all lint bench aot clean
-test test-all: export PYTHONDONTWRITEBYTECODE =  # each of their processes would compile all modules
+.PHONY: demo test suite compiled test-all lint bench aot clean
+suite test-all: export PYTHONDONTWRITEBYTECODE =  # each of their processes would compile all modules
 .DELETE_ON_ERROR:
 
 demo: $(OURS:bin=train) ## pretrain on real images, evaluate, write runs/simclr-digits/report.html
 	$(BIN)/fastssl pretrain simclr-digits overwrite=true
 
-test: lint             ## everything CI runs; the last line compiles what is launched, each on a chip in turn
+test: $(OURS:bin=dev)  ## everything CI runs; lint, types and compilation beside the tests
+	$(MAKE) --no-print-directory --jobs=2 suite compiled
+
+suite:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2 --dist worksteal
+
+compiled: lint         # what is launched, each on a chip in turn
 	$(BIN)/python -m fastssl.bench.aot --used > aot.log || (cat aot.log; false)
 	@tail -n 1 aot.log
 
@@ -23,7 +28,7 @@ test-all: lint         ## every case of every product of parameters, and all of 
 lint: $(OURS:bin=dev)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pyright --threads 2 --pythonpath $(BIN)/python
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	$(BIN)/shellcheck docker/install.sh
 

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import forkserver, resource_tracker, util
@@ -50,9 +51,12 @@ def serve() -> None:
         if pid:
             return pid
         try:
-            kept = sorted([0, 1, 2, *descriptors])
-            for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
-                os.closerange(low + 1, high)
+            _, alive = descriptors  # a pipe whose other end the test's process alone is to hold
+            others = {int(name) for name in os.listdir("/proc/self/fd")} - {alive}
+            for descriptor in others:
+                with suppress(OSError):  # the folder's own, which is closed
+                    if os.path.sameopenfile(descriptor, alive):
+                        os.close(descriptor)
             warnings.simplefilter("ignore")  # pytest's are errors, which would end the server
             exec(words[-1])  # what a new interpreter would be given with -c
         except Exception:

@@ -49,7 +49,9 @@ def rehearse(log):
     out = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.exit(pytest.main(["-p", "no:cacheprovider", "-x", f"--rootdir={ROOT}", str(ROOM)]))
+    # Plugins that are imported already are as well as if pytest were the first to do it.
+    words = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider", "-x"]
+    sys.exit(pytest.main([*words, f"--rootdir={ROOT}", str(ROOM)]))
 
 
 def test_all_of_them_pass_in_rehearsal(tmp_path):
