@@ -18,7 +18,7 @@ suite:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses 2 --dist worksteal
 
 compiled: lint         # what is launched, each on a chip in turn
-	$(BIN)/python -m fastssl.bench.aot --used > aot.log || (cat aot.log; false)
+	$(BIN)/python -m fastssl.bench.aot --used > aot.log 2>&1 || (cat aot.log; false)
 	@tail -n 1 aot.log
 
 test-all: lint         ## every case of every product of parameters, and all of `make aot`

@@ -46,9 +46,9 @@ def test_plain_pytest_does_not_go_in(tmp_path):
 def rehearse(log):
     """All of the room, told so by the variables that the GPU's commands set."""
     os.environ |= {"TRITON_INTERPRET": "1", "FASTSSL_GPU_REHEARSAL": "1"}
-    out = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    sys.stdout = sys.stderr = out = log.open("w")
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
     # Plugins that are imported already are as well as if pytest were the first to do it.
     words = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider", "-x"]
     sys.exit(pytest.main([*words, f"--rootdir={ROOT}", str(ROOM)]))
