@@ -30,7 +30,7 @@ LIBRARIES = "torch triton numpy pytest lightly.loss open_clip.loss"  # not pytes
 LIBRARIES += " pytorch_metric_learning.losses pydantic yaml typer rich"
 HEAVY = "torchvision.transforms.v2 timm deepspeed sklearn.linear_model matplotlib.figure"
 LIMIT = 300  # seconds of one mutation; a hang is noticed too
-MEMORY = 16 << 30  # bytes of one
+MEMORY = 32 << 30  # bytes of one: DeepSpeed reserves 2 GB an engine
 NO_TESTS = 5  # pytest's exit code
 
 
