@@ -64,6 +64,7 @@ def test_repeating_the_batch_changes_nothing():
     [
         (lambda: ChamferLoss("l3"), "kind must be 'l2' or 'l1', got 'l3'"),
         (lambda: ScaledCosineLoss()(*rows(0, 4)), r"at least one chosen row, got \(0,\)"),
+        (lambda: ScaledCosineLoss(0.5), "gamma must be >= 1, got 0.5"),
         (lambda: ChamferLoss()(*rows(0, 4, 3)), r"at least one group, got \(0, 4, 3\)"),
     ],
 )
