@@ -50,6 +50,7 @@ def serve() -> None:
         pid = os.fork()
         if pid:
             return pid
+        code = 1
         try:
             _, alive = descriptors  # a pipe whose other end the test's process alone is to hold
             others = {int(name) for name in os.listdir("/proc/self/fd")} - {alive}
@@ -59,10 +60,12 @@ def serve() -> None:
                         os.close(descriptor)
             warnings.simplefilter("ignore")  # pytest's are errors, which would end the server
             exec(words[-1])  # what a new interpreter would be given with -c
-        except Exception:
+        except SystemExit:  # the test's process is gone
+            code = 0
+        except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(code)
 
     resource_tracker.ensure_running()
     spawn, util.spawnv_passfds = util.spawnv_passfds, fork  # pyright: ignore

@@ -35,7 +35,10 @@ from tests.runs import few_digits, final, losses, tiny
 
 @pytest.mark.parametrize(
     "method",  # of each kind
-    [*(pytest.param(m, marks=pytest.mark.pictures) for m in ("simclr", "mae")), "vicreg", "clip"],
+    [
+        *(pytest.param(name, marks=pytest.mark.pictures) for name in ("simclr", "mae")),
+        *("vicreg", "clip", "data2vec"),
+    ],
 )
 def test_a_run_learns_and_shows_itself(method, tmp_path, request):
     more = {"data__source": few_digits(360), "batch_size": 64}
