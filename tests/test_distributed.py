@@ -60,6 +60,9 @@ def each_rank(rank, world):
     ]
     seen["nograd"] = D.all_gather_nograd(x.requires_grad_()).requires_grad
     seen["object"] = D.broadcast_object({"from": rank}, src=1)
+    one = torch.ones(world, dtype=torch.bfloat16)
+    one[rank] = 256  # and 257 is none
+    seen["halves"] = D.all_reduce_sum(one).tolist()
     seen["agree"] = [D.all_agree(True), D.all_agree(rank != 1), D.all_agree(False)]
     D.barrier()
     seen["twin"] = without_cpu_backend(rank)
@@ -159,6 +162,7 @@ def test_plain_helpers(ranks):
         assert [x.tolist() for x in seen["plain"][2:]] == [list(range(W))] * 2
         assert seen["nograd"] is False
         assert seen["object"] == {"from": 1}
+        assert seen["halves"] == torch.full((W,), 255.0 + W).bfloat16().tolist()
         assert seen["agree"] == [True, False, False]
 
 
