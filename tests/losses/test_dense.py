@@ -25,7 +25,7 @@ def matches(B, L, M):
 @pytest.mark.parametrize(
     **pairwise(
         {
-            "B, L, M, D": [(1, 2, 1, 3), (5, 9, 7, 4)],
+            "B, L, M, D": [(1, 2, 1, 3), (2, 3, 2, 4), (5, 9, 7, 4)],  # 0, 1 or more others
             "negatives": ["image", "batch"],
             "temperature": [0.5, 0.07],
             "reduce": UPSTREAM,

@@ -92,7 +92,7 @@ MUTATIONS = {
     "losses/mochi._mix_negatives": [("unsqueeze(-1) / 2", "unsqueeze(-1)")],
     "losses/moco.MoCoV3Loss": [("2 * t * info_nce", "t * info_nce")],
     "losses/clip.forward": [("/ 2\n", "\n"), ("0 * logit_bias", "1 * logit_bias")],  # fault 6
-    "losses/siglip._travel": [("hop + 1 < W", "hop + 2 < W"), ("(me - hop) % W", "(me + hop) % W")],
+    "losses/siglip._travel": [("hop + 1 < W", "hop + 2 < W"), ("(me - hop) % W", "me")],
     "losses/barlow_twins._weigh": [("/ n**2", "/ n"), ("- 1).square()", "+ 1).square()")],
     "losses/barlow_twins.MixedBarlowTwinsLoss": [("b[perm]", "b"), ("0 <= alpha <= 1", "0 <= 1")],
     "losses/dense._ImageLSE": [("k[i], w.mT @ q[i]", "k[i], w @ k[i]"), ("total > 0", "total > 1")],

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,6 +198,9 @@ def test_a_run_whose_directory_goes_ends_in_a_sentence(board, said, tmp_path, mo
     with pytest.raises(LogError, match=f"{said}.*No such file"):
         pretrain(cfg)
     assert not cfg.directory.exists()
+    for thread in threading.enumerate():  # its exception is this test's, not the next one's
+        if type(thread).__name__ == "_AsyncWriterThread":
+            thread.join(60)
 
 
 def test_a_checkpoint_comes_after_its_log_and_configuration(tmp_path, monkeypatch):
