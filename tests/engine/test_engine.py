@@ -37,7 +37,10 @@ def engine(stage, precision, **options):
     cfg = EngineConfig(
         zero_stage=stage,
         precision=precision,
-        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        deepspeed={
+            "zero_optimization": {"stage3_param_persistence_threshold": 0},
+            "steps_per_print": 1000,
+        },
         **options,
     )
     optim = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.0)
@@ -183,7 +186,9 @@ def test_activation_checkpointing_changes_nothing_but_memory():
 
 def test_raw_deepspeed_keys_are_merged_last():
     with launch.session("cpu"):
-        zero = [engine(stage, "fp32").ds.config["zero_optimization"] for stage in (2, 3)]
+        config = [engine(stage, "fp32").ds.config for stage in (2, 3)]
+        assert config[0]["steps_per_print"] == 1000  # in the place of the engine's own
+        zero = [c["zero_optimization"] for c in config]
         assert zero[0] == {"stage": 2, "stage3_param_persistence_threshold": 0}
         assert zero[1] == {**zero[0], "stage": 3, "memory_efficient_linear": False}  # fault 39
 
@@ -261,15 +266,15 @@ def test_tasks_that_know_nothing_of_each_other_are_refused(name, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [(0, "fp32"), (1, "fp32"), (0, "bf16")])
-def test_an_infinite_loss_with_finite_gradients_moves_nothing(kind, monkeypatch):
-    forward = MAE.forward
-
-    def infinite(self, batch):
-        return {"loss": forward(self, batch)["loss"] + torch.inf}
-
-    monkeypatch.setattr(MAE, "forward", infinite)
+def test_what_is_not_finite_moves_nothing(kind, monkeypatch):
+    """An infinite loss of finite gradients, and a finite loss of infinite ones."""
+    forward, spoil = MAE.forward, [lambda x: x + torch.inf, lambda x: x + (x - x.detach()).sqrt()]
+    monkeypatch.setattr(MAE, "forward", lambda *a: {"loss": spoil[0](forward(*a)["loss"])})
     with launch.session("cpu"):
         e = engine(*kind)
-        before, step = e.encoder_state(), e.step(batch(), 1e-3)
-        assert (step.finite, step.applied) == (False, False)
-        torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
+        before = e.encoder_state()
+        while spoil:
+            step = e.step(batch(), 1e-3)
+            assert (step.finite, step.applied) == (False, False)
+            torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
+            del spoil[0]
