@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastssl import __version__
+from fastssl.kernels.common.matmul import allows_tf32
 
 PACKAGES = ("triton", "timm", "lightly", "open_clip_torch", "pytorch-metric-learning")
 PACKAGES += ("siglip-kernel", "cut-cross-entropy", "deepspeed", "torchvision", "numpy")
@@ -170,7 +171,7 @@ def conditions(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "driver": _driver() if on_gpu else "",
         "cuda": torch.version.cuda or "",
         "threads": torch.get_num_threads(),
-        "float32_products": torch.get_float32_matmul_precision(),
+        "float32_products": "high" if allows_tf32() else "highest",
         "python": platform.python_version(),
         "versions": {"torch": str(torch.__version__), **_versions()},
         "commit": _commit(),

@@ -103,7 +103,14 @@ class Case:
     sweeps: Mapping[str, Sequence[Sweep]]
     dtypes: tuple[str, ...]
     gate_shape: Shape | None = None
+    gpu_gate_shape: Shape | None = None
     ours: bool = True
+
+    def gate(self, shape: Shape, device: torch.device) -> Shape:
+        """The shape that answers are checked at where `shape` is timed."""
+        sides = self.gpu_gate_shape if device.type == "cuda" else None
+        most = sides or self.gate_shape or {}
+        return {name: min(size, most.get(name, size)) for name, size in shape.items()}
 
     @property
     def about(self) -> str:
@@ -122,6 +129,7 @@ def case(
     sweeps: Mapping[str, Sequence[Sweep]] | None = None,
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"),
     gate_shape: Shape | None = None,
+    gpu_gate_shape: Shape | None = None,
     ours: bool = True,
 ) -> Callable[[Make], Make]:
     """Register a case; the function stays as it is, and its docstring's first line describes it.
@@ -130,8 +138,10 @@ def case(
     shapes       by size: "quick" (seconds on a CPU), "cpu", "cuda".
     sweeps       by size: what `--sweep` runs.
     dtypes       those it is measured in; another one asked for leaves the case out.
-    gate_shape   the shape its answers are checked at, where the timed ones are too large for the
-                 reference in float64; by default the timed shape itself.
+    gate_shape   the most that some sides of a shape have where its answers are checked, for the
+                 reference in float64 takes long; the other sides, which choose a schedule, are
+                 those that are timed.
+    gpu_gate_shape  the same on a GPU, where a block of a schedule is larger, by default equal.
     ours         whether there is one of ours already, or rivals alone.
     Raises ValueError when the name is taken or a size is not one of quick, cpu, cuda.
     """
@@ -146,7 +156,8 @@ def case(
                 f"case {name!r} is registered twice, in {files}: give one another name, or, where "
                 "these are two checkouts, use the environment of the one you are in"
             )
-        _cases[name] = Case(name, make, test, shapes, sweeps or {}, dtypes, gate_shape, ours)
+        fields = shapes, sweeps or {}, dtypes, gate_shape, gpu_gate_shape, ours
+        _cases[name] = Case(name, make, test, *fields)
         return make
 
     return register

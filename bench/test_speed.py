@@ -58,8 +58,7 @@ def test_speed(benchmark, case: Case, shape: Shape, rival: str) -> None:
     if rival in RIVALS and isinstance(entrant, Absent):
         pytest.skip(entrant.why)
     assert not isinstance(entrant, Absent), entrant.why
-    gate = problem if case.gate_shape is None else _problem(case, case.gate_shape)
-    why = judge(gate)[rival]()
+    why = judge(_problem(case, case.gate(shape, DEVICE)))[rival]()
     assert not why, f"{rival} is wrong: {why}"
     benchmark.group = f"{case.name} {shape}"
 

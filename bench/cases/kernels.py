@@ -49,7 +49,8 @@ def _unit(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         cuda=[(8192, 65536, 128), (16384, 16384, 768)],
     ),
     sweeps={"cuda": [Sweep("D", (64, 128, 256, 384, 512, 1024), {"M": 16384, "N": 16384})]},
-    gate_shape={"M": 333, "N": 1111, "D": 128},
+    gate_shape={"M": 333, "N": 1111},
+    gpu_gate_shape={"M": 5000, "N": 9000},
 )
 def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Row log-sum-exp of scaled similarities, rows against other keys.
@@ -84,7 +85,8 @@ def _by_schedule(name: str, q: Tensor, k: Tensor) -> Tensor:
         cpu=[(2048, 128), (4096, 256)],
         cuda=[(16384, 128), (65536, 128), (16384, 1024)],
     ),
-    gate_shape={"N": 1111, "D": 128},
+    gate_shape={"N": 1111},
+    gpu_gate_shape={"N": 9000},
 )
 def lse_self(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Row log-sum-exp of similarities among themselves, each row without itself.
@@ -115,7 +117,7 @@ def _lse_self(z: Tensor, *, impl: str) -> Tensor:
         cpu=[(1024, 16384, 384, 20)],
         cuda=[(8192, 262144, 384, 20)],
     ),
-    gate_shape={"M": 111, "N": 3333, "D": 64, "K": 20},
+    gate_shape={"M": 111, "N": 3333},
 )
 def topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """The K nearest of N keys for each of M rows: a k-nearest-neighbor search.

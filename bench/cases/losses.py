@@ -65,7 +65,8 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
             Sweep("D", (64, 128, 256, 512, 1024, 2048), {"B": 8192}),
         ],
     },
-    gate_shape={"B": 600, "D": 128},
+    gate_shape={"B": 600},
+    gpu_gate_shape={"B": 5000},
 )
 def ntxent(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """SimCLR's NT-Xent: each of 2B views finds its twin among all others.
@@ -195,7 +196,11 @@ _PAIR_SWEEPS = {
     "cuda": [Sweep("B", (1024, 2048, 4096, 8192, 16384, 32768, 65536), {"D": 768})],
 }
 _register_pair = partial(
-    case, shapes=_PAIR_SHAPES, sweeps=_PAIR_SWEEPS, gate_shape={"B": 333, "D": 256}
+    case,
+    shapes=_PAIR_SHAPES,
+    sweeps=_PAIR_SWEEPS,
+    gate_shape={"B": 333},
+    gpu_gate_shape={"B": 9000},
 )
 
 

@@ -87,9 +87,9 @@ def _triangle(problem: Problem) -> Callable[[str, Sequence[Tensor]], str]:
 def glance(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> str:
     """Why outputs at a shape too large for float64 cannot be right; "" when nothing shows.
 
-    They must be finite, and where the reference got through, the norm of each must be the
-    reference's to eight times the root of the precision of the coarser dtype of the two: a kernel
-    that is right at the gate's shape and wrong at this one seldom passes.
+    They must be finite, and where the reference got through, each row must be the reference's to
+    eight times the root of the precision of the coarser dtype of the two.  As a share of the row,
+    or of a usual one where the row is shorter: the reference itself is rounded.
     """
     for i, x in enumerate(outputs):
         what = f"gradient {i}" if i else "value"
@@ -99,10 +99,16 @@ def glance(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> str
             return f"{what} is not finite at this shape"
         if reference is None or (i and x.numel() == 1):  # a scale's gradient cancels
             continue
-        mine, theirs = (float(y.float().norm()) for y in (x, reference[i]))
+        mine, theirs = (torch.atleast_1d(y.float()) for y in (x, reference[i]))
         eps = max(torch.finfo(y.dtype).eps for y in (x, reference[i]))
-        if abs(mine - theirs) > 8 * math.sqrt(eps) * theirs:
-            return f"{what} has norm {mine:.4g} at this shape, the reference's has {theirs:.4g}"
+        norms = theirs.norm(dim=-1)
+        usual = norms.square().mean().sqrt()
+        off = (mine - theirs).norm(dim=-1) / norms.maximum(usual).clamp_min(1e-30)
+        if float(off.amax()) > 8 * math.sqrt(eps):
+            at = tuple(int(n) for n in torch.unravel_index(off.argmax(), off.shape))
+            where = f" in row {', '.join(map(str, at))}" if at else ""
+            share = float(off.amax())
+            return f"{what} is {share:.2g} of the reference's away from it{where} at this shape"
     return ""
 
 

@@ -14,6 +14,7 @@ import torch
 
 from fastssl.bench.measure.turns import Clock, cache_bytes, wait
 from fastssl.bench.record import Ceiling
+from fastssl.kernels.common.matmul import allows_tf32
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ def floor_ms(
 
 def _unit(dtype: str) -> str:
     """float32 products run on the tf32 units when torch has been allowed to."""
-    allowed = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if dtype == "float32" and allowed else dtype
+    return "tf32" if dtype == "float32" and allows_tf32() else dtype
 
 
 def _copy_gbs(device: torch.device) -> float:

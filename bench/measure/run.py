@@ -73,7 +73,7 @@ def run_case(case: Case, shape: Shape, settings: Settings, *, sweep: str = "") -
             standing.status[name] = ("absent", rival.why)
     if settings.device.type != "cuda" and settings.memory and problem.own_memory:
         _peaks_on_cpu(standing, case, shape, names, settings)
-    gate_shape = case.gate_shape or shape
+    gate_shape = case.gate(shape, settings.device)
     _gate(standing, problem if gate_shape == shape else _make(case, gate_shape, settings))
     if gate_shape != shape:
         _glance(standing, problem)

@@ -6,6 +6,18 @@ from torch import Tensor
 from .autograd import accumulator
 
 
+def allows_tf32() -> bool:
+    """Whether torch may round the float32 inputs of a CUDA product to TF32's 10 bits.
+
+    By torch.set_float32_matmul_precision, or by the newer torch.backends.cuda.matmul.fp32_precision
+    and what that inherits; torch.get_float32_matmul_precision raises where the newer one was set.
+
+    >>> allows_tf32()
+    False
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32 (float64 of float64).  CUDA multiplies 16-bit inputs as they are."""
     acc = accumulator(a.dtype)

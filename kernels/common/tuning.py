@@ -17,11 +17,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -99,7 +101,7 @@ class Kernel:
 
 
 _kernels: dict[str, Kernel] = {}
-_forced: dict[str, Config] = {}
+_forced: ContextVar[Mapping[str, Config]] = ContextVar("forced", default=MappingProxyType({}))
 _timed: dict[tuple[str, str, str], Config] = {}  # what FASTSSL_AUTOTUNE found in this process
 
 
@@ -119,20 +121,22 @@ def kernels() -> dict[str, Kernel]:
 
 @contextmanager
 def forced(kernel: str, config: Config) -> Iterator[None]:
-    """Inside, every launch of `kernel` takes this configuration, whatever its class: for tests."""
-    before = dict(_forced)
-    _forced[kernel] = config
+    """Inside, all that this thread launches of `kernel` takes this configuration.
+
+    That of a backward too, which autograd would run in a thread of its own for a GPU.
+    """
+    token = _forced.set({**_forced.get(), kernel: config})
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        _forced.reset(token)
 
 
 def config_for(kernel: Kernel, variant: str, device: torch.device) -> Config:
     """The configuration to launch `kernel` with for this shape class on this device."""
-    if _forced and kernel.name in _forced:
-        return _forced[kernel.name]
+    if kernel.name in _forced.get():
+        return _forced.get()[kernel.name]
     shape_class = kernel.variants[variant]
     if device.type != "cuda":
         return shape_class.safe

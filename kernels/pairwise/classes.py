@@ -2,7 +2,7 @@
 
 16-bit inputs come in classes of D.  Up to 256 features a tile holds them all (FITS_BLOCK), so that
 a tile of y is read once for both products of the backward; above, and in 32 bits, D goes by
-chunks.  float32 is "tf32" where torch.set_float32_matmul_precision allows that.
+chunks.  float32 is "tf32" where torch allows that.
 Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.py).
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import Trial, configs, dtype_name, variant
+from ..common.matmul import allows_tf32
 from ..common.tuning import Config, Kernel, Variant, config_for
 
 WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the FITS_BLOCK classes: the most features, BLOCK_D
@@ -30,8 +31,7 @@ Table = Mapping[str, list[tuple[int, ...]]]  # of a width: (BLOCK_M, BLOCK_N, wa
 
 def dtype_class(x: Tensor) -> str:
     """The name of x's dtype, "tf32" where float32 may be multiplied so."""
-    rounded = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if x.dtype == torch.float32 and rounded else dtype_name(x)
+    return "tf32" if x.dtype == torch.float32 and allows_tf32() else dtype_name(x)
 
 
 def shape_class(x: Tensor, part: str) -> str:

@@ -19,7 +19,7 @@ from ..common.tuning import Config, Variant
 from . import masks_triton
 from .classes import Table, tile_variants
 from .lse_torch import Pairs, weights
-from .masks import Masks, exclude_self
+from .masks import Masks, TritonRules, exclude_self
 
 # (BLOCK_M, BLOCK_N, warps, stages).  The first is the safe one: its shared memory fits in 99 KB,
 # all that a consumer GPU has, and its registers do for "full", which tries no other.
@@ -41,8 +41,8 @@ BACKWARD = {
 }
 TRIAL_ROWS = 16384
 
-MASKED = {"RULES": (masks_triton.exclude_self,), "PLACES": (0,)}
-PLAIN = {"RULES": (), "PLACES": (), "X_IDS": None, "Y_IDS": None}
+MASKED = {"RULES": TritonRules([masks_triton.exclude_self]), "PLACES": (0,)}
+PLAIN = {"RULES": TritonRules(), "PLACES": (), "X_IDS": None, "Y_IDS": None}
 
 # Sizes and strides are taken to be divisible by 16.
 TYPES = named("i32:16", "M N D x_row y_row") | named("*i64:16", "X_IDS Y_IDS") | named(ROWS, "X Y")

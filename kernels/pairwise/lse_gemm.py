@@ -27,9 +27,9 @@ from ..common.chunks import spans
 from ..common.launch import ROWS, Part, configs, dtype_name, kernel_by_part, launcher, named, random
 from ..common.matmul import product
 from ..common.tuning import Config, Kernel, config_for
-from . import masks_triton
+from .lse_configs import MASKED
 from .lse_torch import Grads, Pairs, weights
-from .masks import Masks, exclude_self, triton_rules
+from .masks import Masks, TritonRules, exclude_self, triton_rules
 from .scores_triton import LEAST, fp16_scale, join, log_sum, scored, weighed
 
 __all__ = ["SUMMARIZE", "WEIGH", "gradients", "join", "log_sum", "statistics", "weights"]
@@ -209,8 +209,8 @@ CONFIGS = configs(
 )
 PLAIN = dict.fromkeys(("BIAS", "ROW_IDS", "COL_IDS", "SUMS"))
 PARTS = {  # "full": with rules on ids, a bias and a scale for each row
-    "plain": Part({"RULES": (), "PLACES": (), "VECTOR": False, **PLAIN}, CONFIGS),
-    "full": Part({"RULES": (masks_triton.exclude_self,), "PLACES": (0,), "VECTOR": True}, CONFIGS),
+    "plain": Part({**PLAIN, "RULES": TritonRules(), "PLACES": (), "VECTOR": False}, CONFIGS),
+    "full": Part({**MASKED, "VECTOR": True}, CONFIGS),
 }
 TYPES = named("i32:16", "i0 j0 R C M N width") | named("*i64:16", "ROW_IDS COL_IDS")
 TYPES |= named("*fp32:16", "S SCALE BIAS ROWS COLS ROW_SIDE COL_SIDE FP16_SCALE SUMS")

@@ -3,7 +3,7 @@
 "torch" is lse_torch.  "triton" is one of two schedules.  Others found on Hopper that up to 256
 features fused tiles (lse_triton) win; above, where a program can no longer keep a row of gradient
 in registers, products by cuBLAS with one pass over the scores (lse_gemm) do.  float32 stays with
-the tiles, which multiply as torch.set_float32_matmul_precision says.
+the tiles, which multiply in TF32 where torch allows it.
 torch.compile keeps an operator whole in its graph, and an operator takes tensors, numbers and
 strings: so a mask goes by its key, and the implementation by its name.
 """

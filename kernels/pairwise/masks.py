@@ -205,13 +205,26 @@ def decode(key: str) -> tuple[tuple[PairMask, ...], tuple[int, ...]]:
     return tuple(_rules[name] for name, _, _ in parts), tuple(int(at) for _, _, at in parts)
 
 
-def triton_rules(key: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+class TritonRules(tuple[Any, ...]):
+    """Rules for Triton, whose cache on the disk knows an argument by its cache_key, if it has one.
+
+    Of a plain tuple it takes the functions' names alone: a rule of the same name that was edited
+    would run as it was compiled before.
+    """
+
+    @property
+    def cache_key(self) -> str:
+        return "-".join(rule.cache_key for rule in self)
+
+
+def triton_rules(key: str) -> tuple[TritonRules, tuple[int, ...]]:
     """RULES and PLACES of a `Masks.key`, as the Triton kernels take them."""
     from . import masks_triton
 
     rules, places = decode(key)
     twins = (rule.triton for rule in rules)
-    return tuple(getattr(masks_triton, t.name) if type(t) is _Own else t for t in twins), places
+    found = (getattr(masks_triton, t.name) if type(t) is _Own else t for t in twins)
+    return TritonRules(found), places
 
 
 def as_masks(mask: Any) -> Masks:

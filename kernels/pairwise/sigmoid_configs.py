@@ -16,7 +16,7 @@ import torch
 from ..common.launch import FLOATS, ROWS, configs, launcher, named, random, variant
 from ..common.tuning import Config, Variant
 from . import classes, masks_triton
-from .masks import same_group
+from .masks import TritonRules, same_group
 from .sigmoid_torch import Logits
 
 # (BLOCK_M, BLOCK_N, warps, stages).  The first is the safe one: its shared memory fits in 99 KB,
@@ -48,7 +48,7 @@ TRIAL_ROWS, TRIAL_BLOCK = 16384, (2048, 4096)
 
 
 # Sizes, strides and offsets are taken to be divisible by 16.
-RULES = {"RULES": (masks_triton.same_group,), "PLACES": (0,)}
+RULES = {"RULES": TritonRules([masks_triton.same_group]), "PLACES": (0,)}
 TYPES = named("i32:16", "M N D x_row y_row i0 j0 R C") | named("*fp32:16", "SCALE BIAS SUMS OUT P")
 TYPES |= named("*i64:16", "X_IDS Y_IDS ROW_IDS COL_IDS") | named(ROWS, "X Y W")
 

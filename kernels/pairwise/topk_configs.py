@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.launch import ROWS, configs, named, random, variant
 from ..common.tuning import Config, Variant
 from .classes import dtype_class
+from .masks import TritonRules
 
 SLOTS = {"n16": 16, "n64": 64, "n256": 256}
 MOST = 256  # the largest n
@@ -50,7 +51,7 @@ Launch = Callable[..., Any]
 
 
 def shape_class(q: Tensor, n: int) -> str:
-    """The name of the class: float32 is "tf32" where torch.set_float32_matmul_precision allows it.
+    """The name of the class: float32 is "tf32" where torch allows it.
 
     >>> shape_class(torch.empty(2, 3, dtype=torch.bfloat16), 20)
     'bfloat16-n64'
@@ -64,7 +65,7 @@ def variants(fn: Any, rule: Any, launch: Launch) -> dict[str, Variant]:
     for dtype, (width, slots) in itertools.product(TABLES, SLOTS.items()):
         name, table = f"{dtype}-{width}", TABLES[dtype][width]
         candidates = configs("BLOCK_M BLOCK_N BLOCK_D", table)
-        constants = {"RULES": (rule,), "PLACES": (0,), "SLOTS": slots}
+        constants = {"RULES": TritonRules([rule]), "PLACES": (0,), "SLOTS": slots}
         constants["PRECISION"] = "tf32" if dtype == "tf32" else "ieee"
         trial, product = partial(_try, launch, name), dtype != "float32"
         classes[name] = variant(name, fn, TYPES, constants, candidates, trial, product)

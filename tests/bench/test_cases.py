@@ -111,8 +111,8 @@ def test_a_case_is_whole(name):
     assert all(case.shapes[size] for size in SIZES)
     letters = set(TINY[name])
     swept = [sweep for some in case.sweeps.values() for sweep in some]
-    given = [*[s for some in case.shapes.values() for s in some], case.gate_shape or TINY[name]]
-    assert all(set(shape) == letters for shape in given)
+    assert all(set(shape) == letters for some in case.shapes.values() for shape in some)
+    assert {*(case.gate_shape or ()), *(case.gpu_gate_shape or ())} <= letters
     assert all({*sweep.fixed, sweep.variable} == letters for sweep in swept)
     assert all(sweep.variable not in sweep.fixed and len(sweep.values) > 2 for sweep in swept)
 

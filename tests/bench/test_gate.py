@@ -83,9 +83,17 @@ def test_a_step_is_value_and_gradients():
     assert not value.requires_grad
 
 
+def test_a_glance_sees_one_row():
+    reference = torch.randn(3, 700, 16)
+    ours = reference.clone()
+    assert glance([ours.sum(), ours], [reference.sum(), reference]) == ""
+    ours[1, 600] = ours[1, 601]  # a block's edge: the norm of it all is as it was
+    assert "reference's away from it in row 1, 600 at" in glance([ours], [reference])
+
+
 def test_a_glance_is_as_exact_as_the_coarser_of_the_two():
     """A loss in float32 beside a reference in bfloat16, which rounds it to 8 bits."""
     ours, off = torch.tensor(1.8038), torch.tensor(1.7969)
     assert glance([ours], [off.bfloat16()]) == ""
-    assert "value has norm 1.804" in glance([ours], [off])
+    assert "value is 0.0038 of the reference's away from it at this shape" in glance([ours], [off])
     assert "gradient" not in glance([ours, ours], [ours, off])  # one number may cancel

@@ -130,18 +130,37 @@ def test_rows_beyond_two_to_the_31_elements(schedule, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("precision, name", [("highest", "float32"), ("high", "tf32")])
-def test_float32_products_are_ieee_unless_torch_allows_tf32(precision, name, monkeypatch):
+def by_the_old_switch(allowed):
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
+def by_the_new_switch(allowed):
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "none"
+
+
+def by_the_switch_of_all_backends(allowed):
+    torch.backends.fp32_precision = "tf32" if allowed else "none"
+
+
+@pytest.mark.parametrize(
+    "switch, name",
+    [
+        (by_the_old_switch, "float32"),
+        (by_the_old_switch, "tf32"),
+        (by_the_new_switch, "tf32"),  # torch.get_float32_matmul_precision raises then
+        (by_the_switch_of_all_backends, "tf32"),
+    ],
+)
+def test_float32_products_are_ieee_unless_torch_allows_tf32(switch, name, monkeypatch):
     launched, choose = [], pairwise_tiles.choose
-    before = torch.get_float32_matmul_precision()
     q, k = rows_of(torch.float32, (19, 3), (21, 3))
     look = lambda kernel, x, part: launched.append(choose(kernel, x, part)) or launched[-1]  # noqa: E731
     monkeypatch.setattr(pairwise_tiles, "choose", look)
-    torch.set_float32_matmul_precision(precision)
+    switch(name == "tf32")
     try:
         found, expected = fused(q, k, 2.0), pairwise_lse_reference(q, k, 2.0)
     finally:
-        torch.set_float32_matmul_precision(before)
+        switch(False)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert [choice[0] for choice in launched] == [f"{name}-all"]
     constants = pairwise_tiles.FWD.variants[f"{name}-all"].constexprs

@@ -1,5 +1,7 @@
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +82,22 @@ def test_forced_configurations_hold_inside_alone():
             assert config_for(kernel(), "D64", GPU) == LARGE
         assert config_for(kernel(), "D64", CPU) == HUGE
     assert config_for(kernel(), "D64", CPU) == SMALL
+
+
+def test_threads_force_configurations_apart():
+    """The tuner launches the candidates of a class from several at once."""
+    meet = Barrier(2, timeout=60)
+
+    def launched(config):
+        with _tuning.forced("k", config):
+            meet.wait()
+            found = config_for(kernel(), "D64", GPU)
+            meet.wait()
+            # A backward's launches come from here too, and not from autograd's own thread.
+            return found, torch.autograd.is_multithreading_enabled()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(launched, (LARGE, HUGE))] == [(LARGE, False), (HUGE, False)]
 
 
 def test_autotune_takes_the_fastest_that_fits_and_times_it_once(monkeypatch):
