@@ -21,6 +21,7 @@ from torch import Tensor
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
 from fastssl.kernels import cross_correlation
 from fastssl.kernels.common import accumulator, finished, first_order, full_precision
+from fastssl.kernels.common.gpu import on_gpu
 
 
 class _Centered(torch.autograd.Function):
@@ -43,7 +44,7 @@ class _Centered(torch.autograd.Function):
 
 def widen(z: Tensor) -> Tensor:
     """z in float32 where products of 16 bits are made in float32 anyway: everywhere but on CUDA."""
-    return z if z.is_cuda else z.to(accumulator(z.dtype))
+    return z if on_gpu(z.device) else z.to(accumulator(z.dtype))
 
 
 def center(z: Tensor, scale: float, group: Group) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .autograd import full_precision
+from .gpu import on_gpu
 
 # Triton itself is imported with the first kernel that is launched: it costs as much as the losses.
 HAS_TRITON = find_spec("triton") is not None
@@ -49,8 +50,8 @@ class Primitive:
         Raises ValueError when this primitive has no such implementation.
         """
         if impl == "auto":
-            on_gpu = device.type == "cuda" and "triton" in self.implementations
-            return "triton" if on_gpu else "torch"
+            fused = on_gpu(device) and "triton" in self.implementations
+            return "triton" if fused else "torch"
         if impl not in self.implementations:
             known = ", ".join(["auto", *self.implementations])
             raise ValueError(f"impl must be one of {known} for {self.name}, got {impl!r}")
@@ -113,7 +114,7 @@ def _check_fused_input(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) ->
     if x.dtype not in dtypes:
         got = f"{name} in {x.dtype}"
         raise ValueError(f"impl='triton' is for float32, bfloat16 and float16, got {got}")
-    if x.device.type != "cuda" and not INTERPRETED:
+    if not on_gpu(x.device) and not INTERPRETED:
         raise ValueError(
             f"impl='triton' needs CUDA tensors, got {name} on {x.device}; "
             "TRITON_INTERPRET=1 set before the import runs it there, slowly"

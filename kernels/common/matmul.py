@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .autograd import accumulator
+from .gpu import on_gpu
 
 
 def allows_tf32() -> bool:
@@ -21,7 +22,7 @@ def allows_tf32() -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32 (float64 of float64).  CUDA multiplies 16-bit inputs as they are."""
     acc = accumulator(a.dtype)
-    if a.device.type == "cuda" and a.dtype != acc:
+    if on_gpu(a.device) and a.dtype != acc:
         return torch.mm(a, b, out_dtype=acc)
     return a.to(acc) @ b.to(acc)
 
@@ -32,7 +33,7 @@ def weighted(x: Tensor, weights: Tensor) -> Tensor:
     Where CUDA multiplies 16-bit x as it is, the weights are rounded to them, in units of the
     largest.
     """
-    if x.dtype == weights.dtype or x.device.type != "cuda":
+    if x.dtype == weights.dtype or not on_gpu(x.device):
         return x.to(weights.dtype) @ weights
     largest = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
     return product(x, (weights / largest).to(x.dtype)) * largest

@@ -16,6 +16,8 @@ import torch
 
 Function = Callable[..., Any]
 
+runs: dict[str, Function] = {}  # what each operator does, by its name
+
 _LIBRARY = torch.library.Library("fastssl", "FRAGMENT")
 _disabled = cache(torch.compiler.disable)  # a call imports torch._dynamo, unless it is there
 
@@ -32,6 +34,7 @@ def operator(name: str, run: Function, fake: Function, like: Function | None = N
         here = _disabled(run) if "torch._dynamo" in sys.modules else run
         return here(*arguments)
 
+    runs[name] = run
     schema = name + torch.library.infer_schema(like or run, mutates_args=())
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, outside_of_the_compiler, "CompositeExplicitAutograd")

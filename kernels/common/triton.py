@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpu import gpu_of, on_gpu
+
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
@@ -34,6 +36,4 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def sm_count(device: torch.device) -> int:
     """How many multiprocessors the device has."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return gpu_of(device).processors if on_gpu(device) else 1

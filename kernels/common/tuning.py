@@ -5,7 +5,8 @@ trying, and a safe one.  `bench/aot.py` compiles all of them without a GPU, `ben
 them on one, and `config_for` picks: from the table `tuned.json` where this GPU's architecture and
 the shape class are in it, else the safe one.  FASTSSL_AUTOTUNE=1 times the candidates at the first
 launch of a class instead, and keeps the answer in Triton's own cache (~/.triton/cache, or
-$TRITON_CACHE_DIR): launch once before capturing a CUDA graph.
+$TRITON_CACHE_DIR): launch once before capturing a CUDA graph.  Candidates of equal speed are told
+apart by noise: two machines, or ranks, may then sum in another order, each the same at every run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from .gpu import gpu_of, on_gpu
 
 TABLE = Path(__file__).with_name("tuned.json")
 KEPT = "fastssl-tuned.json"  # in a folder for each class, GPU, source and version of Triton
@@ -138,11 +141,11 @@ def config_for(kernel: Kernel, variant: str, device: torch.device) -> Config:
     if kernel.name in _forced.get():
         return _forced.get()[kernel.name]
     shape_class = kernel.variants[variant]
-    if device.type != "cuda":
+    if not on_gpu(device):
         return shape_class.safe
     if os.environ.get("FASTSSL_AUTOTUNE") == "1":
         return autotuned(kernel, shape_class, device, median_ms)
-    return table().get((kernel.name, architecture(device), variant), shape_class.safe)
+    return table().get((kernel.name, gpu_of(device).arch, variant), shape_class.safe)
 
 
 @cache
@@ -157,20 +160,13 @@ def table() -> dict[tuple[str, str, str], Config]:
     }
 
 
-@cache
-def architecture(device: torch.device) -> str:
-    """The name tuned.json knows a GPU by: "sm_90"; on ROCm its gfx name."""
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
 def autotuned(kernel: Kernel, variant: Variant, device: torch.device, clock: Clock) -> Config:
     """The fastest candidate: timed by this process, or before by another; else timed now."""
     known = kernel.name, variant.name, torch.cuda.get_device_name(device)
     if known not in _timed:
         cache = _cache(kernel, known)
-        _timed[known] = _read(cache, variant) or _fastest(variant, device, clock, cache)
+        with torch.cuda.device(device):  # whose events and streams the clock takes
+            _timed[known] = _read(cache, variant) or _fastest(variant, device, clock, cache)
     return _timed[known]
 
 

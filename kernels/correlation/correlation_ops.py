@@ -44,7 +44,7 @@ def _run_grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Te
 
 
 def _fake_grams(sides, others, start):
-    n, N = len(sides[0]), len((others or sides)[0])
+    n, N = sides[0].shape[0], (others or sides)[0].shape[0]
     return _flat_fake(sides[0], *((n, N) for _ in sides), apart=True)
 
 

@@ -147,7 +147,7 @@ def _join_kernel(
     """PARTS (P, 3, D), the last of a share or fewer rows -> OUT (3, D); ROOT: inv_std for m2."""
     lane = tl.arange(0, BLOCK_P)
     at = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    n, here = N.to(tl.float32), at < D
+    n, here = tl.cast(N, tl.float32), at < D
     base = tl.load(PARTS + at, here, 0.0)
     mean = tl.zeros_like(base)
     for start in range(0, P, BLOCK_P):

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.gpu import on_gpu
 from ..common.triton import precision, rows_contiguous, sm_count
 from ..common.tuning import Config, Kernel, config_for, register
 from .masks import triton_rules
@@ -86,7 +87,7 @@ def _topk(
 
 def programs(device: torch.device) -> int:
     """How many programs fill the device."""
-    return 4 * sm_count(device) if device.type == "cuda" else 1
+    return 4 * sm_count(device) if on_gpu(device) else 1
 
 
 def _share(M: int, N: int, n: int, config: Config, device: torch.device) -> int:

@@ -1,12 +1,14 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastssl.kernels.common import gpu as _gpu
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.common.tuning import Config, Kernel, Variant, config_for
 
@@ -23,7 +25,18 @@ def launches(config, device):
     return lambda: config.blocks["BLOCK_M"]
 
 
+current = []  # the devices entered by torch.cuda.device
+
+
+@contextmanager
+def entered(device):
+    current.append(device)
+    yield
+    current.pop()
+
+
 def clock(launch):
+    assert current == [GPU]  # else events and streams would be another GPU's
     return -float(launch())  # the wider the faster
 
 
@@ -38,15 +51,14 @@ def h200(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FASTSSL_AUTOTUNE", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(_gpu, "_read", lambda device: _gpu.Gpu("sm_90", 132))
     monkeypatch.setattr(_tuning, "_timed", {})
     monkeypatch.setattr(_tuning, "TABLE", tmp_path / "tuned.json")
     _tuning.TABLE.write_text("{}")
-    for cached in (_tuning.table, _tuning.architecture):
-        cached.cache_clear()
+    _tuning.table.cache_clear()
     yield
-    for cached in (_tuning.table, _tuning.architecture):
-        cached.cache_clear()
+    _tuning.table.cache_clear()
 
 
 def write_table(arch, config):

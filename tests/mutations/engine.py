@@ -7,7 +7,10 @@ TESTS = {
         "tests/train/test_damage.py",
         "whole_and_of or is_code or newest_and_the_best or directory_in or reader_that_dies",
     ),
-    "engine/engine": (ENGINE, "not_finite or merged_last or one_process or as_one or of_one or divide"),
+    "engine/engine": (
+        ENGINE,
+        "not_finite or merged_last or one_process or as_one or of_one or divide",
+    ),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
     "engine/optim": ("tests/engine/test_optim.py", "not slices and not differ"),
