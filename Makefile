@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OURS := $(filter .venv/bin,$(BIN))
 
-.PHONY: demo test suite compiled test-all lint bench aot clean
+.PHONY: demo test suite compiled test-all lint bench aot aot-oldest clean
 suite test-all: export PYTHONDONTWRITEBYTECODE =  # each of their processes would compile all modules
 .DELETE_ON_ERROR:
 
@@ -37,6 +37,15 @@ bench: $(OURS:bin=dev)  ## losses, kernels and training steps beside their rival
 
 aot: $(OURS:bin=dev)    ## every Triton kernel and configuration, compiled and examined without a GPU
 	$(BIN)/python -m fastssl.bench.aot
+	$(BIN)/python -m fastssl.bench.compiler.launches --machine-code
+	$(MAKE) aot-oldest
+
+aot-oldest: .venv/triton-3.6/triton  ## what is launched, under the oldest Triton that we take
+	PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m fastssl.bench.compiler.launches --machine-code
+
+.venv/triton-3.6/triton: $(OURS:bin=dev)
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6 triton==3.6.0
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info  # not runs/: what was trained is yours

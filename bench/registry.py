@@ -18,6 +18,7 @@ from torch import Tensor
 
 OURS, REFERENCE = "fastssl", "reference"
 SIZES = ("quick", "cpu", "cuda")
+APART = ("train-*", "*-ranks", "data-*", "optim-*")  # cases not of kernels and losses
 Shape = dict[str, int]
 Outputs = Tensor | Sequence[Tensor]
 

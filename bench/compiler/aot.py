@@ -232,17 +232,7 @@ def facts_of(
 
 def faults(facts: Facts, variant: Variant, config: Config, target: str) -> Iterator[str]:
     """What is wrong with a configuration, each with what to do."""
-    if facts.spilled:
-        yield (
-            f"spills registers: {facts.spilled} bytes of local memory a thread; "
-            "take smaller blocks or more warps"
-        )
-    asks = "asks for {} {} memory a block, {} has {}; take fewer stages or smaller blocks".format
-    limit = SHARED_BYTES[target]
-    if facts.shared > limit:
-        yield asks(facts.shared, "bytes of shared", target, limit)
-    if facts.tensor_columns > TENSOR_COLUMNS:
-        yield asks(facts.tensor_columns, "columns of tensor", target, TENSOR_COLUMNS)
+    yield from scarcities(facts, target)
     if variant.product and not facts.matrix:
         yield (
             "multiplies without matrix instructions; use tl.dot on bfloat16, float16 or TF32, "
@@ -254,6 +244,21 @@ def faults(facts: Facts, variant: Variant, config: Config, target: str) -> Itera
                 f"multiplies with {', '.join(facts.matrix)}, not with Hopper's wgmma; take 4 or 8 "
                 "warps, and operands that lie along the product's inner side"
             )
+
+
+def scarcities(facts: Facts, target: str) -> Iterator[str]:
+    """What it asks for that the chip has not, each with what to do."""
+    if facts.spilled:
+        yield (
+            f"spills registers: {facts.spilled} bytes of local memory a thread; "
+            "take smaller blocks or more warps"
+        )
+    asks = "asks for {} {} memory a block, {} has {}; take fewer stages or smaller blocks".format
+    limit = SHARED_BYTES[target]
+    if facts.shared > limit:
+        yield asks(facts.shared, "bytes of shared", target, limit)
+    if facts.tensor_columns > TENSOR_COLUMNS:
+        yield asks(facts.tensor_columns, "columns of tensor", target, TENSOR_COLUMNS)
 
 
 def run_all(tasks: Sequence[Task], modules: Sequence[str], jobs: int) -> Iterator[Proof]:

@@ -1,176 +1,172 @@
-"""What would be launched on a GPU, seen without one.
+"""Every launch of the benchmark's kernels and losses, specialized as on a GPU, without one.
 
-    with recorded(Gpu("sm_90", 132)) as launches:
-        loss(*inputs).backward()                      launches: {key: Launch}, as they come
+    python -m fastssl.bench.compiler.launches                      on sm_80, sm_90 and sm_100
+    python -m fastssl.bench.compiler.launches clip --target sm_90 --machine-code
 
-Everything up to the driver is as on the GPU: the branches that depend on it, the configuration from
-tuned.json, and Triton's own specialization of each argument (equal to 1, divisible by 16, None,
-constant).  Tensors are torch's fake ones, which have shapes and no values, so that sizes cost
-nothing, and what would read a value, and wait for the GPU, raises.
+Each case is called at its shapes for a GPU, and at an odd one, forward and backward, on tensors
+that hold nothing (recording.py).  Each different kernel that this would launch is put through
+Triton's front end, with --machine-code through all of the compiler, where it must not spill nor ask
+for more memory than the chip has.  What waits for the GPU, and a grid that none takes, fail too.
+
+The exit status is 1 when something failed, and 2 when the command could not be understood.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from hashlib import sha256
-from typing import Any
-from unittest.mock import patch
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatchcase
+from multiprocessing import get_context
+from typing import NamedTuple
 
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
 
-from fastssl.kernels.common import operators
-from fastssl.kernels.common.gpu import Gpu, pretend
+from fastssl.bench.cases import select
+from fastssl.bench.compiler import aot
+from fastssl.bench.compiler.recording import Launch, compile_launch, lower, recorded
+from fastssl.bench.measure.gate import step
+from fastssl.bench.registry import APART, OURS, Absent, Case, Shape
+from fastssl.kernels.common.gpu import Gpu
 
-MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # of a grid
-Grid = tuple[int, int, int]
-
-
-@dataclass
-class Launch:
-    """A compiled kernel as it would be asked for: what is compiled, and the grids it had.
-
-    source, options: what `triton.compile` takes.  key: of both, the cache's on the disk but for
-    the compiler's version.
-    """
-
-    name: str
-    source: Any
-    options: Any
-    grids: set[Grid] = field(default_factory=set)
-
-    @property
-    def key(self) -> str:
-        return sha256(f"{self.source.hash()}-{self.options.hash()}".encode()).hexdigest()
-
-    # What Triton asks of a compiled kernel.
-    function, packed_metadata = None, None
-
-    def launch_metadata(self, grid: Any, stream: Any, *arguments: Any) -> None:
-        """Nobody looks at it."""
-
-    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
-        """Note the grid.  Raises ValueError where no GPU takes it."""
-        if any(size > most for size, most in zip((x, y, z), MOST_PROGRAMS, strict=True)):
-            raise ValueError(f"{self.name} is launched with a grid of {x} x {y} x {z} programs")
-        self.grids.add((x, y, z))
-        if _launches is not None:
-            _launches[self.key] = self
+PROGRAM = "python -m fastssl.bench.compiler.launches"
+GPUS = {"sm_80": Gpu("sm_80", 108), "sm_90": Gpu("sm_90", 132), "sm_100": Gpu("sm_100", 148)}
+UNEVEN = frozenset("BDGHLMN")  # sides of a shape that need not be divisible by anything
 
 
-_launches: dict[str, Launch] | None = None  # of the recording that is going on
+class Task(NamedTuple):
+    """What a process does at a time, by names."""
+
+    case: str
+    dtype: str
+    target: str
+    machine_code: bool
+    quick: bool
 
 
-@contextmanager
-def recorded(gpu: Gpu) -> Iterator[dict[str, Launch]]:
-    """Inside, tensors are fake and their kernels' launches are noted, by `Launch.key`.
+class Outcome(NamedTuple):
+    """Of a task: the keys of its launches, lines to print, and how many of them failed."""
 
-    Raises RuntimeError where kernels are interpreted, which knows no specialization.
-    """
-    global _launches
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+    keys: frozenset[str]
+    lines: tuple[str, ...]
+    failed: int
 
-    from fastssl.kernels.common.triton import INTERPRETED
 
-    if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set, and kernels are then interpreted: unset it")
-    run, before = JITFunction.run, (driver._active, _launches)
+def shapes_of(case: Case, quick: bool) -> list[Shape]:
+    """Those for a GPU, or with `quick` the first, and one whose sides are divisible by nothing."""
+    shapes = case.shapes["cuda"][: 1 if quick else None]
+    few = case.gate(shapes[0], torch.device("cpu"))
+    return [*shapes, {side: size + (side in UNEVEN) for side, size in few.items()}]
 
-    def on_pointers(self: Any, *arguments: Any, **named: Any) -> Any:
-        named = {name: _pointer(x) for name, x in named.items()}
-        return run(self, *map(_pointer, arguments), **named)
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(JITFunction, "run", on_pointers))
-        stack.enter_context(patch.object(JITFunction, "_do_compile", _take))
-        for context in (pretend(gpu), FakeTensorMode(allow_non_fake_inputs=True), _Operators()):
-            stack.enter_context(context)
-        driver.set_active(_Driver(gpu))
-        _launches = {}
+def launches_of(case: Case, shape: Shape, dtype: torch.dtype, gpu: Gpu) -> dict[str, Launch]:
+    """What a forward and a backward of ours launch; none where ours is not installed."""
+    with recorded(gpu) as launches:
+        torch.manual_seed(0)
+        problem = case.make(dict(shape), dtype, torch.device("cpu"))
+        ours = problem.rivals[OURS]
+        if not isinstance(ours, Absent):
+            step(ours, problem.inputs)
+    return launches
+
+
+def examine(launch: Launch, target: str, machine_code: bool) -> list[str]:
+    """What is wrong with a launch, each in a line."""
+    try:
+        if not machine_code:
+            lower(launch, GPUS[target])
+            return []
+        facts = aot.read(compile_launch(launch, GPUS[target]))
+    except OSError:
+        raise
+    except Exception as error:  # the compiler raises what it likes: all of it is a verdict
+        lines = [line for line in str(error).splitlines() if line.strip()][-12:]
+        return ["\n    ".join([f"does not compile: {type(error).__name__}", *lines])]
+    return [*aot.scarcities(facts, target)]
+
+
+def run(task: Task) -> Outcome:
+    """All launches of a case, each different one once."""
+    (case,) = select([task.case])
+    known: dict[str, Launch] = {}
+    lines: list[str] = []
+    for shape in shapes_of(case, task.quick):
+        sides = "x".join(map(str, shape.values()))
+        what = f"{task.case} {sides} {task.dtype} {task.target}"
         try:
-            yield _launches
-        finally:
-            driver._active, _launches = before
+            found = launches_of(case, shape, getattr(torch, task.dtype), GPUS[task.target])
+        except Exception as error:
+            lines.append(f"FAILED {what}: {type(error).__name__}: {error}")
+            continue
+        for key, launch in found.items():
+            if key not in known:
+                known[key] = launch
+                wrong = examine(launch, task.target, task.machine_code)
+                lines += [f"FAILED {what}, {launch.name}: {fault}" for fault in wrong]
+    failed = len(lines)
+    names = sorted({launch.name for launch in known.values()})
+    lines += [f"{task.case} {task.dtype} {task.target}: {len(known)} of {', '.join(names)}"]
+    return Outcome(frozenset(known), tuple(lines), failed)
 
 
-class _Driver:
-    """What a launch asks of the driver.  A device for each architecture: Triton caches by it."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.capability = int(gpu.arch.removeprefix("sm_"))
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
+def run_all(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
+    """The outcomes in order: here for one job, else from that many processes."""
+    if jobs == 1:
+        yield from map(run, tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield from pool.map(run, tasks)
 
 
-def _take(
-    fn: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attrs: Any,
-    warmup: bool,
-) -> Launch:  # fmt: skip
-    """In the place of JITFunction._do_compile: cached as what it would have compiled."""
-    from triton.compiler import ASTSource
+def plan(patterns: Iterable[str], dtype: str, targets: Sequence[str], *how: bool) -> list[Task]:
+    """Every case of kernels and losses that is asked for, in each of its dtypes.
 
-    launch = Launch(fn.__name__, ASTSource(fn, signature, constants, attrs), options)
-    fn.device_caches[device][0][key] = launch
-    return launch
-
-
-class _Pointer:
-    """A tensor as Triton's specialization sees it: memory as it comes from torch's allocator."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.dtype, self.offset = x.dtype, x.storage_offset() * x.element_size()
-
-    def data_ptr(self) -> int:
-        return 512 + self.offset
+    how: machine_code and quick, as in Task.
+    Raises ValueError for a pattern that matches nothing.
+    """
+    cases = [c for c in select(patterns) if not any(fnmatchcase(c.name, p) for p in APART)]
+    return [
+        Task(case.name, each, target, *how)
+        for target in targets
+        for case in cases
+        for each in case.dtypes
+        if fnmatchcase(each, dtype)
+    ]
 
 
-def _pointer(x: Any) -> Any:
-    return _Pointer(x) if isinstance(x, Tensor) else x
+def _parser() -> argparse.ArgumentParser:
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(PROGRAM, None, first, rest, formatter_class=plain)
+    known, add = list(GPUS), parser.add_argument
+    add("case", nargs="*", help="which cases, by name or pattern; all")
+    add("--dtype", default="*", metavar="PATTERN", help="which dtypes, by name")
+    add("--target", nargs="+", choices=known, default=known, help="chips")
+    add("--machine-code", action="store_true", help="compile to the end, and look at the result")
+    add("--quick", action="store_true", help="the first of a case's shapes, and the odd one")
+    add("--jobs", type=int, default=2, help="processes (2)")
+    return parser
 
 
-class _Operators(TorchDispatchMode):
-    """Our operators do what they do, where fake tensors would only be given the results' shapes."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        known: Mapping[str, Any] = operators.runs if func.namespace == "fastssl" else {}
-        run = known.get(func.__name__.partition(".")[0])
-        return run(*args) if run else func(*args, **(kwargs or {}))
-
-
-def lower(launch: Launch, gpu: Gpu) -> str:
-    """The Triton IR: the kernel is type-checked with these arguments, and not yet optimized."""
-    from triton._C.libtriton import ir
-    from triton.compiler import make_backend
-
-    target = _Driver(gpu).get_current_target()
-    backend, context = make_backend(target), ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    generators = backend.get_codegen_implementation(launch.options)
-    module = launch.source.make_ir(
-        target, launch.options, generators, backend.get_module_map(), context
-    )
-    return str(module)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        aot.choose_kernels("*", None, PROGRAM)
+        tasks = plan(args.case, args.dtype, args.target, args.machine_code, args.quick)
+    except ValueError as error:
+        parser.error(str(error))
+    start, failed, keys = time.perf_counter(), 0, set()
+    for task, outcome in zip(tasks, run_all(tasks, args.jobs), strict=True):
+        print(*outcome.lines, sep="\n", flush=True)
+        keys |= {(task.target, key) for key in outcome.keys}
+        failed += outcome.failed
+    print(f"{len(keys)} launches, {failed} failed, {time.perf_counter() - start:.0f} s")
+    return 1 if failed else 0
 
 
-def compile_launch(launch: Launch, gpu: Gpu) -> Any:
-    """What `triton.compile` returns; into Triton's cache, under the key the GPU's machine asks."""
-    import triton
-
-    target = _Driver(gpu).get_current_target()
-    return triton.compile(launch.source, target=target, options=launch.options.__dict__)
+if __name__ == "__main__":
+    sys.exit(main())

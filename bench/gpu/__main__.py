@@ -48,10 +48,10 @@ from fastssl.bench.gpu.steps import (
     run_steps,
     table,
 )
+from fastssl.bench.registry import APART
 
 SLICES = ("test", "tune", "bench", "train")
 FIRST = ("ntxent", "clip", "barlow-twins", "mae")  # the cases people come for
-APART = ("train-*", "*-ranks", "data-*", "optim-*")  # not kernels and losses
 DATA = ("data-jpeg-simclr", "data-jpeg-mae")  # by DALI on the GPU: the others repeat or take long
 RIVALS = (
     "fastssl torch",

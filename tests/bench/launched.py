@@ -1,0 +1,95 @@
+"""What a recording sees, as JSON: run in a process of its own, in which Triton compiles."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from fastssl.bench.compiler import launches
+from fastssl.bench.compiler.recording import lower, recorded
+from fastssl.kernels import PairMask, pairwise_lse, standardize
+from fastssl.kernels.common.gpu import Gpu
+from fastssl.kernels.correlation import moments_triton
+
+H200 = Gpu("sm_90", 132)
+RULE = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def near(rows, cols):
+    return tl.abs(rows - cols) {} 2
+"""
+CASES = ["clip", "barlow-twins", "siglip", "pairwise-topk", "patch-mse", "restore-tokens"]
+CASES += ["gather-bias", "scaled-cosine"]
+
+
+@triton.jit
+def _fill(OUT, n, VALUE: tl.constexpr):
+    tl.store(OUT + tl.program_id(1) * n, VALUE)
+
+
+def keys(call):
+    """Those of a call's launches."""
+    with recorded(H200) as found:
+        call()
+    return sorted(found)
+
+
+def caught(call):
+    """What a call that is recorded raises, as a word and a sentence."""
+    try:
+        keys(call)
+    except Exception as error:
+        return [type(error).__name__, str(error).splitlines()[0]]
+    return []
+
+
+def edited(folder: Path) -> bool:
+    """Whether a mask rule of another body is another kernel."""
+    found = []
+    for relation in ("<=", ">"):  # the same name, file and line
+        source = folder / "rules.py"
+        source.write_text(RULE.format(relation))
+        names: dict = {"__name__": "rules", "__file__": str(source)}
+        exec(compile(source.read_text(), str(source), "exec"), names)
+        rule = PairMask(
+            "near", lambda i, j: (i - j).abs() <= 2, symmetric=True, triton=names["near"]
+        )
+        found.append(keys(lambda rule=rule: pairwise_lse(rows(), rows(), 1.0, mask=rule)))
+    return found[0] != found[1]
+
+
+def rows(n=256, d=64, first=0):
+    return torch.empty(n, d + first, dtype=torch.bfloat16)[:, first:]
+
+
+def fill(programs, value=1.0, n=2, first=0):
+    _fill[1, programs](torch.empty(8)[first:], n, VALUE=value)
+
+
+def joined_once():
+    """One rank's one row: sizes of 1 are constants to the compiler."""
+    with recorded(H200) as found:
+        moments_triton.join(torch.empty(1, 3, 5), 1)
+    return [len(lower(launch, H200)) > 0 for launch in found.values()]
+
+
+def main(folder: Path) -> None:
+    found = {
+        "edited": edited(folder),
+        "joined once": joined_once(),
+        "grid": caught(lambda: fill(65536)),
+        "waits": caught(lambda: standardize(rows(), eps=1e-5).sum().item()),
+        "same": keys(lambda: (fill(3), fill(5), fill(3))),
+        "others": [keys(lambda o=o: fill(3, **o)) for o in ({"n": 1}, {"n": 16}, {"first": 1})],
+    }
+    print(json.dumps(found), flush=True)
+    print(launches.main([*CASES, *"--quick --dtype bfloat16 --target sm_90 --jobs 1".split()]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
