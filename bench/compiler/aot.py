@@ -246,9 +246,9 @@ def faults(facts: Facts, variant: Variant, config: Config, target: str) -> Itera
             )
 
 
-def scarcities(facts: Facts, target: str) -> Iterator[str]:
-    """What it asks for that the chip has not, each with what to do."""
-    if facts.spilled:
+def scarcities(facts: Facts, target: str, spare: int = 0) -> Iterator[str]:
+    """What it asks for that the chip has not, each with what to do.  spare: bytes it may spill."""
+    if facts.spilled > spare:
         yield (
             f"spills registers: {facts.spilled} bytes of local memory a thread; "
             "take smaller blocks or more warps"

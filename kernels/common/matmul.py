@@ -6,6 +6,9 @@ from torch import Tensor
 from .autograd import accumulator
 from .gpu import on_gpu
 
+# Before 2.10 torch.addmm had to be given a total in the inputs' 16 bits.
+_ADDS_WIDER = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
 
 def allows_tf32() -> bool:
     """Whether torch may round the float32 inputs of a CUDA product to TF32's 10 bits.
@@ -25,6 +28,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if on_gpu(a.device) and a.dtype != acc:
         return torch.mm(a, b, out_dtype=acc)
     return a.to(acc) @ b.to(acc)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to `total`, whose dtype is that of sums, in one pass over it."""
+    if not on_gpu(a.device) or a.dtype == total.dtype:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    elif _ADDS_WIDER:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += product(a, b)
 
 
 def weighted(x: Tensor, weights: Tensor) -> Tensor:

@@ -29,6 +29,18 @@ Choice = tuple[str, Config]  # of a class by name, and of the configuration in i
 Table = Mapping[str, list[tuple[int, ...]]]  # of a width: (BLOCK_M, BLOCK_N, warps, stages)
 
 
+# Features that fused tiles are for.  From others' measurements on Hopper: above, a program can no
+# longer keep a row of gradient in registers.  Exact float32 has no matrix instructions: reckoned
+# from its machine code, Triton's products have a third to a half of cuBLAS's speed.
+FUSED_UP_TO, EXACT_UP_TO = 256, 31
+
+
+def schedule(x: Tensor) -> str:
+    """Triton's schedule for rows like x: "tiles" or "products"."""
+    exact = dtype_class(x) == "float32"
+    return "products" if x.shape[1] > (EXACT_UP_TO if exact else FUSED_UP_TO) else "tiles"
+
+
 def dtype_class(x: Tensor) -> str:
     """The name of x's dtype, "tf32" where float32 may be multiplied so."""
     return "tf32" if x.dtype == torch.float32 and allows_tf32() else dtype_name(x)

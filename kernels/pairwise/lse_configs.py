@@ -45,8 +45,10 @@ MASKED = {"RULES": TritonRules([masks_triton.exclude_self]), "PLACES": (0,)}
 PLAIN = {"RULES": TritonRules(), "PLACES": (), "X_IDS": None, "Y_IDS": None}
 
 # Sizes and strides are taken to be divisible by 16.
-TYPES = named("i32:16", "M N D x_row y_row") | named("*i64:16", "X_IDS Y_IDS") | named(ROWS, "X Y")
-TYPES |= named("*fp32:16", "SCALE BIAS STATS X_SIDE Y_SIDE FP16_SCALE OUT SUMS")
+TYPES = named("i32:16", "M N D share x_row y_row") | named("*i64:16", "X_IDS Y_IDS")
+TYPES |= named(ROWS, "X Y") | named(
+    "*fp32:16", "SCALE BIAS STATS X_SIDE Y_SIDE FP16_SCALE OUT SUMS"
+)
 
 Launch = Callable[..., Any]
 

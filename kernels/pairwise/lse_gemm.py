@@ -2,7 +2,7 @@
 
 A strip of rows meets the keys a block at a time:
 
-    S = X_i Y_j^T            cuBLAS, float32, a block of at most BLOCK_BYTES: it stays in L2
+    S = X_i Y_j^T            cuBLAS, float32, a block of at most BLOCK_BYTES
     forward    _summarize    reads S once: maxima and sums of its rows and of its columns
     backward   _weigh        reads S once, writes W in the inputs' dtype (and sums of its columns)
                dq_i += W Y_j     dk_j += W^T X_i
@@ -25,16 +25,19 @@ from torch import Tensor
 
 from ..common.chunks import spans
 from ..common.launch import ROWS, Part, configs, dtype_name, kernel_by_part, launcher, named, random
-from ..common.matmul import product
+from ..common.matmul import add_product, product
 from ..common.tuning import Config, Kernel, config_for
 from .lse_configs import MASKED
 from .lse_torch import Grads, Pairs, weights
 from .masks import Masks, TritonRules, exclude_self, triton_rules
-from .scores_triton import LEAST, fp16_scale, join, log_sum, scored, weighed
+from .scores_triton import LEAST, folded, fp16_scale, join, log_sum, scored, weighed
 
 __all__ = ["SUMMARIZE", "WEIGH", "gradients", "join", "log_sum", "statistics", "weights"]
 
-BLOCK_BYTES = 1 << 25  # of S: with W, an H200's L2 holds it
+# Of S.  An H200's L2 would hold an eighth of it, but such a block's launches, reckoned at 60 us
+# forward and 105 us backward, take longer than the GPU's work on it, and the gradients' products
+# would be 48 to 96 tiles for 132 multiprocessors.
+BLOCK_BYTES = 1 << 28
 
 
 @triton.jit
@@ -117,12 +120,6 @@ class _Pass:
         return triton.cdiv(R, sizes["BLOCK_M"]), triton.cdiv(C, sizes["BLOCK_N"])
 
 
-def _folded(parts: Tensor) -> Tensor:
-    """Statistics (2, R) of partial ones (B, 2, R)."""
-    m = parts[:, 0].amax(0)
-    return torch.stack([m, (parts[:, 1] * (parts[:, 0] - m).exp2()).sum(0)])
-
-
 def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
     """As lse_torch.statistics, in log2 units."""
     summary, M, N = _Pass(SUMMARIZE, pairs), len(pairs.q), len(pairs.k)
@@ -145,9 +142,9 @@ def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
                     M, N, col_parts.shape[2], **summary.constants, **summary.config.arguments,
                 )  # fmt: skip
             at += n
-        rows[:, i] = join(rows[:, i], _folded(row_parts))
+        rows[:, i] = join(rows[:, i], folded(row_parts))
         if col_parts.numel():
-            cols[:, first:] = join(cols[:, first:], _folded(col_parts))
+            cols[:, first:] = join(cols[:, first:], folded(col_parts))
     if not both:
         return rows, rows.new_empty(2, 0)
     return rows, cols.clone() if pairs.same else cols
@@ -185,11 +182,11 @@ def gradients(
                     len(q), len(k), **weighing.constants, **weighing.config.arguments,
                 )  # fmt: skip
             if u.numel():
-                u[i] += product(w, k[j])
+                add_product(u[i], w, k[j])
             if same and i != j:
-                u[j] += product(w.T, q[i])
+                add_product(u[j], w.T, q[i])
             if dk.numel():
-                dk[j] += product(w.T, x)
+                add_product(dk[j], w.T, x)
             if sums is not None:
                 dbias[j] += sums.sum(0)
     if factor is not None:

@@ -1,9 +1,7 @@
 """Pairwise log-sum-exps as operators of torch, with a gradient, and which module computes them.
 
-"torch" is lse_torch.  "triton" is one of two schedules.  Others found on Hopper that up to 256
-features fused tiles (lse_triton) win; above, where a program can no longer keep a row of gradient
-in registers, products by cuBLAS with one pass over the scores (lse_gemm) do.  float32 stays with
-the tiles, which multiply in TF32 where torch allows it.
+"torch" is lse_torch.  "triton" is one of two schedules: fused tiles (lse_triton), or products by
+cuBLAS with one pass over the scores (lse_gemm); `classes.schedule` says which.
 torch.compile keeps an operator whole in its graph, and an operator takes tensors, numbers and
 strings: so a mask goes by its key, and the implementation by its name.
 """
@@ -18,16 +16,10 @@ from torch import Tensor
 
 from ..common.autograd import accumulator, first_order
 from ..common.operators import operator
+from ..common.rows import cut, evened
 from . import lse_torch
-from .lse_torch import Grads, Pairs
-
-FUSED_UP_TO = 256  # features; from others' measurements, to be confirmed by `make gpu-bench`
-
-
-def schedule(x: Tensor) -> str:
-    """Triton's schedule for rows like x: "tiles" or "products"."""
-    large = x.dtype != torch.float32 and x.shape[1] > FUSED_UP_TO
-    return "products" if large else "tiles"
+from .classes import schedule
+from .lse_torch import Grads, Pairs, weights
 
 
 def backend(impl: str, x: Tensor) -> Any:
@@ -47,12 +39,15 @@ def _stats(
     tensors: list[Tensor | None], mask: str, same: bool, both: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """`statistics` of rows and columns.  tensors: q, k, scale, bias, row_ids, col_ids."""
-    pairs = _pairs(tensors, mask, same)
+    pairs = _pairs(tensors, mask, same, impl)
     return backend(impl, pairs.q).statistics(pairs, both)
 
 
-def _pairs(tensors: Sequence[Any], mask: str, same: bool) -> Pairs:
+def _pairs(tensors: Sequence[Any], mask: str, same: bool, impl: str) -> Pairs:
     q, k, scale, bias, row_ids, col_ids = tensors
+    if impl != "torch":
+        q = evened(q)
+        k = q if same else evened(k)
     return Pairs(q, k, scale, bias, row_ids, col_ids, mask, same)
 
 
@@ -72,8 +67,9 @@ def _grads(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gradients` to q, k, scale and bias."""
-    pairs = _pairs(tensors, mask, same)
-    return tuple(backend(impl, pairs.q).gradients(pairs, rows, cols, tuple(need)))
+    pairs, D = _pairs(tensors, mask, same, impl), tensors[0].shape[1]  # pyright: ignore
+    dq, dk, *rest = backend(impl, pairs.q).gradients(pairs, rows, cols, tuple(need))
+    return cut(dq, D), cut(dk, D), *rest  # pyright: ignore[reportReturnType]
 
 
 def _fake_grads(tensors, rows, cols, mask, same, need, impl):
@@ -88,6 +84,15 @@ stats = operator("pairwise_stats", _stats, _fake_stats)
 grads = operator("pairwise_grads", _grads, _fake_grads)
 
 
+def _log_sum(impl: str) -> Any:
+    """That of all Triton's schedules, or torch's: the compiler cannot look into `schedule`."""
+    if impl == "torch":
+        return lse_torch.log_sum
+    from .scores_triton import log_sum
+
+    return log_sum
+
+
 class _LSE(torch.autograd.Function):
     """Row and column log-sum-exps; k is None for symmetric scores of q with itself."""
 
@@ -97,7 +102,7 @@ class _LSE(torch.autograd.Function):
         same, rest = k is None, (scale, bias, row_ids, col_ids)
         rows, cols = stats([q, q if same else k, *rest], mask, same, both, impl)
         ctx.save_for_backward(q, k, *rest, rows, cols)
-        log_sum = backend(impl, q).log_sum
+        log_sum = _log_sum(impl)
         return log_sum(rows), log_sum(cols)
 
     @staticmethod
@@ -105,7 +110,7 @@ class _LSE(torch.autograd.Function):
     def backward(ctx: Any, grad_rows, grad_cols):
         q, k, scale, bias, row_ids, col_ids, rows, cols = ctx.saved_tensors
         mask, both, impl = ctx.options
-        weights, need, same = backend(impl, q).weights, ctx.needs_input_grad[:4], k is None
+        need, same = ctx.needs_input_grad[:4], k is None
         if same and both:  # the two are one
             grad_rows, both = grad_rows + grad_cols, False
         tensors = [q, q if same else k, scale, bias, row_ids, col_ids]

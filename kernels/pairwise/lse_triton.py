@@ -7,10 +7,11 @@ with TRANSPOSED, x = k, y = q, what belongs to columns.
     backward   u_i = sum_j W_ij y_j, and sum_j W_ij       2 units a side; 2 in all when q is k
                (TRANSPOSED: W_ij scale_j y_j with a scale for each row)
 
-Each further BLOCK_O columns of D cost one unit more in the backward, since a program keeps no more
-of u in registers and computes the scores again.  No atomics: the same bits each run.  W is rounded
-to the inputs' dtype for its product; float16 has too little range, so there W is divided by
-FP16_SCALE first.
+Where the rows alone would not fill the GPU, several programs share the columns, and what they make
+is joined.  Each further BLOCK_O columns of D cost one unit more in the backward, since a program
+keeps no more of u in registers and computes the scores again.  No atomics: the same bits each run.
+W is rounded to the inputs' dtype for its product; float16 has too little range, so there W is
+divided by FP16_SCALE first.
 Traffic: x once, y once for each row of tiles, mostly from L2.  In place: nothing.
 Row indices are int64, as row * stride passes 2**31.  Scores and statistics: scores_triton.py.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and sum.
@@ -30,14 +31,25 @@ from .classes import Choice, choose
 from .lse_configs import backward_variants, forward_variants
 from .lse_torch import Grads, Pairs, weights
 from .masks import triton_rules
-from .scores_triton import LEAST, fp16_scale, join, log_sum, product, scored, weighed
+from .scores_triton import (
+    LEAST,
+    column_share,
+    folded,
+    fp16_scale,
+    join,
+    log_sum,
+    product,
+    scored,
+    summed,
+    weighed,
+)
 
 __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
 
 
 @triton.jit
 def _fwd(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, STATS, M, N, D, x_row, y_row,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, STATS, M, N, D, share, x_row, y_row,
     RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
     FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -49,7 +61,8 @@ def _fwd(
     x = tl.load(X + d, d < D, 0.0)
     m = tl.full((BLOCK_M,), LEAST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for n in range(0, N, BLOCK_N):
+    first = tl.program_id(1) * share
+    for n in range(first, tl.minimum(first + share, N), BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
@@ -65,13 +78,15 @@ def _fwd(
         peak = tl.maximum(m, tl.max(s, 1))
         total = total * tl.exp2(m - peak) + tl.sum(tl.exp2(s - peak[:, None]), 1)
         m = peak
+    STATS += tl.program_id(1).to(tl.int64) * 2 * M
     tl.store(STATS + row, m, row < M)
     tl.store(STATS + M + row, total, row < M)
 
 
 @triton.jit
 def _bwd(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, X_SIDE, Y_SIDE, FP16_SCALE, OUT, SUMS, M, N, D, x_row, y_row,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, X_SIDE, Y_SIDE, FP16_SCALE, OUT, SUMS,
+    M, N, D, share, x_row, y_row,
     RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
     FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -84,7 +99,8 @@ def _bwd(
     x = tl.load(X + d, d < D, 0.0)
     u = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
-    for n in range(0, N, BLOCK_N):
+    first = tl.program_id(2) * share
+    for n in range(first, tl.minimum(first + share, N), BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
@@ -108,9 +124,10 @@ def _bwd(
         u = dot(w.to(y.dtype), y, u, PRECISION)
     if FP16_SCALE is not None:
         u *= tl.load(FP16_SCALE)
-    tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
+    part = tl.program_id(2).to(tl.int64) * M
+    tl.store(OUT + (part + row)[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if SUMS is not None:
-        tl.store(SUMS + row, sums, row < M)
+        tl.store(SUMS + part + row, sums, row < M)
 
 
 def _fits_block(constants: Mapping[str, Any], config: Config, D: int) -> bool:
@@ -140,15 +157,17 @@ def forward(pairs: Pairs, transposed: bool = False, choice: Choice | None = None
     name, config = choice or choose(FWD, pairs.q, _part(pairs))
     constants, (rules, places) = FWD.variants[name].constexprs, triton_rules(pairs.mask)
     (M, D), N = x.shape, len(y)
-    out = torch.empty(2, M, dtype=torch.float32, device=x.device)
+    rows = triton.cdiv(M, config.blocks["BLOCK_M"])
+    share = column_share(rows, N, config.blocks["BLOCK_N"], x.device)
+    out = torch.empty(triton.cdiv(N, share), 2, M, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(out):
-        _fwd[(triton.cdiv(M, config.blocks["BLOCK_M"]),)](
-            x, y, scale, *rest, out, M, N, D, x.stride(0), y.stride(0),
+        _fwd[rows, len(out)](
+            x, y, scale, *rest, out, M, N, D, share, x.stride(0), y.stride(0),
             RULES=rules, PLACES=places, TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
             FITS_BLOCK=_fits_block(constants, config, D),
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip
-    return out
+    return folded(out)
 
 
 def backward(
@@ -170,18 +189,21 @@ def backward(
     (M, D), N, blocks = x.shape, len(y), config.blocks
     by_column = transposed and scale.ndim == 1
     factor = scale if by_column else x.new_ones((), dtype=torch.float32)
-    out = torch.empty(M, D, dtype=torch.float32, device=x.device)
-    total = out.new_empty(M) if sums else None
+    rows, outs = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])
+    share = column_share(rows * outs, N, blocks["BLOCK_N"], x.device)
+    shares = triton.cdiv(N, share)
+    out = torch.empty(shares, M, D, dtype=torch.float32, device=x.device)
+    total = out.new_empty(shares, M) if sums else None
     x_side, y_side = sides[::-1] if transposed else sides
     largest = fp16_scale(sides, factor) if x.dtype == torch.float16 else None
     with torch.cuda.device_of(out):
-        _bwd[triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])](
-            x, y, scale, *rest, x_side, y_side, largest, out, total, M, N, D, x.stride(0),
+        _bwd[rows, outs, shares](
+            x, y, scale, *rest, x_side, y_side, largest, out, total, M, N, D, share, x.stride(0),
             y.stride(0), RULES=rules, PLACES=places, TRANSPOSED=transposed,
             VECTOR=scale.ndim == 1, FITS_BLOCK=_fits_block(constants, config, D),
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip
-    return out, total
+    return summed(out), None if total is None else summed(total)
 
 
 def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import dot
+from ..common.gpu import on_gpu
+from ..common.triton import dot, sm_count
 from .masks_triton import kept
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
+LEAST_SHARE = 512  # columns
 LEAST = tl.constexpr(-3.4028234663852886e38)  # a maximum of -inf would make -inf - -inf
 
 
@@ -80,6 +82,35 @@ def join(a: Tensor, b: Tensor) -> Tensor:
     """The statistics of two disjoint sets of pairs together."""
     m = torch.maximum(a[0], b[0])
     return torch.stack([m, a[1] * (a[0] - m).exp2() + b[1] * (b[0] - m).exp2()])
+
+
+def folded(parts: Tensor) -> Tensor:
+    """The statistics (2, R) of disjoint sets of pairs (S, 2, R) together."""
+    if len(parts) == 1:
+        return parts[0]
+    m = parts[:, 0].amax(0)
+    return torch.stack([m, (parts[:, 1] * (parts[:, 0] - m).exp2()).sum(0)])
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum of parts (S, ...), in their order."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def programs(device: torch.device, each: int) -> int:
+    """How many programs fill the device, `each` a multiprocessor."""
+    return each * sm_count(device) if on_gpu(device) else 1
+
+
+def column_share(
+    blocks: int, N: int, step: int, device: torch.device, each: int = 2, least: int = 0
+) -> int:
+    """How many of N columns a program meets: a multiple of `step`, at least `least`.
+
+    All, where the `blocks` of rows fill the device, `each` of them a multiprocessor.
+    """
+    shares = max(1, programs(device, each) // max(1, blocks))
+    return triton.cdiv(max(triton.cdiv(N, shares), min(LEAST_SHARE, 8 * step), least), step) * step
 
 
 def fp16_scale(sides: list[Tensor | None], factor: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ TRIAL_ROWS, TRIAL_BLOCK = 16384, (2048, 4096)
 
 # Sizes, strides and offsets are taken to be divisible by 16.
 RULES = {"RULES": TritonRules([masks_triton.same_group]), "PLACES": (0,)}
-TYPES = named("i32:16", "M N D x_row y_row i0 j0 R C") | named("*fp32:16", "SCALE BIAS SUMS OUT P")
+TYPES = named("i32:16", "M N D share x_row y_row i0 j0 R C")
+TYPES |= named("*fp32:16", "SCALE BIAS SUMS OUT P")
 TYPES |= named("*i64:16", "X_IDS Y_IDS ROW_IDS COL_IDS") | named(ROWS, "X Y W")
 
 Launch = Callable[..., Any]

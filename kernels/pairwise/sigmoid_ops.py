@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.autograd import accumulator, first_order, full_precision
 from ..common.operators import operator
+from ..common.rows import cut, evened
 from . import sigmoid_torch
 from .sigmoid_torch import Logits, Need, Results
 
@@ -31,7 +32,10 @@ def _run(
     tensors: list[Tensor | None], mask: str, need: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`results`.  tensors: those of `Logits`."""
-    return tuple(_backend(impl).results(Logits(*tensors, mask), tuple(need)))  # pyright: ignore
+    (q, k, *rest), even = tensors, evened if impl == "triton" else lambda x: x
+    logits = Logits(even(q), even(k), *rest, mask)  # pyright: ignore
+    total, dq, dk, *numbers = _backend(impl).results(logits, tuple(need))
+    return total, cut(dq, q.shape[1]), cut(dk, q.shape[1]), *numbers  # pyright: ignore
 
 
 def _fake(tensors, mask, need, impl):

@@ -6,8 +6,9 @@
 tiles      one kernel, a program for a block of rows, which meets all others a block at a time:
            x = q gives dq and the sums, x = k gives dk.  4 units of 2 M N D operations with
            gradients, 1 without; each further BLOCK_O columns of D cost one unit more a side.
-products   cuBLAS makes a block of q k^T in float32, small enough to stay in L2; `_weigh` reads it
-           once, sums, and writes W in the inputs' dtype; cuBLAS multiplies W twice.  3 units.
+           Where its rows alone would not fill the GPU, several programs share the others.
+products   cuBLAS makes a block of q k^T in float32, of BLOCK_BYTES; `_weigh` reads it once, sums,
+           and writes W in the inputs' dtype; cuBLAS multiplies W twice.  3 units.
 
 Each program writes its own sums, which are added in float64.  No atomics: the same bits each run.
 W is rounded to the inputs' dtype for its products.  |W| <= 1, and in float16 it is multiplied by
@@ -24,18 +25,17 @@ from torch import Tensor
 
 from ..common.chunks import spans
 from ..common.launch import dtype_name
+from ..common.matmul import add_product
 from ..common.matmul import product as matmul
 from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Kernel, config_for, register
-from .classes import Choice, choose
+from .classes import Choice, choose, schedule
 from .lse_gemm import BLOCK_BYTES
 from .masks import triton_rules
 from .masks_triton import kept
-from .scores_triton import LOG2_E, product
+from .scores_triton import LOG2_E, column_share, product, summed
 from .sigmoid_configs import FP16_SCALES, PASSES, tile_variants, weigh_variants
 from .sigmoid_torch import Logits, Need, Results
-
-FUSED_UP_TO = 256  # features; from others' measurements on Hopper, to be confirmed by gpu-tune
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _sigmoid(p, scale, bias, positive, ok):
 
 @triton.jit
 def _tiles(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, SUMS, OUT, M, N, D, x_row, y_row,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, SUMS, OUT, M, N, D, share, x_row, y_row,
     RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, TOTAL: tl.constexpr,
     GRAD: tl.constexpr, FP16_SCALE: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -84,7 +84,8 @@ def _tiles(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sum_w = tl.zeros((BLOCK_M,), tl.float32)
     sum_wp = tl.zeros((BLOCK_M,), tl.float32)
-    for n in range(0, N, BLOCK_N):
+    first = tl.program_id(2) * share
+    for n in range(first, tl.minimum(first + share, N), BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
@@ -106,10 +107,11 @@ def _tiles(
             u = dot((w * FP16_SCALE).to(y.dtype), y, u, PRECISION)
     if GRAD:
         u *= scale / FP16_SCALE
-        tl.store(OUT + row[:, None] * D + o, u, (row < M)[:, None] & (o < D))
+        part = tl.program_id(2).to(tl.int64) * M
+        tl.store(OUT + (part + row)[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if TOTAL:
         if tl.program_id(1) == 0:
-            SUMS += tl.program_id(0).to(tl.int64) * 3
+            SUMS += (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 3
             tl.store(SUMS, tl.sum(tl.where(row < M, total, 0.0), 0))
             tl.store(SUMS + 1, tl.sum(tl.where(row < M, sum_w, 0.0), 0))
             tl.store(SUMS + 2, tl.sum(tl.where(row < M, sum_wp, 0.0), 0))
@@ -155,17 +157,22 @@ def one_side(
     if passes["TRANSPOSED"]:
         (x, y), ids = (y, x), ids[::-1]
     (M, D), N = x.shape, len(y)
-    rows, columns = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])
-    out = scale.new_empty(M, D) if passes["GRAD"] else None
-    sums = scale.new_empty(rows, 3) if passes["TOTAL"] else None
+    rows, outs = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])
+    outs = outs if passes["GRAD"] else 1
+    share = column_share(rows * outs, N, blocks["BLOCK_N"], x.device)
+    shares = triton.cdiv(N, share)
+    out = scale.new_empty(shares, M, D) if passes["GRAD"] else None
+    sums = scale.new_empty(shares * rows, 3) if passes["TOTAL"] else None
     with torch.cuda.device_of(scale):
-        _tiles[rows, columns if passes["GRAD"] else 1](
-            x, y, scale, logits.bias.float(), *ids, sums, out, M, N, D, x.stride(0), y.stride(0),
+        _tiles[rows, outs, shares](
+            x, y, scale, logits.bias.float(), *ids, sums, out, M, N, D, share, x.stride(0),
+            y.stride(0),
             RULES=rules, PLACES=places, **passes, FP16_SCALE=FP16_SCALES.get(dtype_name(x), 1.0),
             FITS_BLOCK=constants["FITS_BLOCK"] and blocks["BLOCK_D"] >= D,
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip
-    return None if sums is None else sums.sum(0, dtype=torch.float64), out
+    total = None if sums is None else sums.sum(0, dtype=torch.float64)
+    return total, None if out is None else summed(out)
 
 
 def weigh(p: Tensor, logits: Logits, i: slice, j: slice, part: str) -> tuple[Tensor, Tensor]:
@@ -212,16 +219,16 @@ def _by_products(logits: Logits, need: Need) -> Found:
             block_sums, w = weigh(matmul(q[i], k[j].T), logits, i, j, part)
             sums += block_sums
             if need_q:
-                dq[i] += matmul(w, k[j])
+                add_product(dq[i], w, k[j])
             if need_k:
-                dk[j] += matmul(w.T, q[i])
+                add_product(dk[j], w.T, q[i])
     return sums, dq.mul_(factor), dk.mul_(factor)
 
 
 def results(logits: Logits, need: Need) -> Results:
     """As sigmoid_torch.results."""
-    wide = logits.q.shape[1] > FUSED_UP_TO
-    sums, *made = (_by_products if wide else _by_tiles)(logits, need)
+    by = {"tiles": _by_tiles, "products": _by_products}[schedule(logits.q)]
+    sums, *made = by(logits, need)
     none = logits.q.new_empty
     total, dbias, dscale = (x.to(torch.float32, copy=True) for x in sums.unbind())
     numbers = dscale if need[2] else None, dbias if need[3] else None

@@ -24,6 +24,7 @@ from ..common.autograd import accumulator
 from ..common.chunks import spans, tile_shape
 from ..common.dispatch import declare
 from ..common.operators import operator
+from ..common.rows import evened
 from .lse import Mask, check_pairs
 from .masks import Masks, Tile
 from .topk_configs import MOST
@@ -74,7 +75,7 @@ def _topk(
         return topk_torch(q, k, n, row_ids, col_ids, mask)
     from .topk_triton import topk
 
-    return topk(q, k, n, row_ids, col_ids, mask)
+    return topk(evened(q), evened(k), n, row_ids, col_ids, mask)
 
 
 def _fake(q, k, n, row_ids, col_ids, mask, impl):

@@ -19,15 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.gpu import on_gpu
-from ..common.triton import precision, rows_contiguous, sm_count
+from ..common.triton import precision, rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
 from .masks import triton_rules
 from .masks_triton import exclude_self, kept
-from .scores_triton import product
+from .scores_triton import column_share, product
 from .topk_configs import shape_class, variants
 
-LEAST_SHARE = 512  # columns
 DROPPED = tl.constexpr(-(1 << 63))  # the key of a pair that is not there: below all others
 NAN = tl.constexpr(0x7FC00000)  # its bits, whatever its sign was
 MINUS_INFINITY = tl.constexpr(-0x7F800001)  # its rank
@@ -85,19 +83,6 @@ def _topk(
     tl.store(KEYS + at, best, (row < M)[:, None] & (slot < n))
 
 
-def programs(device: torch.device) -> int:
-    """How many programs fill the device."""
-    return 4 * sm_count(device) if on_gpu(device) else 1
-
-
-def _share(M: int, N: int, n: int, config: Config, device: torch.device) -> int:
-    """How many columns a program sees: a multiple of BLOCK_N."""
-    step = config.blocks["BLOCK_N"]
-    shares = programs(device) // triton.cdiv(M, config.blocks["BLOCK_M"])
-    columns = max(triton.cdiv(N, max(shares, 1)), min(LEAST_SHARE, 8 * step), 4 * n)
-    return triton.cdiv(columns, step) * step
-
-
 def topk(
     q: Tensor,
     k: Tensor,
@@ -114,11 +99,12 @@ def topk(
     q, k, (M, D), N = rows_contiguous(q), rows_contiguous(k), q.shape, len(k)
     name = shape_class(q, n)
     name, config = choice or (name, config_for(TOPK, name, q.device))
-    share = _share(M, N, n, config, q.device)
+    rows = triton.cdiv(M, config.blocks["BLOCK_M"])
+    share = column_share(rows, N, config.blocks["BLOCK_N"], q.device, 4, 4 * n)
     constants, (rules, places) = TOPK.variants[name].constexprs, triton_rules(mask)
     keys = torch.empty(M, triton.cdiv(N, share) * n, dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
-        _topk[triton.cdiv(M, config.blocks["BLOCK_M"]), triton.cdiv(N, share)](
+        _topk[rows, triton.cdiv(N, share)](
             q, k, row_ids, col_ids, keys, M, N, D, n, share, q.stride(0), k.stride(0),
             RULES=rules, PLACES=places, PRECISION=precision(constants["PRECISION"]),
             SLOTS=constants["SLOTS"], **config.arguments,

@@ -14,7 +14,7 @@ from ..common.launch import ROWS, Part, configs, dtype_name, named, random
 
 # (BLOCK_R, BLOCK_D, warps, stages) for 16-bit numbers; the first is the safe one.
 MOVES = configs("BLOCK_R BLOCK_D", [(16, 256, 4, 2), (8, 512, 4, 2)])
-SUMS = configs("BLOCK_R BLOCK_D", [(8, 128, 4, 2), (8, 256, 8, 2)])
+SUMS = configs("BLOCK_R BLOCK_D", [(8, 128, 8, 2), (8, 64, 4, 2), (8, 256, 8, 2)])
 TRIAL = (256, 196, 768)  # sequences, places, features; a quarter of the places is visible
 
 # Sizes and strides are taken to be divisible by 16, features adjacent.

@@ -10,9 +10,11 @@ import torch
 
 from fastssl.kernels import pairwise_lse
 from fastssl.kernels.common import chunks as _chunks
+from fastssl.kernels.common import rows
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
+from fastssl.kernels.pairwise import scores_triton
 from tests import covering
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
@@ -72,7 +74,20 @@ def nan_filled():
 
 
 @pytest.fixture
-def small_blocks(monkeypatch, nan_filled):
+def five_places(monkeypatch):
+    """A device that five programs fill: fewer blocks of rows share the columns, of at least 16."""
+    monkeypatch.setattr(scores_triton, "programs", lambda device, each: 5)
+    monkeypatch.setattr(scores_triton, "LEAST_SHARE", 16)
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    """Rows are taken as they are, so that blocks are wider than they, and not a multiple."""
+    monkeypatch.setattr(rows, "EVEN", 1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch, nan_filled, five_places, uneven):
     """16 rows and columns a tile; blocks of products of 20 rows and 40 columns."""
     with ExitStack() as stack:
         for kernel, blocks in FORCED.items():

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from fastssl.kernels import PairMask, exclude_self, pairwise_lse
+from fastssl.kernels.common import rows
 from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.pairwise import classes
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
 from fastssl.kernels.pairwise import lse_triton as pairwise_tiles
@@ -46,11 +48,12 @@ def pairs_of(q, k, mask=None, bias=None):
         (torch.bfloat16, 256, "tiles"),
         (torch.bfloat16, 257, "products"),
         (torch.float16, 512, "products"),
-        (torch.float32, 512, "tiles"),
+        (torch.float32, 31, "tiles"),
+        (torch.float32, 32, "products"),
     ],
 )
 def test_the_schedule_goes_by_width(dtype, D, expected):
-    assert pairwise_ops.schedule(torch.empty(3, D, dtype=dtype)) == expected
+    assert classes.schedule(torch.empty(3, D, dtype=dtype)) == expected
 
 
 def test_one_tensor_costs_one_pass_of_tiles_backward(monkeypatch):
@@ -92,6 +95,24 @@ def test_the_most_features(impl):
             lambda q, k: torch.cat(pairwise_lse_reference(q, k, 1.0, None, None, True)),
             (q, k),
         )
+
+
+@schedules
+@pytest.mark.parametrize("same", [True, False], ids=["self", "rows"])
+def test_rows_that_no_wide_load_divides_are_padded(schedule, same, monkeypatch):
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: schedule)
+    monkeypatch.setattr(rows, "EVEN", 16)
+    module = pairwise_ops.backend("triton", torch.empty(1, 1))
+    widths, gradients = [], module.gradients
+    seen = lambda pairs, *a: widths.append(pairs.k.shape[1]) or gradients(pairs, *a)  # noqa: E731
+    monkeypatch.setattr(module, "gradients", seen)
+    q, k = rows_of(torch.float32, (19, 21), (37, 21))
+    reference = lambda q, k: pairwise_lse_reference(q, k, 2.0, None, None, False)  # noqa: E731
+    if same:
+        assert_no_worse(lambda q: fused(q, q, 2.0), lambda q: reference(q, q), [q])
+    else:
+        assert_no_worse(lambda q, k: fused(q, k, 2.0), reference, [q, k])
+    assert set(widths) == {32}
 
 
 @schedules

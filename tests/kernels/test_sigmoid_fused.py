@@ -8,6 +8,7 @@ import triton
 import triton.language as tl  # noqa: F401  the interpreter looks for it where a function is
 
 from fastssl.kernels import PairMask, same_group
+from fastssl.kernels.common import rows
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.pairwise import sigmoid_ops
 from fastssl.kernels.pairwise import sigmoid_triton as sigmoid_fused
@@ -37,7 +38,7 @@ EAGER = PairMask("fused-eager", lambda rows, cols: rows > cols)
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small_blocks(monkeypatch, five_places, uneven):
     monkeypatch.setattr(sigmoid_fused, "BLOCK_BYTES", 2048)  # 16 rows by 32 columns
     with (
         _tuning.forced(TILES.name, _tuning.Config({**SMALL, "BLOCK_D": 16, "BLOCK_O": 16})),
@@ -48,8 +49,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["tiles", "products"])
 def schedule(request, monkeypatch):
-    most = {"tiles": 10**9, "products": 0}[request.param]
-    monkeypatch.setattr(sigmoid_fused, "FUSED_UP_TO", most)
+    monkeypatch.setattr(sigmoid_fused, "schedule", lambda x: request.param)
     return request.param
 
 
@@ -227,6 +227,13 @@ def test_rows_beyond_two_to_the_31_elements(tmp_path):
 
 
 @pytest.mark.usefixtures("schedule")
+def test_rows_that_no_wide_load_divides_are_padded(monkeypatch):
+    monkeypatch.setattr(rows, "EVEN", 16)
+    q, k = embeddings(torch.float32, (19, 21), (37, 21))
+    assert_no_worse(fused, reference, (q, k, number(5.0), number(-2.0)))
+
+
+@pytest.mark.usefixtures("schedule")
 def test_the_same_bits_each_time():
     q, k = embeddings(torch.bfloat16, (19, 17), (37, 17))
     first, second = (grads(fused, [q, k, number(3.0), number(-1.0)]) for _ in range(2))
@@ -240,7 +247,7 @@ def test_schedules_go_by_the_features(monkeypatch):
             sigmoid_fused, name, lambda *_, n=name: ran.append(n) or [torch.ones(3)] * 3
         )
     for D in (256, 257):
-        q = torch.zeros(2, D, device=DEVICE)
+        q = torch.zeros(2, D, dtype=torch.bfloat16, device=DEVICE)
         results(Logits(q, q, number(1.0), number(0.0), None, None, "same_group@-1"), ALL)
     assert ran == ["_by_tiles", "_by_products"]
 

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl  # noqa: F401  the interpreter looks for it where a function is
 
 from fastssl.kernels import PairMask, exclude_self, pairwise_topk, same_group
+from fastssl.kernels.common import rows
 from fastssl.kernels.common import tuning as _tuning
-from fastssl.kernels.pairwise import topk_triton as topk_fused
+from fastssl.kernels.pairwise import scores_triton
 from fastssl.kernels.pairwise.masks import as_masks
 from fastssl.kernels.pairwise.topk_configs import shape_class
 from tests.oracle import DEVICE
@@ -30,8 +31,9 @@ EAGER = PairMask("eager", lambda rows, cols: rows > cols)
 @pytest.fixture(autouse=True, params=[1, 7], ids=["one share", "shares"])
 def small_blocks(monkeypatch, request):
     """Blocks of 16, and as many programs as a device of one or of seven places would have."""
-    monkeypatch.setattr(topk_fused, "programs", lambda device: request.param)
-    monkeypatch.setattr(topk_fused, "LEAST_SHARE", 16)
+    monkeypatch.setattr(scores_triton, "programs", lambda device, each: request.param)
+    monkeypatch.setattr(scores_triton, "LEAST_SHARE", 16)
+    monkeypatch.setattr(rows, "EVEN", 16 if request.param == 1 else 1)
     with _tuning.forced("pairwise_topk", SMALL):
         yield
 
@@ -187,8 +189,8 @@ def test_shape_classes():
 
 def test_programs_fill_the_device():
     """Few rows are met by many programs, each of them with enough columns; many rows by one."""
-    share = lambda M, N, n=5: topk_fused._share(M, N, n, SMALL, torch.device("cpu"))  # noqa: E731
-    places = topk_fused.programs(torch.device("cpu"))
-    assert share(16, 1000) == (1008 if places == 1 else 144)
-    assert share(16 * 8, 1000) == 1008
-    assert share(16, 1000, 60) == (1008 if places == 1 else 240)
+    share = lambda *a: scores_triton.column_share(*a[:2], 16, torch.device("cpu"), 4, *a[2:])  # noqa: E731
+    places = scores_triton.programs(torch.device("cpu"), 4)
+    assert share(1, 1000) == (1008 if places == 1 else 144)
+    assert share(8, 1000) == 1008
+    assert share(1, 1000, 240) == (1008 if places == 1 else 240)
