@@ -4,9 +4,11 @@ import gc
 import os
 import random
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -48,6 +50,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """On a GPU a case takes next to no time, and there a pair of values may not say it all."""
     covering.FULL = config.getoption("--full") or torch.cuda.is_available()
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        if problem := interpreter.problem(version("triton"), np.__version__):
+            raise pytest.UsageError(problem)
 
 
 def pytest_collection_finish():

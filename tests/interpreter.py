@@ -15,6 +15,16 @@ from math import prod
 from typing import Any
 
 
+def problem(triton: str, numpy: str) -> str:
+    """Why these versions' interpreter runs no kernel, as a sentence; "" where it does."""
+    old, new = (tuple(int(n) for n in v.split(".")[:2]) for v in (triton, numpy))
+    if old < (3, 7) and new >= (2, 5):
+        return (
+            f"Triton {triton} cannot interpret kernels with NumPy {numpy}: pip install 'numpy<2.5'"
+        )
+    return ""
+
+
 def quicken() -> None:
     """Call it once, before a kernel runs."""
     from triton.runtime import interpreter

@@ -4,6 +4,7 @@ import torch
 from fastssl import kernels
 from fastssl.kernels import implementations
 from fastssl.kernels.common.dispatch import Primitive
+from tests.interpreter import problem
 
 PRIMITIVES = {
     "chamfer",
@@ -24,6 +25,12 @@ PRIMITIVES = {
     "scatter_tokens",
     "standardize",
 }
+
+
+def test_an_interpreter_that_runs_nothing_says_so():
+    """Where a GPU machine's versions rehearse."""
+    assert "3.6.0 cannot interpret kernels with NumPy 2.5.2: pip" in problem("3.6.0", "2.5.2")
+    assert problem("3.6.0", "2.4.9") == problem("3.9.0", "2.5.2") == ""
 
 
 def test_every_primitive_reports_what_it_would_use():
