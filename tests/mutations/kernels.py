@@ -6,11 +6,19 @@ MOMENTS = "tests/kernels/test_moments.py tests/kernels/test_moments_fused.py"
 CORRELATION = "tests/kernels/test_correlation.py tests/kernels/test_correlation_mixed.py"
 FUSED_CORRELATION = "tests/kernels/test_correlation_fused.py"
 PATCHES = "tests/kernels/test_patches_fused.py tests/kernels/test_patches.py"
+LAUNCHES = "tests/bench/test_launches.py"
 TOPK = "tests/kernels/test_topk_fused.py tests/kernels/test_topk.py"
 
 TESTS = {
     "kernels/pairwise/lse_triton": (LSE, "tiles"),
     "kernels/pairwise/lse_gemm": (LSE, "products"),
+    "kernels/pairwise/masks": (LAUNCHES, ""),
+    "bench/compiler/recording": (LAUNCHES, ""),
+    "bench/registry": ("tests/bench/test_run.py", "gate"),
+    "bench/measure/gate": ("tests/bench/test_gate.py", "glance"),
+    "kernels/common/rows": ("tests/kernels/test_pairwise_fused.py", "padded"),
+    "kernels/common/matmul": ("tests/kernels/test_pairwise_fused.py", "tf32"),
+    "kernels/common/tuning": ("tests/kernels/test_tuning.py", ""),
     "kernels/pairwise/lse_torch": (LSE, "not tiles and not products"),
     "kernels/pairwise/scores_triton": (LSE, "tiles or products"),
     "kernels/pairwise/masks_triton": (LSE, "mask and tiles"),
@@ -44,6 +52,8 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("tl.exp2(s - peak[:, None])", "tl.exp2(s - m[:, None])"),
         ("        m = peak", "        m = m"),
         ("STATS + row, m, row < M", "STATS + row, m, row < M - 1"),
+        ("tl.program_id(1) * share", "0 * share"),
+        ("STATS += tl.program_id(1)", "STATS += 0 * tl.program_id(1)"),
     ],
     "kernels/pairwise/lse_triton._bwd": [
         ("if TRANSPOSED and VECTOR:", "if VECTOR:"),
@@ -51,7 +61,27 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("sums += tl.sum(w, 1)", "sums = tl.sum(w, 1)"),
         ("w *= 1 / tl.load(FP16_SCALE)", "w *= tl.load(FP16_SCALE)"),
         ("y, u, PRECISION)", "y, 0 * u, PRECISION)"),
+        ("tl.program_id(2) * share", "0 * share"),
+        ("(part + row)", "row"),
+        ("SUMS + part + row", "SUMS + row"),
     ],
+    "kernels/pairwise/scores_triton.folded": [("(parts[:, 0] - m)", "parts[:, 0]")],
+    "kernels/common/rows.evened": [("-x.shape[1] % EVEN", "x.shape[1] % EVEN")],
+    "kernels/common/rows.cut": [("x[:, :features]", "x[:, -features:]")],
+    "kernels/common/matmul.allows_tf32": [('== "tf32"', '== "ieee"')],
+    "kernels/common/tuning.forced": [
+        ("{**_forced.get(), kernel: config}", "{kernel: config}"),
+        ("set_multithreading_enabled(False)", "set_multithreading_enabled(True)"),
+    ],
+    "kernels/common/tuning.autotuned": [("with torch.cuda.device(device):", "if True:")],
+    "kernels/pairwise/masks.cache_key": [("rule.cache_key for", "rule.__name__ for")],
+    "bench/registry.gate": [("most.get(name, size)", "most.get(name, 1)")],
+    "bench/measure/gate.glance": [
+        ("8 * math.sqrt(eps)", "80 * math.sqrt(eps)"),
+        ("dim=-1) /", "dim=0) /"),
+    ],
+    "bench/compiler/recording.run": [("size > most", "size > 2 * most")],
+    "bench/compiler/recording.data_ptr": [("512 + self.offset", "512")],
     "kernels/pairwise/lse_gemm._summarize": [
         ("tl.max(s, 1), LEAST)", "tl.max(s, 1), 0.0)"),
         ("tl.exp2(s - m_y[None, :])", "tl.exp2(s - m[:, None])"),
@@ -100,6 +130,9 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("u *= scale / FP16_SCALE", "u *= 1 / FP16_SCALE"),
         ("row < M, total, 0.0", "row < M - 1, total, 0.0"),
         ("sum_w += tl.sum(w, 1)", "sum_w -= tl.sum(w, 1)"),
+        ("tl.program_id(2) * share", "0 * share"),
+        ("(part + row)", "row"),
+        ("tl.program_id(2).to(tl.int64) * tl.num_programs(0)", "0"),
     ],
     "kernels/pairwise/sigmoid_triton._weigh": [
         ("[:, None] * C", "[:, None] * R"),

@@ -47,7 +47,12 @@ TESTS = {
 MUTATIONS = {
     "losses/__init__.*": [("from .barlow", "import torch._dynamo\nfrom .barlow")],  # fault 19
     # fault 35: numbers at the edge
-    "losses/_unit.unit": [("1e-10", "0.0"), ("> 1e15", "> 1e38")],
+    "losses/_unit.unit": [
+        ("1e-10", "0.0"),
+        ("> 1e15", "> 1e38"),
+        ("low >= 1e-9 and", ""),
+        ("and high <= 1e15", ""),
+    ],
     "losses/_checks.check_positive": [("value > 0", "value >= 0")],
     "losses/_checks.check_not_negative": [("value >= 0", "value >= -1")],
     "losses/_checks.is_finite": [("isfinite(value)", "isnan(value) is False")],
