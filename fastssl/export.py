@@ -81,7 +81,9 @@ def export(run: Path, out: Path, fmt: str) -> Path:
     if fmt == "timm" and cfg.model.name in OWN:
         raise ConfigError(f"--format timm is for timm's models, not {cfg.model.name}: safetensors")
     backbone = encoder.backbone
-    weights = {k: v.contiguous() for k, v in backbone.state_dict().items()}
+    # Apart, what two modules share too: safetensors refuses it otherwise.
+    apart = {"memory_format": torch.contiguous_format}
+    weights = {k: v.clone(**apart) for k, v in backbone.state_dict().items()}
     facts = {"format": "pt", "architecture": cfg.model.name, "method": cfg.method.name}
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,8 @@ class Engine:
         Collective: call it on every rank; every rank gets the result.
         """
         encoder = self.method.encoder
-        tensors = [*encoder.named_buffers(), *encoder.named_parameters()]
+        every = {"remove_duplicate": False}  # what two modules share has both names in a state_dict
+        tensors = [*encoder.named_buffers(**every), *encoder.named_parameters(**every)]
         state = {name: self._whole(tensor).cpu().clone() for name, tensor in tensors}
         return {name: state[name] for name in encoder.state_dict()}
 

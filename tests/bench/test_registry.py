@@ -1,6 +1,7 @@
 """The registry: names are taken once, patterns must match, unknown sizes are refused."""
 
 import pytest
+import torch
 
 from fastssl.bench import registry
 from fastssl.bench.cases import all_cases, select
@@ -72,3 +73,14 @@ def test_every_case_has_shapes_of_some_size_and_a_sentence():
 
 def test_a_sweep_frees_one_side():
     assert Sweep("B", (1, 2), {"D": 3}).shapes() == [{"D": 3, "B": 1}, {"D": 3, "B": 2}]
+
+
+def test_the_gate_cuts_the_sides_it_names_alone():
+    """The others choose the schedule that is timed."""
+    shapes = {"quick": [{"B": 100, "D": 768}]}
+    made = case("gated", test="t", shapes=shapes, gate_shape={"B": 10}, gpu_gate_shape={"B": 50})
+    made(lambda *_: pytest.fail("made"))
+    gated, (shape,) = registry._cases.pop("gated"), shapes["quick"]
+    assert gated.gate(shape, torch.device("cpu")) == {"B": 10, "D": 768}
+    assert gated.gate(shape, torch.device("cuda")) == {"B": 50, "D": 768}
+    assert gated.gate({"B": 4, "D": 8}, torch.device("cpu")) == {"B": 4, "D": 8}

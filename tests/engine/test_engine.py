@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from fastssl import distributed
 from fastssl.engine import launch
@@ -182,6 +183,15 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     (plain, a), (lean, b) = results
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert lean < 0.7 * plain
+
+
+def test_what_modules_share_has_both_names():
+    """As the convolutions of timm's coat_tiny, whose runs could not be saved."""
+    with launch.session("cpu"):
+        e = engine(1, "fp32")
+        encoder = e.method.encoder
+        encoder.twin = next(m for m in encoder.modules() if isinstance(m, nn.Linear))
+        assert e.encoder_state().keys() == encoder.state_dict().keys()
 
 
 def test_raw_deepspeed_keys_are_merged_last():

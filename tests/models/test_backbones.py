@@ -16,6 +16,8 @@ from tests.runs import tiny, without_pictures
 # Depthwise and gated stems, batch norm and none, a size fixed for good, two first convolutions.
 SMALL = ("test_convnext", "test_efficientnet", "test_nfnet", "test_maxvit", "edgenext_xx_small")
 _SIZES = "test_ atto femto pico nano xxs xx_small zepto tiny mini micro xs small _s b0 18".split()
+# Families of large models alone: to train one takes 10 to 22 GB.
+LARGE = {"deepseek_vit_412m", "gemma4_vit_167m", "mobilenetv5_300m"}
 _SIDES = (32, 64, 96, 128, 160, 224, 240, 256)  # the first that a model takes
 
 
@@ -26,7 +28,7 @@ def families() -> list[str]:
         return next((i for i, size in enumerate(_SIZES) if size in name), 99), len(name)
 
     small = [min(timm.list_models(module=m), key=rank) for m in timm.list_modules()]
-    return [name for name in small if name not in OWN]
+    return [name for name in small if name not in OWN and name not in LARGE]
 
 
 def pytest_generate_tests(metafunc):

@@ -14,7 +14,7 @@ TESTS = {
     "kernels/pairwise/lse_gemm": (LSE, "products"),
     "kernels/pairwise/masks": (LAUNCHES, ""),
     "bench/compiler/recording": (LAUNCHES, ""),
-    "bench/registry": ("tests/bench/test_run.py", "gate"),
+    "bench/registry": ("tests/bench/test_registry.py", "gate"),
     "bench/measure/gate": ("tests/bench/test_gate.py", "glance"),
     "kernels/common/rows": ("tests/kernels/test_pairwise_fused.py", "padded"),
     "kernels/common/matmul": ("tests/kernels/test_pairwise_fused.py", "tf32"),
