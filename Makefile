@@ -76,7 +76,11 @@ PLATFORMS := $(foreach n,2_17 2_28,--platform manylinux_$(n)_x86_64) --platform 
 DOWNLOAD := $(PYTHON) -m pip download --quiet --only-binary=:all: --python-version $(GPU_VERSION) \
 	$(PLATFORMS) --dest $(GPU_WHEELS)
 
-.PHONY: gpu gpu-install gpu-test gpu-tune gpu-bench gpu-train gpu-wheels
+# What a GPU's machine would compile, compiled here: a second there saved for each kernel.
+CARRIED := /tmp/fastssl-triton
+gpu gpu-test gpu-tune gpu-bench gpu-train: export TRITON_CACHE_DIR = $(CARRIED)
+
+.PHONY: gpu gpu-pack gpu-install gpu-test gpu-tune gpu-bench gpu-train gpu-wheels
 
 gpu: gpu-install       ## the four slices, one after another, then a table
 	$(GPU) all $(GPU_ARGS)
@@ -96,6 +100,17 @@ gpu-train: gpu-install ## whole training steps
 gpu-install:           ## this tree, and the wheels, into GPU_PYTHON's environment
 	$(if $(wildcard $(GPU_WHEELS)/*.whl),$(GPU_PYTHON) -m pip install --quiet --no-deps --no-index $(GPU_WHEELS)/*.whl)
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
+	$(if $(wildcard .gpu/triton.tar),tar -xf .gpu/triton.tar -C /)
+
+gpu-pack: .venv/triton-3.6/triton  ## .gpu/triton.tar: carry it along, and gpu-install unpacks it
+	rm -rf $(CARRIED) .gpu/triton.tar
+	mkdir -p .gpu
+	$(MAKE) --no-print-directory --jobs=2 gpu-pack-0 gpu-pack-1
+	tar -cf .gpu/triton.tar -C / $(CARRIED:/%=%)
+	@test $$(stat -c %s .gpu/triton.tar) -lt 67000000 || (echo "over 64 MiB: pack less"; false)
+
+gpu-pack-%:
+	TRITON_CACHE_DIR=$(CARRIED) PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m tests.gpu.pack --part $* 2
 
 gpu-wheels:            ## 8 MB for a GPU machine with Python GPU_VERSION on x86-64
 	rm -rf $(GPU_WHEELS)

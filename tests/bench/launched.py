@@ -13,6 +13,7 @@ from fastssl.bench.compiler.recording import lower, recorded
 from fastssl.kernels import PairMask, pairwise_lse, standardize
 from fastssl.kernels.common.gpu import Gpu
 from fastssl.kernels.correlation import moments_triton
+from tests.gpu import pack
 
 H200 = Gpu("sm_90", 132)
 RULE = """
@@ -84,6 +85,7 @@ def main(folder: Path) -> None:
         "joined once": joined_once(),
         "grid": caught(lambda: fill(65536)),
         "waits": caught(lambda: standardize(rows(), eps=1e-5).sum().item()),
+        "packed": [len(keys(next(calls())[1])) for calls in (pack.accuracy, pack.trials)],
         "same": keys(lambda: (fill(3), fill(5), fill(3))),
         "others": [keys(lambda o=o: fill(3, **o)) for o in ({"n": 1}, {"n": 16}, {"first": 1})],
     }

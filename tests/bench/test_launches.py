@@ -53,6 +53,11 @@ def test_a_wait_for_the_gpu_is_seen(seen):
     assert seen[0]["waits"][0] == "DataDependentOutputException"
 
 
+def test_what_a_gpu_will_launch_can_be_packed_for_it(seen):
+    """A subject of its tests, forward and backward, and a candidate of its tuner."""
+    assert seen[0]["packed"] == [2, 1]
+
+
 def test_sizes_of_one_compile(seen):
     assert seen[0]["joined once"] == [True]
 

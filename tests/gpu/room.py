@@ -19,7 +19,8 @@ from fastssl.kernels.common.chunks import CHUNK_BYTES
 from tests.oracle import largest_tensor
 
 REHEARSAL = os.environ.get("FASTSSL_GPU_REHEARSAL") == "1"
-DEVICE = torch.device("cpu" if REHEARSAL else "cuda:0")
+RECORDING = os.environ.get("FASTSSL_GPU_RECORDING") == "1"  # at the GPU's shapes: tests/gpu/pack.py
+DEVICE = torch.device("cpu" if REHEARSAL or RECORDING else "cuda:0")
 T = TypeVar("T")
 U = TypeVar("U")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -277,10 +278,10 @@ def _scatter_tokens(dtype, B, L, D):
 
 def _gather_packed(dtype, B, L, D):
     """Sequences of none to L - 1 rows."""
-    lengths = torch.arange(B) * 7 % L
-    ids = torch.randint(L, (int(lengths.sum()),), device=DEVICE)
-    ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
-    owners = torch.arange(B).repeat_interleave(lengths).to(DEVICE)
+    lengths = [b * 7 % L for b in range(B)]
+    ids = torch.randint(L, (sum(lengths),), device=DEVICE)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    owners = torch.tensor([b for b in range(B) for _ in range(lengths[b])], device=DEVICE)
     call = partial(kernels.gather_packed, impl=impl("gather_packed"))
     return Trial(lambda t: call(t, ids, ends), lambda t: t[owners, ids], [rows(dtype, B, L, D)])
 
