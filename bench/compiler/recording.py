@@ -89,7 +89,7 @@ def recorded(gpu: Gpu) -> Iterator[dict[str, Launch]]:
         stack.enter_context(patch.object(JITFunction, "_do_compile", _take))
         for context in (pretend(gpu), FakeTensorMode(allow_non_fake_inputs=True), _Operators()):
             stack.enter_context(context)
-        driver.set_active(_Driver(gpu))
+        driver.set_active(_Driver(gpu))  # pyright: ignore[reportArgumentType]
         _launches = {}
         try:
             yield _launches
@@ -134,7 +134,7 @@ class _Pointer:
         self.dtype, self.offset = x.dtype, x.storage_offset() * x.element_size()
 
     def data_ptr(self) -> int:
-        return 512 + self.offset
+        return 512 + int(self.offset)
 
 
 def _pointer(x: Any) -> Any:
@@ -158,7 +158,8 @@ def lower(launch: Launch, gpu: Gpu) -> str:
     from triton.compiler import make_backend
 
     target = _Driver(gpu).get_current_target()
-    backend, context = make_backend(target), ir.context()
+    context = ir.context()
+    backend: Any = make_backend(target)
     ir.load_dialects(context)
     backend.load_dialects(context)
     generators = backend.get_codegen_implementation(launch.options)

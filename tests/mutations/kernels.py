@@ -81,7 +81,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("dim=-1) /", "dim=0) /"),
     ],
     "bench/compiler/recording.run": [("size > most", "size > 2 * most")],
-    "bench/compiler/recording.data_ptr": [("512 + self.offset", "512")],
+    "bench/compiler/recording.data_ptr": [("512 + int(self.offset)", "512")],
     "kernels/pairwise/lse_gemm._summarize": [
         ("tl.max(s, 1), LEAST)", "tl.max(s, 1), 0.0)"),
         ("tl.exp2(s - m_y[None, :])", "tl.exp2(s - m[:, None])"),
