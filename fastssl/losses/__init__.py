@@ -3,6 +3,7 @@
 from .barlow_twins import BarlowTwinsLoss as BarlowTwinsLoss
 from .barlow_twins import MixedBarlowTwinsLoss as MixedBarlowTwinsLoss
 from .clip import CLIPLoss as CLIPLoss
+from .clip import CLIPLoss as ClipLoss  # noqa: F401  open_clip's name of it
 from .dcl import DCLLoss as DCLLoss
 from .dcl import DCLWLoss as DCLWLoss
 from .dense import DenseInfoNCELoss as DenseInfoNCELoss
@@ -22,6 +23,7 @@ from .ntxent import NTXentLoss as NTXentLoss
 from .reconstruction import MAELoss as MAELoss
 from .sie import SIELoss as SIELoss
 from .siglip import SigLIPLoss as SigLIPLoss
+from .siglip import SigLIPLoss as SigLipLoss  # noqa: F401  open_clip's name of it
 from .ssl_ey import SSLEYLoss as SSLEYLoss
 from .supcon import SupConLoss as SupConLoss
 from .tico import TiCoLoss as TiCoLoss

@@ -53,11 +53,11 @@ class BarlowTwinsLoss(Loss):
     def __init__(
         self,
         lambda_param: float = 5e-3,
+        gather_distributed: bool = True,
         *,
         scale: float = 1.0,
         unbiased: bool = False,
         eps: float = 1e-5,
-        gather_distributed: bool = True,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

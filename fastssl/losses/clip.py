@@ -30,7 +30,7 @@ class CLIPLoss(Loss):
     Returns  scalar float32 (float64 for float64); with output_dict=True as "contrastive_loss" of a
              dict.  0 <= loss; ln(W B) on W ranks where all embeddings agree.
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; other
-             strategies.  A non-finite input is no error: it gives a non-finite loss.
+             strategies; use_horovod.  A non-finite input is no error: it gives a non-finite loss.
     Ranks    the mean over ranks of value and gradient is the joined batch's, the scale's included.
              "gather": the texts are gathered once, in their own dtype, and this rank's images meet
              them all.  "ring": the texts go round, and no rank holds them all.
@@ -56,10 +56,13 @@ class CLIPLoss(Loss):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        use_horovod: bool = False,
         *,
         strategy: str = "gather",
         process_group: Group = None,
     ) -> None:
+        if use_horovod:
+            raise ValueError("use_horovod=True: ranks meet through torch.distributed alone")
         super().__init__(process_group=process_group)
         self.strategy = check_strategy(strategy)
 

@@ -27,13 +27,13 @@ class NTXentLoss(ContrastiveLoss):
     bank as it is.  The loss is that of the bank before.
 
     Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
-             memory_bank_size: 0, or (keys, D).
+             memory_bank_size: keys or (keys, D), D that of the first batch; 0 keys: no bank.
     Returns  scalar float32: the mean over this rank's rows.  0 <= loss; ln(2N - 1) when all
              embeddings of N images agree.  No N x N scores are held.
     State    memory_bank: a `Queue`, in state_dict.
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
-             abs(temperature) < 1e-8 or not finite; a bank that is not 0 or (keys, D).  A non-finite
-             input is no error: it gives a non-finite loss.
+             abs(temperature) < 1e-8 or not finite; a bank that is not keys or (keys, D).  A non-
+             finite input is no error: it gives a non-finite loss.
     Ranks    each rank's rows meet the keys of all, gathered once (strategy="gather") or passed
              round ("ring"): the mean over ranks of value and gradient is the joined batch's.
              gather_distributed=False: each rank's batch alone.
@@ -58,12 +58,11 @@ class NTXentLoss(ContrastiveLoss):
         strategy: str = "gather",
     ) -> None:
         super().__init__(temperature, gather_distributed, process_group, strategy)
-        size = memory_bank_size
-        self.memory_bank = None
-        if size != 0:
-            if isinstance(size, int) or len(size) != 2:
-                raise ValueError(f"memory_bank_size must be 0 or (keys, D), got {size}")
-            self.memory_bank = Queue(*size)
+        given = memory_bank_size
+        size = (given,) if isinstance(given, int) else tuple(given)
+        if len(size) not in (1, 2):
+            raise ValueError(f"memory_bank_size must be keys or (keys, D), got {given}")
+        self.memory_bank = Queue(*size) if size[0] else None
 
     def check_temperature(self, temperature: float) -> None:
         if not (is_finite(temperature) and abs(temperature) >= 1e-8):

@@ -50,8 +50,8 @@ class TiCoLoss(Loss):
         self,
         beta: float = 0.9,
         rho: float = 8.0,
-        *,
         gather_distributed: bool = True,
+        *,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

@@ -53,9 +53,9 @@ class VICRegLoss(Loss):
         lambda_param: float = 25.0,
         mu_param: float = 25.0,
         nu_param: float = 1.0,
-        *,
-        eps: float = 1e-4,
         gather_distributed: bool = True,
+        eps: float = 1e-4,
+        *,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

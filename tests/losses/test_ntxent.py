@@ -134,7 +134,7 @@ def test_a_bank_without_its_scores_in_memory():
     assert saved_elements(lambda: loss(z0, z1)) < 256 * 4096 // 16
 
 
-@pytest.mark.parametrize("size", [5, (5,), (5, 4, 3), (0, 4), (5, 0), -1])
+@pytest.mark.parametrize("size", [(), (5, 4, 3), (5, 0), -1])
 def test_refuses_a_bank(size):
     with pytest.raises(ValueError, match="memory_bank_size must be|size must be|dim must be"):
         NTXentLoss(0.5, size)
