@@ -51,9 +51,7 @@ def test_a_banks_width_may_be_that_of_the_first_batch(size, width):
     loss = ours(x.requires_grad_(), y)
     bank = ours.memory_bank
     assert loss.isfinite() and (bank is None if width is None else bank.keys.shape == (8, width))
-    again = losses.NTXentLoss(
-        0.5, size
-    )  # whether it has seen a batch or not
+    again = losses.NTXentLoss(0.5, size)  # whether it has seen a batch or not
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(x, y), ours(x, y))
 
