@@ -110,7 +110,8 @@ gpu-pack: .venv/triton-3.6/triton  ## .gpu/triton.tar: carry it along, and gpu-i
 	@test $$(stat -c %s .gpu/triton.tar) -lt 67000000 || (echo "over 64 MiB: pack less"; false)
 
 gpu-pack-%:
-	TRITON_CACHE_DIR=$(CARRIED) PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m tests.gpu.pack --part $* 2
+	FASTSSL_GPU_RECORDING=1 TRITON_STORE_BINARY_ONLY=1 TRITON_CACHE_DIR=$(CARRIED) \
+		PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m tests.gpu.pack --part $* 2
 
 gpu-wheels:            ## 8 MB for a GPU machine with Python GPU_VERSION on x86-64
 	rm -rf $(GPU_WHEELS)

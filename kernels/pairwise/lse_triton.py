@@ -61,8 +61,11 @@ def _fwd(
     x = tl.load(X + d, d < D, 0.0)
     m = tl.full((BLOCK_M,), LEAST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    first = tl.program_id(1) * share
-    for n in range(first, tl.minimum(first + share, N), BLOCK_N):
+    first, stop = 0, N
+    if share is not None:
+        first = tl.program_id(1) * share
+        stop = tl.minimum(first + share, N)
+    for n in range(first, stop, BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
@@ -78,7 +81,8 @@ def _fwd(
         peak = tl.maximum(m, tl.max(s, 1))
         total = total * tl.exp2(m - peak) + tl.sum(tl.exp2(s - peak[:, None]), 1)
         m = peak
-    STATS += tl.program_id(1).to(tl.int64) * 2 * M
+    if share is not None:
+        STATS += tl.program_id(1).to(tl.int64) * 2 * M
     tl.store(STATS + row, m, row < M)
     tl.store(STATS + M + row, total, row < M)
 
@@ -99,8 +103,11 @@ def _bwd(
     x = tl.load(X + d, d < D, 0.0)
     u = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
-    first = tl.program_id(2) * share
-    for n in range(first, tl.minimum(first + share, N), BLOCK_N):
+    first, stop = 0, N
+    if share is not None:
+        first = tl.program_id(2) * share
+        stop = tl.minimum(first + share, N)
+    for n in range(first, stop, BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
@@ -124,10 +131,12 @@ def _bwd(
         u = dot(w.to(y.dtype), y, u, PRECISION)
     if FP16_SCALE is not None:
         u *= tl.load(FP16_SCALE)
-    part = tl.program_id(2).to(tl.int64) * M
-    tl.store(OUT + (part + row)[:, None] * D + o, u, (row < M)[:, None] & (o < D))
+    part = row
+    if share is not None:
+        part += tl.program_id(2).to(tl.int64) * M
+    tl.store(OUT + part[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if SUMS is not None:
-        tl.store(SUMS + part + row, sums, row < M)
+        tl.store(SUMS + part, sums, row < M)
 
 
 def _fits_block(constants: Mapping[str, Any], config: Config, D: int) -> bool:
@@ -162,7 +171,8 @@ def forward(pairs: Pairs, transposed: bool = False, choice: Choice | None = None
     out = torch.empty(triton.cdiv(N, share), 2, M, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(out):
         _fwd[rows, len(out)](
-            x, y, scale, *rest, out, M, N, D, share, x.stride(0), y.stride(0),
+            x, y, scale, *rest, out, M, N, D, share if len(out) > 1 else None, x.stride(0),
+            y.stride(0),
             RULES=rules, PLACES=places, TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
             FITS_BLOCK=_fits_block(constants, config, D),
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
@@ -198,9 +208,10 @@ def backward(
     largest = fp16_scale(sides, factor) if x.dtype == torch.float16 else None
     with torch.cuda.device_of(out):
         _bwd[rows, outs, shares](
-            x, y, scale, *rest, x_side, y_side, largest, out, total, M, N, D, share, x.stride(0),
-            y.stride(0), RULES=rules, PLACES=places, TRANSPOSED=transposed,
-            VECTOR=scale.ndim == 1, FITS_BLOCK=_fits_block(constants, config, D),
+            x, y, scale, *rest, x_side, y_side, largest, out, total, M, N, D,
+            share if shares > 1 else None, x.stride(0), y.stride(0), RULES=rules, PLACES=places,
+            TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
+            FITS_BLOCK=_fits_block(constants, config, D),
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip
     return summed(out), None if total is None else summed(total)

@@ -49,7 +49,7 @@ TRIAL_ROWS, TRIAL_BLOCK = 16384, (2048, 4096)
 
 # Sizes, strides and offsets are taken to be divisible by 16.
 RULES = {"RULES": TritonRules([masks_triton.same_group]), "PLACES": (0,)}
-TYPES = named("i32:16", "M N D share x_row y_row i0 j0 R C")
+TYPES = named("i32:16", "M N D x_row y_row i0 j0 R C")
 TYPES |= named("*fp32:16", "SCALE BIAS SUMS OUT P")
 TYPES |= named("*i64:16", "X_IDS Y_IDS ROW_IDS COL_IDS") | named(ROWS, "X Y W")
 
@@ -64,7 +64,8 @@ def tile_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
 
 def _constants(dtype: str, part: str) -> dict[str, Any]:
     passes = PASSES[part]
-    constants = {**RULES, **passes, "FP16_SCALE": FP16_SCALES.get(dtype, 1.0)}
+    constants = {**RULES, **passes, "share": None}
+    constants["FP16_SCALE"] = FP16_SCALES.get(dtype, 1.0)
     absent = [] if passes["GRAD"] else ["OUT"]
     return constants | dict.fromkeys(absent if passes["TOTAL"] else ["SUMS"])
 

@@ -84,8 +84,11 @@ def _tiles(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sum_w = tl.zeros((BLOCK_M,), tl.float32)
     sum_wp = tl.zeros((BLOCK_M,), tl.float32)
-    first = tl.program_id(2) * share
-    for n in range(first, tl.minimum(first + share, N), BLOCK_N):
+    first, stop = 0, N
+    if share is not None:
+        first = tl.program_id(2) * share
+        stop = tl.minimum(first + share, N)
+    for n in range(first, stop, BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
@@ -107,8 +110,10 @@ def _tiles(
             u = dot((w * FP16_SCALE).to(y.dtype), y, u, PRECISION)
     if GRAD:
         u *= scale / FP16_SCALE
-        part = tl.program_id(2).to(tl.int64) * M
-        tl.store(OUT + (part + row)[:, None] * D + o, u, (row < M)[:, None] & (o < D))
+        part = row
+        if share is not None:
+            part += tl.program_id(2).to(tl.int64) * M
+        tl.store(OUT + part[:, None] * D + o, u, (row < M)[:, None] & (o < D))
     if TOTAL:
         if tl.program_id(1) == 0:
             SUMS += (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 3
@@ -165,8 +170,8 @@ def one_side(
     sums = scale.new_empty(shares * rows, 3) if passes["TOTAL"] else None
     with torch.cuda.device_of(scale):
         _tiles[rows, outs, shares](
-            x, y, scale, logits.bias.float(), *ids, sums, out, M, N, D, share, x.stride(0),
-            y.stride(0),
+            x, y, scale, logits.bias.float(), *ids, sums, out, M, N, D,
+            share if shares > 1 else None, x.stride(0), y.stride(0),
             RULES=rules, PLACES=places, **passes, FP16_SCALE=FP16_SCALES.get(dtype_name(x), 1.0),
             FITS_BLOCK=constants["FITS_BLOCK"] and blocks["BLOCK_D"] >= D,
             PRECISION=precision(constants["PRECISION"]), **config.arguments,

@@ -19,6 +19,7 @@ def seen(tmp_path_factory):
     """What tests/bench/launched.py found, and the lines that the command printed."""
     folder = str(tmp_path_factory.mktemp("launched"))
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["FASTSSL_GPU_RECORDING"] = "1"
     command = [sys.executable, "-m", "tests.bench.launched", folder]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

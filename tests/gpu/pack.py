@@ -17,9 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["FASTSSL_GPU_RECORDING"] = "1"
-os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # the cubin and what a launch needs beside it
-
 import torch
 
 from fastssl.bench.cases import all_cases
@@ -27,7 +24,7 @@ from fastssl.bench.compiler.launches import GPUS, launches_of
 from fastssl.bench.compiler.recording import Launch, compile_launch, recorded
 from fastssl.kernels import exclude_self, pairwise_topk
 from fastssl.kernels.common import tuning
-from tests.gpu.room import DEVICE
+from tests.gpu.room import DEVICE, RECORDING
 from tests.gpu.subjects import SUBJECTS, rows
 from tests.gpu.test_accuracy import PRECISIONS
 from tests.oracle import UPSTREAM, grads
@@ -106,6 +103,8 @@ def main() -> int:
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--list", action="store_true", help="compile nothing")
     args = parser.parse_args()
+    if not RECORDING:
+        parser.error("FASTSSL_GPU_RECORDING=1 must be set: run it by make gpu-pack")
     (part, parts), start = args.part, time.monotonic()
     found, failed = launches(args.target)
     mine = [] if args.list else [found[key] for key in sorted(found)][part::parts]
