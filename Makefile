@@ -48,7 +48,7 @@ aot-oldest: .venv/triton-3.6/triton  ## what is launched, under the oldest Trito
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info  # not runs/: what was trained is yours
+	rm -rf .venv build dist .gpu *.egg-info  # not runs/: what was trained is yours
 
 .venv/pip:
 	$(PYTHON) -m venv .venv
@@ -102,7 +102,7 @@ gpu-install:           ## this tree, and the wheels, into GPU_PYTHON's environme
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
 	$(if $(wildcard .gpu/triton.tar),tar -xf .gpu/triton.tar -C /)
 
-gpu-pack: .venv/triton-3.6/triton  ## .gpu/triton.tar: carry it along, and gpu-install unpacks it
+gpu-pack: .venv/triton-3.6/triton  ## .gpu/triton.tar, for a GPU machine with Triton 3.6: gpu-install unpacks it
 	rm -rf $(CARRIED) .gpu/triton.tar
 	mkdir -p .gpu
 	$(MAKE) --no-print-directory --jobs=2 gpu-pack-0 gpu-pack-1

@@ -16,7 +16,7 @@ def evened(x: Tensor) -> Tensor:
     """
     if x.shape[1] % EVEN:
         return F.pad(x, (0, -x.shape[1] % EVEN))
-    return x if x.stride() == (x.shape[1], 1) else x.contiguous()
+    return x if x.stride(1) == 1 and x.stride(0) % EVEN == 0 else x.contiguous()
 
 
 def cut(x: Tensor, features: int) -> Tensor:

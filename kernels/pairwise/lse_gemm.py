@@ -1,4 +1,4 @@
-"""Pairwise log-sum-exps as products of blocks and one Triton pass over each: for large D.
+"""Pairwise log-sum-exps as products of blocks and one Triton pass each: for large D, and float32.
 
 A strip of rows meets the keys a block at a time:
 

@@ -1,4 +1,4 @@
-"""Pairwise log-sum-exps in Triton, fully fused: the schedule for small D and for float32.
+"""Pairwise log-sum-exps in Triton, fully fused: the schedule for small D.
 
 A program keeps BLOCK_M rows of x and streams y: with x = q, y = k it makes what belongs to rows,
 with TRANSPOSED, x = k, y = q, what belongs to columns.

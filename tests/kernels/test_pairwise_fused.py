@@ -97,6 +97,13 @@ def test_the_most_features(impl):
         )
 
 
+def test_rows_that_a_wide_load_divides_are_not_copied(monkeypatch):
+    monkeypatch.setattr(rows, "EVEN", 16)
+    wide = torch.zeros(3, 64, device=DEVICE)
+    assert all(rows.evened(x) is x for x in (wide, wide[:, :32]))
+    assert rows.evened(wide.as_strided((3, 32), (33, 1))).stride() == (32, 1)
+
+
 @schedules
 @pytest.mark.parametrize("same", [True, False], ids=["self", "rows"])
 def test_rows_that_no_wide_load_divides_are_padded(schedule, same, monkeypatch):

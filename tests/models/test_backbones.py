@@ -16,7 +16,7 @@ from tests.runs import tiny, without_pictures
 # Depthwise and gated stems, batch norm and none, a size fixed for good, two first convolutions.
 SMALL = ("test_convnext", "test_efficientnet", "test_nfnet", "test_maxvit", "edgenext_xx_small")
 _SIZES = "test_ atto femto pico nano xxs xx_small zepto tiny mini micro xs small _s b0 18".split()
-# Families of large models alone: to train one takes 10 to 22 GB.
+# Families whose smallest model has 167 to 412 million parameters: not for a test to train.
 LARGE = {"deepseek_vit_412m", "gemma4_vit_167m", "mobilenetv5_300m"}
 _SIDES = (32, 64, 96, 128, 160, 224, 240, 256)  # the first that a model takes
 
