@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastssl.distributed import Group
 from fastssl.kernels.common import accumulator
+from fastssl.kernels.pairwise import as_number
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
 from fastssl.losses._contrastive import info_nce, lse_of_others
 from fastssl.losses._loss import Loss
@@ -81,13 +83,19 @@ class CLIPLoss(Loss):
             if scale.numel() != 1:
                 raise ValueError(f"logit_scale must be one number, got {tuple(scale.shape)}")
             scale = scale.reshape(())
-        acc = accumulator(x.dtype)
-        own = (x.to(acc) * t.to(acc)).sum(1) * scale
-        rows, cols = lse_of_others(x, t, scale, group, self.strategy, both=True)
-        loss = (info_nce(own, rows) + info_nce(own, cols)).mean() / 2
+        if _ahead.fits(x, group):
+            loss = _ahead.clip(x, t, as_number("logit_scale", scale, x))
+        else:
+            loss = self._loss(x, t, scale)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum()  # no parameter is left without a gradient
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, x: Tensor, t: Tensor, scale: float | Tensor) -> Tensor:
+        acc, group = accumulator(x.dtype), self.process_group
+        own = (x.to(acc) * t.to(acc)).sum(1) * scale
+        rows, cols = lse_of_others(x, t, scale, group, self.strategy, both=True)
+        return (info_nce(own, rows) + info_nce(own, cols)).mean() / 2
 
 
 def clip_reference(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.distributed import Group
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, is_finite
 from fastssl.losses._contrastive import ContrastiveLoss, against_queue
 from fastssl.losses._unit import unit
@@ -72,6 +73,11 @@ class NTXentLoss(ContrastiveLoss):
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         if self.memory_bank is not None:
             return self._against_bank(z0, z1, self.memory_bank)
+        if _ahead.fits(z0, self.process_group) and isinstance(self.temperature, float | int):
+            check_batch(self.process_group, z0=z0, z1=z1)
+            loss = _ahead.nt_xent(z0, z1, self.temperature)
+            if loss is not None:
+                return loss
         return self.two_views(z0, z1).nt_xent(self.temperature)
 
     def _against_bank(self, z0: Tensor, z1: Tensor, bank: Queue) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 from fastssl.distributed import Group, all_gather_rows, rank, shift, world_size
 from fastssl.kernels import same_group
 from fastssl.kernels.common import first_order
-from fastssl.kernels.pairwise import Masks, pairwise_sigmoid, pairwise_sigmoid_grads
+from fastssl.kernels.pairwise import Masks, as_number, pairwise_sigmoid, pairwise_sigmoid_grads
 from fastssl.kernels.pairwise import SigmoidNeed as Need
 from fastssl.kernels.pairwise import SigmoidResults as Results
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
 from fastssl.losses._loss import Loss
 from fastssl.losses._sharded import check_strategy
@@ -76,6 +77,12 @@ class SigLIPLoss(Loss):
         x, t, group = image_features, text_features, self.process_group
         check_batch(group, image_features=x, text_features=t)
         numbers = _number(logit_scale), 0.0 if logit_bias is None else _number(logit_bias)
+        if _ahead.fits(x, group):
+            scale, bias = numbers
+            scale = as_number("logit_scale", scale, x)
+            loss = _ahead.siglip(x, t, scale, as_number("logit_bias", bias, x))
+            if loss is not None:
+                return {"contrastive_loss": loss} if output_dict else loss
         if world_size(group) == 1:
             total = pairwise_sigmoid(x, t, *numbers, positive=same_group)
         elif self.strategy == "ring":

@@ -1,12 +1,14 @@
 """What all families share: the choice of an implementation, checks, chunks, tuning, launches."""
 
-from .autograd import accumulator, finished, first_order, full_precision
+from .autograd import accumulator, ahead, finished, first_order, full_precision
 from .checks import can_read_values, check_ids, require_float
+from .chunks import tile_shape
 from .dispatch import HAS_TRITON, implementations
 
 __all__ = [
     "HAS_TRITON",
     "accumulator",
+    "ahead",
     "can_read_values",
     "check_ids",
     "finished",
@@ -14,4 +16,5 @@ __all__ = [
     "full_precision",
     "implementations",
     "require_float",
+    "tile_shape",
 ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
+
+Run = Callable[
+    [Sequence[torch.Tensor], Sequence[bool]], tuple[torch.Tensor, Sequence[torch.Tensor]]
+]
 
 # Asked once, here: torch 2.11's compiler cannot look inside, and torch.compiler's decorator for
 # that imports all of torch._dynamo, which costs more than torch itself.
@@ -53,6 +57,42 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(None if g is None else _NoSecond.apply(g, anchor) for g in several)
 
     return guarded
+
+
+class _Ahead(torch.autograd.Function):
+    """Backward multiplies the gradients where they lie; a second one makes them anew."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> torch.Tensor:
+        need = ctx.needs_input_grad[1:]
+        with full_precision(tensors[0].device):
+            value, ctx.made = run(tensors, need)
+        ctx.run, ctx.dtypes = (
+            run,
+            [x.dtype if n else None for x, n in zip(tensors, need, strict=True)],
+        )
+        ctx.save_for_backward(*tensors)
+        return value
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        made = ctx.made or ctx.run(tensors, [dtype is not None for dtype in ctx.dtypes])[1]
+        made, ctx.made = [g.mul_(grad) for g in made], None
+        return None, *(
+            g.to(dtype) if dtype else None for g, dtype in zip(made, ctx.dtypes, strict=True)
+        )
+
+
+def ahead(run: Run, *tensors: torch.Tensor) -> torch.Tensor:
+    """A number of the tensors whose gradients are made with it, so that backward only multiplies.
+
+    run: of the tensors, and of which gradients are needed, gives the number and those gradients,
+    in any float dtype: something, whatever it is, in the place of one that is not needed.
+    Not for torch.compile, which keeps no tensors outside of its graph.
+    """
+    return _Ahead.apply(run, *tensors)  # pyright: ignore[reportReturnType]
 
 
 def finished(x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ Without a Triton twin a rule runs in torch alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -180,6 +181,31 @@ class Tile:
     ) -> None:
         self.rules, self.places = decode(key)
         self.row_ids, self.col_ids, self.device = row_ids, col_ids, device
+
+    def drop(self, s: Tensor, rows: slice, cols: slice) -> Tensor:
+        """The tile s of scores with the pairs that are not kept at -inf, in place."""
+        if self.rules:
+            line = self._dropped_line(s, rows, cols)
+            if line is None:
+                s.masked_fill_(self.keep(rows, cols).logical_not(), -math.inf)
+            else:
+                line.fill_(-math.inf)
+        return s
+
+    def _dropped_line(self, s: Tensor, rows: slice, cols: slice) -> Tensor | None:
+        """A view of the pairs that one rule on positions drops, where they are a diagonal of s.
+
+        To fill it costs a row's time, where a comparison of all positions costs the tile's.
+        """
+        if self.places != (-1,):
+            return None
+        offset = rows.start - cols.start
+        if self.rules[0] in (exclude_self, different_group):
+            return s.diagonal(offset)
+        blocks = all(n % 2 == 0 for n in (*s.shape, rows.start, cols.start))
+        if self.rules[0] is exclude_self_and_pair and blocks:
+            return s.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).diagonal(offset // 2, 0, 2)
+        return None
 
     def keep(self, rows: slice, cols: slice) -> Tensor:
         """A bool tensor that broadcasts to the tile."""

@@ -53,7 +53,7 @@ def test_one_tensor_visits_each_pair_of_tiles_once(monkeypatch):
 def test_small_scores_need_no_maximum(length, bounded, both, monkeypatch):
     q, k = (torch.nn.functional.normalize(torch.randn(n, 3)) * length for n in (45, 83))
     pairs = pairs_of(q, k, 1.0)
-    assert pairwise_torch._Scores(pairs).bounded() == bounded
+    assert pairwise_torch._Scores(pairs).bounded == bounded
     rows, cols = statistics(pairs, both)
     assert rows[0].any() == (not bounded)
     pack = torch.cat if both else torch.as_tensor
@@ -67,7 +67,7 @@ def test_small_scores_need_no_maximum(length, bounded, both, monkeypatch):
 def test_a_bias_counts_among_the_scores():
     q = torch.ones(2, 2)
     pairs = Pairs(q, q, torch.tensor(1.0), torch.tensor([90.0, 0.0]), None, None, "", False)
-    assert not pairwise_torch._Scores(pairs).bounded()
+    assert not pairwise_torch._Scores(pairs).bounded
     assert pairwise_lse(q, q, 1.0, bias=pairs.bias).isfinite().all()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastssl.losses.dense
+from fastssl.kernels.common.chunks import CHUNK_BYTES
 from fastssl.losses import (
     DCLLoss,
     DCLWLoss,
@@ -120,6 +121,7 @@ def test_a_small_temperature_overflows_nothing(name, temperature):
 @EVERY
 def test_nothing_of_all_pairs_is_made_or_kept(name, monkeypatch):
     monkeypatch.setattr(fastssl.losses.dense, "SCORES", 1)
+    monkeypatch.setitem(CHUNK_BYTES, torch.device(DEVICE).type, 1 << 14)
     B, D = 600, 2
     loss = subject(name, B, D)
     a, b = (z.requires_grad_() for z in views(B, D))

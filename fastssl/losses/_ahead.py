@@ -1,0 +1,196 @@
+"""NT-Xent and CLIP of one process on a CPU, the gradient made with the loss.
+
+A step of a small batch is mostly torch's bookkeeping of some fifty operations and their
+derivatives; of a large one, scores that are computed again for the gradient.  Here autograd sees
+one operation.  Scores that are one tile, and no exponential of which can overflow or vanish, are
+worked on whole, in as few operations as there can be; others a tile at a time, and what fits of
+the exponentials is still there for the gradient (`lse_ahead`).
+The formulas are those of the losses themselves, which come here where `fits` allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.distributed import Group, world_size
+from fastssl.kernels import exclude_self, exclude_self_and_pair
+from fastssl.kernels.common import accumulator, ahead, can_read_values, tile_shape
+from fastssl.kernels.pairwise import LINEAR, SAFE, Pairs, as_masks, lse_ahead
+
+Gradients = tuple[Tensor, Sequence[Tensor]]
+_PAIR, _SELF = as_masks(exclude_self_and_pair).key, as_masks(exclude_self).key
+_TINY = torch.finfo(torch.float32).tiny  # in the place of a sum without a term
+
+
+def fits(x: Tensor, group: Group) -> bool:
+    """Whether the loss of this rank's x is made here: alone, on a CPU, and not traced."""
+    return x.device.type == "cpu" and can_read_values(x) and world_size(group) == 1
+
+
+def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor | None:
+    """NTXentLoss of z0, z1 (B, D); None where a row is too long or too short for its square."""
+    fresh = [_with_norms(z0, z1)]
+    low, high = fresh[0][1].aminmax()
+    if not (low >= 1e-9 and high <= 1e15):
+        return None
+    made = _nt_xent
+    if abs(1 / temperature) <= SAFE and _one_tile(z0, 2 * len(z0)):
+        made = _whole_nt_xent
+
+    def run(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
+        wide, norms = fresh.pop() if fresh else _with_norms(*tensors)
+        y = wide / norms
+        value, g = made(y, temperature, tensors[0].dtype, any(need))
+        if any(need):
+            g.addcmul_(y, (g * y).sum(1, keepdim=True), value=-1).div_(norms)
+        return value, g.chunk(2)
+
+    return ahead(run, z0, z1)
+
+
+def _one_tile(x: Tensor, n: int) -> bool:
+    """Whether n x n scores are one tile, and sums and products of x's dtype."""
+    return x.dtype == accumulator(x.dtype) and tile_shape(n, n, x) == (n, n)
+
+
+def _with_norms(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
+    """(2B, D) and (2B, 1): all views, the first ones and then the second, and their lengths."""
+    z = torch.cat([z0.detach(), z1.detach()])
+    wide = z.to(accumulator(z.dtype))
+    return wide, torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+
+
+def _whole_nt_xent(
+    y: Tensor, temperature: float, dtype: torch.dtype, need: bool
+) -> tuple[Tensor, Tensor]:
+    """Value, and gradient to the rows y of length one, of all scores at once."""
+    s, B = torch.mm(y, y.T), len(y) // 2
+    above, below = s.diagonal(B), s.diagonal(-B)
+    positive = above / temperature
+    e = s.div_(temperature).exp_().fill_diagonal_(0)
+    above.zero_()
+    below.zero_()
+    sums = e.sum(1)
+    short = sums.log().view(2, B).sub_(positive)
+    value = _mean_nll(short)
+    if not need:
+        return value, y
+    push = short.sigmoid_().div_(len(y) * temperature)
+    pull = push.sum(0).neg_()
+    weight = push.view(-1).div_(sums.clamp_min_(_TINY))
+    e.mul_(weight + weight.unsqueeze(1))
+    above.copy_(pull)
+    below.copy_(pull)
+    return value, torch.mm(e, y)
+
+
+def _nt_xent(
+    y: Tensor, temperature: float, dtype: torch.dtype, need: bool
+) -> tuple[Tensor, Tensor]:
+    """The same a tile at a time.  dtype: that of all pairs' products."""
+    first, second = y.chunk(2)
+    scale = y.new_full((), 1 / temperature)
+    positive = (first * second).sum(1, keepdim=True) * scale
+    rows = torch.stack([first, second], 1).flatten(0, 1).to(dtype)  # so `_PAIR` needs no ids
+    value = push = positive
+
+    def upstream(lse: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal value, push
+        short = lse.view(-1, 2) - positive
+        value, push = _mean_nll(short), short.sigmoid_().div_(short.numel())
+        return push.flatten(), none
+
+    pairs = Pairs(rows, rows, scale, None, None, None, _PAIR, True)
+    g = lse_ahead(pairs, False, upstream, (need, False, False, False), 1 / abs(temperature)).q
+    if not need:
+        return value, y
+    g = g.view(-1, 2, g.shape[1]).transpose(0, 1).flatten(0, 1)
+    pull = push.sum(1, keepdim=True).mul_(-scale)
+    g[: len(first)].addcmul_(second, pull)
+    g[len(first) :].addcmul_(first, pull)
+    return value, g
+
+
+def _mean_nll(short: Tensor) -> Tensor:
+    """The mean of -log sigmoid(-short), short by how much a positive is below the others' lse."""
+    return F.softplus(short, 1, LINEAR).mean()
+
+
+def clip(x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+    """CLIPLoss of x, t (B, D) and scale (0-d)."""
+    return ahead(_clip, x, t, scale)
+
+
+def _clip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
+    x, t, scale = tensors
+    if _one_tile(x, len(x)):
+        s, factor = torch.mm(x, t.T), float(scale)
+        low, high = s.mul_(factor).aminmax()
+        if factor and float(high) - float(low) <= SAFE:
+            return _whole_clip(x, t, factor, need, s.sub_(high))
+    return _clip_by_tiles(x, t, scale, need)
+
+
+def _whole_clip(x: Tensor, t: Tensor, scale: float, need: Sequence[bool], s: Tensor) -> Gradients:
+    """Value and gradients from all scores s, less a number, which become their weights."""
+    line = s.diagonal()
+    own = line.clone()
+    line.fill_(-torch.inf)
+    e = s.exp_()
+    sums = torch.stack([e.sum(1), e.sum(0)])
+    short = sums.log().sub_(own)
+    value = _mean_nll(short)
+    push = short.sigmoid_().mul_(scale / short.numel())
+    pull = push.sum(0).neg_()
+    weight = push.div_(sums.clamp_min_(_TINY))
+    w = e.mul_(weight[0].unsqueeze(1) + weight[1])
+    line.copy_(pull)
+    dx = torch.mm(w, t) if need[0] or need[2] else x
+    dscale = torch.dot(dx.view(-1), x.reshape(-1)).div_(scale) if need[2] else x
+    return value, [dx, torch.mm(w.T, x) if need[1] else t, dscale]
+
+
+def _clip_by_tiles(x: Tensor, t: Tensor, scale: Tensor, need: Sequence[bool]) -> Gradients:
+    acc = accumulator(x.dtype)
+    wide_x, wide_t, factor = x.to(acc), t.to(acc), scale.to(acc)
+    cosine = (wide_x * wide_t).sum(1)
+    own = cosine * factor
+    value = push = own
+
+    def upstream(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal value, push
+        short = torch.stack([rows, cols]).sub_(own)
+        value, push = _mean_nll(short), short.sigmoid_().div_(short.numel())
+        return push[0], push[1]
+
+    pairs = Pairs(x, t, factor, None, None, None, _SELF, False)
+    dx, dt, dscale, _ = lse_ahead(pairs, True, upstream, (*need, False))  # pyright: ignore
+    pull = push.sum(0).neg_()
+    if need[0]:
+        dx.addcmul_(wide_t, (pull * factor).unsqueeze(1))
+    if need[1]:
+        dt.addcmul_(wide_x, (pull * factor).unsqueeze(1))
+    return value, [dx, dt, dscale.add_((pull * cosine).sum()) if need[2] else dscale]
+
+
+def siglip(x: Tensor, t: Tensor, scale: Tensor, bias: Tensor) -> Tensor | None:
+    """SigLIPLoss of x, t (B, D), scale and bias (0-d); None for more scores than one tile's."""
+    return ahead(_siglip, x, t, scale, bias) if _one_tile(x, len(x)) else None
+
+
+def _siglip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
+    x, t, scale, bias = tensors
+    z = torch.mm(x, t.T).mul_(scale).add_(bias)
+    matches = z.diagonal().neg_()
+    value = F.softplus(z, 1, LINEAR).sum().div_(len(x))
+    w = z.sigmoid_()
+    matches.neg_()
+    dbias = w.sum().div_(len(x)) if need[3] else x
+    u = torch.mm(w, t).div_(len(x)) if need[0] or need[2] else x
+    dscale = torch.dot(u.view(-1), x.reshape(-1)) if need[2] else x
+    dt = torch.mm(w.T, x).mul_(scale / len(x)) if need[1] else t
+    return value, [u.mul_(scale) if need[0] else u, dt, dscale, dbias]
