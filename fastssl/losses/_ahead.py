@@ -1,4 +1,4 @@
-"""NT-Xent and CLIP of one process on a CPU, the gradient made with the loss.
+"""Losses of one process on a CPU, the gradient made with the loss: what they share, and three.
 
 A step of a small batch is mostly torch's bookkeeping of some fifty operations and their
 derivatives; of a large one, scores that are computed again for the gradient.  Here autograd sees
@@ -23,12 +23,32 @@ from fastssl.kernels.pairwise import LINEAR, SAFE, Pairs, as_masks, lse_ahead
 
 Gradients = tuple[Tensor, Sequence[Tensor]]
 _PAIR, _SELF = as_masks(exclude_self_and_pair).key, as_masks(exclude_self).key
+_SMALL = 1 << 17  # numbers of all views
 _TINY = torch.finfo(torch.float32).tiny  # in the place of a sum without a term
 
 
 def fits(x: Tensor, group: Group) -> bool:
     """Whether the loss of this rank's x is made here: alone, on a CPU, and not traced."""
     return x.device.type == "cpu" and can_read_values(x) and world_size(group) == 1
+
+
+def centered(views: Sequence[Tensor]) -> Tensor:
+    """(V, B, D): each of V views less its mean, over the root of B - 1."""
+    z = torch.stack(tuple(views))
+    c = z - z.mean(1, keepdim=True)
+    return c.sub_(c.mean(1, keepdim=True)).mul_((z.shape[1] - 1) ** -0.5)  # what rounding left
+
+
+def is_small(x: Tensor, views: int = 2) -> bool:
+    """Whether views like x (B, D) are best worked on at once, through their D x D products."""
+    few = x.ndim == 2 and views * x.numel() <= _SMALL and 1 < x.shape[1] <= len(x)
+    return few and x.dtype == accumulator(x.dtype)
+
+
+def square(x: Tensor) -> Tensor:
+    """The sum of squares of x, which is contiguous."""
+    flat = x.view(-1)
+    return torch.dot(flat, flat)
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor | None:

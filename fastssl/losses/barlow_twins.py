@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from fastssl.distributed import Group
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
+from fastssl.kernels.common import ahead, full_precision
+from fastssl.kernels.correlation import Standardized, standardized
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_not_negative
 from fastssl.losses._loss import Loss
 from fastssl.losses._moments import widen
@@ -67,9 +71,42 @@ class BarlowTwinsLoss(Loss):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         n = check_batch(self.process_group, least=2, z_a=z_a, z_b=z_b)
+        plain = self.plan == "auto" and self.eps > 0 and not self.unbiased
+        if plain and _ahead.fits(z_a, self.process_group) and _ahead.is_small(z_a):
+            loss = self._small(z_a, z_b)
+            if loss is not None:
+                return loss
         a, b = (self._standardize(z) for z in (z_a, z_b))
         C = cross_correlation(a, b, plan=self.plan, process_group=self.process_group)
         return self._weigh(C.diagonal, C.off_diagonal_sq, n)
+
+    def _small(self, z_a: Tensor, z_b: Tensor) -> Tensor | None:
+        """The loss through the whole of C; None where means are large beside deviations."""
+        with full_precision(z_a.device):
+            first = standardized([z_a, z_b], self.eps)
+        fresh = [first]
+
+        def run(views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+            both = fresh.pop() if fresh else standardized(views, self.eps)
+            assert both is not None  # as it was the first time
+            return self._at_once(both)
+
+        return None if first is None else ahead(run, z_a, z_b)
+
+    def _at_once(self, both: Standardized) -> _ahead.Gradients:
+        a, b = both.y.chunk(2, dim=1)
+        N, D = a.shape
+        C = torch.mm(a.T, b).div_(N)
+        diagonal = C.diagonal()
+        gap = diagonal - 1
+        diagonal.zero_()
+        value = _ahead.square(gap).add_(_ahead.square(C), alpha=self.lambda_param).mul_(self.scale)
+        C.mul_(2 * self.scale * self.lambda_param / N)
+        diagonal.copy_(gap.mul_(2 * self.scale / N))
+        dy = torch.empty_like(both.y)
+        torch.mm(b, C.T, out=dy[:, :D])
+        torch.mm(a, C, out=dy[:, D:])
+        return value, both.gradient(dy).split(D, dim=1)
 
     def _standardize(self, z: Tensor) -> Tensor:
         options = {"unbiased": self.unbiased, "process_group": self.process_group}

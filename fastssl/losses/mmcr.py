@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastssl.distributed import LOCAL, Group, all_gather_nograd, all_reduce_sum, rank, world_size
-from fastssl.kernels.common import accumulator, finished, first_order, full_precision
+from fastssl.kernels.common import (
+    accumulator,
+    ahead,
+    can_read_values,
+    finished,
+    first_order,
+    full_precision,
+)
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_not_negative
 from fastssl.losses._loss import Loss
 
@@ -54,12 +64,38 @@ class MMCRLoss(Loss):
     def forward(self, online: Tensor, momentum: Tensor) -> Tensor:
         group = self.process_group
         check_batch(group, "B, k, D", least=2, online=online, momentum=momentum)
+        if _ahead.fits(online, group):
+            return ahead(self._alone, online, momentum)
         acc = accumulator(online.dtype)
         z = torch.cat([online, momentum], dim=1).to(acc)
         with full_precision(z.device):
             spread = _NuclearNorm.apply(z.mean(1), group)
             size = _NuclearNorm.apply(z, LOCAL).mean()  # pyright: ignore
         return self.lmda * size - spread
+
+    def _alone(self, sides: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+        """Value and gradients of one process."""
+        acc = accumulator(sides[0].dtype)
+        z = torch.cat(tuple(sides), dim=1).to(acc)
+        spread, dcenters = _polar(z.mean(1))
+        sizes, dz = _polar(z)
+        value = sizes.mean().mul_(self.lmda).sub_(spread).to(acc)
+        dz = dz.mul_(self.lmda / len(z)).sub_(dcenters.unsqueeze(1), alpha=1 / z.shape[1])
+        return value, dz.split([side.shape[1] for side in sides], dim=1)
+
+
+def _polar(x: Tensor) -> tuple[Tensor, Tensor]:
+    """|X|_* of x (..., n, D) in float64, and U V^T: see `_NuclearNorm`."""
+    wide, by_rows = x.double(), x.shape[-2] <= x.shape[-1]
+    gram = wide @ wide.mT if by_rows else wide.mT @ wide
+    norm, root = _inverse_root(gram, _resolved(x.dtype, max(x.shape[-2:])))
+    root = root.to(x.dtype)
+    return norm, root @ x if by_rows else x @ root
+
+
+def _resolved(dtype: torch.dtype, size: int) -> float:
+    """The least singular value that is not rounding, in units of the largest."""
+    return max(torch.finfo(dtype).eps, 2.0**-26) * size
 
 
 class _NuclearNorm(torch.autograd.Function):
@@ -79,8 +115,7 @@ class _NuclearNorm(torch.autograd.Function):
         else:
             rows, wide = x, x.double()
             gram = all_reduce_sum(wide.mT @ wide, group)
-        resolved = max(torch.finfo(x.dtype).eps, 2.0**-26) * max(n * W, x.shape[-1])
-        norm, root = _inverse_root(gram, resolved)
+        norm, root = _inverse_root(gram, _resolved(x.dtype, max(n * W, x.shape[-1])))
         if ctx.by_rows:
             root = root[..., n * rank(group) :, :][..., :n, :]
         ctx.save_for_backward(rows, root.to(x.dtype))
@@ -100,13 +135,15 @@ def _inverse_root(gram: Tensor, resolved: float) -> tuple[Tensor, Tensor]:
     resolved: the least root, in units of the largest, that is not rounding.  Where K is not finite,
     which no eigendecomposition takes, both are nan.
     """
+    whole = can_read_values(gram) and math.isfinite(gram.sum())
+    values, vectors = torch.linalg.eigh(gram if whole else torch.where(gram.isfinite(), gram, 0))
+    sigma = values.clamp_min_(0).sqrt_()
+    inverse = torch.where(sigma > resolved * sigma[..., -1:], sigma.reciprocal(), 0)
+    norm, root = sigma.sum(-1), (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    if whole:
+        return norm, root
     broken = (0 * gram).sum((-2, -1))  # nan, or 0
-    values, vectors = torch.linalg.eigh(torch.where(gram.isfinite(), gram, 0))
-    sigma = values.clamp_min(0).sqrt()
-    kept = (sigma > resolved * sigma[..., -1:]).to(sigma)
-    inverse = kept / torch.where(kept > 0, sigma, 1)
-    root = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
-    return sigma.sum(-1) + broken, root + broken[..., None, None]
+    return norm + broken, root + broken[..., None, None]
 
 
 def mmcr_reference(online: Tensor, momentum: Tensor, lmda: float) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastssl.distributed import Group, world_size
 from fastssl.kernels import frobenius_sq
-from fastssl.kernels.common import accumulator, first_order
+from fastssl.kernels.common import accumulator, ahead, first_order
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
 from fastssl.losses._loss import Loss
 from fastssl.losses._moments import center, covariance_scale
@@ -54,6 +55,8 @@ class SSLEYLoss(Loss):
             raise ValueError(f"views must be at least 2, got {len(views)}")
         named: dict[str, Any] = {f"views[{i}]": z for i, z in enumerate(views)}
         n = check_batch(group, least=2, **named)
+        if _ahead.fits(views[0], group) and _ahead.is_small(views[0], len(views)):
+            return ahead(_small, *views)
         scale = covariance_scale(views[0], n)
         unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where rows have been scaled
         rows = center(torch.stack(tuple(views), 1), scale, group)
@@ -61,6 +64,17 @@ class SSLEYLoss(Loss):
         between = _Between.apply(rows)
         # `between` has this rank's rows: times the ranks, so that the mean over ranks is their sum.
         return within * unit**2 - between * (2 * unit * world_size(group))
+
+
+def _small(views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+    """Value and gradients through the D x D covariance, all views at once."""
+    c = _ahead.centered(views)
+    rows, total = c.flatten(0, 1), c.sum(0)
+    within = rows.T @ rows
+    flat = within.view(-1), total.view(-1), rows.view(-1)
+    square, between, own = (torch.dot(x, x) for x in flat)
+    dz = (rows @ within).add_(rows).view_as(c).sub_(total).mul_(4 * (len(total) - 1) ** -0.5)
+    return square.sub_(between - own, alpha=2), dz.unbind()
 
 
 class _Between(torch.autograd.Function):
