@@ -77,12 +77,14 @@ class _Ahead(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        tensors = ctx.saved_tensors
-        made = ctx.made or ctx.run(tensors, [dtype is not None for dtype in ctx.dtypes])[1]
-        made, ctx.made = [g.mul_(grad) for g in made], None
-        return None, *(
-            g.to(dtype) if dtype else None for g, dtype in zip(made, ctx.dtypes, strict=True)
-        )
+        tensors, dtypes = ctx.saved_tensors, ctx.dtypes
+        made = ctx.made or ctx.run(tensors, [dtype is not None for dtype in dtypes])[1]
+        ctx.made = None
+        wanted = [g if dtype else None for g, dtype in zip(made, dtypes, strict=True)]
+        if not (grad.device.type == "cpu" and float(grad) == 1):  # elsewhere to look would wait
+            wanted = [None if g is None else g.mul_(grad) for g in wanted]
+        pairs = zip(wanted, dtypes, strict=True)
+        return None, *(None if g is None else g.to(dtype) for g, dtype in pairs)
 
 
 def ahead(run: Run, *tensors: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -306,7 +306,7 @@ def _weigh(
 def _weigh_tile(tile: _Tile, row: Tensor | None, col: Tensor | None, flat: bool) -> Tensor:
     """W of a tile of exponentials, which it overwrites."""
 
-    def factor(side: Tensor) -> Tensor:
+    def factor(side: Any) -> Tensor:
         return side[1] if flat else side[1] * (tile.ref - side[0]).clamp_max_(SAFE).exp_()
 
     if row is None:

@@ -1,0 +1,105 @@
+"""Losses of one process on a CPU by every way they may go: whole, by tiles, and as across ranks."""
+
+import pytest
+import torch
+
+from fastssl.kernels.common.chunks import CHUNK_BYTES
+from fastssl.kernels.pairwise import lse_torch
+from fastssl.losses import (
+    BarlowTwinsLoss,
+    CLIPLoss,
+    MMCRLoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SSLEYLoss,
+    VICRegLoss,
+    _ahead,
+)
+from fastssl.losses.barlow_twins import barlow_twins_reference
+from fastssl.losses.clip import clip_reference
+from fastssl.losses.mmcr import mmcr_reference
+from fastssl.losses.ntxent import ntxent_reference
+from fastssl.losses.siglip import siglip_reference
+from fastssl.losses.ssl_ey import ssl_ey_reference
+from fastssl.losses.vicreg import vicreg_reference
+from tests.losses.views import unit, views
+from tests.oracle import assert_no_worse, grads
+
+NUMBERS = torch.tensor(12.0), torch.tensor(-9.0)
+PAIRS = {  # ours, the formula, and what they take beside two views
+    "ntxent": (NTXentLoss(0.1), lambda a, b: ntxent_reference(a, b, 0.1), ()),
+    "ntxent cold": (NTXentLoss(0.02), lambda a, b: ntxent_reference(a, b, 0.02), ()),
+    "clip": (CLIPLoss(), clip_reference, NUMBERS[:1]),
+    "clip cold": (CLIPLoss(), clip_reference, (torch.tensor(90.0),)),
+    "siglip": (SigLIPLoss(), siglip_reference, NUMBERS),
+}
+STATISTICS = {
+    "vicreg": (VICRegLoss(3.0, 5.0, 2.0), lambda a, b: vicreg_reference(a, b, 3.0, 5.0, 2.0)),
+    "barlow": (
+        BarlowTwinsLoss(0.02, scale=0.5),
+        lambda a, b: 0.5 * barlow_twins_reference(a, b, 0.02),
+    ),
+    "ssl-ey": (lambda *z: SSLEYLoss()(z), lambda *z: ssl_ey_reference(z)),
+    "mmcr": (
+        lambda *z: MMCRLoss(0.3)(*(x.unflatten(0, (-1, 3)) for x in z)),
+        lambda a, b: mmcr_reference(a.unflatten(0, (-1, 3)), b.unflatten(0, (-1, 3)), 0.3),
+    ),
+}
+WAYS = ("whole", "tiles", "forgotten", "apart")
+
+
+def take(way, monkeypatch):
+    """whole: all scores at once; tiles: of 16 by 16, kept for the gradient; forgotten: made again;
+    apart: as across ranks, with autograd."""
+    if way in ("tiles", "forgotten"):
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", 1024)
+        monkeypatch.setattr(lse_torch, "KEPT_BYTES", 1 << 20 if way == "tiles" else 2500)
+    if way == "apart":
+        monkeypatch.setattr(_ahead, "fits", lambda *_: False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_way_has_the_formula(name, way, monkeypatch):
+    take(way, monkeypatch)
+    ours, formula, numbers = PAIRS[name]
+    a, b = (unit(z) for z in views(37, 6))
+    if "cold" in name:  # scores far apart: some tiles take two exponentials
+        a[:9] *= 0.05
+    assert_no_worse(ours, formula, (a, b, *numbers))
+
+
+@pytest.mark.parametrize("way", ("whole", "apart"))
+@pytest.mark.parametrize("name", STATISTICS)
+def test_every_way_has_the_statistics(name, way, monkeypatch):
+    take(way, monkeypatch)
+    ours, formula = STATISTICS[name]
+    a, b = views(36, 6)
+    a[:, 1] *= 0.02  # a variance that VICReg pushes apart
+    assert_no_worse(ours, formula, (a, b + 0.5), slack=4 if name == "mmcr" else 2)
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *STATISTICS])
+def test_a_gradient_may_be_asked_for_again_and_of_one_view(name):
+    ours, _, *rest = (PAIRS | STATISTICS)[name]
+    a, b = (unit(z).requires_grad_() for z in views(36, 6))
+    numbers = rest[0] if rest else ()
+    loss = ours(a, b, *numbers)
+    first = torch.autograd.grad(3 * loss, (a, b), retain_graph=True)
+    again = torch.autograd.grad(3 * loss, (a, b))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    alone = torch.autograd.grad(3 * ours(a.detach(), b, *numbers), b)[0]
+    torch.testing.assert_close(alone, first[1])
+    with torch.no_grad():
+        assert torch.isclose(ours(a, b, *numbers), loss)
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("name", ["ntxent", "clip", "siglip"])
+def test_one_pair_and_what_is_not_finite(name, way, monkeypatch):
+    take(way, monkeypatch)
+    ours, _, numbers = PAIRS[name]
+    a, b = (unit(z) for z in views(40, 6))
+    assert all(x.isfinite().all() for x in grads(ours, [a[:1], b[:1], *numbers]))
+    a[3, 2] = torch.nan
+    assert ours(a, b, *numbers).isnan()
