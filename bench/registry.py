@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 OURS, REFERENCE = "fastssl", "reference"
-SIZES = ("quick", "cpu", "cuda")
+SIZES = ("quick", "cpu", "grid", "cuda")
 APART = ("train-*", "*-ranks", "data-*", "optim-*")  # cases not of kernels and losses
 Shape = dict[str, int]
 Outputs = Tensor | Sequence[Tensor]
@@ -80,6 +80,12 @@ def shapes_of(sides: str, **by_size: Sequence[tuple[int, ...]]) -> dict[str, lis
     return {size: [dict(name(values)) for values in rows] for size, rows in by_size.items()}
 
 
+def grid(most: int, D: Sequence[int] = (32, 256, 1024)) -> list[Shape]:
+    """Batches of 16 to 4096 by D features, and one of `most` by the fewest."""
+    shapes = [{"B": 4**power, "D": width} for power in range(2, 7) for width in D]
+    return [*shapes, {"B": most, "D": D[0]}]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A shape with one side left free: how time and memory grow with `variable`."""
@@ -136,7 +142,8 @@ def case(
     """Register a case; the function stays as it is, and its docstring's first line describes it.
 
     test         the test that proves the thing measured, as a path from the repository's root.
-    shapes       by size: "quick" (seconds on a CPU), "cpu", "cuda".
+    shapes       by size: "quick" (seconds on a CPU), "cpu", "cuda"; "grid": from the smallest
+                 batches to large ones, to see where one loses.
     sweeps       by size: what `--sweep` runs.
     dtypes       those it is measured in; another one asked for leaves the case out.
     gate_shape   the most that some sides of a shape have where its answers are checked, for the
@@ -144,7 +151,7 @@ def case(
                  those that are timed.
     gpu_gate_shape  the same on a GPU, where a block of a schedule is larger, by default equal.
     ours         whether there is one of ours already, or rivals alone.
-    Raises ValueError when the name is taken or a size is not one of quick, cpu, cuda.
+    Raises ValueError when the name is taken or a size is not one of these.
     """
     unknown = {*shapes, *(sweeps or {})} - set(SIZES)
     if unknown:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastssl.bench.cases.losses import two_views
 from fastssl.bench.cases.rivals import beside, library, nbytes
-from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
+from fastssl.bench.registry import Problem, Shape, Sweep, case, grid, shapes_of
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
 from fastssl.losses import BarlowTwinsLoss, MixedBarlowTwinsLoss, VICRegLoss
 
@@ -23,7 +23,7 @@ _SHAPES = shapes_of(
     quick=[(128, 512), (256, 1024)],
     cpu=[(64, 64), (256, 2048), (2048, 1024), (256, 8192), (1024, 8192)],
     cuda=[(256, 8192), (2048, 8192), (8192, 2048), (2048, 65536)],
-)
+) | {"grid": grid(16384)}
 _SWEEPS = {
     "quick": [Sweep("B", (32, 64, 128), {"D": 256})],
     "cpu": [

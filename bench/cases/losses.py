@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.cases.rivals import beside, library, nbytes
-from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
+from fastssl.bench.registry import Problem, Shape, Sweep, case, grid, shapes_of
 from fastssl.kernels import exclude_self, pairwise_lse, patch_mse
 from fastssl.losses import CLIPLoss, MAELoss, NTXentLoss, SigLIPLoss
 
@@ -53,7 +53,8 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         quick=[(128, 128), (512, 128)],
         cpu=[(256, 128), (1024, 128), (2048, 256), (4096, 128), (8192, 128)],
         cuda=[(4096, 128), (4096, 1024), (16384, 128), (32768, 128), (32768, 1024)],
-    ),
+    )
+    | {"grid": grid(8192)},  # 16384 views
     sweeps={
         "quick": [Sweep("B", (64, 128, 256), {"D": 64})],
         "cpu": [
@@ -189,7 +190,7 @@ _PAIR_SHAPES = shapes_of(
     quick=[(256, 256)],
     cpu=[(1024, 512), (4096, 512), (8192, 512)],
     cuda=[(4096, 768), (16384, 768), (32768, 768), (65536, 768)],
-)
+) | {"grid": grid(16384)}
 _PAIR_SWEEPS = {
     "quick": [Sweep("B", (64, 128, 256), {"D": 64})],
     "cpu": [Sweep("B", (256, 512, 1024, 2048, 4096), {"D": 512})],

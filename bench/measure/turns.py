@@ -25,6 +25,7 @@ from fastssl.bench.registry import OURS, Problem, Rival, outputs
 AGAIN = OURS + " again"  # ours a second time, in the same rounds
 MOST_COPIES, MOST_COPY_BYTES = 64, 1 << 30
 MOST_ROUNDS = 500
+LONG_S = 10  # of a round
 Times = dict[str, list[float]]  # by pass, milliseconds, one for each round
 
 
@@ -94,7 +95,8 @@ def take_turns(
 ) -> dict[str, Times]:
     """Times of every rival, one for each round, after a round that warms up.
 
-    At least `least_rounds` rounds, more while `budget_s` lasts.  Ours, when it is among the rivals,
+    At least `least_rounds` rounds, or three of more than LONG_S each, and more while `budget_s`
+    lasts.  Ours, when it is among the rivals,
     is there a second time as AGAIN.  Raises RivalFailed with what one of them raised.
     """
     entrants = dict(rivals)
@@ -102,7 +104,7 @@ def take_turns(
         entrants[AGAIN] = entrants[OURS]
     times: dict[str, Times] = {name: {} for name in entrants}
     fresh = cycle(copies(problem, device))
-    order, end, rounds = list(entrants), math.inf, -1
+    order, start, end, rounds = list(entrants), 0.0, math.inf, -1
     while order and rounds < MOST_ROUNDS and (rounds < least_rounds or time.perf_counter() < end):
         for name in order:
             try:
@@ -113,7 +115,10 @@ def take_turns(
                 if rounds >= 0:
                     times[name].setdefault(part, []).append(ms)
         if rounds < 0:
-            end = time.perf_counter() + budget_s
+            start = time.perf_counter()
+            end = start + budget_s
+        elif rounds == 0 and time.perf_counter() - start > LONG_S:
+            least_rounds = min(least_rounds, 3)
         order = _next_order(order, rounds)
         rounds += 1
     return times
