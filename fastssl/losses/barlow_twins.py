@@ -41,6 +41,7 @@ class BarlowTwinsLoss(Loss):
              float32; elsewhere they are float32.  The gradient errs by less than under autocast
              (`python -m fastssl.bench.precision`); float32 views have float32 products.
     Edges    A constant column stays finite: it becomes zeros, and adds (1 - 0)^2.
+    On a CPU of a small batch the gradient is made with the loss, and backward only multiplies.
     Source   Zbontar et al. 2021, Barlow Twins, arXiv:2103.03230, eq. 1 and algorithm 1.
     Differs  from lightly.loss.BarlowTwinsLoss, whose value and gradient it has in one process:
              gathers by default, and across ranks its statistics are the joined batch's, where

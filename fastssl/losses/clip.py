@@ -37,6 +37,7 @@ class CLIPLoss(Loss):
              "gather": the texts are gathered once, in their own dtype, and this rank's images meet
              them all.  "ring": the texts go round, and no rank holds them all.
              process_group=LOCAL contrasts within each rank's batch.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3.
     Differs  from open_clip.loss.ClipLoss, whose value and gradient it has in one process: exact
              across ranks whatever local_loss and gather_with_grad say, where open_clip's default

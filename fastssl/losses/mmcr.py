@@ -43,6 +43,7 @@ class MMCRLoss(Loss):
              is the joined batch's.  gather_distributed=False: each rank's own centroids.
              A part's norm is less than the whole's, and by how much depends on how alike the
              parts are: ranks may then spread over the same few directions at no cost.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Yerxa et al. 2023, arXiv:2303.03307; loss and lmda as in lightly.
     Differs  from lightly.loss.MMCRLoss, whose value and gradient it has in one process: gathers by
              default, where lightly's has each rank's own centroids.

@@ -38,6 +38,7 @@ class NTXentLoss(ContrastiveLoss):
     Ranks    each rank's rows meet the keys of all, gathered once (strategy="gather") or passed
              round ("ring"): the mean over ranks of value and gradient is the joined batch's.
              gather_distributed=False: each rank's batch alone.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Chen et al. 2020, SimCLR, arXiv:2002.05709, eq. 1; the bank: MoCo, arXiv:1911.05722.
     Differs  from lightly.loss.NTXentLoss, whose value and gradient it has in one process: gathers
              by default, because W small batches are not the large batch that was asked for;

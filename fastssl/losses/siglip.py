@@ -40,6 +40,7 @@ class SigLIPLoss(Loss):
              others' blocks; the gradients are made in the forward, so every rank must multiply its
              loss by the same factor before backward.
              process_group=LOCAL contrasts within each rank's batch.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Zhai et al. 2023, SigLIP, arXiv:2303.15343, section 3.2; the ring is of 3.3.
     Differs  from open_clip.loss.SigLipLoss, whose value and gradient it has: the group tells rank
              and world size, and the strategy how texts travel, so that cache_labels, rank,

@@ -35,6 +35,7 @@ class SSLEYLoss(Loss):
     Ranks    covariances are the joined batch's, and so is the mean over ranks of value and
              gradient.  gather_distributed=False: each rank's own covariances; the noise of few rows
              is squared in the loss, which then wants smaller embeddings than the joined batch's.
+    On a CPU of a small batch the gradient is made with the loss, and backward only multiplies.
     Source   Chapman, Wells & Lawry Aguila 2023, arXiv:2310.01012 (the EY loss, with the A
              and B of multiview CCA); for two views as in the authors' own code.
 

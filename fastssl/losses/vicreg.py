@@ -34,6 +34,7 @@ class VICRegLoss(Loss):
              gather_distributed=False: statistics of each rank's own b rows, whose covariances have
              noise, and its square in the loss: decorrelated features of variance 1 still cost
              (D - 1) / (b - 1) a view, where the joined batch has (D - 1) / (W b - 1).
+    On a CPU of a small batch the gradient is made with the loss, and backward only multiplies.
     Source   Bardes et al. 2022, VICReg, arXiv:2105.04906, equations 1 to 6.
     Differs  from lightly.loss.VICRegLoss, whose value and gradient it has in one process, and whose
              scale is the authors' own: gathers by default.  Other scales are other weights:

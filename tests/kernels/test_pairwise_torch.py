@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fastssl.kernels import exclude_self
+from fastssl.kernels import exclude_self, exclude_self_and_pair, same_group
 from fastssl.kernels.common.chunks import tile_shape
 from fastssl.kernels.pairwise import lse_torch as pairwise_torch
 from fastssl.kernels.pairwise.lse import pairwise_lse, pairwise_lse_reference
 from fastssl.kernels.pairwise.lse_torch import Pairs, gradients, statistics
-from fastssl.kernels.pairwise.masks import as_masks
+from fastssl.kernels.pairwise.masks import Tile, as_masks
 from tests.oracle import DEVICE, assert_no_worse, largest_tensor, saved_elements
 
 
@@ -69,6 +69,27 @@ def test_a_bias_counts_among_the_scores():
     pairs = Pairs(q, q, torch.tensor(1.0), torch.tensor([90.0, 0.0]), None, None, "", False)
     assert not pairwise_torch._Scores(pairs).bounded
     assert pairwise_lse(q, q, 1.0, bias=pairs.bias).isfinite().all()
+
+
+def test_a_tile_may_leave_a_row_or_all_of_it_without_a_pair():
+    q, k = torch.randn(40, 3), torch.randn(90, 3)
+    bias = torch.full((90,), 50.0)  # not bounded, and the maxima near each other
+    ids = torch.arange(40) // 23, torch.arange(90) % 2 * (torch.arange(90) > 44)
+    mask = same_group(*ids) & exclude_self
+    assert_no_worse(
+        lambda q, k: torch.cat(pairwise_lse(q, k, 1.0, bias=bias, mask=mask, both=True)),
+        lambda q, k: torch.cat(pairwise_lse_reference(q, k, 1.0, mask, bias.to(q), both=True)),
+        (q, k),
+    )
+
+
+@pytest.mark.parametrize("rows, cols", [((4, 14), (2, 10)), ((2, 9), (4, 9)), ((0, 4), (6, 12))])
+@pytest.mark.parametrize("rule", [exclude_self, exclude_self_and_pair, same_group])
+def test_a_line_of_dropped_pairs_is_where_the_tile_meets_it(rule, rows, cols):
+    tile = Tile(as_masks(rule).key, None, None, torch.device("cpu"))
+    at = slice(*rows), slice(*cols)
+    s = torch.zeros(rows[1] - rows[0], cols[1] - cols[0])
+    assert torch.equal(tile.drop(s, *at) == 0, tile.keep(*at))
 
 
 @pytest.mark.parametrize("m, n", [(1, 1), (10, 10), (300, 300), (1, 5000), (5000, 1), (7, 90)])

@@ -1,5 +1,7 @@
 """Kernels: which tests look at a file, and the tokens that are changed in it."""
 
+AHEAD = "tests/losses/test_ahead.py"
+LSE_TORCH = "tests/kernels/test_pairwise_torch.py"
 LSE = "tests/kernels/test_pairwise.py"
 SIGMOID = "tests/kernels/test_sigmoid_fused.py tests/kernels/test_pairwise_sigmoid.py"
 MOMENTS = "tests/kernels/test_moments.py tests/kernels/test_moments_fused.py"
@@ -12,21 +14,28 @@ TOPK = "tests/kernels/test_topk_fused.py tests/kernels/test_topk.py"
 TESTS = {
     "kernels/pairwise/lse_triton": (LSE, "tiles"),
     "kernels/pairwise/lse_gemm": (LSE, "products"),
-    "kernels/pairwise/masks": (LAUNCHES, ""),
+    "kernels/pairwise/masks": (f"{LSE_TORCH} {LAUNCHES}", "line or launches"),
     "bench/compiler/recording": (LAUNCHES, ""),
     "bench/registry": ("tests/bench/test_registry.py", "gate"),
     "bench/measure/gate": ("tests/bench/test_gate.py", "glance"),
     "kernels/common/rows": ("tests/kernels/test_pairwise_fused.py", "padded"),
     "kernels/common/matmul": ("tests/kernels/test_pairwise_fused.py", "tf32"),
     "kernels/common/tuning": ("tests/kernels/test_tuning.py", ""),
-    "kernels/pairwise/lse_torch": (LSE, "not tiles and not products"),
+    "kernels/pairwise/lse_torch": (
+        f"{AHEAD} {LSE} {LSE_TORCH}",
+        "ahead or torch or not tiles and not products",
+    ),
+    "kernels/common/autograd": (AHEAD, ""),
     "kernels/pairwise/scores_triton": (LSE, "tiles or products"),
     "kernels/pairwise/masks_triton": (LSE, "mask and tiles"),
     "kernels/pairwise/sigmoid_triton": (SIGMOID, ""),
     "kernels/pairwise/sigmoid_torch": (SIGMOID, ""),
     "kernels/pairwise/topk_triton": (TOPK, ""),
     "kernels/correlation/moments_triton": (MOMENTS, ""),
-    "kernels/correlation/moments_torch": (MOMENTS, "not triton"),
+    "kernels/correlation/moments_torch": (
+        f"{MOMENTS} tests/losses/test_barlow_twins.py",
+        "not triton",
+    ),
     "kernels/correlation/gram_triton": (FUSED_CORRELATION, ""),
     "kernels/correlation/gradient_triton": (FUSED_CORRELATION, ""),
     "kernels/correlation/gram_torch": (CORRELATION, ""),
@@ -148,20 +157,52 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("slot < n, empty, PAST", "slot < n - 1, empty, PAST"),
         ("| (s != s)", "| (s < s)"),
     ],
-    "kernels/pairwise/lse_torch.statistics": [
+    "kernels/pairwise/lse_torch._statistics": [
         ("pairs.same else i != j", "pairs.same else i == j"),
-        ("_fold(rows[:, i], s, 1)", "_fold(rows[:, i], s, 0)"),
-        ("cols[1, j] += s.sum(0)", "cols[1, j] = s.sum(0)"),
+        ("cols[1, j].add_(s.sum(0))", "cols[1, j].copy_(s.sum(0))"),
         ("if bounded:", "if not bounded:"),
-        ("rows[1, i] += s.sum(1)", "rows[0, i] += s.sum(1)"),
+        ("rows[1, i].add_(s.sum(1))", "rows[0, i].add_(s.sum(1))"),
+        ("kept.put(i, j, tile)", "kept.put(j, i, tile)"),
     ],
-    "kernels/pairwise/lse_torch.gradients": [
+    "kernels/pairwise/lse_torch._fold": [
+        ("(ref - m).clamp_max_(SAFE)", "(m - ref).clamp_max_(SAFE)"),
+        ("(ref - m).clamp_max_(SAFE)", "(ref - m)"),
+        ("(stats[0] - m).exp_()", "(m - stats[0]).exp_()"),
+    ],
+    "kernels/pairwise/lse_torch._fold_rows": [
+        ("stats[0].copy_(m)", "stats[0].add_(m)"),
+        (".add_(e.sum(1))", ".copy_(e.sum(1))"),
+    ],
+    "kernels/pairwise/lse_torch._fold_both": [
+        ("<= SAFE:", "<= 1e9:"),
+        ("math.isfinite(high) and", ""),
+        ("s.sub_(high)", "s.sub_(0)"),
+        ("_fold(stats, e.sum(dim)", "_fold(stats, e.sum(1)"),
+    ],
+    "kernels/pairwise/lse_torch._gradients": [
         ("if pairs.same and i != j:", "if pairs.same:"),
         ("dbias[j] += w.sum(0)", "dbias[j] = w.sum(0)"),
         ("dk[j].addmm_(w.T, score.x", "dk[j].addmm_(w.T, score.q"),
         ("(2 if same", "(1 if same"),
         ("w = w + w.T", "w = w + w"),
     ],
+    "kernels/pairwise/lse_torch._reference": [("high - low <= SAFE", "high - low <= 1e9")],
+    "kernels/pairwise/lse_torch._weigh_tile": [
+        ("(tile.ref - side[0])", "(side[0] - tile.ref)"),
+        ("factor(row)[:, None] + factor(col)", "factor(row)[:, None] - factor(col)"),
+    ],
+    "kernels/pairwise/masks._dropped_line": [
+        ("return s.diagonal(offset)", "return s.diagonal(-offset)"),
+        ("diagonal(offset // 2, 0, 2)", "diagonal(offset, 0, 2)"),
+        ("n % 2 == 0", "n % 1 == 0"),
+        ("self.places != (-1,)", "self.places == ()"),
+    ],
+    "kernels/common/autograd._Ahead": [
+        ("g if dtype else None for g", "g if True else None for g"),
+        ("float(grad) == 1", "float(grad) == 3"),
+        ("ctx.made or ctx.run", "ctx.made and ctx.run"),
+    ],
+    "kernels/correlation/moments_torch.standardized": [("<= FAR", "<= 1e9")],
     "kernels/correlation/moments_triton._measure": [
         ("k += 1.0", "k += 2.0"),
         ("1.0 - 1.0 / k", "1.0"),

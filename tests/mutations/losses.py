@@ -1,5 +1,6 @@
 """Losses and collectives: which tests look at a file, and the tokens that are changed in it."""
 
+AHEAD = "tests/losses/test_ahead.py"
 EDGES = "tests/losses/test_edges.py"
 
 TESTS = {
@@ -15,10 +16,15 @@ TESTS = {
         " tests/losses/test_contrastive_ranks.py",
         "lightly or formula or joined",
     ),
-    "losses/_moments": ("tests/losses/test_vicreg.py " + EDGES, "vicreg and not leading"),
+    "losses/_moments": (f"tests/losses/test_vicreg.py {EDGES} {AHEAD}", "vicreg and not leading"),
+    "losses/_ahead": (AHEAD, ""),
+    "losses/vicreg": (f"{AHEAD} tests/losses/test_vicreg.py", ""),
     "losses/_ring": ("tests/losses/test_sharded.py", ""),
     "losses/_sharded": ("tests/losses/test_sharded.py", ""),
-    "losses/ntxent": ("tests/losses/test_ntxent.py tests/losses/test_refusals.py", "not compiles"),
+    "losses/ntxent": (
+        "tests/losses/test_ntxent.py tests/losses/test_refusals.py tests/losses/test_ahead.py",
+        "(not compiles) or ahead",
+    ),
     "losses/dcl": ("tests/losses/test_dcl.py", ""),
     "losses/hcl": ("tests/losses/test_hcl.py", ""),
     "losses/supcon": ("tests/losses/test_supcon.py " + EDGES, "supcon"),
@@ -26,18 +32,21 @@ TESTS = {
     "losses/queue": ("tests/losses/test_queue.py", "not rank"),
     "losses/mochi": ("tests/losses/test_mochi.py", "not rank"),
     "losses/moco": ("tests/losses/test_moco.py", ""),
-    "losses/clip": ("tests/losses/test_clip.py", "not ranks"),
-    "losses/siglip": ("tests/losses/test_siglip.py", "joined_batch"),
-    "losses/barlow_twins": ("tests/losses/test_barlow_twins.py", ""),
+    "losses/clip": ("tests/losses/test_clip.py tests/losses/test_ahead.py", "(not ranks) or ahead"),
+    "losses/siglip": (
+        "tests/losses/test_siglip.py tests/losses/test_ahead.py",
+        "(joined_batch) or ahead",
+    ),
+    "losses/barlow_twins": ("tests/losses/test_barlow_twins.py tests/losses/test_ahead.py", ""),
     "losses/dense": ("tests/losses/test_dense.py", ""),
     "losses/groco": ("tests/losses/test_groco.py", "not rank"),
     "losses/isogclr": ("tests/losses/test_isogclr.py", "not rank"),
     "losses/latents": ("tests/losses/test_latents.py", ""),
     "losses/matryoshka": ("tests/losses/test_matryoshka.py", ""),
-    "losses/mmcr": ("tests/losses/test_mmcr.py", ""),
+    "losses/mmcr": ("tests/losses/test_mmcr.py tests/losses/test_ahead.py", ""),
     "losses/reconstruction": ("tests/losses/test_reconstruction.py", ""),
     "losses/sie": ("tests/losses/test_sie.py", "not rank"),
-    "losses/ssl_ey": ("tests/losses/test_ssl_ey.py", ""),
+    "losses/ssl_ey": ("tests/losses/test_ssl_ey.py tests/losses/test_ahead.py", ""),
     "losses/tico": ("tests/losses/test_tico.py", ""),
     "losses/vicregl": ("tests/losses/test_vicregl.py", ""),
     "losses/__init__": ("tests/losses/test_import.py", ""),
@@ -45,6 +54,64 @@ TESTS = {
 }
 
 MUTATIONS = {
+    "losses/_ahead.nt_xent": [
+        ("low >= 1e-9", "low >= -1"),
+        ("value=-1).div_(norms)", "value=-1).mul_(norms)"),
+        ("(g * y).sum(1", "(g * g).sum(1"),
+    ],
+    "losses/_ahead._whole_nt_xent": [
+        ("above.zero_()", "above.clone()"),
+        ("push.sum(0).neg_()", "push.sum(0)"),
+        ("below.copy_(pull)", "below.copy_(-pull)"),
+        ("weight + weight.unsqueeze(1)", "weight + weight"),
+        ("len(y) * temperature", "len(y)"),
+    ],
+    "losses/_ahead._nt_xent": [
+        ("mul_(-scale)", "mul_(scale)"),
+        ("addcmul_(second, pull)", "addcmul_(first, pull)"),
+        ("1 / abs(temperature)", "0 * temperature"),
+        ("transpose(0, 1).flatten(0, 1)", "flatten(0, 1)"),
+    ],
+    "losses/_ahead._clip": [("float(low) <= SAFE", "float(low) <= 1e9")],
+    "losses/_ahead._whole_clip": [
+        ("e.sum(1), e.sum(0)", "e.sum(0), e.sum(1)"),
+        ("line.copy_(pull)", "line.copy_(push[0])"),
+        ("torch.mm(w.T, x)", "torch.mm(w, x)"),
+        (".div_(scale)", ".mul_(scale)"),
+        ("clamp_min_(_TINY)", "clone()"),
+    ],
+    "losses/_ahead._clip_by_tiles": [
+        ("pull * cosine", "pull * own"),
+        ("addcmul_(wide_t,", "addcmul_(wide_x,"),
+        ("push.sum(0).neg_()", "push.sum(0)"),
+    ],
+    "losses/_ahead._siglip": [
+        ("matches.neg_()", "matches.clone()"),
+        ("w.sum().div_(len(x))", "w.sum()"),
+        ("u.mul_(scale)", "u"),
+    ],
+    "losses/_ahead.centered": [("z.shape[1] - 1", "z.shape[1]")],
+    "losses/vicreg._small": [
+        ("self.mu_param / (2 * D)", "self.mu_param / D"),
+        ("gaps.sign_()", "gaps"),
+        ("dz[1].sub_(difference)", "dz[1].add_(difference)"),
+        ("4 * self.nu_param / D", "2 * self.nu_param / D"),
+    ],
+    "losses/ssl_ey._small": [
+        (".add_(rows)", ""),
+        ("between - own", "between + own"),
+        ("mul_(4 *", "mul_(2 *"),
+    ],
+    "losses/mmcr._alone": [
+        ("alpha=1 / z.shape[1]", "alpha=1 / z.shape[0]"),
+        ("self.lmda / len(z)", "self.lmda"),
+        (".sub_(spread)", ".add_(spread)"),
+    ],
+    "losses/barlow_twins._at_once": [
+        ("torch.mm(b, C.T", "torch.mm(b, C"),
+        ("gap.mul_(2 * self.scale / N)", "gap.mul_(2 / N)"),
+        ("2 * self.scale * self.lambda_param / N", "self.scale * self.lambda_param / N"),
+    ],
     "losses/__init__.*": [("from .barlow", "import torch._dynamo\nfrom .barlow")],  # fault 19
     # fault 35: numbers at the edge
     "losses/_unit.unit": [
