@@ -81,7 +81,7 @@ class ContrastiveLoss(Loss):
 
     def two_views(self, z0: Tensor, z1: Tensor, *, least: int = 1, **ids: Tensor) -> TwoViews:
         """Check z0, z1 (B, D) and ids (B,), then lay the views of an image side by side."""
-        count = check_batch(self.process_group, ids=ids, least=least, z0=z0, z1=z1)
+        count = check_batch(self.process_group, ids=ids, least=least, out0=z0, out1=z1)
         return self.lay_out(unit(z0), unit(z1), z0.dtype, count)
 
     def lay_out(self, first: Tensor, second: Tensor, dtype: torch.dtype, count: int) -> TwoViews:

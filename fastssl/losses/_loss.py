@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar
 
 from torch import nn
 
 from fastssl.distributed import LOCAL, Group
+
+
+def by_group(read: Callable[[Any], Any]) -> Any:
+    """A property that the process group decides.  A subclass may set it to what it is anyway.
+
+    Setting it to anything else, which would change nothing, is a ValueError.
+    """
+    name = read.__name__
+
+    def write(self: Any, given: Any) -> None:
+        if given != read(self):
+            must = f"must be what process_group makes it, {read(self)}"
+            raise ValueError(f"{name} {must}, got {given}")
+
+    return property(read, write, doc=read.__doc__)
+
+
+def also_named(**names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a forward take its arguments by the names of a second library too: theirs="ours"."""
+
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            ours = {names.get(name, name): x for name, x in named.items()}
+            if len(ours) < len(named):
+                raise TypeError(f"an argument was given by two names, among {', '.join(named)}")
+            return forward(self, *arguments, **ours)
+
+        return call
+
+    return decorate
 
 
 class Loss(nn.Module):
@@ -21,7 +54,7 @@ class Loss(nn.Module):
         super().__init__()
         self.process_group = process_group if gather_distributed else LOCAL
 
-    @property
+    @by_group
     def gather_distributed(self) -> bool:
         """Whether other ranks' rows count."""
         return self.process_group != LOCAL

@@ -6,17 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import Group, all_gather_rows
 from fastssl.kernels.common import accumulator
 from fastssl.kernels.pairwise import as_number
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
 from fastssl.losses._contrastive import info_nce, lse_of_others
-from fastssl.losses._loss import Loss
-from fastssl.losses._sharded import check_strategy
+from fastssl.losses._open_clip import ImageTextLoss
 
 
-class CLIPLoss(Loss):
+class CLIPLoss(ImageTextLoss):
     """The mean of two cross-entropies, of images over all texts and of texts over all images.
 
     The formula is `clip_reference`, in nats.  A pair's own score is left out of both sums
@@ -41,16 +40,17 @@ class CLIPLoss(Loss):
     Source   Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3.
     Differs  from open_clip.loss.ClipLoss, whose value and gradient it has in one process: exact
              across ranks whatever local_loss and gather_with_grad say, where open_clip's default
-             has 1 / W of the gradient; the group tells rank and world size, so that cache_labels,
-             rank and world_size are taken and not used; holds no (B, B) logits; sums
-             in float32 whatever the dtype.
+             has 1 / W of the gradient; the group tells rank and world_size, whatever is given for
+             them; labels are not cached, so that there are no labels and prev_num_logits; holds no
+             (B, B) logits; sums in float32 whatever the dtype.  get_logits and get_ground_truth,
+             for a subclass with a forward of its own, give open_clip's values, and hold them.
 
     >>> x = torch.eye(2)
     >>> round(CLIPLoss()(x, x, 10.0).item(), 6)  # log1p(e^-10)
     4.5e-05
     """
 
-    shown = ("strategy",)
+    use_horovod = False
 
     def __init__(
         self,
@@ -66,8 +66,32 @@ class CLIPLoss(Loss):
     ) -> None:
         if use_horovod:
             raise ValueError("use_horovod=True: ranks meet through torch.distributed alone")
-        super().__init__(process_group=process_group)
-        self.strategy = check_strategy(strategy)
+        super().__init__(cache_labels, strategy, process_group)
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All scores of images (rows) with texts, and of texts with images.
+
+        Of W ranks' pairs (W B, W B); with local_loss this rank's rows alone, (B, W B).  Averaged
+        over ranks, the gradients are exact.
+        """
+        x, t = image_features, text_features
+        images, texts = (all_gather_rows(z, self.process_group) for z in (x, t))
+        if not self.local_loss:
+            x, t = images, texts
+        sides = logit_scale * x @ texts.T, logit_scale * t @ images.T
+        return sides if logit_bias is None else (sides[0] + logit_bias, sides[1] + logit_bias)
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """The column of its match for each of `num_logits` rows of `get_logits`, int64."""
+        own = torch.arange(num_logits, device=device)
+        return own + num_logits * self.rank if self.local_loss else own
 
     def forward(
         self,

@@ -19,7 +19,7 @@ class DCLLoss(ContrastiveLoss):
 
     The formula is `dcl_reference`, in nats.
 
-    Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
+    Shapes   out0, out1 (B, D): the two views of the same B images, row by row; any float dtype.
              weight_fn: None, all 1; or a function of two (B, D) tensors, the normalized views of
              this rank in float32, the anchors first: their weights (B,).  It is called for either
              direction, and its gradient is kept: detach in it what should have none.
@@ -50,8 +50,8 @@ class DCLLoss(ContrastiveLoss):
         super().__init__(temperature, gather_distributed, process_group, strategy)
         self.weight_fn = weight_fn
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        views = self.two_views(z0, z1, least=2)
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        views = self.two_views(out0, out1, least=2)
         positive = views.positives() / self.temperature
         if self.weight_fn is not None:
             first, second = views.rows.unflatten(0, (-1, 2)).unbind(1)

@@ -23,7 +23,7 @@ class GroupedNTXentLoss(ContrastiveLoss):
     "same": a site, a video or a patient is told apart from itself only, so that what the group
     shares is no short cut.  "different": what is in one group is not pushed apart.
 
-    Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
+    Shapes   out0, out1 (B, D): the two views of the same B images, row by row; any float dtype.
              groups (B,): integers of any size, the group of each image.
     Returns  scalar float32: the mean over this rank's 2B rows; a row with no negative left
              counts with loss 0 and gradient 0.  0 <= loss.  Nothing of N x N is held.
@@ -54,8 +54,8 @@ class GroupedNTXentLoss(ContrastiveLoss):
             raise ValueError(f"negatives must be 'same' or 'different', got {negatives!r}")
         self.negatives = negatives
 
-    def forward(self, z0: Tensor, z1: Tensor, groups: Tensor) -> Tensor:
-        views = self.two_views(z0, z1, groups=groups)
+    def forward(self, out0: Tensor, out1: Tensor, groups: Tensor) -> Tensor:
+        views = self.two_views(out0, out1, groups=groups)
         ids = twice(groups)
         return views.nt_xent(self.temperature, Rule(_RULES[self.negatives], ids, ids))
 

@@ -20,7 +20,7 @@ class HCLLoss(ContrastiveLoss):
     log-sum-exps at two scales; nothing is exponentiated that could overflow.  beta=0, tau_plus=0
     is NT-Xent, and costs one log-sum-exp.
 
-    Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
+    Shapes   out0, out1 (B, D): the two views of the same B images, row by row; any float dtype.
     Returns  scalar float32: the mean over this rank's 2B rows.  0 <= loss.
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; a joined
              batch of one image, which has no negatives; temperature not > 0; tau_plus outside
@@ -52,8 +52,8 @@ class HCLLoss(ContrastiveLoss):
             raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}")
         self.tau_plus, self.beta = tau_plus, beta
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        views, t = self.two_views(z0, z1, least=2), self.temperature
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        views, t = self.two_views(out0, out1, least=2), self.temperature
         views = views._replace(dtype=views.rows.dtype)  # small differences of large numbers follow
         log_n = math.log(2 * views.count - 2)
         positive = views.positives() / t

@@ -30,7 +30,7 @@ class ISogCLRLoss(ContrastiveLoss):
         m_i = (1 - beta) m_i + beta G     G the two views' mean, cut to +-3
         t_i = t_i - eta m_i, kept in tau_range          u_i = the two views' mean u
 
-    Shapes   z0, z1 (B, D): the two views of the same B images, row by row; any float dtype.
+    Shapes   out0, out1 (B, D): the two views of the same B images, row by row; any float dtype.
              index (B,): integers in [0, size), each image's place in the data set.  Of an image
              that a batch has twice, one of the updates is kept.
     Returns  scalar float32: the mean over this rank's 2B rows.  Nothing of N x N is held; G costs
@@ -80,12 +80,12 @@ class ISogCLRLoss(ContrastiveLoss):
         # Not a buffer: data-parallel wrappers would make rank 0's everybody's.
         self.samples = _Samples(size, (tau_init, -math.inf, 0.0), process_group)
 
-    def forward(self, z0: Tensor, z1: Tensor, index: Tensor) -> Tensor:
-        views = self.two_views(z0, z1, least=2, index=index)
+    def forward(self, out0: Tensor, out1: Tensor, index: Tensor) -> Tensor:
+        views = self.two_views(out0, out1, least=2, index=index)
         log_n = math.log(2 * views.count - 2)
         where = self.samples.places(index)
         everyone = self.samples.read(where)
-        state = everyone.unflatten(0, (-1, len(z0)))[rank(self.process_group)]
+        state = everyone.unflatten(0, (-1, len(out0)))[rank(self.process_group)]
         tau, log_u, _ = state.to(views.rows).unsqueeze(1).unbind(-1)  # (b, 1) each
         train = self.training and torch.is_grad_enabled()
         scale = twice(1 / tau.squeeze(1)).requires_grad_(train)

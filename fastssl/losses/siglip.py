@@ -16,11 +16,10 @@ from fastssl.kernels.pairwise import SigmoidNeed as Need
 from fastssl.kernels.pairwise import SigmoidResults as Results
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
-from fastssl.losses._loss import Loss
-from fastssl.losses._sharded import check_strategy
+from fastssl.losses._open_clip import ImageTextLoss
 
 
-class SigLIPLoss(Loss):
+class SigLIPLoss(ImageTextLoss):
     """Each image matches its own text, and none of all the others.
 
     The formula is `siglip_reference`, in nats, of the B images of this rank and all ranks' texts.
@@ -33,7 +32,8 @@ class SigLIPLoss(Loss):
     Returns  scalar float32 (float64 for float64); with output_dict=True as "contrastive_loss" of a
              dict.  0 <= loss; W B ln 2 on W ranks where scale and bias are 0.
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; other
-             strategies.  A non-finite input is no error: it gives a non-finite loss.
+             strategies; a dist_impl that open_clip has not.  A non-finite input is no error: it
+             gives a non-finite loss.
     Ranks    the mean over ranks of value and gradient is the joined batch's.  "gather": the
              texts are gathered once, in their own dtype.  "ring": they travel from rank to rank,
              each beside the gradient it collects, and no rank holds more than its own texts and two
@@ -43,16 +43,15 @@ class SigLIPLoss(Loss):
     On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Zhai et al. 2023, SigLIP, arXiv:2303.15343, section 3.2; the ring is of 3.3.
     Differs  from open_clip.loss.SigLipLoss, whose value and gradient it has: the group tells rank
-             and world size, and the strategy how texts travel, so that cache_labels, rank,
-             world_size and dist_impl are taken and not used; holds no (B, B) scores; sums in
-             float32 whatever the dtype.
+             and world_size, and the strategy how texts travel, whatever is given for them and for
+             dist_impl; labels are not cached, so that there are no labels and prev_num_logits;
+             holds no (B, B) scores; sums in float32 whatever the dtype.  get_logits and
+             get_ground_truth, for a subclass with a forward of its own, hold open_clip's.
 
     >>> x = torch.eye(2)
     >>> round(SigLIPLoss()(x, x, 10.0, -10.0).item(), 4)  # ln 2 and log1p(e^-10) a row
     0.6932
     """
-
-    shown = ("strategy",)
 
     def __init__(
         self,
@@ -64,8 +63,32 @@ class SigLIPLoss(Loss):
         strategy: str = "gather",
         process_group: Group = None,
     ) -> None:
-        super().__init__(process_group=process_group)
-        self.strategy = check_strategy(strategy)
+        super().__init__(cache_labels, strategy, process_group)
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(f"dist_impl must be one that open_clip has, got {dist_impl!r}")
+        self.dist_impl = dist_impl or "bidir"
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        """All (B, B) scores of images (rows) with texts, of this rank."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def get_ground_truth(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        num_logits: int,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """1 where a pair matches and -1 elsewhere, of (B, B); negative_only: nowhere a match."""
+        match = torch.eye(num_logits, device=device, dtype=dtype)
+        return -torch.ones_like(match) if negative_only else 2 * match - 1
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastssl.distributed import Group, all_gather_nograd, all_gather_rows, rank, world_size
 from fastssl.losses._checks import check_batch
 from fastssl.losses._contrastive import ContrastiveLoss, lse_of_others
+from fastssl.losses._loss import also_named
 from fastssl.losses._unit import unit
 
 
@@ -19,7 +20,8 @@ class SupConLoss(ContrastiveLoss):
     but the log-sum-exp's is seen.
 
     Shapes   features (B, V, D): V views of B images; any float dtype.  labels (B,): integers of any
-             size, or None: each image is its own label (SimCLR's loss over V views).
+             size, or None: each image is its own label (SimCLR's loss over V views).  Or embeddings
+             (N, D) and labels (N,).
     Returns  scalar float32: the mean over the views that have a positive, 0 when none
              has.  0 <= loss; ln(N - 1) when all N embeddings agree.  Nothing of N x N is held.  Of
              two views without labels it is NTXentLoss, which keeps more digits near a match.
@@ -28,19 +30,22 @@ class SupConLoss(ContrastiveLoss):
     Ranks    as NTXentLoss.  Labels are compared over the joined batch; with them, each image's
              summed views are gathered whatever the strategy.
     Source   Khosla et al. 2020, Supervised Contrastive Learning, arXiv:2004.11362, eq. 2.
-    Differs  from pytorch_metric_learning's SupConLoss, whose value and gradient it has: that takes
-             (B V, D) and (B V,); leaves anchors whose loss rounds to 0 out of the mean; and is 0 in
-             a batch of one label.  The paper's code multiplies by t / 0.07; neither does this.
+    Differs  from pytorch_metric_learning's SupConLoss, whose value and gradient it has: that leaves
+             anchors whose loss rounds to 0 out of the mean, and is 0 in a batch of one label; no
+             indices_tuple, ref_emb or ref_labels; no distance, reducer, regularizer or statistics.
+             The paper's code multiplies by t / 0.07; neither does this.
 
     >>> z = torch.eye(2).repeat_interleave(2, 0).unsqueeze(1)  # one view of four images
     >>> round(SupConLoss(temperature=0.5)(z, torch.tensor([7, 7, 3, 3])).item(), 4)  # ln(e^2+2) - 2
     0.2395
     """
 
+    @also_named(embeddings="features")
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        group = self.process_group
-        check_batch(group, "B, V, D", ids={"labels": labels}, features=features)
-        z = unit(features)
+        group, flat = self.process_group, features.ndim == 2
+        axes = "N, D" if flat else "B, V, D"
+        check_batch(group, axes, ids={"labels": labels}, features=features)
+        z = unit(features.unsqueeze(1) if flat else features)
         B, V, _ = z.shape
         rows = z.flatten(0, 1).to(features.dtype)  # see TwoViews
         # Positives are of the rounded rows too: else their mean may pass the log-sum-exp.

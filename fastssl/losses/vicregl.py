@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastssl.distributed import require_all_even, world_size
+from fastssl.distributed import Group, require_all_even, world_size
 from fastssl.kernels.common import accumulator, full_precision
 from fastssl.losses._checks import check_not_negative, check_within
 from fastssl.losses._loss import Loss
@@ -34,9 +33,8 @@ class VICRegLLoss(Loss):
              side, as positions of one VICReg for each number of them.
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; views
              without grids; no pair of views; what VICRegLoss refuses.
-    Ranks    as VICRegLoss, which also takes gather_distributed and process_group from here:
-             variances and covariances are the joined batch's, of a match by its place in the order
-             of distance.
+    Ranks    as VICRegLoss: variances and covariances are the joined batch's, of a match by its
+             place in the order of distance.
     Source   Bardes et al. 2022, VICRegL, arXiv:2210.01571; num_matches as in the authors'
              code, where the order of views decides, not their kind.
     Differs  from lightly.loss.VICRegLLoss, whose value and gradient it has in one process: gathers
@@ -58,12 +56,13 @@ class VICRegLLoss(Loss):
         mu_param: float = 25.0,
         nu_param: float = 1.0,
         alpha: float = 0.75,
-        *,
+        gather_distributed: bool = True,
         eps: float = 1e-4,
         num_matches: tuple[int | None, int | None] = (20, 4),
-        **ranks: Any,
+        *,
+        process_group: Group = None,
     ) -> None:
-        super().__init__(**ranks)
+        super().__init__(gather_distributed, process_group)
         check_within(0, 1, alpha=alpha)
         check_not_negative(nu_param=nu_param)
         counts = [m for m in num_matches if m is not None]
@@ -72,7 +71,15 @@ class VICRegLLoss(Loss):
             raise ValueError(f"num_matches must be two counts, None or -1, got {num_matches}")
         self.alpha, self.num_matches, self.nu_param = alpha, tuple(num_matches), nu_param
         # Half of nu: here the views' covariance terms are averaged, in VICReg they are added.
-        self.vicreg = VICRegLoss(lambda_param, mu_param, nu_param / 2, eps=eps, **ranks)
+        self.vicreg_loss = VICRegLoss(
+            lambda_param,
+            mu_param,
+            nu_param / 2,
+            gather_distributed,
+            eps,
+            process_group=process_group,
+        )
+        self.lambda_param, self.mu_param, self.eps = lambda_param, mu_param, eps
 
     def forward(
         self,
@@ -103,11 +110,10 @@ class VICRegLLoss(Loss):
         return self.alpha * whole + (1 - self.alpha) * local
 
     def _whole(self, features: list[Tensor], pairs: list[tuple[int, int]]) -> Tensor:
-        cfg = self.vicreg
         same = torch.stack([invariance(features[a], features[b]) for a, b in pairs]).mean()
-        terms = [variance_covariance(g, cfg.eps, cfg.process_group) for g in features]
+        terms = [variance_covariance(g, self.eps, self.process_group) for g in features]
         variance, covariance = torch.stack([torch.stack(t) for t in terms]).mean(0)
-        return cfg.lambda_param * same + cfg.mu_param * variance + self.nu_param * covariance
+        return self.lambda_param * same + self.mu_param * variance + self.nu_param * covariance
 
     def _local(
         self, places: list[Tensor], grids: list[Tensor], pairs: list[tuple[int, int]]
@@ -123,7 +129,7 @@ class VICRegLLoss(Loss):
         total = places[0].new_zeros((), dtype=torch.float32)
         for some in matched.values():
             x, y = (torch.cat(side, 1) for side in zip(*some, strict=True))
-            total = total + len(some) * self.vicreg(x, y)
+            total = total + len(some) * self.vicreg_loss(x, y)
         return total / (2 * len(pairs))
 
 

@@ -79,6 +79,10 @@ def singles(loss, z, labels, index):
     return loss(z[0].unsqueeze(1), labels)
 
 
+def flat(loss, z, labels, index):
+    return loss(z[0], labels)
+
+
 def positions(loss, z, labels, index):
     """Images of three positions; how many of a rank's have a match differs from rank to rank."""
     match = (index % 5 - 1).unflatten(0, (-1, 3))
@@ -97,6 +101,8 @@ STRATEGIES = {
     "supcon": (lambda **o: SupConLoss(0.2, **o), stacked),
     "supcon unlabeled": (lambda **o: SupConLoss(0.2, **o), unlabeled),
     "supcon singles": (lambda **o: SupConLoss(0.2, **o), singles),
+    "supcon flat": (lambda **o: SupConLoss(0.2, **o), flat),
+    "ntxent labeled": (lambda **o: NTXentLoss(0.2, **o), flat),
     "moco v3": (lambda **o: MoCoV3Loss(0.2, **o), both_ways),
     "hcl": (lambda **o: HCLLoss(0.5, 0.1, 1.5, **o), pair),
     "grouped same": (lambda **o: GroupedNTXentLoss(0.2, **o), labeled),
@@ -113,8 +119,15 @@ ONE_WAY = {  # those in which no rank's rows meet another's
 CASES = {**{f"{n} {s}": (*STRATEGIES[n], s) for n in STRATEGIES for s in ("gather", "ring")}}
 CASES |= {name: (*ONE_WAY[name], None) for name in ONE_WAY}
 # DDP averages gradients, as the test of the mean does: one loss of each way through the ranks.
-IN_DDP = ["ntxent gather", "ntxent ring", "supcon gather", "isogclr ring", "moco"]
-LOCAL = ["ntxent", "dcl", "dclw", "supcon", "moco v3", "hcl", "grouped same"]
+IN_DDP = [
+    "ntxent labeled gather",
+    "ntxent gather",
+    "ntxent ring",
+    "supcon gather",
+    "isogclr ring",
+    "moco",
+]
+LOCAL = ["ntxent", "ntxent labeled", "dcl", "dclw", "supcon", "moco v3", "hcl", "grouped same"]
 
 
 def new_loss(name, **options):

@@ -1,12 +1,17 @@
-"""One line is changed, the import: arguments by place as the libraries' users write them."""
+"""One line is changed, the import: what the libraries' users write, read and save."""
+
+import inspect
 
 import lightly.loss
 import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning import losses as metric
+from torch import nn
 
 from fastssl import losses
+from fastssl.losses.queue import Queue
 
 OF_LIGHTLY = {
     "BarlowTwinsLoss": (5e-3, False),
@@ -16,6 +21,7 @@ OF_LIGHTLY = {
     "DCLLoss": (0.2, None, False),
     "DCLWLoss": (0.2, 0.4, False),
     "MMCRLoss": (4e-3,),
+    "VICRegLLoss": (24.0, 26.0, 2.0, 0.6, False, 1e-3, (3, 2)),
 }
 OF_OPEN_CLIP = {
     "ClipLoss": (False, False, False, 0, 1, False),
@@ -23,24 +29,61 @@ OF_OPEN_CLIP = {
 }
 
 
+RIVALS = {
+    **{name: lightly.loss for name in OF_LIGHTLY},
+    **{name: open_clip.loss for name in OF_OPEN_CLIP},
+}
+LABELED = ("NTXentLoss", "SupConLoss")
+
+
 def views(n=12, d=8):
     torch.manual_seed(0)
     return [torch.randn(n, d) for _ in range(2)]
+
+
+def inputs(name, rival=None):
+    """What a rival's forward takes, by the names that it has there."""
+    a, b = views()
+    images = [(x, x.view(12, 2, 2, 2)) for x in (a, b)]
+    grids = [x.view(12, 2, 2, 2) for x in (b, a)]
+    known = {
+        **dict.fromkeys(("out0", "z_a"), a),
+        **dict.fromkeys(("out1", "z_b"), b),
+        "online": a.unflatten(0, (6, 2)),
+        "momentum": b.unflatten(0, (6, 2)),
+        "image_features": F.normalize(a),
+        "text_features": F.normalize(b),
+        "logit_scale": torch.tensor(5.0),
+        "logit_bias": torch.tensor(-3.0),
+        "output_dict": False,
+        "update_covariance_matrix": True,
+        "global_view_features": images,
+        "global_view_grids": grids,
+        "local_view_features": images[:1],
+        "local_view_grids": grids[:1],
+        "embeddings": a,
+        "labels": torch.arange(12) % 5,
+    }
+    rival = rival or RIVALS[name]
+    asked = inspect.signature(getattr(rival, name).forward).parameters
+    left = {argument for argument in asked if argument not in ("self", *known)}
+    assert left == ({"indices_tuple", "ref_emb", "ref_labels"} if rival is metric else set())
+    assert all(argument in getattr(losses, name).__doc__ for argument in left)
+    return {argument: known[argument] for argument in asked if argument in known}
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's DCLWLoss
 @pytest.mark.parametrize("name", OF_LIGHTLY)
 def test_arguments_by_place_are_lightlys(name):
     ours, theirs = (getattr(m, name)(*OF_LIGHTLY[name]) for m in (losses, lightly.loss))
-    z = views() if name != "MMCRLoss" else [x.unflatten(0, (6, 2)) for x in views()]
-    torch.testing.assert_close(ours(*z), theirs(*z), rtol=1e-4, atol=1e-5)
+    z = inputs(name).values()
+    torch.testing.assert_close(ours(*z), theirs(*z).squeeze(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OF_OPEN_CLIP)
 def test_arguments_by_place_are_open_clips(name):
     ours, theirs = (getattr(m, name)(*OF_OPEN_CLIP[name]) for m in (losses, open_clip.loss))
-    arguments = [F.normalize(x) for x in views()] + [torch.tensor(5.0)]
-    arguments += [torch.tensor(-3.0)] if name == "SigLipLoss" else []
+    arguments = inputs(name).values()
     torch.testing.assert_close(ours(*arguments), theirs(*arguments))
 
 
@@ -59,3 +102,104 @@ def test_a_banks_width_may_be_that_of_the_first_batch(size, width):
 def test_horovod_is_refused():
     with pytest.raises(ValueError, match="use_horovod=True: ranks meet through torch.distributed"):
         losses.CLIPLoss(use_horovod=True)
+
+
+def test_no_namesake_is_left_out():
+    for module in (lightly.loss, open_clip.loss):
+        assert {n for n in vars(losses) if n[0].isupper() and hasattr(module, n)} <= {*RIVALS}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's DCLWLoss
+@pytest.mark.parametrize("name", RIVALS)
+def test_arguments_by_name_are_the_rivals(name):
+    ours, theirs = (getattr(m, name) for m in (losses, RIVALS[name]))
+    asked = inspect.signature(theirs).parameters
+    made = {argument: about.default for argument, about in asked.items()}
+    given = inputs(name)
+    want = theirs(**made)(**given).squeeze()
+    torch.testing.assert_close(ours(**made)(**given), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(12) % 5, torch.arange(12) // 4 * 10**12])
+@pytest.mark.parametrize("name", LABELED)
+def test_labeled_embeddings_by_name_are_pytorch_metric_learnings(name, labels):
+    embeddings = inputs(name, metric)["embeddings"].double()
+    values = [getattr(m, name)(0.2)(embeddings=embeddings, labels=labels) for m in (losses, metric)]
+    torch.testing.assert_close(*values)
+
+
+def test_one_argument_by_two_names():
+    z = views()[0]
+    with pytest.raises(TypeError, match="given by two names, among embeddings, out0"):
+        losses.NTXentLoss()(embeddings=z, out0=z)
+
+
+def attributes(thing):
+    """The public ones, without those that every module has."""
+    return {n for n in {*vars(thing), *dir(thing)} - {*dir(nn.Module())} if not n.startswith("_")}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_what_a_rivals_instance_has_is_there_or_is_told(name):
+    """The same value, or a line of the docstring that says that it is not there."""
+    module = RIVALS[name]
+    given = (OF_LIGHTLY | OF_OPEN_CLIP)[name]
+    ours, theirs = (getattr(m, name)(*given) for m in (losses, module))
+    differs = type(ours).__doc__.partition("Differs")[2]
+    for attribute in attributes(theirs) | {*theirs._modules}:
+        want = getattr(theirs, attribute)
+        if hasattr(ours, attribute) and not isinstance(want, nn.Module) and not callable(want):
+            assert getattr(ours, attribute) == want, attribute
+        else:
+            assert hasattr(ours, attribute) or attribute in differs, attribute
+
+
+def test_a_flag_that_the_group_decides_may_be_set_to_what_it_is():
+    loss = losses.DCLWLoss(gather_distributed=False)
+    loss.gather_distributed = False
+    with pytest.raises(ValueError, match="gather_distributed must be .*, False, got True"):
+        loss.gather_distributed = True
+
+
+class Model(nn.Module):
+    """A loss is saved with the rest of a model."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.head, self.loss = nn.Linear(2, 2), losses.NTXentLoss(0.5, size)
+
+
+@pytest.mark.parametrize("size", [(4, 8), 4])
+def test_a_state_without_a_bank_leaves_the_bank_as_it_is(size):
+    model, x = Model(size), views()[0]
+    model.loss.memory_bank.push(x[:3])
+    before = {name: kept.clone() for name, kept in model.loss.memory_bank.state_dict().items()}
+    assert not any(model.load_state_dict(Model(0).state_dict()))  # no key missing, none left over
+    after = model.loss.memory_bank.state_dict()
+    assert all(torch.equal(before[name], kept) for name, kept in after.items())
+    assert int(after["next"]) == 3
+
+
+def test_a_saved_bank_is_dropped_where_there_is_none():
+    state = Model((4, 8)).state_dict()
+    names = set(state)
+    model = Model(0)
+    assert not any(model.load_state_dict(state))
+    assert torch.equal(model.head.weight, state["head.weight"]) and set(state) == names
+    with pytest.raises(RuntimeError, match='Missing key.*next"'):
+        Model((4, 8)).load_state_dict({n: x for n, x in state.items() if "next" not in n})
+    with pytest.raises(RuntimeError, match='Missing key.*"bank"'):  # a queue's loss needs its queue
+        Queue(4, 8).load_state_dict({})
+
+
+@pytest.mark.parametrize("size", [(4, 8), 4])
+def test_lightlys_bank_is_taken(size):
+    theirs = lightly.loss.NTXentLoss(0.5, (4, 8))
+    x, y = views()
+    theirs(x[:3].requires_grad_(), y[:3])
+    assert not theirs.state_dict()  # it saves none: these are its names, as a user would save them
+    ours = losses.NTXentLoss(0.5, size)
+    ours.load_state_dict(dict(theirs.named_buffers()))
+    torch.testing.assert_close(ours(x, y), theirs(x, y))
+    assert int(ours.memory_bank.next) == 3 + 12 % 4
+    ours.load_state_dict(theirs.state_dict())

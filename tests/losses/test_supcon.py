@@ -114,9 +114,11 @@ def test_refuses_labels(labels):
 def test_refuses_one_view_without_labels():
     with pytest.raises(ValueError, match="one view has no positives without labels"):
         SupConLoss()(torch.ones(4, 1, 3))
+    with pytest.raises(ValueError, match="one view has no positives without labels"):
+        SupConLoss()(torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (0, 2, 3), (4, 0, 3), (4, 2, 0), (4, 2, 3, 1)])
+@pytest.mark.parametrize("shape", [(4,), (0, 2, 3), (4, 0, 3), (4, 2, 0), (4, 2, 3, 1)])
 def test_refuses_shapes(shape):
     with pytest.raises(ValueError, match=r"features must be \(B, V, D\), none of them empty, got"):
         SupConLoss()(torch.ones(shape))
