@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LOCAL: Literal["local"] = "local"  # the group of this rank alone
 Group = Any  # ProcessGroup | None | LOCAL; ProcessGroup is absent from builds without distributed
@@ -125,8 +124,9 @@ class _Collective(torch.autograd.Function):
         return forward(x, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # see `first_order`
+            raise RuntimeError("what goes from rank to rank has no second derivative")
         return ctx.adjoint(grad, ctx.group), None, None, None
 
 

@@ -25,7 +25,7 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.kernels import different_group, pairwise_lse
-from fastssl.kernels.common import accumulator, first_order, full_precision
+from fastssl.kernels.common import FirstOrder, accumulator, first_order, full_precision
 from fastssl.kernels.common.chunks import row_spans
 
 
@@ -46,7 +46,7 @@ def labeled_nt_xent(rows: Tensor, labels: Tensor, temperature: float, group: Gro
     return total / all_reduce_sum(pairs, group).clamp(min=1) * W
 
 
-class _Positives(torch.autograd.Function):
+class _Positives(FirstOrder):
     """The sum of log(1 + exp(n_i - s_ij)) over pairs of one label, and how many there are.
 
     start: the place of the first row among the keys, which itself it does not meet.

@@ -54,6 +54,13 @@ class Loss(nn.Module):
         super().__init__()
         self.process_group = process_group if gather_distributed else LOCAL
 
+    def _slow_forward(self, *arguments: Any, **named: Any) -> Any:
+        """What torch calls in place of forward, under torch.jit.trace alone."""
+        raise RuntimeError(
+            "torch.jit.trace would keep the number of images, and what was asked of their values, "
+            "of this one batch: compile the loss by torch.compile"
+        )
+
     @by_group
     def gather_distributed(self) -> bool:
         """Whether other ranks' rows count."""

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
 from fastssl.kernels import cross_correlation
-from fastssl.kernels.common import accumulator, finished, first_order, full_precision
+from fastssl.kernels.common import FirstOrder, accumulator, finished, first_order, full_precision
 from fastssl.kernels.common.gpu import on_gpu
 
 
-class _Centered(torch.autograd.Function):
+class _Centered(FirstOrder):
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: float, group: Group) -> Tensor:
         ctx.scale, ctx.dtype = scale, z.dtype
@@ -66,7 +66,7 @@ def covariance_scale(z: Tensor, n: int) -> float:
     return 1.0 if z.dtype == torch.float16 else (n - 1) ** -0.5
 
 
-class _ByPosition(torch.autograd.Function):
+class _ByPosition(FirstOrder):
     """(P, D) diagonals and (P,) squares off them, of c^T c at each of P positions of c (N, P, D).
 
     With k = c^T c off its diagonal d, of which |k|^2 is the second: dc = 4 c k, and 2 c for d.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, rank, shift, world_size
-from fastssl.kernels.common import accumulator, first_order
+from fastssl.kernels.common import FirstOrder, accumulator, first_order
 from fastssl.kernels.pairwise import Masks, Pairs, blockwise
 
 
@@ -58,7 +58,7 @@ class _Journey:
         return shift([carried], -t if t + 1 == self.steps else 1, self.group)()[0]
 
 
-class _RingLSE(torch.autograd.Function):
+class _RingLSE(FirstOrder):
     """k is None for symmetric scores of q with itself."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels import exclude_self
-from fastssl.kernels.common import first_order, full_precision
+from fastssl.kernels.common import FirstOrder, first_order, full_precision
 from fastssl.losses._checks import check_embeddings, check_ids
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce, joined_ids
 from fastssl.losses._sharded import Rule, sharded_lse
@@ -96,7 +96,7 @@ class DenseInfoNCELoss(ContrastiveLoss):
         return f"temperature={self.temperature}, negatives={self.negatives!r}"
 
 
-class _ImageLSE(torch.autograd.Function):
+class _ImageLSE(FirstOrder):
     """Log-sum-exp over an image's positions but the match, of a few images at a time.
 
     Kept are each row's maximum m and sum l apart; a row without others is -inf.

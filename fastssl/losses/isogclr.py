@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
-from fastssl.kernels.common import can_read_values
+from fastssl.kernels.common import can_read_values, refuse_torch_func
 from fastssl.losses._checks import check_counts, check_not_negative, check_positive
 from fastssl.losses._contrastive import ContrastiveLoss, twice
 from fastssl.losses._unit import unit
@@ -81,6 +81,7 @@ class ISogCLRLoss(ContrastiveLoss):
         self.samples = _Samples(size, (tau_init, -math.inf, 0.0), process_group)
 
     def forward(self, out0: Tensor, out1: Tensor, index: Tensor) -> Tensor:
+        refuse_torch_func()  # it asks for a gradient of its own
         views = self.two_views(out0, out1, least=2, index=index)
         log_n = math.log(2 * views.count - 2)
         where = self.samples.places(index)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastssl.distributed import LOCAL, Group, all_gather_nograd, all_reduce_sum, rank, world_size
 from fastssl.kernels.common import (
+    FirstOrder,
     accumulator,
     ahead,
     can_read_values,
@@ -99,7 +100,7 @@ def _resolved(dtype: torch.dtype, size: int) -> float:
     return max(torch.finfo(dtype).eps, 2.0**-26) * size
 
 
-class _NuclearNorm(torch.autograd.Function):
+class _NuclearNorm(FirstOrder):
     """|X|_* of the joined rows of x (..., n, D), for each leading index: d|X|_*/dX = U V^T.
 
     X = U S V^T.  With K = X X^T = U S^2 U^T, U V^T is K^(-1/2) X; with K = X^T X, X K^(-1/2).

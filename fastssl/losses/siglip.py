@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_rows, rank, shift, world_size
 from fastssl.kernels import same_group
-from fastssl.kernels.common import first_order
+from fastssl.kernels.common import FirstOrder, first_order
 from fastssl.kernels.pairwise import Masks, as_number, pairwise_sigmoid, pairwise_sigmoid_grads
 from fastssl.kernels.pairwise import SigmoidNeed as Need
 from fastssl.kernels.pairwise import SigmoidResults as Results
@@ -138,7 +138,7 @@ def _ring(x: Tensor, t: Tensor, scale: Any, bias: Any, group: Group) -> Tensor:
     return _Ring.apply(x, t, scale, bias, need, group)  # pyright: ignore[reportReturnType]
 
 
-class _Ring(torch.autograd.Function):
+class _Ring(FirstOrder):
     """This rank's images against every rank's texts, a block of them at a time."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, world_size
 from fastssl.kernels import frobenius_sq
-from fastssl.kernels.common import accumulator, ahead, first_order
+from fastssl.kernels.common import FirstOrder, accumulator, ahead, first_order
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
 from fastssl.losses._loss import Loss
@@ -78,7 +78,7 @@ def _small(views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
     return square.sub_(between - own, alpha=2), dz.unbind()
 
 
-class _Between(torch.autograd.Function):
+class _Between(FirstOrder):
     """sum_{i != j} z_ni . z_nj over the rows of z (N, V, D): dz_ni = 2 sum_{j != i} z_nj."""
 
     @staticmethod

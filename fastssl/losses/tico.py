@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
-from fastssl.kernels.common import first_order, full_precision
+from fastssl.kernels.common import FirstOrder, first_order, full_precision
 from fastssl.losses._checks import check_batch, check_not_negative, check_within
 from fastssl.losses._loss import Loss
 from fastssl.losses._unit import unit
@@ -92,7 +92,7 @@ class TiCoLoss(Loss):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class _Terms(torch.autograd.Function):
+class _Terms(FirstOrder):
     """sum_n rho a_n . p_n - a_n . b_n, of p = a C, where C has no gradient: da = 2 rho p - b."""
 
     @staticmethod

@@ -1,11 +1,20 @@
 """What all families share: the choice of an implementation, checks, chunks, tuning, launches."""
 
-from .autograd import accumulator, ahead, finished, first_order, full_precision
+from .autograd import (
+    FirstOrder,
+    accumulator,
+    ahead,
+    finished,
+    first_order,
+    full_precision,
+    refuse_torch_func,
+)
 from .checks import can_read_values, check_ids, require_float
 from .chunks import tile_shape
 from .dispatch import HAS_TRITON, implementations
 
 __all__ = [
+    "FirstOrder",
     "HAS_TRITON",
     "accumulator",
     "ahead",
@@ -15,6 +24,7 @@ __all__ = [
     "first_order",
     "full_precision",
     "implementations",
+    "refuse_torch_func",
     "require_float",
     "tile_shape",
 ]

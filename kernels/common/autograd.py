@@ -19,6 +19,9 @@ _DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "privateuseone", "xla",
 _HAVE_AUTOCAST = frozenset(d for d in _DEVICES if torch.amp.is_autocast_available(d))
 
 
+_FORMULA = "take impl='reference' of the primitive, or the *_reference that stands beside the loss"
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Outside autocast, where one is on; devices such as meta have none to leave."""
     if device.type in _HAVE_AUTOCAST and torch.is_autocast_enabled(device.type):
@@ -26,40 +29,44 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class _NoSecond(torch.autograd.Function):
-    """A gradient whose own gradient is an error."""
+def refuse_torch_func() -> None:
+    """Raise RuntimeError, with what to do instead, inside a transform of torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"torch.func cannot transform a fused primitive or loss: {_FORMULA}")
 
-    @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return grad.view_as(grad)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError("this primitive has no second derivative; use impl='reference'")
+class FirstOrder(torch.autograd.Function):
+    """The Function of a primitive or a loss: for torch.autograd and torch.compile.
+
+    A transform of torch.func would want what backward needs as outputs of forward, and a rule for
+    batches; torch says so in words that help no user of a loss.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        refuse_torch_func()
+        return super().apply(*arguments)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a primitive's backward: outside autocast, and not differentiable a second time.
 
-    torch's once_differentiable lets a second derivative through, as zero, when the incoming
-    gradient is a constant; here every one raises RuntimeError.
+    create_graph=True raises RuntimeError at once.  torch's once_differentiable would raise in the
+    second backward, and not even there if that goes to some inputs alone, as torch.autograd.grad
+    does: the derivative would lack a part without a word.
     """
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: torch.Tensor) -> Any:
-        device = grads[0].device
-        with torch.no_grad(), full_precision(device):
-            out = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # create_graph=False, the usual case
-            return out
-        anchor = torch.zeros((), device=device, requires_grad=True)
-        several = out if isinstance(out, tuple) else (out,)
-        return tuple(None if g is None else _NoSecond.apply(g, anchor) for g in several)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which has no second
+            raise RuntimeError(f"a fused primitive or loss has no second derivative: {_FORMULA}")
+        with torch.no_grad(), full_precision(grads[0].device):
+            return backward(ctx, *grads)
 
     return guarded
 
 
-class _Ahead(torch.autograd.Function):
+class _Ahead(FirstOrder):
     """Backward multiplies the gradients where they lie; a second one makes them anew."""
 
     @staticmethod

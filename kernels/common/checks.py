@@ -16,12 +16,16 @@ from fastssl.distributed import Group, require_all_even, world_size
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Whether a check may read values of x: on a CPU, elsewhere by FASTSSL_CHECK=1, never traced.
+    """Whether a check may read values of x: on a CPU, elsewhere by FASTSSL_CHECK=1.
+
+    Never where x is traced, and never under torch.func, where it may stand for many.
 
     >>> can_read_values(torch.zeros(1)), can_read_values(torch.zeros(1, device="meta"))
     (True, False)
     """
     if type(x) is not Tensor or x.device.type == "meta" or torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
         return False
     return x.device.type == "cpu" or os.environ.get("FASTSSL_CHECK") == "1"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, rank, world_size
 
-from ..common.autograd import first_order
+from ..common.autograd import FirstOrder, first_order
 from ..common.checks import check_pair, check_rows
 from ..common.dispatch import declare
 from . import moments_ops
@@ -35,7 +35,7 @@ class Mixed(NamedTuple):
     residual_sq: Tensor
 
 
-class _ByGrams(torch.autograd.Function):
+class _ByGrams(FirstOrder):
     """Keeps this rank's rows of three Grams."""
 
     @staticmethod

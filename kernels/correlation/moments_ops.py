@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
 
-from ..common.autograd import finished, first_order
+from ..common.autograd import FirstOrder, finished, first_order
 from ..common.operators import launches
 from . import moments_torch
 from .moments_torch import inverse
@@ -55,7 +55,7 @@ def _join_ranks(z: Tensor, group: Group, impl: str) -> tuple[Tensor, Tensor, Ten
     return shift, rest, m2
 
 
-class Standardize(torch.autograd.Function):
+class Standardize(FirstOrder):
     """By statistics that ranks join."""
 
     @staticmethod
@@ -79,7 +79,7 @@ class Standardize(torch.autograd.Function):
         return dz, None, None, None, None
 
 
-class StandardizeAtOnce(torch.autograd.Function):
+class StandardizeAtOnce(FirstOrder):
     """One process: statistics and rows in one pass of a kernel."""
 
     @staticmethod
@@ -97,7 +97,7 @@ class StandardizeAtOnce(torch.autograd.Function):
         return dz, None, None, None
 
 
-class ColumnMoments(torch.autograd.Function):
+class ColumnMoments(FirstOrder):
     @staticmethod
     def forward(ctx: Any, z, unbiased, group, impl):
         shift, rest, m2 = _join_ranks(z, group, impl)
@@ -115,7 +115,7 @@ class ColumnMoments(torch.autograd.Function):
         return backends[ctx.impl].apply(z, shift, rest, factor, g_mean / n), None, None, None
 
 
-class CrossDiagonal(torch.autograd.Function):
+class CrossDiagonal(FirstOrder):
     @staticmethod
     def forward(ctx: Any, a, b, impl):
         ctx.save_for_backward(a, b)

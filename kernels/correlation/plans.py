@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
 
-from ..common.autograd import accumulator, first_order
+from ..common.autograd import FirstOrder, accumulator, first_order
 from ..common.chunks import spans
 from ..common.matmul import weighted
 from . import correlation_ops, gram_torch, moments_ops
@@ -79,7 +79,7 @@ def _upstream(g_diagonal: Tensor, g_total: Tensor, same: bool, group: Group):
     return (2 * g_diagonal, 2 * g_total) if same else (g_diagonal, g_total)
 
 
-class ByGram(torch.autograd.Function):
+class ByGram(FirstOrder):
     """Keeps this rank's rows of a a^T and b b^T; d/da = 2 (b b^T) a on those rows, d/db alike.
 
     A row's Gram meets every rank's rows, so its gradient is whole without a second collective.
@@ -120,7 +120,7 @@ class ByGram(torch.autograd.Function):
         return da, db, None, None, None
 
 
-class ByCovariance(torch.autograd.Function):
+class ByCovariance(FirstOrder):
     """Keeps C = a^T b, summed over ranks; d/da = 2 b C^T, d/db = 2 a C."""
 
     @staticmethod
@@ -153,7 +153,7 @@ class ByCovariance(torch.autograd.Function):
         return da, db, None, None, None
 
 
-class Sharded(torch.autograd.Function):
+class Sharded(FirstOrder):
     """Keeps its share of the rows of C = a^T b: no rank holds C, in the backward neither."""
 
     @staticmethod

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..common.autograd import accumulator, first_order
+from ..common.autograd import FirstOrder, accumulator, first_order
 from ..common.operators import operator
 from ..common.rows import cut, evened
 from . import lse_torch
@@ -93,7 +92,7 @@ def _log_sum(impl: str) -> Any:
     return log_sum
 
 
-class _LSE(torch.autograd.Function):
+class _LSE(FirstOrder):
     """Row and column log-sum-exps; k is None for symmetric scores of q with itself."""
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autograd import accumulator, first_order, full_precision
+from ..common.autograd import FirstOrder, accumulator, first_order, full_precision
 from ..common.operators import operator
 from ..common.rows import cut, evened
 from . import sigmoid_torch
@@ -49,7 +49,7 @@ def _fake(tensors, mask, need, impl):
 sigmoid = operator("pairwise_sigmoid", _run, _fake)
 
 
-class _Sigmoid(torch.autograd.Function):
+class _Sigmoid(FirstOrder):
     """Backward multiplies the gradients where they lie; a second one makes them anew."""
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autograd import first_order
+from ..common.autograd import FirstOrder, first_order
 from ..common.operators import launches
 from . import patches_torch
 from .patches_torch import KINDS, Spec
@@ -65,7 +65,7 @@ fused.error, fused.gradient = _error, _gradient
 backends: dict[str, Any] = {"torch": patches_torch, "triton": fused}
 
 
-class GatherPatches(torch.autograd.Function):
+class GatherPatches(FirstOrder):
     @staticmethod
     def forward(ctx: Any, images, norm, ids, patch, dtype, impl):
         ctx.save_for_backward(ids, norm)
@@ -81,7 +81,7 @@ class GatherPatches(torch.autograd.Function):
         return d_images, None, None, None, None, None
 
 
-class PatchMSE(torch.autograd.Function):
+class PatchMSE(FirstOrder):
     @staticmethod
     def forward(ctx: Any, pred, images, norm, ids, spec, impl):
         loss, saved = backends[impl].error(pred, images, norm, ids, spec, True)

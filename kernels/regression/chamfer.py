@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autograd import accumulator, finished, first_order
+from ..common.autograd import FirstOrder, accumulator, finished, first_order
 from ..common.checks import require_float
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
@@ -119,7 +119,7 @@ _TRITON = launches(
 backends = {"torch": _TORCH, "triton": _TRITON}
 
 
-class _Chamfer(torch.autograd.Function):
+class _Chamfer(FirstOrder):
     @staticmethod
     def forward(ctx: Any, pred, target, root, impl):
         least_p, places_p, least_t, places_t = backends[impl].nearest(pred, target)

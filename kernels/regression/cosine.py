@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.autograd import accumulator, finished, first_order
+from ..common.autograd import FirstOrder, accumulator, finished, first_order
 from ..common.checks import check_ids, require_at_least, require_float, require_tensors
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
@@ -113,7 +113,7 @@ _TRITON = launches(
 backends = {"torch": _TORCH, "triton": _TRITON}
 
 
-class _ScaledCosine(torch.autograd.Function):
+class _ScaledCosine(FirstOrder):
     @staticmethod
     def forward(ctx: Any, pred, target, ids, gamma, impl):
         loss, stats = backends[impl].errors(pred, target, ids, gamma)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autograd import accumulator, finished, first_order
+from ..common.autograd import FirstOrder, accumulator, finished, first_order
 from ..common.checks import check_ids, check_index, require_float
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
@@ -73,7 +73,7 @@ _TRITON = launches(
 backends = {"torch": _TORCH, "triton": _TRITON}
 
 
-class _GatherBias(torch.autograd.Function):
+class _GatherBias(FirstOrder):
     @staticmethod
     def forward(ctx: Any, bias, ids, impl):
         ctx.save_for_backward(ids)

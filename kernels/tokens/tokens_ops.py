@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..common.autograd import finished, first_order
+from ..common.autograd import FirstOrder, finished, first_order
 from ..common.operators import launches
 from . import tokens_torch
 
@@ -34,7 +34,7 @@ fused = launches(
 backends: dict[str, Any] = {"torch": tokens_torch, "triton": fused}
 
 
-class Restore(torch.autograd.Function):
+class Restore(FirstOrder):
     @staticmethod
     def forward(ctx: Any, visible, ids, token, pos, impl):
         ctx.save_for_backward(ids)
@@ -52,7 +52,7 @@ class Restore(torch.autograd.Function):
         return visible if need_visible else None, None, *sums, None
 
 
-class Gather(torch.autograd.Function):
+class Gather(FirstOrder):
     """Of tokens (B, L, D), or (1, L, D) for all."""
 
     @staticmethod
@@ -70,7 +70,7 @@ class Gather(torch.autograd.Function):
         return backend.scatter(grad, ids, ctx.shape[1]), None, None
 
 
-class Scatter(torch.autograd.Function):
+class Scatter(FirstOrder):
     @staticmethod
     def forward(ctx: Any, tokens, ids, length, impl):
         ctx.save_for_backward(ids)
@@ -83,7 +83,7 @@ class Scatter(torch.autograd.Function):
         return backends[ctx.impl].gather(grad, *ctx.saved_tensors), None, None, None
 
 
-class GatherPacked(torch.autograd.Function):
+class GatherPacked(FirstOrder):
     @staticmethod
     def forward(ctx: Any, tokens, ids, owners, impl):
         ctx.save_for_backward(ids, owners)

@@ -238,9 +238,8 @@ def test_scale_of_another_dtype_gets_its_gradient():
 
 def test_second_derivative_is_refused():
     z = torch.randn(4, 3, device=DEVICE, requires_grad=True)
-    (g,) = torch.autograd.grad(ours(z, z), z, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        g.sum().backward()
+        torch.autograd.grad(ours(z, z), z, create_graph=True)
 
 
 def test_compiles_without_a_graph_break():

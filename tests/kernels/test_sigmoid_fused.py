@@ -340,9 +340,8 @@ def test_autocast_does_not_reach_inside():
 
 def test_second_derivative_is_refused():
     z = torch.randn(4, 3, device=DEVICE, requires_grad=True)
-    (g,) = torch.autograd.grad(fused(z, z), z, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        g.sum().backward()
+        torch.autograd.grad(fused(z, z), z, create_graph=True)
 
 
 @pytest.mark.usefixtures("schedule")
