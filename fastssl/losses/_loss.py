@@ -32,6 +32,8 @@ def also_named(**names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            if not named:
+                return forward(self, *arguments)
             ours = {names.get(name, name): x for name, x in named.items()}
             if len(ours) < len(named):
                 raise TypeError(f"an argument was given by two names, among {', '.join(named)}")
