@@ -25,9 +25,14 @@ def upstream(rank, like):
 def refusal(call):
     try:
         call()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return "not refused"
+
+
+def twice(x):
+    """The sum's gradient alone: as a constant it has no second derivative that is not zero."""
+    return torch.autograd.grad(D.all_reduce_sum(x).sum(), x, create_graph=True)
 
 
 def without_cpu_backend(rank):
@@ -59,6 +64,7 @@ def each_rank(rank, world):
         for dtype in (torch.int64, torch.bool, torch.uint8, torch.bfloat16)
     ]
     seen["nograd"] = D.all_gather_nograd(x.requires_grad_()).requires_grad
+    seen["twice"] = refusal(lambda: twice(x))
     seen["object"] = D.broadcast_object({"from": rank}, src=1)
     one = torch.ones(world, dtype=torch.bfloat16)
     one[rank] = 256  # and 257 is none
@@ -161,6 +167,7 @@ def test_plain_helpers(ranks):
         assert seen["plain"][1].tolist() == [bool(i) for i in range(W)]
         assert [x.tolist() for x in seen["plain"][2:]] == [list(range(W))] * 2
         assert seen["nograd"] is False
+        assert seen["twice"] == "what goes from rank to rank has no second derivative"
         assert seen["object"] == {"from": 1}
         assert seen["halves"] == torch.full((W,), 255.0 + W).bfloat16().tolist()
         assert seen["agree"] == [True, False, False]

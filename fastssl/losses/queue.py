@@ -99,7 +99,7 @@ class Queue(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A queue without width takes that of the saved one; lightly's `next` is bank_ptr (1,)."""
         if prefix + "bank_ptr" in state_dict:
-            state_dict[prefix + "next"] = state_dict.pop(prefix + "bank_ptr").squeeze()
+            state_dict[prefix + "next"] = state_dict.pop(prefix + "bank_ptr")
         saved = state_dict.get(prefix + "bank")
         if self.dim is None and saved is not None:
             self.bank = self.bank.new_empty(self.size, saved.shape[1])

@@ -20,6 +20,8 @@ TESTS = {
     "bench/measure/gate": ("tests/bench/test_gate.py", "glance"),
     "kernels/common/rows": ("tests/kernels/test_pairwise_fused.py", "padded"),
     "kernels/common/matmul": ("tests/kernels/test_pairwise_fused.py", "tf32"),
+    "kernels/common/autograd": ("tests/losses/test_transforms.py", "clip or isogclr"),
+    "kernels/common/checks": ("tests/losses/test_transforms.py", "ntxent"),
     "kernels/common/tuning": ("tests/kernels/test_tuning.py", ""),
     "kernels/pairwise/lse_torch": (
         f"{AHEAD} {LSE} {LSE_TORCH}",
@@ -55,6 +57,11 @@ TESTS = {
 }
 
 MUTATIONS = {  # function: (what stands in it or below, what it becomes)
+    "kernels/common/autograd.first_order": [("torch.is_grad_enabled() and not", "False and")],
+    "kernels/common/autograd.FirstOrder": [("refuse_torch_func()", "pass")],
+    "kernels/common/checks.can_read_values": [
+        ("or torch._C._are_functorch_transforms_active()", ""),
+    ],
     "kernels/pairwise/lse_triton._fwd": [
         ("tl.exp2(m - peak)", "tl.exp2(peak - m)"),
         ("peak = tl.maximum(m, tl.max(s, 1))", "peak = tl.max(s, 1)"),
