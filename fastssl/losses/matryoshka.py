@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses._loss import Loss
+from fastssl.losses._nested import nested_values
 
 
 class MatryoshkaLoss(Loss):
@@ -27,6 +28,9 @@ class MatryoshkaLoss(Loss):
     Raises   ValueError: dims that do not rise from 1 or pass D; weights or losses that are not one
              for each of dims; a weight < 0; a single loss with state; no embedding among the
              inputs, or embeddings of different D.  And what the loss raises.
+    Cost     the prefixes one after another: products of all dims together.  NTXentLoss and CLIPLoss
+             in one process on a CPU, in float32 or float64, take one sweep, whose products are
+             those of the longest prefix (`fastssl.kernels.pairwise_lse_nested`).
     Ranks    as the loss: a sum of exact losses is exact.
     Source   Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147, eq. 1.
 
@@ -68,6 +72,11 @@ class MatryoshkaLoss(Loss):
         if len(widths) != 1 or min(widths) < self.dims[-1]:
             got = [tuple(x.shape) for x in cut]
             raise ValueError(f"want embeddings (..., D) of one D >= {self.dims[-1]}, got {got}")
+        at_once = None
+        if len(self.losses) == 1:
+            at_once = nested_values(self.losses[0], self.dims, inputs, named)
+        if at_once is not None:
+            return (at_once * at_once.new_tensor(self.weights)).sum()
         losses = list(self.losses) * (len(self.dims) if len(self.losses) == 1 else 1)
         values = []
         for loss, m, weight in zip(losses, self.dims, self.weights, strict=True):

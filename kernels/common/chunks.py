@@ -29,6 +29,11 @@ def tile_shape(m: int, n: int, x: Tensor) -> tuple[int, int]:
     return max(1, min(m, area // max(cols, 1))), max(1, cols)
 
 
+def square_tile(x: Tensor, tiles: int) -> int:
+    """The side of square tiles in x's dtype, so many at a time."""
+    return max(1, math.isqrt(_elements(x) // tiles))
+
+
 def spans(length: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most `step` that cover `length`."""
     for start in range(0, length, step):

@@ -89,8 +89,11 @@ def declare(
     reference: Callable[..., Any],
     fused: tuple[torch.dtype, ...] = FUSED,
 ) -> Primitive:
-    """Register a primitive.  run: takes a backend's name, "torch" or "triton", as last argument."""
-    backends = ("torch", "triton") if HAS_TRITON else ("torch",)
+    """Register a primitive.  run: takes a backend's name, "torch" or "triton", as last argument.
+
+    fused: the dtypes that its kernels take; none: it has no kernels.
+    """
+    backends = ("torch", "triton") if HAS_TRITON and fused else ("torch",)
     runs = {backend: _by_backend(run, backend) for backend in backends}
     _primitives[name] = Primitive(name, {**runs, "reference": reference}, fused)
     return _primitives[name]

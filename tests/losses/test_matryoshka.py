@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,6 +7,7 @@ from torch import nn
 
 from fastssl.losses import (
     BarlowTwinsLoss,
+    CLIPLoss,
     DenseInfoNCELoss,
     GroupedNTXentLoss,
     ISogCLRLoss,
@@ -13,6 +15,7 @@ from fastssl.losses import (
     MoCoLoss,
     NTXentLoss,
     SupConLoss,
+    _nested,
 )
 from tests.losses.views import views
 from tests.oracle import DEVICE, grads
@@ -124,3 +127,72 @@ def test_refuses_losses_that_are_not_as_dims():
 def test_refuses_embeddings(shapes):
     with pytest.raises(ValueError, match=r"want embeddings \(..., D\) of one D >= 4, got"):
         MatryoshkaLoss(NTXentLoss(), (2, 4))(*(torch.ones(s) for s in shapes))
+
+
+def one_after_another(loss, dims):
+    """Losses given for each prefix are taken so, whatever they are."""
+    return MatryoshkaLoss([copy.deepcopy(loss) for _ in dims], dims)
+
+
+@pytest.fixture
+def sweeps(monkeypatch):
+    """How often the prefixes were taken in one sweep."""
+    seen, call = [], _nested.pairwise_lse_nested
+    counted = lambda *a, **o: seen.append(1) or call(*a, **o)  # noqa: E731
+    monkeypatch.setattr(_nested, "pairwise_lse_nested", counted)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss, scale", [(NTXentLoss(-0.1), ()), (CLIPLoss(), (20.0,))])
+def test_one_sweep_is_one_prefix_after_another(loss, scale, dtype, sweeps):
+    dims, tail = (2, 3, 8), [torch.tensor(s) for s in scale]
+    inputs = [z.to(dtype) for z in (*views(33, 9), *tail)]
+    at_once = grads(MatryoshkaLoss(loss, dims), inputs)
+    assert len(sweeps) == (DEVICE == "cpu")
+    torch.testing.assert_close(at_once, grads(one_after_another(loss, dims), inputs))
+
+
+def test_one_sweep_takes_names(sweeps):
+    a, b = views(9, 8)
+    MatryoshkaLoss(NTXentLoss(), (2, 8))(out1=b, out0=a)
+    MatryoshkaLoss(CLIPLoss(), (2, 8))(a, b, logit_scale=5.0)
+    assert len(sweeps) == 2 * (DEVICE == "cpu")
+
+
+class Halved(NTXentLoss):
+    """A forward of its own."""
+
+    def forward(self, out0, out1):
+        return super().forward(out0, out1) / 2
+
+
+def faint(z):
+    """Prefixes whose squares float32 cannot add."""
+    return torch.cat([1e-30 * z[:, :4], z[:, 4:]], 1)
+
+
+SINGLY = {
+    "a subclass": (Halved(0.2), lambda a, b: (a, b)),
+    "labels": (NTXentLoss(0.2), lambda a, b: (a, torch.arange(9, device=DEVICE) % 2)),
+    "16 bits": (NTXentLoss(0.2), lambda a, b: (a.bfloat16(), b.bfloat16())),
+    "faint": (NTXentLoss(0.2), lambda a, b: (faint(a), b)),
+    "a bias": (CLIPLoss(), lambda a, b: (a, b, 5.0, torch.tensor(1.0, device=DEVICE))),
+    "a scale (1,)": (CLIPLoss(), lambda a, b: (a, b, torch.full((1,), 5.0, device=DEVICE))),
+}
+
+
+@pytest.mark.parametrize("case", SINGLY)
+def test_what_one_sweep_does_not_take(case, sweeps):
+    loss, inputs = SINGLY[case]
+    given = inputs(*views(9, 8))
+    at_once = MatryoshkaLoss(loss, (2, 8))(*given)
+    assert not sweeps and at_once.isfinite()
+    torch.testing.assert_close(at_once, one_after_another(loss, (2, 8))(*given))
+
+
+def test_one_sweep_refuses_as_the_loss_does():
+    with pytest.raises(ValueError, match="out0 and out1 must both be"):
+        MatryoshkaLoss(NTXentLoss(), (2, 4))(torch.ones(4, 8), torch.ones(3, 8))
+    with pytest.raises(ValueError, match="image_features and text_features must both be"):
+        MatryoshkaLoss(CLIPLoss(), (2, 4))(torch.ones(4, 8), torch.ones(3, 8), 1.0)
