@@ -23,18 +23,28 @@ from fastssl.losses.ntxent import NTXentLoss
 
 
 def nested_values(
-    loss: nn.Module, dims: Sequence[int], inputs: Sequence[Any], named: Mapping[str, Any]
+    loss: nn.Module,
+    dims: Sequence[int],
+    normalize: bool,
+    inputs: Sequence[Any],
+    named: Mapping[str, Any],
 ) -> Tensor | None:
-    """The loss of each prefix, (P,), or None where they are to be taken one after another."""
-    values = {NTXentLoss: _nt_xent, CLIPLoss: _clip}.get(type(loss))
-    if values is None or len(dims) < 2 or torch.compiler.is_compiling():
+    """The loss of each prefix, (P,), or None where they are to be taken one after another.
+
+    normalize: whether the prefixes' rows are made one long, for a loss that takes them as they are.
+    """
+    if type(loss) not in (NTXentLoss, CLIPLoss) or len(dims) < 2 or torch.compiler.is_compiling():
         return None
     try:
         given = signature(loss.forward).bind(*inputs, **named).arguments
     except TypeError:  # by other names, or wrong: the loss itself will say
         return None
     first, second, *rest = given.values()
-    return values(loss, dims, first, second, *rest)  # pyright: ignore
+    if not _fits(loss, first, second):
+        return None
+    if type(loss) is NTXentLoss:
+        return _nt_xent(loss, dims, first, second)
+    return _clip(dims, normalize, first, second, *rest)
 
 
 def _fits(loss: Any, *rows: Tensor) -> bool:
@@ -44,38 +54,49 @@ def _fits(loss: Any, *rows: Tensor) -> bool:
 
 
 def _nt_xent(loss: NTXentLoss, dims: Sequence[int], out0: Tensor, out1: Tensor) -> Tensor | None:
-    if loss.memory_bank is not None or not _fits(loss, out0, out1):
+    if loss.memory_bank is not None:
         return None
     count, t = check_batch(LOCAL, out0=out0, out1=out1), loss.temperature
-    parts, lengths = _parts(dims), []
-    for x in (out0, out1):
-        norms = _sums(x * x, parts).sqrt()
-        low, high = norms[0].detach().min(), norms[-1].detach().max()
-        if not (low >= 1e-9 and high <= 1e15):  # see `unit`
-            return None
-        lengths.append(norms)
-    positive = _sums(out0 * out1, parts) / (lengths[0] * lengths[1] * t)
+    positive = _cosines(out0, out1, dims)
+    if positive is None:
+        return None
     z, images = torch.stack([out0, out1], 1).flatten(0, 1), twice(torch.arange(count))
     others, _ = pairwise_lse_nested(z, z, dims, 1 / t, normalize=True, mask=exclude_self(images))
-    return info_nce(positive.unsqueeze(-1), others.unflatten(1, (-1, 2))).mean((1, 2))
+    own = positive.unsqueeze(-1) / t
+    return info_nce(own, others.unflatten(1, (-1, 2))).mean((1, 2))
 
 
 def _clip(
-    loss: CLIPLoss,
     dims: Sequence[int],
+    normalize: bool,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
     *rest: Any,
 ) -> Tensor | None:
     x, t, scale = image_features, text_features, logit_scale
-    one = not isinstance(scale, Tensor) or scale.ndim == 0
-    if rest or not one or not _fits(loss, x, t):
+    if rest or isinstance(scale, Tensor) and scale.ndim:
         return None
     check_batch(LOCAL, image_features=x, text_features=t)
-    own = _sums(x * t, _parts(dims)) * scale
-    rows, cols = pairwise_lse_nested(x, t, dims, scale, mask=exclude_self)
+    own = _cosines(x, t, dims) if normalize else _sums(x * t, _parts(dims))
+    if own is None:
+        return None
+    options = {"normalize": normalize, "mask": exclude_self}
+    rows, cols = pairwise_lse_nested(x, t, dims, scale, **options)
+    own = own * scale
     return (info_nce(own, rows) + info_nce(own, cols)).mean(1) / 2
+
+
+def _cosines(x: Tensor, y: Tensor, dims: Sequence[int]) -> Tensor | None:
+    """The cosines (P, B) of each row's prefixes; None of lengths that `unit` treats apart."""
+    parts, lengths = _parts(dims), []
+    for z in (x, y):
+        length = _sums(z * z, parts).sqrt()
+        low, high = length[0].detach().min(), length[-1].detach().max()
+        if not (low >= 1e-9 and high <= 1e15):
+            return None
+        lengths.append(length)
+    return _sums(x * y, parts) / (lengths[0] * lengths[1])
 
 
 def _parts(dims: Sequence[int]) -> list[slice]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastssl.losses._loss import Loss
 from fastssl.losses._nested import nested_values
+from fastssl.losses._unit import unit
 
 
 class MatryoshkaLoss(Loss):
@@ -22,6 +23,8 @@ class MatryoshkaLoss(Loss):
              temperatures): prefixes must not share it.
     dims     the prefixes' lengths, rising; the last is usually D.
     weights  w_m, one for each of dims; None: all 1.
+    normalize  make the prefixes' rows one long, for a loss that takes them as they are: CLIPLoss,
+             SigLIPLoss.
     Inputs   what the loss takes, by place or by name.  Cut are the floating-point tensors of two or
              more axes, which must share their last one, D; labels, indices and a scale go as they
              are.
@@ -48,6 +51,7 @@ class MatryoshkaLoss(Loss):
         loss: nn.Module | Iterable[nn.Module],
         dims: Sequence[int] = (8, 16, 32, 64, 128),
         weights: Sequence[float] | None = None,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         whole = all(isinstance(m, int) for m in dims)
@@ -64,7 +68,7 @@ class MatryoshkaLoss(Loss):
         if not one and len(losses) != len(dims):
             raise ValueError(f"loss must be one, or {len(dims)} as dims, got {len(losses)}")
         self.losses = nn.ModuleList(losses)
-        self.dims, self.weights = tuple(dims), weights
+        self.dims, self.weights, self.normalize = tuple(dims), weights, normalize
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         cut = [x for x in (*inputs, *named.values()) if _is_embedding(x)]
@@ -74,15 +78,20 @@ class MatryoshkaLoss(Loss):
             raise ValueError(f"want embeddings (..., D) of one D >= {self.dims[-1]}, got {got}")
         at_once = None
         if len(self.losses) == 1:
-            at_once = nested_values(self.losses[0], self.dims, inputs, named)
+            at_once = nested_values(self.losses[0], self.dims, self.normalize, inputs, named)
         if at_once is not None:
             return (at_once * at_once.new_tensor(self.weights)).sum()
         losses = list(self.losses) * (len(self.dims) if len(self.losses) == 1 else 1)
         values = []
         for loss, m, weight in zip(losses, self.dims, self.weights, strict=True):
-            prefixes = {name: _prefix(x, m) for name, x in named.items()}
-            values.append(weight * loss(*(_prefix(x, m) for x in inputs), **prefixes))
+            prefixes = {name: self._prefix(x, m) for name, x in named.items()}
+            values.append(weight * loss(*(self._prefix(x, m) for x in inputs), **prefixes))
         return torch.stack(values).sum()
+
+    def _prefix(self, x: Any, m: int) -> Any:
+        if not _is_embedding(x):
+            return x
+        return unit(x[..., :m]).to(x.dtype) if self.normalize else x[..., :m]
 
 
 def _has_state(loss: nn.Module) -> bool:
@@ -92,10 +101,6 @@ def _has_state(loss: nn.Module) -> bool:
 
 def _is_embedding(x: Any) -> bool:
     return isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point()
-
-
-def _prefix(x: Any, m: int) -> Any:
-    return x[..., :m] if _is_embedding(x) else x
 
 
 def matryoshka_reference(

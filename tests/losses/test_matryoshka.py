@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastssl.losses import (
@@ -129,9 +130,9 @@ def test_refuses_embeddings(shapes):
         MatryoshkaLoss(NTXentLoss(), (2, 4))(*(torch.ones(s) for s in shapes))
 
 
-def one_after_another(loss, dims):
+def one_after_another(loss, dims, **options):
     """Losses given for each prefix are taken so, whatever they are."""
-    return MatryoshkaLoss([copy.deepcopy(loss) for _ in dims], dims)
+    return MatryoshkaLoss([copy.deepcopy(loss) for _ in dims], dims, **options)
 
 
 @pytest.fixture
@@ -144,13 +145,24 @@ def sweeps(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("loss, scale", [(NTXentLoss(-0.1), ()), (CLIPLoss(), (20.0,))])
-def test_one_sweep_is_one_prefix_after_another(loss, scale, dtype, sweeps):
+@pytest.mark.parametrize(
+    "loss, scale, normalize",
+    [(NTXentLoss(-0.1), (), False), (CLIPLoss(), (5.0,), False), (CLIPLoss(), (20.0,), True)],
+)
+def test_one_sweep_is_one_prefix_after_another(loss, scale, normalize, dtype, sweeps):
     dims, tail = (2, 3, 8), [torch.tensor(s) for s in scale]
     inputs = [z.to(dtype) for z in (*views(33, 9), *tail)]
-    at_once = grads(MatryoshkaLoss(loss, dims), inputs)
+    at_once = grads(MatryoshkaLoss(loss, dims, normalize=normalize), inputs)
     assert len(sweeps) == (DEVICE == "cpu")
-    torch.testing.assert_close(at_once, grads(one_after_another(loss, dims), inputs))
+    singly = grads(one_after_another(loss, dims, normalize=normalize), inputs)
+    torch.testing.assert_close(at_once, singly, rtol=1e-5, atol=1e-6)
+
+
+def test_normalized_prefixes_of_a_loss_that_takes_rows_as_they_are():
+    a, b = views(9, 8)
+    want = sum(CLIPLoss()(*(F.normalize(z[:, :m]) for z in (a, b)), 5.0) for m in (2, 8))
+    loss = one_after_another(CLIPLoss(), (2, 8), normalize=True)
+    torch.testing.assert_close(loss(a, b, 5.0), want)
 
 
 def test_one_sweep_takes_names(sweeps):
