@@ -25,7 +25,7 @@ from fastssl import __version__
 from fastssl.kernels.common.matmul import allows_tf32
 
 PACKAGES = ("triton", "timm", "lightly", "open_clip_torch", "pytorch-metric-learning")
-PACKAGES += ("siglip-kernel", "cut-cross-entropy", "deepspeed", "torchvision", "numpy")
+PACKAGES += ("siglip-kernel", "cut-cross-entropy", "memeff", "deepspeed", "torchvision", "numpy")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastssl.bench.cases.rivals import beside, library, nbytes
 from fastssl.bench.registry import Problem, Shape, Sweep, case, grid, shapes_of
+from fastssl.bench.registry import Absent, Problem, Shape, Sweep, case, shapes_of
 from fastssl.kernels import exclude_self, pairwise_lse, patch_mse
 from fastssl.losses import CLIPLoss, MAELoss, NTXentLoss, SigLIPLoss
 
@@ -33,7 +34,7 @@ def two_views(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[T
     return first.to(dtype).requires_grad_(), second.to(dtype).requires_grad_()
 
 
-def _pairs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def pairs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Image and text embeddings (B, D) of unit length; a pair's cosine is near 0.3, as CLIP's."""
     z = torch.randn(shape["B"], shape["D"], device=device)
     first, second = (F.normalize(z + 1.5 * torch.randn_like(z)) for _ in range(2))
@@ -205,7 +206,7 @@ _register_pair = partial(
 )
 
 
-def _pair_problem(shape: Shape, inputs: tuple[Tensor, ...], rivals: dict) -> Problem:
+def pair_problem(shape: Shape, inputs: tuple[Tensor, ...], rivals: dict) -> Problem:
     """B x B logits, 2 B^2 D flops, and the gradients to both sides, 4 B^2 D."""
     product = 2.0 * shape["B"] ** 2 * shape["D"]
     return Problem(
@@ -221,13 +222,14 @@ def _pair_problem(shape: Shape, inputs: tuple[Tensor, ...], rivals: dict) -> Pro
 def clip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """CLIP: each image finds its text among B, and each text its image; the scale is learned."""
     log_scale = _number(math.log(1 / _CLIP_TEMPERATURE), dtype, device)
-    inputs = *_pairs(shape, dtype, device), log_scale
+    inputs = *pairs(shape, dtype, device), log_scale
     rivals = beside(partial(_clip_ours, CLIPLoss()), clip_reference)
     rivals["open_clip"] = library("open_clip.loss", lambda m: partial(_clip_open, m.ClipLoss()))
     rivals["cut-cross-entropy"] = library(
         "cut_cross_entropy", lambda m: partial(_clip_cut, m.linear_cross_entropy)
     )
-    return _pair_problem(shape, inputs, rivals)
+    rivals["memeff"] = Absent("its temperature is a constant: see the case matryoshka")
+    return pair_problem(shape, inputs, rivals)
 
 
 def _clip_ours(loss, image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
@@ -260,7 +262,7 @@ def siglip(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     rivals = beside(partial(_siglip_open, SigLIPLoss()), siglip_reference)
     rivals["open_clip"] = library("open_clip.loss", lambda m: partial(_siglip_open, m.SigLipLoss()))
     rivals["siglip-kernel"] = library("siglip_kernel", lambda m: m.fused_siglip_loss)
-    return _pair_problem(shape, (*_pairs(shape, dtype, device), *numbers), rivals)
+    return pair_problem(shape, (*pairs(shape, dtype, device), *numbers), rivals)
 
 
 def siglip_reference(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:

@@ -54,6 +54,15 @@ def library(module: str, build: Callable[[Any], Rival], *, remedy: str = _REMEDY
     return Late(lambda: build(import_module(module)))
 
 
+def on_cuda(device: torch.device, rival: Rival | Absent) -> Rival | Absent:
+    """A rival whose kernels are for CUDA alone; Absent, saying so, on another device.
+
+    >>> on_cuda(torch.device("cpu"), abs)
+    Absent(why='has kernels for CUDA alone')
+    """
+    return rival if device.type == "cuda" else Absent("has kernels for CUDA alone")
+
+
 def has_packages(*modules: str) -> bool:
     """Whether the packages of all these modules are there; imports none of them."""
     return all(find_spec(module.partition(".")[0]) is not None for module in modules)

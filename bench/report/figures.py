@@ -38,6 +38,7 @@ KNOWN_LOOKS = {
     "pytorch-metric-learning": ("#cc79a7", "P"),
     "siglip-kernel": ("#56b4e9", "X"),
     "cut-cross-entropy": ("#7b4fa0", "*"),
+    "memeff": ("#8c564b", "8"),
 }
 SPARE_COLORS = ("#a6761d", "#332288", "#999933", "#aa4499", "#44aa99", "#000000")
 SPARE_MARKERS = "<>hpd8"
