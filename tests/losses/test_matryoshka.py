@@ -206,5 +206,7 @@ def test_what_one_sweep_does_not_take(case, sweeps):
 def test_one_sweep_refuses_as_the_loss_does():
     with pytest.raises(ValueError, match="out0 and out1 must both be"):
         MatryoshkaLoss(NTXentLoss(), (2, 4))(torch.ones(4, 8), torch.ones(3, 8))
+    with pytest.raises(ValueError, match=r"labels must be \(4,\) integers"):
+        MatryoshkaLoss(NTXentLoss(), (2, 4))(torch.ones(4, 8), torch.ones(4))
     with pytest.raises(ValueError, match="image_features and text_features must both be"):
         MatryoshkaLoss(CLIPLoss(), (2, 4))(torch.ones(4, 8), torch.ones(3, 8), 1.0)

@@ -61,6 +61,8 @@ TESTS = {
     "losses/latents": ("tests/losses/test_latents.py", ""),
     "losses/matryoshka": ("tests/losses/test_matryoshka.py", ""),
     "losses/mmcr": ("tests/losses/test_mmcr.py tests/losses/test_ahead.py", ""),
+    "losses/_nested": ("tests/losses/test_matryoshka.py", ""),
+    "losses/mmcr": ("tests/losses/test_mmcr.py", ""),
     "losses/reconstruction": ("tests/losses/test_reconstruction.py", ""),
     "losses/sie": ("tests/losses/test_sie.py", "not rank"),
     "losses/ssl_ey": ("tests/losses/test_ssl_ey.py tests/losses/test_ahead.py", ""),
@@ -216,7 +218,13 @@ MUTATIONS = {
     ],
     "losses/isogclr._update": [("(1 - self.beta)", "(0 + self.beta)")],
     "losses/latents.ScaledCosineLoss": [("gamma < 1", "gamma < 0")],
-    "losses/matryoshka._prefix": [("..., :m", "..., -m:")],
+    "losses/matryoshka._prefix": [("unit(x[..., :m])", "x[..., :m]"), ("..., :m", "..., -m:")],
+    "losses/_nested.nested_values": [
+        ("type(loss) not in", "0 in")
+    ],
+    "losses/_nested._fits": [("x.ndim == 2 and", "")],
+    "losses/_nested._clip": [("if rest or", "if")],
+    "losses/_nested._cosines": [("low >= 1e-9 and", ""), ("lengths[0] * lengths[1]", "lengths[0]")],
     "losses/mmcr._inverse_root": [
         ("sigma > resolved", "sigma > 0 * resolved"),
         ("+ broken, root", ", root"),
