@@ -219,9 +219,7 @@ MUTATIONS = {
     "losses/isogclr._update": [("(1 - self.beta)", "(0 + self.beta)")],
     "losses/latents.ScaledCosineLoss": [("gamma < 1", "gamma < 0")],
     "losses/matryoshka._prefix": [("unit(x[..., :m])", "x[..., :m]"), ("..., :m", "..., -m:")],
-    "losses/_nested.nested_values": [
-        ("type(loss) not in", "0 in")
-    ],
+    "losses/_nested.nested_values": [("type(loss) not in", "0 in")],
     "losses/_nested._fits": [("x.ndim == 2 and", "")],
     "losses/_nested._clip": [("if rest or", "if")],
     "losses/_nested._cosines": [("low >= 1e-9 and", ""), ("lengths[0] * lengths[1]", "lengths[0]")],
