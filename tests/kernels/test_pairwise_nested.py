@@ -104,6 +104,17 @@ def test_compiles_whole():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_operators(same):
+    q, k = rows(9, 9 if same else 7)
+    tensors = [q, q.clone() if same else k, torch.tensor(2.0, device=DEVICE), None, None]
+    about, tests = (list(DIMS), True, "exclude_self@-1", same), ("test_schema", "test_faketensor")
+    found = torch.ops.fastssl.nested_statistics.default, torch.ops.fastssl.nested_gradients.default
+    torch.library.opcheck(found[0], (tensors, *about), test_utils=tests)
+    sides = list(found[0](tensors, *about))
+    torch.library.opcheck(found[1], (tensors, sides, *about), test_utils=tests)
+
+
 @pytest.mark.parametrize("dims", [(), (0, 4), (4, 4), (8, 4), (4, 13), (1.5, 4)])
 def test_refuses_dims(dims):
     with pytest.raises(ValueError, match="dims must be integers that rise from 1 to 12, got"):
