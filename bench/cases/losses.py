@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.cases.rivals import beside, library, nbytes
-from fastssl.bench.registry import Problem, Shape, Sweep, case, grid, shapes_of
-from fastssl.bench.registry import Absent, Problem, Shape, Sweep, case, shapes_of
+from fastssl.bench.registry import Absent, Problem, Shape, Sweep, case, grid, shapes_of
 from fastssl.kernels import exclude_self, pairwise_lse, patch_mse
 from fastssl.losses import CLIPLoss, MAELoss, NTXentLoss, SigLIPLoss
 

@@ -12,8 +12,6 @@ from .masks import (
     exclude_self_and_pair,
     same_group,
 )
-from .lse_torch import Pairs
-from .masks import Masks, PairMask, different_group, exclude_self, exclude_self_and_pair, same_group
 from .nested import pairwise_lse_nested
 from .sigmoid import pairwise_sigmoid, pairwise_sigmoid_grads
 from .sigmoid_torch import LINEAR
