@@ -166,7 +166,7 @@ def _whole_clip(x: Tensor, t: Tensor, scale: float, need: Sequence[bool], s: Ten
     value = _mean_nll(short)
     push = short.sigmoid_().mul_(scale / short.numel())
     pull = push.sum(0).neg_()
-    weight = push.div_(sums.clamp_min_(_TINY))
+    weight = push.div_(sums)
     w = e.mul_(weight[0].unsqueeze(1) + weight[1])
     line.copy_(pull)
     dx = torch.mm(w, t) if need[0] or need[2] else x

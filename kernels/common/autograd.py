@@ -18,7 +18,6 @@ Run = Callable[
 _DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
 _HAVE_AUTOCAST = frozenset(d for d in _DEVICES if torch.amp.is_autocast_available(d))
 
-
 _FORMULA = "take impl='reference' of the primitive, or the *_reference that stands beside the loss"
 
 
@@ -74,10 +73,8 @@ class _Ahead(FirstOrder):
         need = ctx.needs_input_grad[1:]
         with full_precision(tensors[0].device):
             value, ctx.made = run(tensors, need)
-        ctx.run, ctx.dtypes = (
-            run,
-            [x.dtype if n else None for x, n in zip(tensors, need, strict=True)],
-        )
+        ctx.dtypes = [x.dtype if n else None for x, n in zip(tensors, need, strict=True)]
+        ctx.run = run
         ctx.save_for_backward(*tensors)
         return value
 

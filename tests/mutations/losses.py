@@ -80,6 +80,7 @@ MUTATIONS = {
         ("below.copy_(pull)", "below.copy_(-pull)"),
         ("weight + weight.unsqueeze(1)", "weight + weight"),
         ("len(y) * temperature", "len(y)"),
+        ("clamp_min_(_TINY)", "clone()"),
     ],
     "losses/_ahead._nt_xent": [
         ("mul_(-scale)", "mul_(scale)"),
@@ -93,7 +94,6 @@ MUTATIONS = {
         ("line.copy_(pull)", "line.copy_(push[0])"),
         ("torch.mm(w.T, x)", "torch.mm(w, x)"),
         (".div_(scale)", ".mul_(scale)"),
-        ("clamp_min_(_TINY)", "clone()"),
     ],
     "losses/_ahead._clip_by_tiles": [
         ("pull * cosine", "pull * own"),
