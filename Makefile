@@ -63,55 +63,59 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# Below: for a machine that has torch, triton and a GPU, and need not have a network.  Each slice
-# ends within 8 minutes (GPU_ARGS='--minutes 20' for more, '--only memcheck' for one step of it) and
-# writes to $$OUT, or else to bench/results.  Rivals, and what training needs beside torch and timm,
-# come as wheels: `make gpu-wheels` where there is a network, and carry the folder along.
+# Below: for a machine that has torch, triton and a GPU, and need not have a network.  Each of the two
+# commands ends within its minutes whatever hangs (GPU_ARGS='--minutes 30' for more, '--only check-*'
+# for one step of it) and writes to $$OUT, or else to bench/results.  What they compile is compiled
+# here before, where there is time: `make gpu-pack`, and carry .gpu/ along.  Rivals, and what else
+# training needs, come as wheels: `make gpu-wheels` where there is a network.
 GPU_PYTHON ?= python3
 GPU_VERSION ?= 3.12
+GPU_TRITON ?= 3.6.0
 GPU_WHEELS ?= .whl
 GPU_ARGS ?=
 GPU := $(GPU_PYTHON) -m fastssl.bench.gpu
+PACKER := .venv/triton-$(GPU_TRITON)
 PLATFORMS := $(foreach n,2_17 2_28,--platform manylinux_$(n)_x86_64) --platform manylinux2014_x86_64
 DOWNLOAD := $(PYTHON) -m pip download --quiet --only-binary=:all: --python-version $(GPU_VERSION) \
 	$(PLATFORMS) --dest $(GPU_WHEELS)
 
-# What a GPU's machine would compile, compiled here: a second there saved for each kernel.
 CARRIED := /tmp/fastssl-triton
-gpu gpu-test gpu-tune gpu-bench gpu-train: export TRITON_CACHE_DIR = $(CARRIED)
+BEGAN := $(shell date +%s)
+gpu gpu-first gpu-second: export TRITON_CACHE_DIR = $(CARRIED)
 
-.PHONY: gpu gpu-pack gpu-install gpu-test gpu-tune gpu-bench gpu-train gpu-wheels
+.PHONY: gpu gpu-first gpu-second gpu-install gpu-pack gpu-wheels
 
-gpu: gpu-install       ## the four slices, one after another, then a table
-	$(GPU) all $(GPU_ARGS)
+gpu: gpu-install       ## both commands, one after the other
+	$(GPU) all --began $(BEGAN) $(GPU_ARGS)
 
-gpu-test: gpu-install  ## tests in every dtype and at large shapes, compute-sanitizer
-	$(GPU) test $(GPU_ARGS)
+gpu-first: gpu-install ## 8 minutes: is it right, times beside eager, tuning, times again
+	$(GPU) first --began $(BEGAN) $(GPU_ARGS)
 
-gpu-tune: gpu-install  ## which configurations are fastest, ready to be pasted
-	$(GPU) tune $(GPU_ARGS)
+gpu-second: gpu-install ## 4.5 minutes: launches, 2^31 elements, memcheck, training steps, a profile
+	$(GPU) second --began $(BEGAN) $(GPU_ARGS)
 
-gpu-bench: gpu-install ## kernels, losses and data beside their rivals
-	$(GPU) bench $(GPU_ARGS)
-
-gpu-train: gpu-install ## whole training steps
-	$(GPU) train $(GPU_ARGS)
-
-gpu-install:           ## this tree, and the wheels, into GPU_PYTHON's environment
+gpu-install:           ## this tree, and the wheels, into GPU_PYTHON's environment; the packed cache
 	$(if $(wildcard $(GPU_WHEELS)/*.whl),$(GPU_PYTHON) -m pip install --quiet --no-deps --no-index $(GPU_WHEELS)/*.whl)
-	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
-	$(if $(wildcard .gpu/triton.tar),tar -xf .gpu/triton.tar -C /)
+	@cd / && $(GPU_PYTHON) -c 'import sys, fastssl.bench as b; sys.exit(b.__path__[0] != "$(CURDIR)/bench")' \
+		2> /dev/null || (cd $(CURDIR) && timeout 90 \
+		$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .)
+	$(if $(wildcard .gpu/triton.tar.gz),@test $(CARRIED)/unpacked -nt .gpu/triton.tar.gz || \
+		(timeout 60 tar -xzf .gpu/triton.tar.gz -C / && touch $(CARRIED)/unpacked) || true)
 
-gpu-pack: .venv/triton-3.6/triton  ## .gpu/triton.tar, for a GPU machine with Triton 3.6: gpu-install unpacks it
-	rm -rf $(CARRIED) .gpu/triton.tar
+gpu-pack: $(PACKER)/triton  ## .gpu/triton.tar.gz, for a GPU machine with Triton GPU_TRITON: gpu-install unpacks it
+	rm -rf $(CARRIED) .gpu/triton.tar.gz
 	mkdir -p .gpu
 	$(MAKE) --no-print-directory --jobs=2 gpu-pack-0 gpu-pack-1
-	tar -cf .gpu/triton.tar -C / $(CARRIED:/%=%)
-	@test $$(stat -c %s .gpu/triton.tar) -lt 67000000 || (echo "over 64 MiB: pack less"; false)
+	tar -czf .gpu/triton.tar.gz -C / $(CARRIED:/%=%)
+	@test $$(stat -c %s .gpu/triton.tar.gz) -lt 60000000 || (echo "over 60 MB: pack less"; false)
 
 gpu-pack-%:
 	FASTSSL_GPU_RECORDING=1 TRITON_STORE_BINARY_ONLY=1 TRITON_CACHE_DIR=$(CARRIED) \
-		PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m tests.gpu.pack --part $* 2
+		PYTHONPATH=$(PACKER) $(BIN)/python -m tests.gpu.pack --part $* 2
+
+.venv/triton-%/triton: $(OURS:bin=dev)
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-$* triton==$*
+	@touch $@
 
 gpu-wheels:            ## 8 MB for a GPU machine with Python GPU_VERSION on x86-64
 	rm -rf $(GPU_WHEELS)

@@ -43,7 +43,8 @@ class Result:
 
     status  "ok"; "wrong": the gate is red, and then there is no time; "failed": it raised; "out of
             memory"; "absent": not installed, or not for this device.  `why` says more.
-    ms      by pass: fwd, bwd and their sum step; or run alone.
+    ms      by pass: fwd, bwd and their sum step; or run alone.  On a GPU also enqueue: until the
+            processor had launched the whole call.
     x       median over rounds of its time over ours, with a 95 % interval; a tie when the interval
             holds 1, or when x is nearer to 1 than ours to itself (`noise`, a share of the time).
     peak    bytes held at most beyond what was held before the call.

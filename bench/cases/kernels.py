@@ -25,6 +25,7 @@ from fastssl.kernels import (
     pairwise_topk,
     standardize,
 )
+from fastssl.kernels.common.gpu import on_gpu
 from fastssl.kernels.pairwise import Pairs
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
 
@@ -61,7 +62,7 @@ def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     M, N, D = shape["M"], shape["N"], shape["D"]
     inputs = tuple(_unit(n, D, dtype, device).requires_grad_() for n in (M, N))
     rivals = by_implementation(pairwise_lse, device, scale=_SCALE)
-    if device.type == "cuda":
+    if on_gpu(device):
         rivals |= {f"{OURS} {name}": partial(_by_schedule, name) for name in ("tiles", "products")}
     return Problem(
         inputs=inputs,

@@ -237,18 +237,30 @@ def _joint_lightly(name: str, value: float, module: Any, method: Any) -> tuple[n
 @_register("train-simclr", shapes=_SHAPES)
 def simclr(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A training step of SimCLR, two views of each image, LARS."""
-    B, W = shape["B"], shape["W"]
-    hidden, out = (2048, 128) if W >= _BIG else (4 * W, W)
-    head = 6.0 * (W * hidden + hidden * out)
+    hidden, out = simclr_head(shape)
     recipe = _Recipe(
         config=dict(name="simclr", temperature=0.5, hidden_dim=hidden, projection_dim=out),
         optim=_LARS,
         views=2,
-        flops=2 * B * (_encoder(shape, _tokens(shape)) + head) + 3.0 * (2 * B) ** 2 * out,
+        flops=simclr_flops(shape),
         reference=partial(_joint_reference, ntxent_reference),
         lightly=("lightly.loss", partial(_joint_lightly, "NTXentLoss", 0.5)),
     )
     return _problem(shape, dtype, device, recipe)
+
+
+def simclr_head(shape: Shape) -> tuple[int, int]:
+    """The width inside SimCLR's head, and that of its embeddings."""
+    W = shape["W"]
+    return (2048, 128) if W >= _BIG else (4 * W, W)
+
+
+def simclr_flops(shape: Shape) -> float:
+    """Of a step of SimCLR, two views of each image."""
+    B, W = shape["B"], shape["W"]
+    hidden, out = simclr_head(shape)
+    head = 6.0 * (W * hidden + hidden * out)
+    return 2 * B * (_encoder(shape, _tokens(shape)) + head) + 3.0 * (2 * B) ** 2 * out
 
 
 @_register("train-barlow-twins", shapes=_SHAPES)
@@ -282,19 +294,29 @@ def mae_large(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem
 
 
 def _mae(shape: Shape) -> _Recipe:
-    tokens, W = _tokens(shape), shape["W"]
-    visible = round(_VISIBLE * tokens)
-    width, depth = min(512, W), min(8, shape["L"])
-    decoder = _blocks(tokens + 1, width, depth) + 2.0 * (visible + 1) * W * width
-    decoder += 2.0 * (tokens - visible) * width * 3 * shape["P"] ** 2
+    width, depth = mae_decoder(shape)
     return _Recipe(
         config=dict(name="mae", decoder_dim=width, decoder_depth=depth, decoder_heads=width // 32),
         optim=_ADAMW,
         views=1,
-        flops=shape["B"] * (_encoder(shape, visible) + 3 * decoder),
+        flops=mae_flops(shape),
         reference=lambda method: partial(mae_reference, method),
         lightly=("lightly", _mae_lightly),
     )
+
+
+def mae_decoder(shape: Shape) -> tuple[int, int]:
+    """The width and the depth of MAE's decoder."""
+    return min(512, shape["W"]), min(8, shape["L"])
+
+
+def mae_flops(shape: Shape) -> float:
+    """Of a step of MAE, a quarter of the patches visible."""
+    tokens, (width, depth) = _tokens(shape), mae_decoder(shape)
+    visible = round(_VISIBLE * tokens)
+    decoder = _blocks(tokens + 1, width, depth) + 2.0 * (visible + 1) * shape["W"] * width
+    decoder += 2.0 * (tokens - visible) * width * 3 * shape["P"] ** 2
+    return shape["B"] * (_encoder(shape, visible) + 3 * decoder)
 
 
 def _mae_lightly(_: Any, method: Any) -> tuple[nn.Module, Any]:

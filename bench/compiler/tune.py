@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,11 @@ def tune(kernels: Iterable[Kernel], bench: Bench) -> Iterator[Timing]:
 
 
 def _tune_class(kernel: str, variant: Variant, bench: Bench) -> Iterator[Timing]:
-    safe = _first(variant, variant.safe, bench.device)
+    safe = launch_once(variant, variant.safe, bench.device)
     others = [c for c in variant.candidates if c != variant.safe]
     with ThreadPoolExecutor(bench.jobs) as pool:  # most of a first launch is compilation
-        launched = [safe, *pool.map(lambda config: _first(variant, config, bench.device), others)]
+        first = partial(launch_once, variant, device=bench.device)
+        launched = [safe, *pool.map(first, others)]
     for one in launched:
         status, why, ms = one.status, one.why, None
         if status == OK and safe.status != OK:
@@ -105,7 +107,7 @@ def _tune_class(kernel: str, variant: Variant, bench: Bench) -> Iterator[Timing]
         yield Timing(kernel, variant.name, one.config, status, ms, why)
 
 
-def _first(variant: Variant, config: Config, device: torch.device) -> Launched:
+def launch_once(variant: Variant, config: Config, device: torch.device) -> Launched:
     """Compile and launch once."""
     from triton.runtime.errors import OutOfResources
 

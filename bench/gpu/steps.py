@@ -1,190 +1,157 @@
-"""Commands run one after another, each within its time and all within one end."""
+"""The steps of the two commands: which children at once, and how much time others must be left.
+
+A phase's `leave` is the share of the command's time that must be left when it ends: what comes
+after it has that much at least, whatever hangs before.  What a phase does not use, the next may.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-LEAST_S = 15.0  # with less left, a step is not begun
-GRACE_S = 10.0  # from the interrupt to the kill
-KEPT = 4000  # last lines of a step's output that are looked at
-OK, FAILED, CUT, NOT_RUN = "passed", "failed", "cut short", "not run"
-Ending = tuple[int | None, list[str], float]  # exit code (None: stopped), lines, seconds
-Runner = Callable[[Sequence[str], float, Mapping[str, str]], Ending]
-Judge = Callable[[int | None, Sequence[str]], tuple[str, str]]
+from fastssl.bench.gpu.children import Child, python
+from fastssl.bench.gpu.watched import REHEARSAL
 
-
-def judge_exit(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
-    """(status, note) of a command of which nothing is known but its exit code."""
-    if code is None:
-        return CUT, ""
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return (OK, "") if code == 0 else (FAILED, f"exit code {code}: {last.strip()[:200]}")
+MINUTES = {"first": 8.0, "second": 4.5}
+ROOM = "tests/gpu/test_"
+CUDA_BIN = "/usr/local/cuda/bin"
+FIGURES = (
+    "Duration",
+    "Throughput",
+    "Registers Per",
+    "Achieved Occupancy",
+    "Shared Memory Per",
+)
 
 
-def judge_pytest(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
-    """pytest's own last line is the note."""
-    pattern = re.compile(r"\b\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.]+s")
-    last = next((line for line in reversed(lines) if pattern.search(line)), "")
-    status, note = judge_exit(code, lines)
-    return status, last.strip("= ") or note
+@dataclass(frozen=True)
+class Phase:
+    """Children that run at once."""
+
+    children: tuple[Child, ...]
+    leave: float
 
 
-def judge_sanitizer(code: int | None, lines: Sequence[str]) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Maker:
+    """Makes children for a GPU, or for its rehearsal, which has few cases of each kind."""
+
+    rehearsal: bool = False
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What all of them are told."""
+        one = {"OMP_NUM_THREADS": "1", REHEARSAL: "1", "TRITON_INTERPRET": "1"}
+        return one if self.rehearsal else {"OMP_NUM_THREADS": "2"}
+
+    def tests(self, name: str, path: str, parts: int, few: str) -> list[Child]:
+        """pytest on these files, in shares.  Warnings are no errors: other versions have others."""
+        parts, some = (1, ("-k", few)) if self.rehearsal else (parts, ())
+        words = ("-m", "pytest", "-p", "fastssl.bench.gpu.plugin", "-p", "no:cacheprovider")
+        words += ("-W", "default", "--tb=short", *some, path)
+        missing = "" if Path(path).exists() else "run it from the root of the source tree"
+        missing = missing or ("" if find_spec("pytest") else "pytest is not installed")
+        return [
+            Child(f"{name}-{i}", python(*words, "--share", f"{i}/{parts}"), 60, self.env, missing)
+            for i in range(parts)
+        ]
+
+    def module(self, name: str, *words: str, patience: float = 60.0) -> Child:
+        """A module of this package; by its first word."""
+        module, *rest = words
+        argv = python("-m", f"fastssl.bench.gpu.{module}", *rest)
+        return Child(name, argv, patience, self.env)
+
+    def sanitizers(self, tool: str, parts: int) -> list[Child]:
+        """compute-sanitizer's tool over every Triton kernel; a rehearsal runs them unwatched."""
+        parts = 1 if self.rehearsal else parts
+        path = _tool("compute-sanitizer")
+        options = (path or "", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
+        options += ("--target-processes", "application-only", "--launch-timeout", "60")
+        options += ("--report-api-errors", "no")  # torch asks, and is refused
+        missing = "" if path else "compute-sanitizer is not on PATH"
+        missing = missing if Path("tests/gpu").is_dir() else "run it from the source tree's root"
+        judge, env = judge_sanitizer, {**self.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        if self.rehearsal:
+            options, missing, judge = (), "", None
+        shares = [
+            python("-m", "tests.gpu.sanitize", "--share", f"{i}/{parts}") for i in range(parts)
+        ]
+        return [
+            Child(f"{tool}-{i}", (*options, *argv), 90, env, missing, judge)
+            for i, argv in enumerate(shares)
+        ]
+
+    def profiler(self) -> Child:
+        """ncu over the kernels of pairwise_lse's second call."""
+        path = _tool("ncu")
+        argv = (path or "ncu", "--set", "basic", "--clock-control", "none")
+        argv += ("--kernel-name", "regex:pairwise|lse", "--launch-count", "6")
+        argv += python("-m", "fastssl.bench.gpu.times", "profile")
+        missing = "" if path else "ncu is not on PATH"
+        return Child("ncu", argv, 60, self.env, missing, judge_profiler)
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), CUDA_BIN]))
+
+
+def first(make: Maker, table: Path) -> list[Phase]:
+    """Is it right, how fast is it, which configurations are faster, and how fast is it then."""
+    workers = max(2, min(12, (os.cpu_count() or 4) - 2))
+    check = make.tests("check", f"{ROOM}accuracy.py", workers, "chamfer or gather_bias")
+    after = make.module("after", "times", "after", "--table", str(table))
+    return [
+        Phase(tuple(check), 0.58),
+        Phase((make.module("before", "times", "before"),), 0.38),
+        Phase((make.module("tune", "tuning", patience=40.0),), 0.17),
+        Phase((after,), 0.01),
+    ]
+
+
+def second(make: Maker) -> list[Phase]:
+    """How it is launched, 2^31 elements, memory; training; a profile; and with time the rest."""
+    watched = make.tests("launch", f"{ROOM}launch.py", 4, "bits")
+    watched += make.tests("large", f"{ROOM}large.py", 2, "similarities")
+    watched += make.sanitizers("memcheck", 4)
+    rest = make.tests("compile", f"{ROOM}compile.py", 4, "barlow")
+    if not make.rehearsal:
+        rest += make.sanitizers("racecheck", 4) + make.tests("kernels", "tests/kernels", 6, "")
+    return [
+        Phase(tuple(watched), 0.45),
+        Phase((make.module("train", "train", patience=90.0),), 0.2),
+        Phase((make.profiler(),), 0.08),
+        Phase(tuple(rest), 0.01),
+    ]
+
+
+def judge_sanitizer(said: str, code: int | None) -> Mapping[str, Any] | None:
     """Only its own summary, of no errors, is a pass; a GPU it cannot watch is a tool not run."""
-    if code is None:
-        return CUT, ""
-    text = "\n".join(lines)
-    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
-    if summaries:
-        errors = [int(n) for line in summaries for n in re.findall(r"(\d+) errors?\b", line)]
-        clean = code == 0 and errors and not any(errors)
-        return OK if clean else FAILED, summaries[-1].strip()
-    if re.search(r"(?i)device not supported", text):
-        return NOT_RUN, "compute-sanitizer does not support this machine's GPU"
-    return FAILED, f"no summary, {judge_exit(code, lines)[1] or 'exit code 0'}"
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
+    if not summaries and re.search(r"(?i)device not supported", said):
+        return {"refused": "compute-sanitizer does not support this machine's GPU"}
+    errors = [int(n) for line in summaries for n in re.findall(r"(\d+) errors?\b", line)]
+    clean = code == 0 and bool(errors) and not any(errors)
+    last = summaries[-1].strip() if summaries else f"no summary, exit code {code}"
+    faults = re.findall(r"Invalid .*|Race reported.*", said)[:1]
+    why = {} if clean else {"why": " | ".join([last, *faults])}
+    return {"case": "the sanitizer's summary", "ok": clean, "s": 0, **why}
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command of a slice.
-
-    most     seconds it may take, however many are left.
-    env      what its environment has beside this process's.
-    judge    (exit code, its last lines) -> (status, a note of a few words).
-    missing  why it cannot be run here; "" when it can.
-    """
-
-    name: str
-    argv: tuple[str, ...]
-    most: float
-    env: Mapping[str, str] = field(default_factory=dict)
-    judge: Judge = judge_exit
-    missing: str = ""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a step: passed, failed, cut short or not run; `tail`: its last lines, unless
-    it passed."""
-
-    name: str
-    status: str
-    seconds: float
-    note: str = ""
-    argv: tuple[str, ...] = ()
-    tail: tuple[str, ...] = ()
-
-
-def run_steps(
-    steps: Sequence[Step],
-    end: float,
-    *,
-    run: Runner | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    after: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Outcome]:
-    """Run the steps in order, none beyond `end` (seconds of `clock`); `after` sees each outcome.
-
-    A step is told to stop GRACE_S before the end, and is not begun with less than LEAST_S left.
-    """
-    done = []
-    for step in steps:
-        left = min(step.most, end - clock() - GRACE_S)
-        if step.missing:
-            outcome = Outcome(step.name, NOT_RUN, 0.0, step.missing, step.argv)
-        elif left < LEAST_S:
-            outcome = Outcome(step.name, NOT_RUN, 0.0, "no time left", step.argv)
-        else:
-            code, lines, seconds = (run or run_command)(step.argv, left, step.env)
-            status, note = step.judge(code, lines)
-            tail = () if status == OK else tuple(lines[-40:])
-            outcome = Outcome(step.name, status, round(seconds, 1), note, step.argv, tail)
-        done.append(outcome)
-        after(outcome)
-    return done
-
-
-def run_command(argv: Sequence[str], seconds: float, env: Mapping[str, str]) -> Ending:
-    """Run a command, its output going on to this process's as it comes.
-
-    After `seconds` it is interrupted, as by a keyboard, so that it can say how far it came; what
-    still runs GRACE_S later is killed, with all that it has started.
-    """
-    print(f"\n$ {' '.join(argv)}", flush=True)
-    start, lines = time.monotonic(), deque(maxlen=KEPT)
-    process = subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=_interruptible,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
-    )
-    assert process.stdout is not None
-    reader = threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True)
-    reader.start()
-    code: int | None = None
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    finally:
-        _signal(process, signal.SIGKILL)  # also what it left behind
-        process.wait()
-        reader.join(2.0)
-        if not reader.is_alive():  # else somebody of another session holds the other end
-            process.stdout.close()
-    return code, list(lines), time.monotonic() - start
-
-
-def _interruptible() -> None:
-    """What a shell starts in the background ignores interrupts, and so would all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _pass_on(stream: IO[str], lines: deque[str]) -> None:
-    for line in stream:
-        lines.append(line.rstrip("\n"))
-        sys.stdout.write(line)
-        sys.stdout.flush()
-
-
-def _signal(process: subprocess.Popen, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """A line for each step.
-
-    >>> print(table([Outcome("memcheck", "passed", 41.25, "0 errors")]))
-    memcheck  passed       41.2 s  0 errors
-    """
-    width = max((len(o.name) for o in outcomes), default=0)
-    return "\n".join(
-        f"{o.name:{width}}  {o.status:9}  {o.seconds:6.1f} s  {o.note}".rstrip() for o in outcomes
-    )
-
-
-def fresh_lines(path: Path) -> list[str]:
-    """The whole lines of a file that a stopped command may have left unfinished; [] without one."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text[: text.rfind("\n") + 1].splitlines()
+def judge_profiler(said: str, code: int | None) -> Mapping[str, Any] | None:
+    """Its figures by kernel; where it may not read the counters it is a tool not run."""
+    metrics = [
+        " ".join(line.split())
+        for line in said.splitlines()
+        if any(word in line for word in FIGURES) or re.match(r"\s+\w+ \(\d+, \d+, \d+\)", line)
+    ]
+    if not metrics:
+        errors = [line.strip() for line in said.splitlines() if "==ERROR==" in line]
+        return {"refused": (errors or [f"ncu wrote no figures, exit code {code}"])[0][:120]}
+    return {"case": "the profiler's figures", "ok": True, "s": 0, "metrics": metrics}

@@ -69,20 +69,29 @@ def wait(device: torch.device) -> None:
 
 
 def timed_call(rival: Rival, inputs: Sequence[Tensor], device: torch.device) -> dict[str, float]:
-    """One call: fwd, bwd and step in milliseconds, or run when nothing asks for a gradient."""
+    """One call: fwd, bwd and step in milliseconds, or run when nothing asks for a gradient.
+
+    On a GPU also `enqueue`: until the processor had launched it all, in its own milliseconds.
+    """
     wanted = [x for x in inputs if x.requires_grad]
     clock = Clock(device)
     wait(device)
+    begun = time.perf_counter()
     clock.mark()
     made = outputs(rival(*inputs))
     clock.mark()
+    if wanted:
+        gradients = torch.autograd.grad(made[0].sum(), wanted)
+        clock.mark()
+        del gradients
+    enqueued = 1e3 * (time.perf_counter() - begun)
+    del made
+    spans = clock.spans()
+    launched = {"enqueue": enqueued} if device.type == "cuda" else {}
     if not wanted:
-        return {"run": clock.spans()[0]}
-    gradients = torch.autograd.grad(made[0].sum(), wanted)
-    clock.mark()
-    fwd, bwd = clock.spans()
-    del made, gradients
-    return {"fwd": fwd, "bwd": bwd, "step": fwd + bwd}
+        return {"run": spans[0], **launched}
+    fwd, bwd = spans
+    return {"fwd": fwd, "bwd": bwd, "step": fwd + bwd, **launched}
 
 
 def take_turns(

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fastssl.bench.compiler import launches
 from fastssl.bench.compiler.recording import lower, recorded
+from fastssl.bench.gpu.watched import Watch
 from fastssl.kernels import PairMask, pairwise_lse, standardize
 from fastssl.kernels.common.gpu import Gpu
 from fastssl.kernels.correlation import moments_triton
@@ -78,17 +79,34 @@ def joined_once():
     return [len(lower(launch, H200)) > 0 for launch in found.values()]
 
 
+def left_out(pack, packed):
+    """Names of what the GPU's children run that none of the packed names begins with."""
+    from fastssl.bench.gpu import times, tuning
+    from fastssl.kernels.common import tuning as known
+
+    cpu, watch = torch.device("cpu"), Watch(Path("unused"), "x", 0.0)
+    ran = [name for name, _ in times.cases("before", cpu, watch)[1:]]
+    ran += [f"{kernel} {name}" for kernel, name, *_ in tuning.candidates(known.kernels())]
+    ran += [case.id for case in pack.CASES]
+    ran += [f"sanitize {name}" for name, _ in pack.sanitize.cases()]
+    ran += [name for name in vars(pack.test_large) if name.startswith("test_")]
+    counted = len(ran) > 500 and len(packed) >= len(ran)
+    return [name for name in ran if not any(p.startswith(name) for p in packed)] + [counted]
+
+
 def main(folder: Path) -> None:
     from tests.gpu import (
         pack,
     )  # not where a test process looks for examples: it reads the environment
 
+    makers = (pack.headlines, pack.trials, pack.accuracy, pack.others)
     found = {
         "edited": edited(folder),
         "joined once": joined_once(),
         "grid": caught(lambda: fill(65536)),
         "waits": caught(lambda: standardize(rows(), eps=1e-5).sum().item()),
-        "packed": [len(keys(next(calls())[1])) for calls in (pack.accuracy, pack.trials)],
+        "packed": [len(keys(next(calls())[1])) for calls in makers],
+        "left out": left_out(pack, [name for make in makers for name, _ in make()]),
         "same": keys(lambda: (fill(3), fill(5), fill(3))),
         "others": [keys(lambda o=o: fill(3, **o)) for o in ({"n": 1}, {"n": 16}, {"first": 1})],
     }

@@ -55,8 +55,12 @@ def test_a_wait_for_the_gpu_is_seen(seen):
 
 
 def test_what_a_gpu_will_launch_can_be_packed_for_it(seen):
-    """A subject of its tests, forward and backward, and a candidate of its tuner."""
-    assert seen[0]["packed"] == [2, 1]
+    """A headline and a test's subject, forward and backward; a candidate of the tuner; a step."""
+    assert seen[0]["packed"] == [2, 1, 3, 2]
+
+
+def test_nothing_that_a_gpu_runs_is_left_out_of_the_pack(seen):
+    assert seen[0]["left out"] == [True]
 
 
 def test_sizes_of_one_compile(seen):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,8 @@ from tests.oracle import largest_tensor
 
 REHEARSAL = os.environ.get("FASTSSL_GPU_REHEARSAL") == "1"
 RECORDING = os.environ.get("FASTSSL_GPU_RECORDING") == "1"  # at the GPU's shapes: tests/gpu/pack.py
-DEVICE = torch.device("cpu" if REHEARSAL or RECORDING else "cuda:0")
+PRETENDED = REHEARSAL or RECORDING
+DEVICE = torch.device("cpu" if PRETENDED else "cuda:0")
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -30,18 +31,19 @@ def pick(gpu: T, tiny: T) -> T:
     return tiny if REHEARSAL else gpu
 
 
-def crossed(items: Sequence[T], values: Iterable[U]) -> list[tuple[T, U]]:
-    """Every item with every value; the rehearsal takes them in turn, one value an item."""
-    values = list(values)
-    if REHEARSAL:
-        return list(zip(items, cycle(values)))
-    return list(product(items, values))
+def crossed(items: Iterable[T], values: Iterable[U]) -> list[tuple[T, U]]:
+    """Every item with every value; a rehearsal goes once through the longer, round the other."""
+    items, values = list(items), list(values)
+    if not REHEARSAL:
+        return list(product(items, values))
+    most = max(len(items), len(values)) if items and values else 0
+    return list(islice(zip(cycle(items), cycle(values)), most))
 
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
     """Whatever waits for the GPU inside raises; a CPU has nothing to wait for."""
-    if REHEARSAL:
+    if PRETENDED:
         yield
         return
     torch.cuda.synchronize()
@@ -55,7 +57,7 @@ def no_host_sync() -> Iterator[None]:
 @contextmanager
 def late_stream() -> Iterator[None]:
     """A stream of its own that is busy for some 50 ms: work on any other one comes too early."""
-    if REHEARSAL:
+    if PRETENDED:
         yield
         return
     stream = torch.cuda.Stream()
@@ -75,7 +77,7 @@ class Replay:
     def __init__(self, step: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> None:
         self.step = step
         self.inputs = [x.detach().clone() for x in inputs]
-        if REHEARSAL:
+        if PRETENDED:
             return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -91,7 +93,7 @@ class Replay:
         """What the step gives for these inputs."""
         for mine, new in zip(self.inputs, inputs, strict=True):
             mine.copy_(new)
-        if REHEARSAL:
+        if PRETENDED:
             return self.step(*self.inputs)
         self.graph.replay()
         return [x.clone() for x in self.results]
@@ -102,7 +104,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
     The rehearsal counts the largest tensor alone.
     """
-    if REHEARSAL:
+    if PRETENDED:
         return 8 * largest_tensor(call)
     call()
     torch.cuda.synchronize()

@@ -8,13 +8,16 @@ its end is seen.  Values are only asked to be finite: tests/gpu/test_accuracy.py
 
 from __future__ import annotations
 
+import argparse
 import sys
+from functools import partial
 
 import torch
 
+from fastssl.bench.gpu.watched import Case, run, share
 from fastssl.kernels import exclude_self, pairwise_topk
-from tests.gpu.room import DEVICE, REHEARSAL, crossed
-from tests.gpu.subjects import SUBJECTS, Subject, impl, rows
+from tests.gpu.room import REHEARSAL, crossed
+from tests.gpu.subjects import SUBJECTS, Subject, rows
 from tests.oracle import UPSTREAM, grads
 
 PRECISIONS = (
@@ -49,33 +52,43 @@ def fused() -> list[Subject]:
     return [subject for subject in SUBJECTS if subject.fused]
 
 
-def main() -> int:
-    """Run them all; 1 where there is no Triton kernel or a result is not finite."""
-    ran, bad = 0, []
+def cases() -> list[Case]:
+    """(name, call) of all of them; a call says why, where a result is not finite."""
+    found: list[Case] = []
     for subject, (dtype, products) in crossed(fused(), PRECISIONS):
-        torch.set_float32_matmul_precision(products)
         for shape in [subject.tiny, *([] if REHEARSAL else SHAPES.get(subject.name, []))]:
-            ran += 1
-            if not finite(subject, shape, dtype):
-                bad.append(f"{subject.name} {shape} {dtype}")
-    for M, (dtype, products) in crossed([67], PRECISIONS):
-        torch.set_float32_matmul_precision(products)
-        if impl("pairwise_topk") == "triton":
-            ran += 1
-            q, k = rows(dtype, M, 21), rows(dtype, 131, 21)
-            pairwise_topk(q, k, 5, mask=exclude_self, impl="triton")
-    if not REHEARSAL:
-        torch.cuda.synchronize()
-    print(f"{ran} cases on {DEVICE}, {len(bad)} not finite", *bad, sep="\n")
-    return int(bool(bad) or not ran)
+            name = f"{subject.name} {'x'.join(map(str, shape))} {dtype} {products}"
+            found.append((name, partial(run_one, subject, shape, dtype, products)))
+    for dtype, products in PRECISIONS[: 1 if REHEARSAL else None]:
+        found.append((f"pairwise_topk {dtype} {products}", partial(search, dtype, products)))
+    return found
 
 
-def finite(subject: Subject, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Run it under each upstream layout; whether all that came out is finite."""
+def run_one(
+    subject: Subject, shape: tuple[int, ...], dtype: torch.dtype, products: str
+) -> dict[str, str]:
+    """Run it under each upstream layout, and look whether all that came out is finite."""
+    torch.set_float32_matmul_precision(products)
     trial = subject.trial(dtype, shape)
     layouts = list(UPSTREAM.values())[REHEARSAL * 2 :]  # the last one, or each of them
     runs = [grads(trial.ours, trial.inputs, reduce) for reduce in layouts]
-    return all(bool(x.isfinite().all()) for run in runs for x in run)
+    finite = all(bool(x.isfinite().all()) for run in runs for x in run)
+    return {} if finite else {"why": "a result is not finite"}
+
+
+def search(dtype: torch.dtype, products: str) -> None:
+    """The largest similarities among few rows, none with itself."""
+    torch.set_float32_matmul_precision(products)
+    q, k = rows(dtype, 67, 21), rows(dtype, 131, 21)
+    pairwise_topk(q, k, 5, mask=exclude_self, impl="triton")
+
+
+def main() -> int:
+    """Run this share of them, as a watched child."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth, from the Ith")
+    part, parts = share(parser.parse_args().share)
+    return run(cases()[part::parts])
 
 
 if __name__ == "__main__":

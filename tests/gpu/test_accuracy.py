@@ -8,18 +8,32 @@ from tests.gpu.room import DEVICE, REHEARSAL, crossed, other_device, pick
 from tests.gpu.subjects import SUBJECTS, impl, rows
 from tests.oracle import UPSTREAM, as_accurate_as_eager, assert_no_worse
 
-PRECISIONS = {
-    "float32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
+PRECISIONS = {  # the most used first
     "bfloat16": (torch.bfloat16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "float32": (torch.float32, "highest"),
     "float16": (torch.float16, "highest"),
 }
-CASES = [
+
+
+def is_usual(subject, shape):
+    """Whether it is the shape that a subject is mostly used at."""
+    return shape == subject.shapes[0]
+
+
+CASES = [  # of every subject its usual shape, before the odd ones
     pytest.param(subject, shape, precision, id=f"{subject.name}-{'x'.join(map(str, shape))}-{name}")
-    for (subject, shape), (name, precision) in crossed(
-        [(subject, shape) for subject in SUBJECTS for shape in subject.shapes], PRECISIONS.items()
+    for usual in (True, False)
+    for (name, precision), (subject, shape) in crossed(
+        PRECISIONS.items(),
+        [(s, shape) for s in SUBJECTS for shape in s.shapes if is_usual(s, shape) == usual],
     )
 ]
+
+
+def layouts_of(subject, shape):
+    """The upstream layouts that are tried at a shape."""
+    return UPSTREAM if is_usual(subject, shape) and not REHEARSAL else ["contiguous"]
 
 
 @pytest.mark.parametrize("subject, shape, precision", CASES)
@@ -27,9 +41,7 @@ def test_no_worse_than_the_formula(subject, shape, precision):
     dtype, products = precision
     torch.set_float32_matmul_precision(products)
     trial = subject.trial(dtype, shape)
-    usual = shape == subject.shapes[0] and not REHEARSAL
-    layouts = UPSTREAM if usual else ["contiguous"]
-    for layout in layouts:
+    for layout in layouts_of(subject, shape):
         assert_no_worse(*trial, UPSTREAM[layout])
 
 

@@ -12,7 +12,7 @@ from fastssl import kernels
 from fastssl.kernels import exclude_self, pairwise_lse
 from fastssl.kernels.pairwise.lse import pairwise_lse_reference
 from fastssl.losses import BarlowTwinsLoss, CLIPLoss, NTXentLoss, SigLIPLoss
-from tests.gpu.room import DEVICE, REHEARSAL, peak_bytes, pick
+from tests.gpu.room import DEVICE, PRETENDED, peak_bytes, pick
 from tests.gpu.subjects import impl, rows
 from tests.oracle import as_accurate_as_eager
 
@@ -24,7 +24,7 @@ TAIL = pick(100, 3)  # rows that are looked at, all of them past the boundary
 def give_back():
     """A tensor here may be 8 GiB."""
     yield
-    if not REHEARSAL:
+    if not PRETENDED:
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -222,7 +222,7 @@ def test_tokens_past_the_boundary():
 
 def _peak_gib(run):
     """GiB that `run` holds at its most, beside what is there before."""
-    if REHEARSAL:
+    if PRETENDED:
         run()
         return 0.0
     torch.cuda.synchronize()
