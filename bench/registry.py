@@ -1,7 +1,7 @@
 """The cases: what is measured, beside whom, against which floor, and behind which gate.
 
 A case is a function from (shape, dtype, device) to a `Problem`; `@case` registers it.  Runs,
-sweeps, pytest-benchmark and the GPU slices read this one registry: a case is written once.
+sweeps, pytest-benchmark and a GPU's headlines read this one registry: a case is written once.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from fastssl.bench.gpu.watched import rehearsing
 
 MARGIN_S = 8.0  # at the end, for the summary and for those who would stop us
 PROBE_S = 90.0
+SAID = ("gpu", "arch", "cuda", "torch", "triton", "cache")
 TESTS = ("check", "launch", "large", "memcheck")  # of them all are to be reached
 _PROBE = """
 import json, torch, triton
@@ -119,6 +120,7 @@ def run_command(
     for path in (record.path, record.log):
         path.unlink(missing_ok=True)
     record.write("parent", "machine", **machine)
+    print(*(f"{key} {machine[key]}" for key in SAID if machine.get(key)), sep=", ", flush=True)
     seconds = 60 * (args.minutes or MINUTES[name]) - MARGIN_S
     end = time.monotonic() + seconds - (time.time() - began)
     make = Maker(rehearsing())

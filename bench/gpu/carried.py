@@ -56,15 +56,20 @@ def judge(carried: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def adopt() -> str:
-    """Take the cache in TRITON_CACHE_DIR for this process; what `judge` says, or "none"."""
-    folder = os.environ.get("TRITON_CACHE_DIR")
-    path = Path(folder or "/nonexistent") / NOTE
+    """Take the cache in TRITON_CACHE_DIR for this process; what `judge` says, or "none".
+
+    Never raises: without it everything is compiled here, which takes time and is as right.
+    """
+    path = Path(os.environ.get("TRITON_CACHE_DIR") or "/nonexistent") / NOTE
     if not path.is_file():
         return "none"
-    carried = json.loads(path.read_text(encoding="utf-8"))
-    verdict = judge(carried, compiler())
-    if verdict == "adopted":
-        from triton.runtime import cache
+    try:
+        carried = json.loads(path.read_text(encoding="utf-8"))
+        verdict = judge(carried, compiler())
+        if verdict == "adopted":
+            from triton.runtime import cache
 
-        patch.object(cache, "triton_key", lambda: carried["key"]).start()
+            patch.object(cache, "triton_key", lambda: carried["key"]).start()
+    except Exception as error:  # of a compiler that nobody has met yet
+        return f"not read: {type(error).__name__}: {error}"
     return verdict

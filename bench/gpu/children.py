@@ -26,6 +26,7 @@ from fastssl.bench.gpu.watched import CHILD, SKIP
 LEAST_S = 8.0  # with less left, nothing is started: a child takes as long to come up
 POLL_S = 0.05
 MOST_SAID = 1 << 18  # last bytes of what a process printed that are kept
+COME_UP_S = 90.0  # for a process that imports, as many others may beside it
 QUIT_S = 10.0  # for a process that has done all
 TRIES = 2  # of a child that ends without having begun a case
 Judge = Callable[[str, "int | None"], "Mapping[str, Any] | None"]
@@ -114,6 +115,13 @@ class _Running:
         """Whether every case has its line."""
         return self.names is not None and self.next >= len(self.names)
 
+    @property
+    def patience(self) -> float:
+        """Seconds of silence until it is taken to hang: longer while it imports."""
+        if self.names is None:
+            return max(self.child.patience, COME_UP_S)
+        return QUIT_S if self.done else self.child.patience
+
     def finish(self, why: str) -> str:
         """End the process, keep what it printed, and return that."""
         with suppress(ProcessLookupError, PermissionError):
@@ -148,7 +156,7 @@ class _Running:
         self.listen()
         now, code = time.monotonic(), self.process.poll()
         silent, late = now - self.heard, now >= end
-        if code is None and not late and silent <= (QUIT_S if self.done else self.child.patience):
+        if code is None and not late and silent <= self.patience:
             return False
         words = "no time left" if late else "done" if self.done else "silent"
         words = words if code is None else _ending(code)

@@ -37,7 +37,8 @@ def summary(path: Path) -> str:
 def _machine(record: Sequence[Line]) -> list[str]:
     found = [line for line in record if line["kind"] == "machine"]
     words = ("gpu", "arch", "cuda", "torch", "triton", "cache", "commit")
-    return [", ".join(f"{w} {line[w]}" for w in words if line.get(w)) for line in found[-1:]]
+    flat = [{**line.get("conditions", {}), **line} for line in found[-1:]]
+    return [", ".join(f"{w} {line[w]}" for w in words if line.get(w)) for line in flat]
 
 
 def _step(line: Line) -> str:

@@ -20,6 +20,7 @@ from fastssl.bench.gpu import carried, lines
 CHILD, SKIP = "FASTSSL_GPU_CHILD", "FASTSSL_GPU_SKIP"  # told by the parent
 REHEARSAL = "FASTSSL_GPU_REHEARSAL"  # on a CPU, at tiny shapes
 LOST = 86  # exit code
+MOST_KEPT = 4 << 30  # bytes
 STICKY = ("illegal", "misaligned", "launch failure", "device-side assert", "launch timed out")
 STICKY += ("hardware", "uncorrectable", "context is destroyed", "unspecified", "MMU")
 Case = tuple[str, Callable[[], "Mapping[str, Any] | None"]]
@@ -89,10 +90,15 @@ def run(cases: Sequence[Case], watch: Watch | None = None) -> int:
 
 
 def settle() -> None:
-    """Until the GPU has done all that was launched: what went wrong in it is raised here."""
+    """Until the GPU has done all that was launched: what went wrong in it is raised here.
+
+    Memory that is kept for later is given back where it is much: others work beside this process.
+    """
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+        if torch.cuda.memory_reserved() > MOST_KEPT:
+            torch.cuda.empty_cache()
 
 
 def is_lost(why: str) -> bool:

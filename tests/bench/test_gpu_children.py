@@ -123,8 +123,14 @@ def test_what_a_child_has_started_ends_with_it(record, leap, tmp_path):
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     leaps = lambda new: [leap(2 * FOREVER) for line in new if line["kind"] == "plan"]  # noqa: E731
     run(record, Child("c", (sys.executable, "-c", code), FOREVER), show=leaps)
-    with held.open() as file:  # the lock ends with who holds it
-        fcntl.flock(file, fcntl.LOCK_EX)
+    end = time.monotonic() + 60
+    with held.open() as file:
+        while True:  # the lock ends with who holds it
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < end
+                time.sleep(0.05)
 
 
 def test_pytest_is_a_child_like_any_other(record, tmp_path):

@@ -176,13 +176,13 @@ def main() -> int:
         failed += [f"TUNED and the headlines differ in {x}" for x in not_tuned(args.target)]
     folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton/cache"))
     mine = [] if args.list else list(found.values())[part::parts]
+    if mine:
+        carried.note(folder)
     for launch in mine:
         try:
             compile_launch(launch, GPUS[args.target])
         except Exception as error:
             failed.append(f"{launch.name}: {type(error).__name__}: {str(error).splitlines()[-1:]}")
-    if mine:
-        carried.note(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(*failed, sep="\n")
     words = f"{len(mine)} compiled, {len(failed)} failed, {time.monotonic() - start:.0f} s"
