@@ -14,6 +14,7 @@ import torch
 
 from fastssl.bench import record
 from fastssl.bench.cases import all_cases
+from fastssl.bench.compiler.tune import OK
 from fastssl.bench.gpu import __main__ as gpu
 from fastssl.bench.gpu import carried, lines, steps, tuning
 from fastssl.bench.gpu.children import Child, python
@@ -216,7 +217,7 @@ def test_a_summary_has_failures_then_times_and_fits(tmp_path):
         rows=[result("fastssl", {"run": 2.0}, **moved)],
     )
     write("after", "case", n=0, case="big", ok=True, s=1, rows=[result("fastssl", {"step": 2.5})])
-    for n in range(40):
+    for n in range(60):
         write("after", "case", n=n, case=f"other {n}", ok=True, s=1, rows=[ours])
     said = summary(path).splitlines()
     assert len(said) <= 100 and len("\n".join(said)) <= MOST
@@ -298,6 +299,16 @@ def test_without_a_safe_result_nothing_is_chosen(tmp_path, monkeypatch):
     found, best = tuned(tmp_path, monkeypatch, (SAFE, FAST), made=made)
     assert [line["ok"] for line in found] == [False, False] and best == []
     assert "nothing to compare" in found[1]["why"]
+
+
+def test_only_what_passed_beside_a_safe_one_that_passed_is_chosen():
+    def line(config, ms, safe, ok=True):
+        about = {"ok": ok, "status": OK, "ms": ms, "safe": safe, "config": config.fields()}
+        return {**about, "kernel": "k", "variant": "D64"}
+
+    assert tuning.chosen([line(FAST, 1.0, False)]) == []
+    both = [line(SAFE, 2.0, True), line(FAST, 1.0, False, ok=False)]
+    assert [timing.config for timing in tuning.chosen(both)] == [SAFE]
 
 
 def test_a_child_started_again_does_not_try_what_is_hopeless(tmp_path, monkeypatch):
