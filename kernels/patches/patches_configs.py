@@ -3,7 +3,9 @@
 A class is what is read and written, and a part.  "float32" and "bfloat16" are images and results of
 32 and of 16 bits, "uint8-float32" and "uint8-bfloat16" bytes read and those written; images and
 results of other widths take the class of the images'.  Parts by a patch's values: "P64" to "P4096"
-are held in registers, "long" is not; what needs no moments is "narrow", one block, or "wide".
+are held in registers, "long" is not; what needs no moments is "narrow", "wide" or "long".
+A warp for a patch has nothing to wait for: its sums stay in it, and where a patch ends is known to
+the compiler.  Candidates of two warps have half as many registers.
 Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.py).
 """
 
@@ -17,21 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import POINTERS, Trial, configs, named, random, variant
-from ..common.tuning import Variant
+from ..common.launch import POINTERS, Trial, named, random, variant
+from ..common.tuning import Config, Variant
 
-# (BLOCK_N, BLOCK_P, warps); the first is the safe one.
-MOVES = {"narrow": [(16, 64, 4)], "wide": [(4, 256, 4), (8, 256, 8)]}
-SPREAD = {"narrow": [(16, 64, 4)], "wide": [(4, 256, 4)]}
-HELD = {
-    "P64": [(16, 64, 4)],
-    "P256": [(4, 256, 4)],
-    "P1024": [(1, 1024, 4), (2, 1024, 8)],
-    "P4096": [(1, 4096, 8)],
+# (BLOCK_N, BLOCK_P, STEPS, warps); the first is the safe one.
+MOVES = {
+    "narrow": [(16, 64, 4, 4)],
+    "wide": [(1, 1024, 4, 1), (1, 1024, 4, 2)],
+    "long": [(1, 512, 4, 1), (1, 1024, 4, 2)],
 }
-MOMENTS = {**HELD, "long": [(1, 2048, 8)]}
+SPREAD = {"narrow": [(16, 64, 1, 4)], "wide": [(4, 256, 1, 4)], "long": [(4, 256, 1, 4)]}
+HELD = {
+    "P64": [(16, 64, 4, 4)],
+    "P256": [(1, 256, 8, 1), (4, 256, 4, 2)],
+    "P1024": [(1, 1024, 4, 1), (1, 1024, 4, 2)],
+    "P4096": [(1, 4096, 4, 8)],
+}
+LONG = {"long": [(1, 2048, 1, 8)]}
 SIDES = {"narrow": 4, "wide": 16, "P64": 4, "P256": 8, "P1024": 16, "P4096": 32, "long": 56}
 LOOKED_AT = 64  # ids at a time
+BLOCKS = ("BLOCK_N", "BLOCK_P", "STEPS", "BLOCK_K")
 
 READ = {"float32": "float32", "bfloat16": "bfloat16", "uint8-float32": "uint8"}
 READ |= {"uint8-bfloat16": "uint8"}
@@ -39,7 +46,7 @@ TRIAL = (128, 224)  # images, pixels a side: three channels
 
 # What is adjacent; other sizes and strides are taken to be divisible by 16, or named here.
 CONSTANTS = {"s_w": 1, "p_p": 1, "g_p": 1, "C": 3, "PT": 1, "WIDE": False, "KIND": 0}
-CONSTANTS |= {"NORM_PIX": True, "NORM": None}
+CONSTANTS |= {"NORM_PIX": True, "NORM": None, "FLAT": True}
 TYPES = named("i32:16", "N P s_b s_c s_t s_h g_b g_k p_b p_k") | named("i32", "gh gw K L")
 TYPES |= named("*fp32:16", "NORM LOSS STATS") | {"IDS": "*i64:16", "eps": "fp32"}
 
@@ -58,7 +65,7 @@ def shape_class(images: torch.dtype, result: torch.dtype, part: str) -> str:
 
 def moved(P: int) -> str:
     """The part of kernels that only move P values a patch."""
-    return "narrow" if P <= 64 else "wide"
+    return "narrow" if P <= 64 else "wide" if P <= 1024 else "long"
 
 
 def measured(P: int) -> str:
@@ -73,7 +80,6 @@ def measured(P: int) -> str:
 def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Variant]:
     """The classes of a kernel with these parts."""
     classes, names = {}, fn.arg_names
-    blocks = "BLOCK_N BLOCK_P BLOCK_K" if "BLOCK_K" in names else "BLOCK_N BLOCK_P"
     for (dtypes, read), (part, table) in product(READ.items(), parts.items()):
         if read == "uint8" and "IMAGES" not in names:
             continue
@@ -82,10 +88,12 @@ def variants(fn: Any, parts: Mapping[str, Any], trial: Trial) -> dict[str, Varia
         types["IMAGES"] = POINTERS[read]
         if "PRED" in names:  # G is the loss's
             types["G"] = POINTERS["float32"]
-        constants = CONSTANTS | {"PH": side, "PW": side, "HELD": part in HELD}
-        looked = (LOOKED_AT,) if "BLOCK_K" in names else ()
-        sizes = [(n, p, *looked, warps, 1) for n, p, warps in table]
-        candidates, run = configs(blocks, sizes), partial(trial, dtypes, part)
+        constants, run = CONSTANTS | {"PH": side, "PW": side}, partial(trial, dtypes, part)
+        candidates = tuple(
+            Config({name: size for name, size in known.items() if name in names}, warps, 1)
+            for *sizes, warps in table
+            for known in [dict(zip(BLOCKS, (*sizes, LOOKED_AT), strict=True))]
+        )
         classes[name] = variant(name, fn, types, constants, candidates, run)
     return classes
 

@@ -26,21 +26,30 @@ from tests.kernels.test_patches import (
 )
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads
 
-KERNELS = ["patches_gather", "patches_spread", "patches_mse", "patches_mse_grad"]
-BLOCKS = {"several": (4, 16), "held": (2, 128)}  # patches and values of a program
+KERNELS = (
+    patches_triton.GATHER,
+    patches_triton.SPREAD,
+    patches_triton.MSE,
+    patches_triton.MSE_LONG,
+    patches_triton.MSE_GRAD,
+)
+PARTS = {configs.measured(P) for P in range(1, 10_000)}
+# Patches and values of a step, and steps of a program.
+BLOCKS = {"several": (4, 16, 1), "held": (2, 128, 2), "alone": (1, 128, 3)}
 
 
 once = pytest.mark.parametrize("small_blocks", [BLOCKS["several"]], indirect=True, ids=["several"])
 
 
 @pytest.fixture(autouse=True, params=BLOCKS.values(), ids=BLOCKS)
-def small_blocks(request, nan_filled):
-    n, p = request.param
+def small_blocks(request, nan_filled, monkeypatch):
+    if request.param == BLOCKS["several"]:
+        monkeypatch.setattr(configs, "HELD", {})  # patches of more values than a step
+    sizes = dict(zip(configs.BLOCKS, (*request.param, 4), strict=True))
     with ExitStack() as stack:
         for kernel in KERNELS:
-            blocks = {"BLOCK_N": n, "BLOCK_P": p}
-            blocks |= {"BLOCK_K": 4} if kernel == "patches_spread" else {}
-            stack.enter_context(_tuning.forced(kernel, _tuning.Config(blocks)))
+            blocks = {name: sizes[name] for name in configs.BLOCKS if name in kernel.fn.arg_names}
+            stack.enter_context(_tuning.forced(kernel.name, _tuning.Config(blocks)))
         yield
 
 
@@ -195,7 +204,8 @@ def test_a_class_for_every_dtype_and_size():
             for result in (*DTYPES, torch.uint8):
                 part = "P64" if kernel is patches_triton.MSE else "narrow"
                 assert shape_class(images, result, part) in kernel.variants
-    parts = {configs.measured(P) for P in range(1, 10_000)}
-    assert {f"float32-{part}" for part in parts} <= set(patches_triton.MSE.variants)
-    for part, sizes in configs.HELD.items():  # one that is said to be held is
-        assert all(values >= int(part[1:]) for _, values, _ in sizes)
+    measuring = {*patches_triton.MSE.variants, *patches_triton.MSE_LONG.variants}
+    assert {f"float32-{part}" for part in PARTS} <= measuring
+    for name, variant in patches_triton.MSE.variants.items():  # what is said to be held is
+        values = int(name.rpartition("-P")[2])
+        assert all(config.blocks["BLOCK_P"] >= values for config in variant.candidates)
