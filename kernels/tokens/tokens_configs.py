@@ -15,6 +15,7 @@ from ..common.launch import ROWS, Part, configs, dtype_name, named, random
 # (BLOCK_R, BLOCK_D, warps, stages) for 16-bit numbers; the first is the safe one.
 MOVES = configs("BLOCK_R BLOCK_D", [(16, 256, 4, 2), (8, 512, 4, 2)])
 SUMS = configs("BLOCK_R BLOCK_D", [(8, 128, 8, 2), (8, 64, 4, 2), (8, 256, 8, 2)])
+PAIRS = configs("BLOCK_R BLOCK_D", [(8, 128, 4, 2), (8, 64, 4, 2), (8, 256, 8, 2)])
 TRIAL = (256, 196, 768)  # sequences, places, features; a quarter of the places is visible
 
 # Sizes and strides are taken to be divisible by 16, features adjacent.
@@ -27,7 +28,7 @@ GATHER = {
     "restore": Part({**ADJACENT, "OWNERS": None}, MOVES),
     "packed": Part({**ADJACENT, "TOKEN": None, "POS": None}, MOVES),
 }
-RESTORE = {"restore": Part(ADJACENT, SUMS, {"POS": "*fp32:16"})}
+RESTORE = {"restore": Part(ADJACENT, PAIRS, {"POS": "*fp32:16"})}
 SCATTER = {"rows": Part(ADJACENT, SUMS), "table": Part(ADJACENT, SUMS, {"OUT": "*fp32:16"})}
 
 

@@ -67,6 +67,14 @@ def _added(total, lost, x):
 
 
 @triton.jit
+def _shown(VISIBLE, g, ids, b, row, d, K, D):
+    """Write what of g is the gradient of visible tokens."""
+    if VISIBLE is not None:
+        at = (b * K + ids)[:, None] * D + d[None, :]
+        tl.store(VISIBLE + at, g, (row & (ids >= 0) & (ids < K))[:, None] & (d < D)[None, :])
+
+
+@triton.jit
 def _restore_rows(
     G, IDS, VISIBLE, TOKENS, POS, B, L, K, D, share, g_b, g_r, g_d,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -79,19 +87,23 @@ def _restore_rows(
     first = tl.program_id(0).to(tl.int64) * share
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     hidden, lost, lost_hidden = total, total, total
-    for i in range(0, tl.minimum(B - first, share)):
-        b = first + i
+    end = tl.minimum(B, first + share)
+    for b in range(first, end, 2):  # two at a time are under way
+        second = l < tl.where(b + 1 < end, L, 0)
         ids = tl.load(IDS + b * L + l, row, 0)
+        ids_2 = tl.load(IDS + (b + 1) * L + l, second, 0)
         g = tl.load(G + b * g_b + place, row[:, None] & column, 0.0)
-        if VISIBLE is not None:
-            at = (b * K + ids)[:, None] * D + d[None, :]
-            tl.store(VISIBLE + at, g, (row & (ids >= 0) & (ids < K))[:, None] & column)
-        g = g.to(tl.float32)
+        g_2 = tl.load(G + (b + 1) * g_b + place, second[:, None] & column, 0.0)
+        _shown(VISIBLE, g, ids, b, row, d, K, D)
+        _shown(VISIBLE, g_2, ids_2, b + 1, second, d, K, D)
+        g, g_2 = g.to(tl.float32), g_2.to(tl.float32)
         if POS is not None:
             total, lost = _added(total, lost, g)
+            total, lost = _added(total, lost, g_2)
         if TOKENS is not None:
-            g = tl.where((ids >= K)[:, None], g, 0.0)
-            hidden, lost_hidden = _added(hidden, lost_hidden, g)
+            hidden, lost_hidden = _added(hidden, lost_hidden, tl.where((ids >= K)[:, None], g, 0.0))
+            g_2 = tl.where((ids_2 >= K)[:, None], g_2, 0.0)
+            hidden, lost_hidden = _added(hidden, lost_hidden, g_2)
     part = tl.program_id(0).to(tl.int64)
     if POS is not None:
         tl.store(POS + (part * L + l)[:, None] * D + d[None, :], total, row[:, None] & column)
@@ -127,6 +139,11 @@ def _scatter_rows(
     tl.store(OUT + at, total.to(OUT.dtype.element_ty), row[:, None] & column)
 
 
+PROGRAMS = (
+    8  # of a processor at once: fewer have not enough bytes under way to fill its share of HBM
+)
+
+
 class _Launch:
     """How a kernel's class for x is launched, over blocks of rows and of D features."""
 
@@ -134,7 +151,7 @@ class _Launch:
         self.config = config_for(kernel, configs.shape_class(x, part), x.device)
         self.rows = triton.cdiv(rows, self.config.blocks["BLOCK_R"])
         self.columns = triton.cdiv(D, self.config.blocks["BLOCK_D"])
-        self.most = max(1, 4 * sm_count(x.device) // max(1, self.rows * self.columns))
+        self.most = max(1, PROGRAMS * sm_count(x.device) // max(1, self.rows * self.columns))
 
     def shares(self, B: int) -> tuple[int, int]:
         """In how many shares the batch fills the device, and how many sequences each has."""
