@@ -9,7 +9,8 @@ A tile where no score passes its row's worst kept one, as in most, costs a compa
 each row's best key takes the place of its worst kept one, until no row has a better: about
 n ln(N / n) times a row in all.  Where the rows alone would not fill the GPU, several programs
 share the columns, and torch.topk joins their candidates; it sorts them in any case.
-Traffic: q and k once for each tile, mostly from L2; 8 n bytes out for each row and share.
+Traffic: k once for each block of rows, mostly from L2, and q as often where D has more features
+than a block; 8 n bytes out for each row and share.
 Memory: 8 n M bytes for each share.  In place: nothing.
 In the kernels capitals are pointers, and ids that are not given are positions.
 """
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import precision, rows_contiguous
+from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, Kernel, config_for, register
 from .masks import triton_rules
 from .masks_triton import exclude_self, kept
@@ -51,6 +52,7 @@ def _score(key):
 def _topk(
     Q, K, ROW_IDS, COL_IDS, KEYS, M, N, D, n, share, q_row, k_row,
     RULES: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -58,6 +60,9 @@ def _topk(
     first = tl.program_id(1) * share
     d = tl.arange(0, BLOCK_D)[None, :]
     Q += here[:, None] * q_row
+    held: tl.constexpr = BLOCK_D >= WIDTH
+    if held:
+        q = tl.load(Q + d, d < D, 0.0)
     slot = tl.arange(0, SLOTS)[None, :]
     empty = (tl.full((BLOCK_M, SLOTS), MINUS_INFINITY, tl.int64) << 32) + slot  # no two alike
     best = tl.where(slot < n, empty, PAST)
@@ -66,7 +71,12 @@ def _topk(
         col = start + tl.arange(0, BLOCK_N)
         there = tl.minimum(col, N - 1)
         ok = col < N
-        s = product(Q, K + there.to(tl.int64)[:, None] * k_row, d, ok, D, PRECISION)
+        k = K + there.to(tl.int64)[:, None] * k_row
+        if held:
+            k = tl.load(k + d, ok[:, None] & (d < D), 0.0)
+            s = dot(q, k.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        else:
+            s = product(Q, k, d, ok, D, PRECISION)
         keep = tl.zeros_like(s).to(tl.int1) | ok[None, :]
         if len(RULES) > 0:
             keep = keep & kept(here, there, ROW_IDS, COL_IDS, M, N, RULES, PLACES, False)
@@ -107,7 +117,8 @@ def topk(
         _topk[rows, triton.cdiv(N, share)](
             q, k, row_ids, col_ids, keys, M, N, D, n, share, q.stride(0), k.stride(0),
             RULES=rules, PLACES=places, PRECISION=precision(constants["PRECISION"]),
-            SLOTS=constants["SLOTS"], **config.arguments,
+            SLOTS=constants["SLOTS"], WIDTH=constants["WIDTH"],
+            **config.arguments,
         )  # fmt: skip
     return _decoded(keys.topk(n, dim=1).values)
 

@@ -17,6 +17,7 @@ from tests.oracle import DEVICE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = _tuning.Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16})
+HELD = _tuning.Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 128})
 
 
 @triton.jit
@@ -30,11 +31,14 @@ EAGER = PairMask("eager", lambda rows, cols: rows > cols)
 
 @pytest.fixture(autouse=True, params=[1, 7], ids=["one share", "shares"])
 def small_blocks(monkeypatch, request):
-    """Blocks of 16, and as many programs as a device of one or of seven places would have."""
+    """Blocks of 16, and as many programs as a device of one or of seven places would have.
+
+    Those of seven keep their rows, where they are in 16 bits.
+    """
     monkeypatch.setattr(scores_triton, "programs", lambda device, each: request.param)
     monkeypatch.setattr(scores_triton, "LEAST_SHARE", 16)
     monkeypatch.setattr(rows, "EVEN", 16 if request.param == 1 else 1)
-    with _tuning.forced("pairwise_topk", SMALL):
+    with _tuning.forced("pairwise_topk", SMALL if request.param == 1 else HELD):
         yield
 
 
@@ -183,7 +187,10 @@ def test_refuses_what_it_is_not_made_for():
 
 def test_shape_classes():
     assert shape_class(torch.empty(1, 1), 16) == "float32-n16"
-    assert shape_class(torch.empty(1, 1, dtype=torch.float16), 17) == "float16-n64"
+    half = torch.empty(1, 257, dtype=torch.float16)
+    assert shape_class(half, 17) == "float16-n64"
+    assert shape_class(half[:, :256], 17) == "float16-D256-n64"
+    assert shape_class(half[:, :128], 17) == "float16-D128-n64"
     assert shape_class(torch.empty(1, 1), 256) == "float32-n256"
 
 

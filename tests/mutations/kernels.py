@@ -180,6 +180,8 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("keys == top[:, None], DROPPED", "keys != top[:, None], DROPPED"),
         ("slot < n, empty, PAST", "slot < n - 1, empty, PAST"),
         ("| (s != s)", "| (s < s)"),
+        ("q = tl.load(Q + d, d < D", "q = tl.load(Q + d, d < D - 1"),
+        ("ok[:, None] & (d < D)", "ok[:, None] & (d <= D)"),
     ],
     "kernels/pairwise/lse_torch._statistics": [
         ("pairs.same else i != j", "pairs.same else i == j"),
@@ -347,7 +349,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("c = p - q * C", "c = p - q * PW"),
         ("x = q - r * PW", "x = q - r * PH"),
         ("t = r // PH", "t = r // PW"),
-        ("if PT == 1", "if PH == 1"),
+        ("t, y = 0 * r, r", "t, y = r, r"),
     ],
     "kernels/patches/pixels_triton.corner": [
         ("time = row // gh", "time = row // gw"),
