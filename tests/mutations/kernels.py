@@ -181,7 +181,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("slot < n, empty, PAST", "slot < n - 1, empty, PAST"),
         ("| (s != s)", "| (s < s)"),
         ("q = tl.load(Q + d, d < D", "q = tl.load(Q + d, d < D - 1"),
-        ("ok[:, None] & (d < D)", "ok[:, None] & (d <= D)"),
+        ("ok[:, None] & (d < D)", "ok[:, None] & (d < D - 1)"),
     ],
     "kernels/pairwise/lse_torch._statistics": [
         ("pairs.same else i != j", "pairs.same else i == j"),
