@@ -41,13 +41,14 @@ BACKWARD = {
 }
 TRIAL_ROWS = 16384
 
-MASKED = {"RULES": TritonRules([masks_triton.exclude_self]), "PLACES": (0,)}
-PLAIN = {"RULES": TritonRules(), "PLACES": (), "X_IDS": None, "Y_IDS": None}
+MASKED = {"RULES": TritonRules([masks_triton.exclude_self]), "PLACES": (0,), "UNEQUAL": (1,)}
+PLAIN = {"RULES": TritonRules(), "PLACES": (), "UNEQUAL": (), "X_IDS": None, "Y_IDS": None}
+PLAIN |= {"Y_LOW": None, "Y_HIGH": None}
 
 # Sizes and strides are taken to be divisible by 16.
-TYPES = named("i32:16", "M N D x_row y_row") | named("*i64:16", "X_IDS Y_IDS")
+TYPES = named("i32:16", "M N D x_row y_row") | named("*i64:16", "X_IDS Y_IDS Y_LOW Y_HIGH")
 TYPES |= named(ROWS, "X Y") | named(
-    "*fp32:16", "SCALE BIAS STATS X_SIDE Y_SIDE FP16_SCALE OUT SUMS"
+    "*fp32:16", "SCALE BIAS STATS X_SIDE Y_SIDE Y_LEVEL LOW HIGH FP16_SCALE OUT SUMS"
 )
 
 Launch = Callable[..., Any]
@@ -74,6 +75,7 @@ def _safe(table: Table) -> Table:
 
 def _constants(dtype: str, part: str) -> dict[str, Any]:
     absent = {"rows": ["Y_SIDE"], "cols": ["X_SIDE"]}.get(part, [])
+    absent += ["Y_LEVEL", "LOW", "HIGH"] if absent else []
     absent += ["share"] if part == "full" else ["share", "BIAS", "SUMS"]
     absent += [] if dtype == "float16" else ["FP16_SCALE"]
     rules = MASKED if part in ("masked", "both", "full") else PLAIN

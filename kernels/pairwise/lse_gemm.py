@@ -52,7 +52,7 @@ def _summarize(
     x, y = tl.minimum(i0 + i, M - 1), tl.minimum(j0 + j, N - 1)
     s = tl.load(S + i.to(tl.int64)[:, None] * C + j[None, :], inside, 0.0)
     s = scored(
-        s, x, y, inside, SCALE, BIAS, ROW_IDS, COL_IDS, M, N,
+        s, x, y, inside, False, SCALE, BIAS, ROW_IDS, COL_IDS, M, N,
         RULES, PLACES, False, VECTOR,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     m = tl.maximum(tl.max(s, 1), LEAST)
@@ -79,10 +79,10 @@ def _weigh(
     at = i.to(tl.int64)[:, None] * C + j[None, :]
     s = tl.load(S + at, inside, 0.0)
     s = scored(
-        s, x, y, inside, SCALE, BIAS, ROW_IDS, COL_IDS, M, N,
+        s, x, y, inside, False, SCALE, BIAS, ROW_IDS, COL_IDS, M, N,
         RULES, PLACES, False, VECTOR,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
-    w = weighed(s, x, y, ROW_SIDE, COL_SIDE, M, N)
+    w = weighed(s, None, x, y, ROW_SIDE, COL_SIDE, None, None, None, M, N)
     if SUMS is not None:
         tl.store(SUMS + tl.program_id(0).to(tl.int64) * C + j, tl.sum(w, 0), j < C)
     if FP16_SCALE is not None:

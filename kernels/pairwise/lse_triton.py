@@ -7,6 +7,9 @@ with TRANSPOSED, x = k, y = q, what belongs to columns.
     backward   u_i = sum_j W_ij y_j, and sum_j W_ij       2 units a side; 2 in all when q is k
                (TRANSPOSED: W_ij scale_j y_j with a scale for each row)
 
+A tile is asked pair by pair which are kept only where it must: at the end of the columns, and where
+the rules cannot tell from the ranges of its ids (masks_triton.verdict).  With both sides' weights
+one exponential a score serves both, unless the rows' m lie far apart (scores_triton.leveled).
 Where the rows alone would not fill the GPU, several programs share the columns, and what they make
 is joined.  Each further BLOCK_O columns of D cost one unit more in the backward, since a program
 keeps no more of u in registers and computes the scores again.  No atomics: the same bits each run.
@@ -30,14 +33,19 @@ from ..common.tuning import Config, Kernel, register
 from .classes import Choice, choose
 from .lse_configs import backward_variants, forward_variants
 from .lse_torch import Grads, Pairs, weights
-from .masks import triton_rules
+from .masks import id_ranges, triton_rules, unequal
+from .masks_triton import row_ranges, verdict
 from .scores_triton import (
     LEAST,
     column_share,
     folded,
     fp16_scale,
+    highest,
     join,
+    leveled,
     log_sum,
+    multiplier,
+    power,
     product,
     scored,
     summed,
@@ -49,9 +57,9 @@ __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"
 
 @triton.jit
 def _fwd(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, STATS, M, N, D, share, x_row, y_row,
-    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
-    FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, Y_LOW, Y_HIGH, STATS, M, N, D, share, x_row, y_row,
+    RULES: tl.constexpr, PLACES: tl.constexpr, UNEQUAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+    VECTOR: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -59,6 +67,10 @@ def _fwd(
     d = tl.arange(0, BLOCK_D)[None, :]
     X += here[:, None] * x_row
     x = tl.load(X + d, d < D, 0.0)
+    size = None
+    if not VECTOR and BIAS is None:
+        size = multiplier(SCALE)
+    ranges = row_ranges(here, X_IDS, M, PLACES, UNEQUAL)
     m = tl.full((BLOCK_M,), LEAST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     first, stop = 0, N
@@ -68,19 +80,21 @@ def _fwd(
     for n in range(first, stop, BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
+        whole, empty = verdict(ranges, n, N, Y_LOW, Y_HIGH, BLOCK_N, PLACES, UNEQUAL)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
         if FITS_BLOCK:
             y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
             s = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
             s = product(X, Yt, d, ok, D, PRECISION)
-        s = scored(
-            s, here, there, ok[None, :], SCALE, BIAS, X_IDS, Y_IDS, M, N,
-            RULES, PLACES, TRANSPOSED, VECTOR,
-        )  # fmt: skip
-        peak = tl.maximum(m, tl.max(s, 1))
-        total = total * tl.exp2(m - peak) + tl.sum(tl.exp2(s - peak[:, None]), 1)
-        m = peak
+        if not empty:
+            s = scored(
+                s, here, there, ok[None, :], whole & (n + BLOCK_N <= N), SCALE, BIAS, X_IDS, Y_IDS,
+                M, N, RULES, PLACES, TRANSPOSED, VECTOR, size,
+            )  # fmt: skip
+            peak = tl.maximum(m, highest(s, size))
+            total = total * tl.exp2(m - peak) + tl.sum(power(s, size, peak[:, None]), 1)
+            m = peak
     if share is not None:
         STATS += tl.program_id(1).to(tl.int64) * 2 * M
     tl.store(STATS + row, m, row < M)
@@ -89,11 +103,11 @@ def _fwd(
 
 @triton.jit
 def _bwd(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, X_SIDE, Y_SIDE, FP16_SCALE, OUT, SUMS,
-    M, N, D, share, x_row, y_row,
-    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
-    FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, Y_LOW, Y_HIGH, X_SIDE, Y_SIDE, Y_LEVEL, LOW, HIGH,
+    FP16_SCALE, OUT, SUMS, M, N, D, share, x_row, y_row,
+    RULES: tl.constexpr, PLACES: tl.constexpr, UNEQUAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+    VECTOR: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = tl.minimum(row, M - 1)
@@ -101,6 +115,10 @@ def _bwd(
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
     X += here[:, None] * x_row
     x = tl.load(X + d, d < D, 0.0)
+    size = None
+    if not VECTOR and BIAS is None:
+        size = multiplier(SCALE)
+    ranges = row_ranges(here, X_IDS, M, PLACES, UNEQUAL)
     u = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     first, stop = 0, N
@@ -110,6 +128,7 @@ def _bwd(
     for n in range(first, stop, BLOCK_N):
         col = n + tl.arange(0, BLOCK_N)
         ok, there = col < N, tl.minimum(col, N - 1)
+        whole, empty = verdict(ranges, n, N, Y_LOW, Y_HIGH, BLOCK_N, PLACES, UNEQUAL)
         Yt = Y + there.to(tl.int64)[:, None] * y_row
         if FITS_BLOCK:
             y = tl.load(Yt + d, ok[:, None] & (d < D), 0.0)
@@ -117,18 +136,21 @@ def _bwd(
         else:
             s = product(X, Yt, d, ok, D, PRECISION)
             y = tl.load(Yt + o, ok[:, None] & (o < D), 0.0)
-        s = scored(
-            s, here, there, ok[None, :], SCALE, BIAS, X_IDS, Y_IDS, M, N,
-            RULES, PLACES, TRANSPOSED, VECTOR,
-        )  # fmt: skip
-        w = weighed(s, here, there, X_SIDE, Y_SIDE, M, N)
-        if SUMS is not None:
-            sums += tl.sum(w, 1)
-        if FP16_SCALE is not None:
-            w *= 1 / tl.load(FP16_SCALE)
-        if TRANSPOSED and VECTOR:
-            w *= tl.load(SCALE + there)[None, :]
-        u = dot(w.to(y.dtype), y, u, PRECISION)
+        if not empty:
+            s = scored(
+                s, here, there, ok[None, :], whole & (n + BLOCK_N <= N), SCALE, BIAS, X_IDS, Y_IDS,
+                M, N, RULES, PLACES, TRANSPOSED, VECTOR, size,
+            )  # fmt: skip
+            w = weighed(
+                s, size, here, there, X_SIDE, Y_SIDE, Y_LEVEL, LOW, HIGH, M, N,
+            )  # fmt: skip
+            if SUMS is not None:
+                sums += tl.sum(w, 1)
+            if FP16_SCALE is not None:
+                w *= 1 / tl.load(FP16_SCALE)
+            if TRANSPOSED and VECTOR:
+                w *= tl.load(SCALE + there)[None, :]
+            u = dot(w.to(y.dtype), y, u, PRECISION)
     if FP16_SCALE is not None:
         u *= tl.load(FP16_SCALE)
     part = row
@@ -166,15 +188,16 @@ def forward(pairs: Pairs, transposed: bool = False, choice: Choice | None = None
     name, config = choice or choose(FWD, pairs.q, _part(pairs))
     constants, (rules, places) = FWD.variants[name].constexprs, triton_rules(pairs.mask)
     (M, D), N = x.shape, len(y)
+    near = id_ranges(pairs.mask, rest[-1], config.blocks["BLOCK_N"])
     rows = triton.cdiv(M, config.blocks["BLOCK_M"])
     share = column_share(rows, N, config.blocks["BLOCK_N"], x.device)
     out = torch.empty(triton.cdiv(N, share), 2, M, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(out):
         _fwd[rows, len(out)](
-            x, y, scale, *rest, out, M, N, D, share if len(out) > 1 else None, x.stride(0),
+            x, y, scale, *rest, *near, out, M, N, D, share if len(out) > 1 else None, x.stride(0),
             y.stride(0),
-            RULES=rules, PLACES=places, TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
-            FITS_BLOCK=_fits_block(constants, config, D),
+            RULES=rules, PLACES=places, UNEQUAL=unequal(pairs.mask), TRANSPOSED=transposed,
+            VECTOR=scale.ndim == 1, FITS_BLOCK=_fits_block(constants, config, D),
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip
     return folded(out)
@@ -197,6 +220,7 @@ def backward(
     name, config = choice or choose(BWD, pairs.q, part)
     constants, (rules, places) = BWD.variants[name].constexprs, triton_rules(pairs.mask)
     (M, D), N, blocks = x.shape, len(y), config.blocks
+    near = id_ranges(pairs.mask, rest[-1], blocks["BLOCK_N"])
     by_column = transposed and scale.ndim == 1
     factor = scale if by_column else x.new_ones((), dtype=torch.float32)
     rows, outs = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])
@@ -205,12 +229,13 @@ def backward(
     out = torch.empty(shares, M, D, dtype=torch.float32, device=x.device)
     total = out.new_empty(shares, M) if sums else None
     x_side, y_side = sides[::-1] if transposed else sides
+    level = (None,) * 3 if x_side is None or y_side is None else leveled(x_side, y_side)
     largest = fp16_scale(sides, factor) if x.dtype == torch.float16 else None
     with torch.cuda.device_of(out):
         _bwd[rows, outs, shares](
-            x, y, scale, *rest, x_side, y_side, largest, out, total, M, N, D,
-            share if shares > 1 else None, x.stride(0), y.stride(0), RULES=rules, PLACES=places,
-            TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
+            x, y, scale, *rest, *near, x_side, y_side, *level, largest, out, total, M, N,
+            D, share if shares > 1 else None, x.stride(0), y.stride(0), RULES=rules, PLACES=places,
+            UNEQUAL=unequal(pairs.mask), TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
             FITS_BLOCK=_fits_block(constants, config, D),
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip

@@ -80,6 +80,8 @@ class PairMask(_Rules):
     column ids: blocks (R, 1) and (1, C) or (1, R) and (C, 1), of int64 where ids are given, else
     of int32 positions.  Its module must import triton.language, and it may read nothing but the
     ids.  Without one the mask runs in torch.
+    unequal: what keep says of any two ids that differ, where that is one answer: then the kernels
+    need not ask it where no two ids of a tile are equal.  None where it depends on the ids.
     Raises ValueError when triton is something else.
     """
 
@@ -87,6 +89,7 @@ class PairMask(_Rules):
     keep: Callable[[Tensor, Tensor], Tensor]
     symmetric: bool = False
     triton: Any = None
+    unequal: bool | None = None
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -253,6 +256,21 @@ def triton_rules(key: str) -> tuple[TritonRules, tuple[int, ...]]:
     return TritonRules(found), places
 
 
+def unequal(key: str) -> tuple[int, ...]:
+    """UNEQUAL of a `Masks.key`: by rule 1 where it keeps all unequal ids, 0 where none, else -1."""
+    return tuple(-1 if rule.unequal is None else int(rule.unequal) for rule in decode(key)[0])
+
+
+def id_ranges(key: str, ids: Tensor | None, step: int) -> tuple[Tensor | None, Tensor | None]:
+    """The least and the greatest of each `step` ids (P, N), (P, N / step); None if no rule asks."""
+    if ids is None or all(answer < 0 for answer in unequal(key)):
+        return None, None
+    P, N = ids.shape
+    if N % step:
+        ids = torch.cat([ids, ids[:, -1:].expand(P, -N % step)], 1)
+    return torch.aminmax(ids.view(P, -1, step), dim=2)
+
+
 def as_masks(mask: Any) -> Masks:
     """A rule by itself judges positions; None keeps every pair.
 
@@ -286,11 +304,13 @@ def describe(x: Any) -> str:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _rule(name: str, keep: Callable[[Tensor, Tensor], Tensor]) -> PairMask:
-    return PairMask(name, keep, symmetric=True, triton=_Own(name))
+def _rule(
+    name: str, keep: Callable[[Tensor, Tensor], Tensor], unequal: bool | None = None
+) -> PairMask:
+    return PairMask(name, keep, symmetric=True, triton=_Own(name), unequal=unequal)
 
 
-exclude_self = _rule("exclude_self", lambda i, j: i != j)
+exclude_self = _rule("exclude_self", lambda i, j: i != j, unequal=True)
 exclude_self_and_pair = _rule("exclude_self_and_pair", lambda i, j: i // 2 != j // 2)
-same_group = _rule("same_group", lambda i, j: i == j)
-different_group = _rule("different_group", lambda i, j: i != j)
+same_group = _rule("same_group", lambda i, j: i == j, unequal=False)
+different_group = _rule("different_group", lambda i, j: i != j, unequal=True)

@@ -48,3 +48,42 @@ def kept(
         else:
             keep = keep & RULES[t](i[:, None], j[None, :])
     return keep
+
+
+@triton.jit
+def row_ranges(x, X_IDS, M, PLACES: tl.constexpr, UNEQUAL: tl.constexpr):
+    """The least and the greatest id of positions x (R,) < M, by each rule in turn."""
+    found = ()
+    for t in tl.static_range(len(UNEQUAL)):  # pyright: ignore
+        if UNEQUAL[t] < 0:
+            found = found + (0, 0)
+        else:
+            i = x if PLACES[t] < 0 else tl.load(X_IDS + PLACES[t] * M + x)
+            found = found + (tl.min(i, 0), tl.max(i, 0))
+    return found
+
+
+@triton.jit
+def verdict(
+    ranges, n, N, Y_LOW, Y_HIGH, BLOCK: tl.constexpr, PLACES: tl.constexpr, UNEQUAL: tl.constexpr
+):
+    """Of columns n to n + BLOCK: whether all pairs are kept, and whether none; both may be no.
+
+    ranges: the rows' `row_ranges`.  Y_LOW, Y_HIGH point to those of the columns, (P, N / BLOCK).
+    Where the two do not meet no ids are equal.
+    """
+    whole, empty = n == n, n != n
+    for t in tl.static_range(len(UNEQUAL)):  # pyright: ignore
+        if UNEQUAL[t] < 0:
+            whole = n != n
+        else:
+            low, high = n, n + BLOCK - 1
+            if PLACES[t] >= 0:
+                at = PLACES[t] * tl.cdiv(N, BLOCK) + n // BLOCK
+                low, high = tl.load(Y_LOW + at), tl.load(Y_HIGH + at)
+            apart = (low > ranges[2 * t + 1]) | (high < ranges[2 * t])
+            if UNEQUAL[t] == 1:
+                whole = whole & apart
+            else:
+                whole, empty = n != n, empty | apart
+    return whole, empty

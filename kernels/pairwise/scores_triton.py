@@ -20,6 +20,7 @@ from .masks_triton import kept
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
 LEAST_SHARE = 512  # columns
+SPREAD = tl.constexpr(40.0)  # log2 units: a score 86 below its row's m still has a weight
 LEAST = tl.constexpr(-3.4028234663852886e38)  # a maximum of -inf would make -inf - -inf
 
 
@@ -36,15 +37,48 @@ def product(X, Y, d, cols_ok, D, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def multiplier(SCALE):
+    """What makes scores of products; not 0, which would make -inf nan."""
+    size = tl.load(SCALE) * LOG2_E
+    return tl.where(size == 0, 1e-30, size)
+
+
+@triton.jit
+def highest(s, size):
+    """The highest of a row's scores."""
+    if size is None:
+        top = tl.max(s, 1)
+    else:
+        if size < 0:
+            top = tl.min(s, 1) * size
+        else:
+            top = tl.max(s, 1) * size
+    return top
+
+
+@triton.jit
+def power(s, size, m):
+    """2^(s - m) of scores s."""
+    if size is None:
+        return tl.exp2(s - m)
+    else:
+        return tl.exp2(s * size - m)
+
+
+@triton.jit
 def scored(
-    s, x, y, ok, SCALE, BIAS, X_IDS, Y_IDS, M, N,
+    s, x, y, ok, whole, SCALE, BIAS, X_IDS, Y_IDS, M, N,
     RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, VECTOR: tl.constexpr,
+    size=None,
 ):  # fmt: skip
     """The scores of products s (R, C) at positions x (R,) < M and y (C,) < N.
 
-    ok (R, C) or (1, C): pairs to keep beside those the rules keep.  VECTOR: a scale for each row.
+    ok (R, C) or (1, C): pairs to keep beside those the rules keep.  whole: that this is all pairs.
+    VECTOR: a scale for each row.  size: that they are still to be multiplied by, if given.
     """
-    if not VECTOR:
+    if size is not None:
+        pass
+    elif not VECTOR:
         s *= tl.load(SCALE) * LOG2_E
     elif TRANSPOSED:
         s *= (tl.load(SCALE + y) * LOG2_E)[None, :]
@@ -55,22 +89,54 @@ def scored(
             s += (tl.load(BIAS + x) * LOG2_E)[:, None]
         else:
             s += (tl.load(BIAS + y) * LOG2_E)[None, :]
-    if len(RULES) > 0:  # pyright: ignore[reportArgumentType]
-        ok = ok & kept(x, y, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
-    return tl.where(ok, s, -float("inf"))
+    if not whole:
+        dropped = -float("inf")
+        if size is not None:
+            dropped = tl.where(size < 0, float("inf"), -float("inf"))
+        if len(RULES) > 0:  # pyright: ignore[reportArgumentType]
+            keep = ok & kept(x, y, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
+        else:
+            keep = ok
+        s = tl.where(keep, s, dropped)
+    return s
 
 
 @triton.jit
-def weighed(s, x, y, X_SIDE, Y_SIDE, M, N):
-    """W_ij = w_i 2^(s_ij - m_i) + w_j 2^(s_ij - m_j); a side, (2, M) or (2, N), is m and w."""
+def weighed(s, size, x, y, X_SIDE, Y_SIDE, Y_LEVEL, LOW, HIGH, M, N):
+    """W_ij = w_i 2^(s_ij - m_i) + w_j 2^(s_ij - m_j); a side, (2, M) or (2, N), is m and w.
+
+    size: what the scores s are still to be multiplied by, if given.  Y_LEVEL, LOW, HIGH: `leveled`
+    of both sides, if given: where it holds one exponential does, 2^(s_ij - m_i).
+    """
     w = tl.zeros_like(s)
     if X_SIDE is not None:
         m_x, w_x = tl.load(X_SIDE + x), tl.load(X_SIDE + M + x)
-        w += tl.exp2(s - m_x[:, None]) * w_x[:, None]
-    if Y_SIDE is not None:
+        if Y_LEVEL is not None:
+            level, low = tl.load(Y_LEVEL + y), tl.load(LOW)
+            if tl.load(HIGH) - low <= SPREAD:
+                both = w_x[:, None] + tl.exp2(m_x - low)[:, None] * level[None, :]
+                w = power(s, size, m_x[:, None]) * both
+            else:
+                w = power(s, size, m_x[:, None]) * w_x[:, None]
+                m_y, w_y = tl.load(Y_SIDE + y), tl.load(Y_SIDE + N + y)
+                w += power(s, size, m_y[None, :]) * w_y[None, :]
+        else:
+            w += power(s, size, m_x[:, None]) * w_x[:, None]
+    if Y_SIDE is not None and (X_SIDE is None or Y_LEVEL is None):
         m_y, w_y = tl.load(Y_SIDE + y), tl.load(Y_SIDE + N + y)
-        w += tl.exp2(s - m_y[None, :]) * w_y[None, :]
+        w += power(s, size, m_y[None, :]) * w_y[None, :]
     return w
+
+
+def leveled(x_side: Tensor, y_side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w_j 2^(low - m_j) of the columns, and the lowest and the highest m of either side.
+
+    Where they are at most SPREAD apart, nothing of it leaves float32's range, and
+    W_ij = 2^(s_ij - m_i) (w_i + 2^(m_i - low) w_j 2^(low - m_j)).
+    """
+    m = x_side[0] if x_side is y_side else torch.cat([x_side[0], y_side[0]])
+    low, high = torch.aminmax(m)
+    return (low - y_side[0]).exp2_().mul_(y_side[1]), low, high
 
 
 def log_sum(stats: Tensor) -> Tensor:

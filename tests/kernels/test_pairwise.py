@@ -96,6 +96,11 @@ MASKS = {
     "pair": lambda rows, cols: exclude_self_and_pair(rows + 5, cols),
     "same": lambda rows, cols: same_group(rows % 5, cols % 5),
     "different": lambda rows, cols: different_group(rows % 3, cols % 3),
+    "groups in order": lambda rows, cols: same_group(rows // 9, cols // 11),
+    "far ids": lambda rows, cols: different_group(rows // 4 * 2**59, cols // 4 * 2**59 - 2**60),
+    "self and groups in order": lambda rows, cols: (
+        exclude_self(rows + 20, cols) & same_group(rows // 9, cols // 11)
+    ),
     "one-sided": lambda rows, cols: LOWER(rows + 20, cols),
     "positions and groups": lambda rows, cols: exclude_self & same_group(rows % 4, cols % 4),
     "two groups": lambda rows, cols: (
@@ -199,6 +204,19 @@ def test_any_scale(lse, scale, same):
         assert_no_worse(ours, eager, [q])
     else:
         assert_no_worse(joined(lse), joined(pairwise_lse_reference), (q, k, number(scale)))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["rows", "self"])
+@pytest.mark.parametrize("most", [3.0, 5.0, 12.0])
+def test_rows_of_very_different_lengths(lse, most, same):
+    """Of 5 the highest scores lie as far apart as one exponential allows, of 12 farther."""
+    q, k = (x / 2 for x in rows_of(torch.float32, (37, 8), (45, 8)))
+    q, k = (torch.linspace(most, 0.1, len(x), device=DEVICE)[:, None] * x for x in (q, k))
+    ours, eager = joined(lse), joined(pairwise_lse_reference)
+    if same:
+        assert_no_worse(lambda z: ours(z, z, 1.0), lambda z: eager(z, z, 1.0), [q])
+    else:
+        assert_no_worse(ours, eager, [q, k, number(1.0)])
 
 
 def test_scores_far_below_zero_do_not_vanish(lse):
