@@ -82,7 +82,7 @@ def _weigh(
         s, x, y, inside, False, SCALE, BIAS, ROW_IDS, COL_IDS, M, N,
         RULES, PLACES, False, VECTOR,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
-    w = weighed(s, None, x, y, ROW_SIDE, COL_SIDE, None, None, None, M, N)
+    w = weighed(s, None, x, y, ROW_SIDE, COL_SIDE, M, N)
     if SUMS is not None:
         tl.store(SUMS + tl.program_id(0).to(tl.int64) * C + j, tl.sum(w, 0), j < C)
     if FP16_SCALE is not None:

@@ -9,7 +9,8 @@ with TRANSPOSED, x = k, y = q, what belongs to columns.
 
 A tile is asked pair by pair which are kept only where it must: at the end of the columns, and where
 the rules cannot tell from the ranges of its ids (masks_triton.verdict).  With both sides' weights
-one exponential a score serves both, unless the rows' m lie far apart (scores_triton.leveled).
+one exponential a score serves both, unless the rows' m lie far apart (scores_triton.leveled): the
+GPU tells by itself which of two launches has the work.
 Where the rows alone would not fill the GPU, several programs share the columns, and what they make
 is joined.  Each further BLOCK_O columns of D cost one unit more in the backward, since a program
 keeps no more of u in registers and computes the scores again.  No atomics: the same bits each run.
@@ -37,6 +38,7 @@ from .masks import id_ranges, triton_rules, unequal
 from .masks_triton import row_ranges, verdict
 from .scores_triton import (
     LEAST,
+    SPREAD,
     column_share,
     folded,
     fp16_scale,
@@ -50,9 +52,13 @@ from .scores_triton import (
     scored,
     summed,
     weighed,
+    weighed_once,
 )
 
 __all__ = ["BWD", "FWD", "gradients", "join", "log_sum", "statistics", "weights"]
+
+# Pairs.  Reckoned: for fewer, `leveled` and a launch more take the host longer than they save.
+ONCE_FROM = 1 << 26
 
 
 @triton.jit
@@ -109,6 +115,10 @@ def _bwd(
     VECTOR: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
+    if LOW is not None:  # of two launches, with Y_LEVEL and without, one has the work
+        close = tl.load(HIGH) - tl.load(LOW) <= SPREAD
+        if close != (Y_LEVEL is not None):
+            return
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = tl.minimum(row, M - 1)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -141,9 +151,10 @@ def _bwd(
                 s, here, there, ok[None, :], whole & (n + BLOCK_N <= N), SCALE, BIAS, X_IDS, Y_IDS,
                 M, N, RULES, PLACES, TRANSPOSED, VECTOR, size,
             )  # fmt: skip
-            w = weighed(
-                s, size, here, there, X_SIDE, Y_SIDE, Y_LEVEL, LOW, HIGH, M, N,
-            )  # fmt: skip
+            if Y_LEVEL is None:
+                w = weighed(s, size, here, there, X_SIDE, Y_SIDE, M, N)
+            else:
+                w = weighed_once(s, size, here, there, X_SIDE, Y_LEVEL, LOW, M)
             if SUMS is not None:
                 sums += tl.sum(w, 1)
             if FP16_SCALE is not None:
@@ -229,16 +240,19 @@ def backward(
     out = torch.empty(shares, M, D, dtype=torch.float32, device=x.device)
     total = out.new_empty(shares, M) if sums else None
     x_side, y_side = sides[::-1] if transposed else sides
-    level = (None,) * 3 if x_side is None or y_side is None else leveled(x_side, y_side)
     largest = fp16_scale(sides, factor) if x.dtype == torch.float16 else None
+    level, *ends = None, None, None
+    if x_side is not None and y_side is not None and M * N >= ONCE_FROM:
+        level, *ends = leveled(x_side, y_side)
     with torch.cuda.device_of(out):
-        _bwd[rows, outs, shares](
-            x, y, scale, *rest, *near, x_side, y_side, *level, largest, out, total, M, N,
-            D, share if shares > 1 else None, x.stride(0), y.stride(0), RULES=rules, PLACES=places,
-            UNEQUAL=unequal(pairs.mask), TRANSPOSED=transposed, VECTOR=scale.ndim == 1,
-            FITS_BLOCK=_fits_block(constants, config, D),
-            PRECISION=precision(constants["PRECISION"]), **config.arguments,
-        )  # fmt: skip
+        for given in (None,) if level is None else (level, None):
+            _bwd[rows, outs, shares](
+                x, y, scale, *rest, *near, x_side, y_side, given, *ends, largest, out, total,
+                M, N, D, share if shares > 1 else None, x.stride(0), y.stride(0),
+                RULES=rules, PLACES=places, UNEQUAL=unequal(pairs.mask), TRANSPOSED=transposed,
+                VECTOR=scale.ndim == 1, FITS_BLOCK=_fits_block(constants, config, D),
+                PRECISION=precision(constants["PRECISION"]), **config.arguments,
+            )  # fmt: skip
     return summed(out), None if total is None else summed(total)
 
 

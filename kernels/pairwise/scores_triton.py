@@ -18,7 +18,7 @@ from ..common.triton import dot, sm_count
 from .masks_triton import kept
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = 0.6931471805599453
+LN_2 = tl.constexpr(0.6931471805599453)
 LEAST_SHARE = 512  # columns
 SPREAD = tl.constexpr(40.0)  # log2 units: a score 86 below its row's m still has a weight
 LEAST = tl.constexpr(-3.4028234663852886e38)  # a maximum of -inf would make -inf - -inf
@@ -102,30 +102,27 @@ def scored(
 
 
 @triton.jit
-def weighed(s, size, x, y, X_SIDE, Y_SIDE, Y_LEVEL, LOW, HIGH, M, N):
+def weighed(s, size, x, y, X_SIDE, Y_SIDE, M, N):
     """W_ij = w_i 2^(s_ij - m_i) + w_j 2^(s_ij - m_j); a side, (2, M) or (2, N), is m and w.
 
-    size: what the scores s are still to be multiplied by, if given.  Y_LEVEL, LOW, HIGH: `leveled`
-    of both sides, if given: where it holds one exponential does, 2^(s_ij - m_i).
+    size: what the scores s are still to be multiplied by, if given.
     """
     w = tl.zeros_like(s)
     if X_SIDE is not None:
         m_x, w_x = tl.load(X_SIDE + x), tl.load(X_SIDE + M + x)
-        if Y_LEVEL is not None:
-            level, low = tl.load(Y_LEVEL + y), tl.load(LOW)
-            if tl.load(HIGH) - low <= SPREAD:
-                both = w_x[:, None] + tl.exp2(m_x - low)[:, None] * level[None, :]
-                w = power(s, size, m_x[:, None]) * both
-            else:
-                w = power(s, size, m_x[:, None]) * w_x[:, None]
-                m_y, w_y = tl.load(Y_SIDE + y), tl.load(Y_SIDE + N + y)
-                w += power(s, size, m_y[None, :]) * w_y[None, :]
-        else:
-            w += power(s, size, m_x[:, None]) * w_x[:, None]
-    if Y_SIDE is not None and (X_SIDE is None or Y_LEVEL is None):
+        w += power(s, size, m_x[:, None]) * w_x[:, None]
+    if Y_SIDE is not None:
         m_y, w_y = tl.load(Y_SIDE + y), tl.load(Y_SIDE + N + y)
         w += power(s, size, m_y[None, :]) * w_y[None, :]
     return w
+
+
+@triton.jit
+def weighed_once(s, size, x, y, X_SIDE, Y_LEVEL, LOW, M):
+    """As `weighed` by both sides, with one exponential; Y_LEVEL, LOW: `leveled`."""
+    m_x, w_x, level = tl.load(X_SIDE + x), tl.load(X_SIDE + M + x), tl.load(Y_LEVEL + y)
+    both = w_x[:, None] + tl.exp2(m_x - tl.load(LOW))[:, None] * level[None, :]
+    return power(s, size, m_x[:, None]) * both
 
 
 def leveled(x_side: Tensor, y_side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +138,7 @@ def leveled(x_side: Tensor, y_side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def log_sum(stats: Tensor) -> Tensor:
     """The log-sum-exp of statistics; -inf where no pair was left."""
-    return stats[0] * LN_2 + stats[1].log()
+    return stats[0] * LN_2.value + stats[1].log()
 
 
 def join(a: Tensor, b: Tensor) -> Tensor:
