@@ -31,7 +31,7 @@ LOSS = {
 }
 GRADS = {
     "D64": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)],
-    "D128": [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3)],
+    "D128": [(64, 32, 4, 2), (64, 32, 4, 3)],
     "D256": [(64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2)],
     "long": [(64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 8, 3)],
     "float32": [(64, 16, 4, 2), (32, 32, 4, 2)],
@@ -48,10 +48,10 @@ TRIAL_ROWS, TRIAL_BLOCK = 16384, (2048, 4096)
 
 
 # Sizes, strides and offsets are taken to be divisible by 16.
-RULES = {"RULES": TritonRules([masks_triton.same_group]), "PLACES": (0,)}
+RULES = {"RULES": TritonRules([masks_triton.same_group]), "PLACES": (0,), "UNEQUAL": (0,)}
 TYPES = named("i32:16", "M N D x_row y_row i0 j0 R C")
 TYPES |= named("*fp32:16", "SCALE BIAS SUMS OUT P")
-TYPES |= named("*i64:16", "X_IDS Y_IDS ROW_IDS COL_IDS") | named(ROWS, "X Y W")
+TYPES |= named("*i64:16", "X_IDS Y_IDS Y_LOW Y_HIGH ROW_IDS COL_IDS") | named(ROWS, "X Y W")
 
 Launch = Callable[..., Any]
 

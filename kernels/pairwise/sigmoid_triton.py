@@ -3,6 +3,8 @@
     z_ij = -y_ij s_ij    softplus(z) = max(z, 0) + log1p(e)    sigmoid(z) = (1 or e) / (1 + e)
     e = exp(-|z|), which never overflows
 
+A tile is asked which of its pairs are positive only where the ranges of its ids meet.
+
 tiles      one kernel, a program for a block of rows, which meets all others a block at a time:
            x = q gives dq and the sums, x = k gives dk.  4 units of 2 M N D operations with
            gradients, 1 without; each further BLOCK_O columns of D cost one unit more a side.
@@ -31,46 +33,61 @@ from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Kernel, config_for, register
 from .classes import Choice, choose, schedule
 from .lse_gemm import BLOCK_BYTES
-from .masks import triton_rules
-from .masks_triton import kept
-from .scores_triton import LOG2_E, column_share, product, summed
+from .masks import id_ranges, triton_rules, unequal
+from .masks_triton import kept, row_ranges, verdict
+from .scores_triton import LN_2, LOG2_E, column_share, product, summed
 from .sigmoid_configs import FP16_SCALES, PASSES, tile_variants, weigh_variants
 from .sigmoid_torch import Logits, Need, Results
 
 
 @triton.jit
 def _log1p(e):
-    """log(1 + e) of e in [0, 1], relatively exact: interpolated at Chebyshev's points, error 5e-9.
+    """log(1 + e) of e in [0, 1], to 2.2e-7 of itself: Remez's polynomial for that.
 
     Products and sums alone, which other units of a GPU than the exponential's compute.
     """
-    c = -0.0031760570127516985
-    c = c * e + 0.019542528316378593
-    c = c * e - 0.05637361481785774
-    c = c * e + 0.10543623566627502
-    c = c * e - 0.1526966691017151
-    c = c * e + 0.1966327428817749
-    c = c * e - 0.24951615929603577
-    c = c * e + 0.33329710364341736
-    c = c * e - 0.49999892711639404
+    c = -0.008778954856097698
+    c = c * e + 0.04498663917183876
+    c = c * e - 0.10902290791273117
+    c = c * e + 0.17847207188606262
+    c = c * e - 0.24536865949630737
+    c = c * e + 0.3328406512737274
+    c = c * e - 0.4999817907810211
     return (c * e + 1.0) * e
 
 
 @triton.jit
-def _sigmoid(p, scale, bias, positive, ok):
-    """softplus(-y s) and W of products p; both 0 where not ok.  A nan stays one."""
+def _softplus(z, LOSS: tl.constexpr):
+    """softplus(z) with LOSS, else nothing to use, and sigmoid(z), of z in log2 units.
+
+    1 / (1 + e) is the square of a root, which has no division's full range.  A nan stays one.
+    """
+    if LOSS:
+        e = tl.exp2(-tl.abs(z))
+        root = tl.rsqrt(1 + e)
+        w = tl.where(z > 0, 1.0, e) * (root * root)
+        loss = tl.maximum(z, 0.0) * LN_2 + _log1p(e)
+    else:
+        least = tl.minimum(-z, 126.0, propagate_nan=tl.PropagateNan.ALL)
+        root = tl.rsqrt(1 + tl.exp2(least))
+        w, loss = root * root, z
+    return loss, w
+
+
+@triton.jit
+def _sigmoid(p, scale, bias, positive, ok, LOSS: tl.constexpr):
+    """softplus(-y s) and W of products p, scale and bias in log2 units; both 0 where not ok."""
     s = p * scale + bias
-    z = tl.where(ok, tl.where(positive, -s, s), -float("inf"))
-    e = tl.exp2(tl.abs(z) * -LOG2_E)
-    w = tl.where(z > 0, 1.0, e) / (1 + e)
-    return tl.maximum(z, 0.0) + _log1p(e), tl.where(positive, -w, w)
+    loss, w = _softplus(tl.where(ok, tl.where(positive, -s, s), -float("inf")), LOSS)
+    return loss, tl.where(positive, -w, w)
 
 
 @triton.jit
 def _tiles(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, SUMS, OUT, M, N, D, share, x_row, y_row,
-    RULES: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr, TOTAL: tl.constexpr,
-    GRAD: tl.constexpr, FP16_SCALE: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, Y_LOW, Y_HIGH, SUMS, OUT, M, N, D, share, x_row, y_row,
+    RULES: tl.constexpr, PLACES: tl.constexpr, UNEQUAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+    TOTAL: tl.constexpr, GRAD: tl.constexpr, FP16_SCALE: tl.constexpr, FITS_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,6 +97,8 @@ def _tiles(
     X += here[:, None] * x_row
     x = tl.load(X + d, d < D, 0.0)
     scale, bias = tl.load(SCALE), tl.load(BIAS)
+    steep, shift = scale * LOG2_E, bias * LOG2_E
+    ranges = row_ranges(here, X_IDS, M, PLACES, UNEQUAL)
     u = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sum_w = tl.zeros((BLOCK_M,), tl.float32)
@@ -97,8 +116,12 @@ def _tiles(
             p = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
             p = product(X, Yt, d, ok, D, PRECISION)
-        positive = kept(here, there, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
-        loss, w = _sigmoid(p, scale, bias, positive, ok[None, :])
+        _, empty = verdict(ranges, n, N, Y_LOW, Y_HIGH, BLOCK_N, PLACES, UNEQUAL)
+        if empty & (n + BLOCK_N <= N):
+            loss, w = _softplus(p * steep + shift, TOTAL)
+        else:
+            positive = kept(here, there, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
+            loss, w = _sigmoid(p, steep, shift, positive, ok[None, :], TOTAL)
         if TOTAL:
             total += tl.sum(loss, 1)
         if TOTAL and GRAD:
@@ -135,7 +158,8 @@ def _weigh(
     at = i.to(tl.int64)[:, None] * C + j[None, :]
     p = tl.load(P + at, inside, 0.0)
     positive = kept(x, y, ROW_IDS, COL_IDS, M, N, RULES, PLACES, False)  # pyright: ignore
-    loss, w = _sigmoid(p, tl.load(SCALE), tl.load(BIAS), positive, inside)
+    scale, bias = tl.load(SCALE) * LOG2_E, tl.load(BIAS) * LOG2_E
+    loss, w = _sigmoid(p, scale, bias, positive, inside, True)  # pyright: ignore
     SUMS += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 3
     tl.store(SUMS, tl.sum(tl.sum(loss, 1), 0))
     if GRAD:
@@ -162,6 +186,7 @@ def one_side(
     if passes["TRANSPOSED"]:
         (x, y), ids = (y, x), ids[::-1]
     (M, D), N = x.shape, len(y)
+    near = id_ranges(logits.mask, ids[1], blocks["BLOCK_N"])
     rows, outs = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(D, blocks["BLOCK_O"])
     outs = outs if passes["GRAD"] else 1
     share = column_share(rows * outs, N, blocks["BLOCK_N"], x.device)
@@ -170,9 +195,10 @@ def one_side(
     sums = scale.new_empty(shares * rows, 3) if passes["TOTAL"] else None
     with torch.cuda.device_of(scale):
         _tiles[rows, outs, shares](
-            x, y, scale, logits.bias.float(), *ids, sums, out, M, N, D,
+            x, y, scale, logits.bias.float(), *ids, *near, sums, out, M, N, D,
             share if shares > 1 else None, x.stride(0), y.stride(0),
-            RULES=rules, PLACES=places, **passes, FP16_SCALE=FP16_SCALES.get(dtype_name(x), 1.0),
+            RULES=rules, PLACES=places, UNEQUAL=unequal(logits.mask), **passes,
+            FP16_SCALE=FP16_SCALES.get(dtype_name(x), 1.0),
             FITS_BLOCK=constants["FITS_BLOCK"] and blocks["BLOCK_D"] >= D,
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
         )  # fmt: skip
