@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.operators import operator
+from ..common.rows import evened
 from .gram_torch import Matrix, Terms
 
 
@@ -40,6 +41,7 @@ def _run_grams(sides: list[Tensor], others: list[Tensor], start: int) -> list[Te
     """Total; values, diagonal and scale of each side's Gram.  others: none where all are here."""
     from . import gram_triton
 
+    sides, others = [evened(x) for x in sides], [evened(x) for x in others]
     return _flat(*gram_triton.gram_matrices(sides, others or None, start))
 
 

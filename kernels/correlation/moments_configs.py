@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import ROWS, Part, configs, dtype_name, named, random
+from ..common.rows import EVEN
 
 # (BLOCK_N, BLOCK_D, warps, STAGES) for 16-bit numbers; the first is the safe one.
 LOOPS = [(128, 32, 8, 4), (64, 32, 4, 4), (256, 32, 16, 3), (128, 64, 16, 3), (256, 16, 8, 4)]
@@ -72,12 +73,16 @@ JOIN = Part(
 def shape_class(classes: Collection[str], x: Tensor, part: str) -> str:
     """The name of the class; "whole" becomes that of held rows, where they fit.
 
+    More than 256 rows that no wide load divides would spill, loaded number by number (Triton 3.6).
+
     >>> shape_class(["float32-N256", "float32-whole"], torch.empty(100, 3), "whole")
     'float32-N256'
     """
     dtype = dtype_name(x)
     if part == "whole":
-        fits = (n for n in HELD if len(x) <= int(n[1:]) and f"{dtype}-{n}" in classes)
+        most = 2048 if x.stride(0) % EVEN == 0 else 256
+        held = (n for n in HELD if int(n[1:]) <= most)
+        fits = (n for n in held if len(x) <= int(n[1:]) and f"{dtype}-{n}" in classes)
         part = next(fits, part)
     return f"{dtype}-{part}"
 

@@ -101,6 +101,8 @@ def _fwd(
             peak = tl.maximum(m, highest(s, size))
             total = total * tl.exp2(m - peak) + tl.sum(power(s, size, peak[:, None]), 1)
             m = peak
+    if size is not None:
+        m = tl.where(m > LEAST, tl.where(tl.load(SCALE) == 0, 0.0, m), m)  # see multiplier
     if share is not None:
         STATS += tl.program_id(1).to(tl.int64) * 2 * M
     tl.store(STATS + row, m, row < M)

@@ -55,8 +55,8 @@ def test_a_wait_for_the_gpu_is_seen(seen):
 
 
 def test_what_a_gpu_will_launch_can_be_packed_for_it(seen):
-    """A headline and a test's subject, forward and backward; a candidate of the tuner; a step."""
-    assert seen[0]["packed"] == [2, 1, 3, 2]
+    """A headline, whose backward is two launches; a candidate; a test's subject; a step."""
+    assert seen[0]["packed"] == [3, 1, 3, 2]
 
 
 def test_nothing_that_a_gpu_runs_is_left_out_of_the_pack(seen):

@@ -317,8 +317,10 @@ def test_compiles_whole():
 @once
 def test_shape_classes():
     name = lambda N, kernel: moments_configs.shape_class(  # noqa: E731
-        kernel.variants, torch.empty(N, 1, dtype=torch.bfloat16), "whole"
+        kernel.variants, torch.empty(N, 16, dtype=torch.bfloat16), "whole"
     )
+    odd = torch.empty(257, 17, dtype=torch.bfloat16)
+    assert moments_configs.shape_class(ops.FORWARD.variants, odd, "whole") == "bfloat16-whole"
     assert name(256, ops.FORWARD) == "bfloat16-N256" and name(257, ops.BACKWARD) == "bfloat16-N512"
     assert (
         name(2048, ops.FORWARD) == "bfloat16-N2048" and name(2049, ops.FORWARD) == "bfloat16-whole"

@@ -1,5 +1,6 @@
 """What is particular to the Triton log-sum-exps: schedules, classes, operators, what they hold."""
 
+import math
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from fastssl.kernels.pairwise.classes import shape_class
 from fastssl.kernels.pairwise.lse import pairwise_lse_reference
 from fastssl.kernels.pairwise.lse_torch import Pairs
 from fastssl.kernels.pairwise.masks import as_masks
+from fastssl.kernels.pairwise.scores_triton import leveled
 from tests.oracle import DEVICE, UPSTREAM, assert_no_worse, grads, largest_tensor, saved_elements
 
 from .conftest import SCHEDULES
@@ -65,6 +67,23 @@ def test_one_tensor_costs_one_pass_of_tiles_backward(monkeypatch):
     assert len(passes) == 1
     grads(lambda z: fused(z, z.clone(), 1.0, mask=exclude_self), [z])
     assert len(passes) == 3
+
+
+def test_the_columns_of_a_wide_tile_may_meet_the_rows_at_its_end():
+    q, k = rows_of(torch.float32, (40, 5), (40, 5))
+    wide = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 16}
+    pairs = pairs_of(q, k, exclude_self)
+    name = shape_class(q, "masked")
+    m, total = pairwise_tiles.forward(pairs, choice=(name, _tuning.Config(wide)))
+    lse = (m + total.log2()) * math.log(2)
+    torch.testing.assert_close(lse, pairwise_lse_reference(q, k, 1.0, exclude_self))
+
+
+def test_maxima_of_both_sides_tell_whether_one_exponential_serves():
+    near, far = (torch.stack([torch.full((3,), m), torch.ones(3)]) for m in (5.0, -90.0))
+    for sides in ((near, far), (far, near)):
+        _, low, high = leveled(*sides)
+        assert (low, high) == (-90, 5)
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["rows", "both"])

@@ -1,6 +1,7 @@
 """Kernels: which tests look at a file, and the tokens that are changed in it."""
 
 AHEAD = "tests/losses/test_ahead.py"
+LSE_FUSED = "tests/kernels/test_pairwise_fused.py"
 LSE_TORCH = "tests/kernels/test_pairwise_torch.py"
 LSE = "tests/kernels/test_pairwise.py"
 SIGMOID = "tests/kernels/test_sigmoid_fused.py tests/kernels/test_pairwise_sigmoid.py"
@@ -35,8 +36,8 @@ TESTS = {
     ),
     "kernels/pairwise/nested": ("tests/kernels/test_pairwise_nested.py", ""),
     "kernels/pairwise/nested_torch": ("tests/kernels/test_pairwise_nested.py", "not compiles"),
-    "kernels/pairwise/scores_triton": (LSE, "tiles or products"),
-    "kernels/pairwise/masks_triton": (LSE, "mask and tiles"),
+    "kernels/pairwise/scores_triton": (f"{LSE} {LSE_FUSED}", "tiles or products or maxima_of"),
+    "kernels/pairwise/masks_triton": (f"{LSE} {LSE_FUSED}", "mask and tiles or wide_tile"),
     "kernels/pairwise/sigmoid_triton": (SIGMOID, ""),
     "kernels/pairwise/sigmoid_torch": (SIGMOID, ""),
     "kernels/pairwise/topk_triton": (TOPK, ""),
