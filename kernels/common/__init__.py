@@ -10,7 +10,7 @@ from .autograd import (
     refuse_torch_func,
 )
 from .checks import can_read_values, check_ids, require_float
-from .chunks import tile_shape
+from .chunks import spans, square_tile, tile_shape
 from .dispatch import HAS_TRITON, implementations
 
 __all__ = [
@@ -26,5 +26,7 @@ __all__ = [
     "implementations",
     "refuse_torch_func",
     "require_float",
+    "spans",
+    "square_tile",
     "tile_shape",
 ]

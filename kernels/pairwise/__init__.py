@@ -12,7 +12,6 @@ from .masks import (
     exclude_self_and_pair,
     same_group,
 )
-from .nested import pairwise_lse_nested
 from .sigmoid import pairwise_sigmoid, pairwise_sigmoid_grads
 from .sigmoid_torch import LINEAR
 from .sigmoid_torch import Need as SigmoidNeed
@@ -36,7 +35,6 @@ __all__ = [
     "exclude_self_and_pair",
     "lse_ahead",
     "pairwise_lse",
-    "pairwise_lse_nested",
     "pairwise_lse_reference",
     "pairwise_sigmoid",
     "pairwise_sigmoid_grads",

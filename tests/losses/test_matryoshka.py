@@ -18,8 +18,10 @@ from fastssl.losses import (
     SupConLoss,
     _nested,
 )
+from fastssl.losses.clip import clip_reference
+from fastssl.losses.ntxent import ntxent_reference
 from tests.losses.views import views
-from tests.oracle import DEVICE, grads
+from tests.oracle import DEVICE, assert_no_worse, grads
 
 IDS = torch.arange(12, device=DEVICE) % 5
 
@@ -138,24 +140,40 @@ def one_after_another(loss, dims, **options):
 @pytest.fixture
 def sweeps(monkeypatch):
     """How often the prefixes were taken in one sweep."""
-    seen, call = [], _nested.pairwise_lse_nested
-    counted = lambda *a, **o: seen.append(1) or call(*a, **o)  # noqa: E731
-    monkeypatch.setattr(_nested, "pairwise_lse_nested", counted)
+    seen, call = [], _nested.ahead
+    monkeypatch.setattr(_nested, "ahead", lambda *a: seen.append(1) or call(*a))
     return seen
 
 
+FORMULAS = {"ntxent": lambda a, b: ntxent_reference(a, b, -0.1), "clip": clip_reference}
+SWEPT = {
+    "ntxent": (NTXentLoss(-0.1), ()),
+    "clip": (CLIPLoss(), (torch.tensor(0.8),)),
+}
+
+
+@pytest.mark.parametrize("side", [17, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "loss, scale, normalize",
-    [(NTXentLoss(-0.1), (), False), (CLIPLoss(), (5.0,), False), (CLIPLoss(), (20.0,), True)],
-)
-def test_one_sweep_is_one_prefix_after_another(loss, scale, normalize, dtype, sweeps):
-    dims, tail = (2, 3, 8), [torch.tensor(s) for s in scale]
-    inputs = [z.to(dtype) for z in (*views(33, 9), *tail)]
-    at_once = grads(MatryoshkaLoss(loss, dims, normalize=normalize), inputs)
-    assert len(sweeps) == (DEVICE == "cpu")
-    singly = grads(one_after_another(loss, dims, normalize=normalize), inputs)
-    torch.testing.assert_close(at_once, singly, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", SWEPT)
+def test_one_sweep_is_one_prefix_after_another(name, dtype, side, sweeps, monkeypatch):
+    monkeypatch.setattr(_nested, "square_tile", lambda x, tiles: side)
+    (loss, scale), dims, weights = SWEPT[name], (2, 3, 8), (0.5, 0, 2)
+    inputs = [z.to(dtype) for z in (*views(33, 9), *scale)]
+
+    def spelt(*given):
+        cut = zip(weights, dims, strict=True)
+        return sum(w * FORMULAS[name](*(z[:, :m] for z in given[:2]), *given[2:]) for w, m in cut)
+
+    ours = MatryoshkaLoss(loss, dims, weights)
+    if dtype == torch.float32:
+        assert_no_worse(ours, spelt, inputs)
+    else:
+        torch.testing.assert_close(
+            grads(ours, inputs), grads(spelt, inputs), rtol=1e-12, atol=1e-15
+        )
+    assert bool(sweeps) == (DEVICE == "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*inputs), spelt(*inputs))
 
 
 def test_normalized_prefixes_of_a_loss_that_takes_rows_as_they_are():
@@ -168,7 +186,7 @@ def test_normalized_prefixes_of_a_loss_that_takes_rows_as_they_are():
 def test_one_sweep_takes_names(sweeps):
     a, b = views(9, 8)
     MatryoshkaLoss(NTXentLoss(), (2, 8))(out1=b, out0=a)
-    MatryoshkaLoss(CLIPLoss(), (2, 8))(a, b, logit_scale=5.0)
+    MatryoshkaLoss(CLIPLoss(), (2, 8))(a, b, logit_scale=1.0)
     assert len(sweeps) == 2 * (DEVICE == "cpu")
 
 
@@ -189,8 +207,11 @@ SINGLY = {
     "labels": (NTXentLoss(0.2), lambda a, b: (a, torch.arange(9, device=DEVICE) % 2)),
     "16 bits": (NTXentLoss(0.2), lambda a, b: (a.bfloat16(), b.bfloat16())),
     "faint": (NTXentLoss(0.2), lambda a, b: (faint(a), b)),
-    "a bias": (CLIPLoss(), lambda a, b: (a, b, 5.0, torch.tensor(1.0, device=DEVICE))),
-    "a scale (1,)": (CLIPLoss(), lambda a, b: (a, b, torch.full((1,), 5.0, device=DEVICE))),
+    "cold": (NTXentLoss(0.01), lambda a, b: (a, b)),
+    "large scores": (CLIPLoss(), lambda a, b: (a, b, 90.0)),
+    "scale 0": (CLIPLoss(), lambda a, b: (a, b, 0.0)),
+    "a bias": (CLIPLoss(), lambda a, b: (a, b, 1.0, torch.tensor(1.0, device=DEVICE))),
+    "a scale (1,)": (CLIPLoss(), lambda a, b: (a, b, torch.full((1,), 1.0, device=DEVICE))),
 }
 
 
@@ -201,6 +222,43 @@ def test_what_one_sweep_does_not_take(case, sweeps):
     at_once = MatryoshkaLoss(loss, (2, 8))(*given)
     assert not sweeps and at_once.isfinite()
     torch.testing.assert_close(at_once, one_after_another(loss, (2, 8))(*given))
+
+
+@pytest.mark.parametrize("loss, tail", [(NTXentLoss(0.2), ()), (CLIPLoss(), (1.0,))])
+def test_one_sweep_holds_no_more_than_it_may(loss, tail, sweeps, monkeypatch):
+    monkeypatch.setattr(_nested, "KEPT_BYTES", 600)
+    MatryoshkaLoss(loss, (2, 8))(*views(9, 8), *tail)
+    assert not sweeps
+
+
+@pytest.mark.parametrize("loss, tail", [(NTXentLoss(0.2), ()), (CLIPLoss(), (1.0,))])
+def test_a_pair_alone_has_nothing_to_lose(loss, tail, sweeps):
+    value, *slopes = grads(lambda *z: MatryoshkaLoss(loss, (2, 8))(*z, *tail), views(1, 8))
+    assert value == 0 and not any(slope.any() for slope in slopes)
+    assert bool(sweeps) == (DEVICE == "cpu")
+
+
+def test_one_sweep_looks_at_its_prefixes_alone(sweeps):
+    a, b = views(9, 8)
+    a[:, 5:], scale = torch.inf, torch.tensor(1.0, device=DEVICE)
+    for loss, tail in ((NTXentLoss(0.2), []), (CLIPLoss(), [scale])):
+        found = grads(MatryoshkaLoss(loss, (2, 5)), [a, b, *tail])
+        assert all(x.isfinite().all() for x in found)
+    assert len(sweeps) == 2 * (DEVICE == "cpu")
+
+
+def test_a_temperature_that_learns_has_its_gradient():
+    loss = NTXentLoss(0.2)
+    loss.temperature = torch.tensor(0.2, device=DEVICE, requires_grad=True)
+    MatryoshkaLoss(loss, (2, 8))(*views(9, 8)).backward()
+    assert loss.temperature.grad.abs() > 0
+
+
+@pytest.mark.parametrize("loss, tail", [(NTXentLoss(0.2), ()), (CLIPLoss(), (1.0,))])
+def test_one_sweep_leaves_nan_to_the_loss(loss, tail, sweeps):
+    a, b = views(9, 8)
+    a[3, 5] = torch.nan
+    assert MatryoshkaLoss(loss, (2, 8))(a, b, *tail).isnan() and not sweeps
 
 
 def test_one_sweep_refuses_as_the_loss_does():

@@ -34,8 +34,6 @@ TESTS = {
         f"{AHEAD} {LSE} {LSE_TORCH}",
         "ahead or torch or not tiles and not products",
     ),
-    "kernels/pairwise/nested": ("tests/kernels/test_pairwise_nested.py", ""),
-    "kernels/pairwise/nested_torch": ("tests/kernels/test_pairwise_nested.py", "not compiles"),
     "kernels/pairwise/scores_triton": (f"{LSE} {LSE_FUSED}", "tiles or products or maxima_of"),
     "kernels/pairwise/masks_triton": (f"{LSE} {LSE_FUSED}", "mask and tiles or wide_tile"),
     "kernels/pairwise/sigmoid_triton": (SIGMOID, ""),
@@ -66,18 +64,6 @@ TESTS = {
 }
 
 MUTATIONS = {  # function: (what stands in it or below, what it becomes)
-    "kernels/pairwise/nested._run": [("q is k and mask.symmetric", "q is k")],
-    "kernels/pairwise/nested._Nested": [("grad_rows + grad_cols", "grad_rows")],
-    "kernels/pairwise/nested_torch.bounded": [("most <= SAFE", "most <= 1e9")],
-    "kernels/pairwise/nested_torch.statistics": [("not nested.same or i != j", "True")],
-    "kernels/pairwise/nested_torch._fold": [("(m - peak).exp_()", "(peak - m).exp_()")],
-    "kernels/pairwise/nested_torch.gradients": [
-        ("keep, diagonal = scores.kept(i, j), same and i == j", "keep, diagonal = None, i == j"),
-        ("same and i == j", "False"),
-        ("dscale = row_sums.sum() / (2 if same else 1)", "dscale = row_sums.sum()"),
-    ],
-    "kernels/pairwise/nested_torch._weigh": [("return w + w.T", "return w")],
-    "kernels/pairwise/nested_torch._through_norms": [("cumsum(0).flip(0)", "flip(0)")],
     "kernels/common/autograd.first_order": [("torch.is_grad_enabled() and not", "False and")],
     "kernels/common/autograd.FirstOrder": [("refuse_torch_func()", "pass")],
     "kernels/common/checks.can_read_values": [
