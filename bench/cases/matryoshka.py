@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastssl.bench.cases.losses import clip_reference, pair_problem, pairs
 from fastssl.bench.cases.rivals import beside, library, on_cuda
-from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
+from fastssl.bench.registry import Problem, Shape, Sweep, case, grid, shapes_of
 from fastssl.losses import CLIPLoss, MatryoshkaLoss
 
 _TEMPERATURE = 0.07
@@ -27,7 +27,8 @@ _TEMPERATURE = 0.07
         quick=[(256, 256)],
         cpu=[(256, 512), (1024, 512), (4096, 512)],
         cuda=[(4096, 768), (16384, 768), (32768, 768)],
-    ),
+    )
+    | {"grid": grid(4096)},
     sweeps={
         "cpu": [Sweep("B", (256, 512, 1024, 2048), {"D": 512})],
         "cuda": [Sweep("B", (1024, 4096, 16384, 32768), {"D": 768})],
@@ -38,7 +39,7 @@ _TEMPERATURE = 0.07
 def matryoshka(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """CLIP's loss of four nested prefixes, each of length one; the scale is a constant.
 
-    Products are those of the longest prefix, computed once.
+    On a CPU products are those of the longest prefix, once, where all exponentials fit.
     """
     D = shape["D"]
     dims = [D // 8, D // 4, D // 2, D]

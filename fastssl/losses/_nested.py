@@ -41,10 +41,14 @@ def nested_loss(
     loss: Any,
     dims: Sequence[int],
     weights: Sequence[float],
+    normalize: bool,
     inputs: Sequence[Any],
     named: Mapping[str, Any],
 ) -> Tensor | None:
-    """The weighted sum of the loss of each prefix, or None where they are taken one by one."""
+    """The weighted sum of the loss of each prefix, or None where they are taken one by one.
+
+    normalize: whether CLIP's prefixes are made one long; NT-Xent's are in any case.
+    """
     if type(loss) not in (NTXentLoss, CLIPLoss) or len(dims) < 2 or torch.compiler.is_compiling():
         return None
     try:
@@ -56,7 +60,7 @@ def nested_loss(
         return None
     if isinstance(loss, NTXentLoss):
         return _nt_xent(loss, dims, weights, first, second)
-    return _clip(dims, weights, first, second, *rest)
+    return _clip(_Prefixes(dims, weights, first), normalize, first, second, *rest)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -73,6 +77,16 @@ class _Prefixes:
     def sums(self, x: Tensor) -> Tensor:
         """The sums of x (B, D) over each prefix: (P, B)."""
         return torch.stack([x[:, part].sum(1) for part in self.parts]).cumsum(0)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """1 / each prefix's length (P, B)."""
+        return self.sums(x * x).rsqrt_()
+
+    def keep_lengths(self, dx: Tensor, x: Tensor, inverse: Tensor, radial: Tensor) -> None:
+        """Take from dx what each prefix's length has in it, by radial (P, B), which is used up."""
+        along = radial.mul_(inverse).mul_(inverse).flip(0).cumsum(0).flip(0)
+        for part, share in zip(self.parts, along, strict=True):
+            dx[:, part].addcmul_(x[:, part], share.unsqueeze(1), value=-1)
 
     def value(self, short: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and its gradient to short, by how much positives are below the others' lse.
@@ -95,8 +109,7 @@ def _nt_xent(
         return None
     prefixes = _Prefixes(dims, weights, out0)
     fresh = [_Views(prefixes, out0, out1, t)]
-    low, high = fresh[0].inverse.aminmax()
-    if not (low >= 1e-15 and high <= 1e9):  # lengths whose squares can be added
+    if not _can_square(fresh[0].inverse):
         return None
 
     def run(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
@@ -114,6 +127,18 @@ def _nt_xent(
     return ahead(run, out0, out1)
 
 
+def _can_square(inverse: Tensor) -> bool:
+    """Whether the squares of all lengths can be added, of 1 / lengths."""
+    low, high = inverse.aminmax()
+    return bool(low >= 1e-15 and high <= 1e9)
+
+
+def _slopes(f: Tensor, ones_and_v: Tensor, v: Tensor) -> Tensor:
+    """sum_j f_ij (v_i + v_j) of columns j, given with ones above."""
+    rest, moved = ones_and_v @ f.T
+    return rest.mul_(v).add_(moved)
+
+
 class _Views:
     """Both views of all images, the two of an image together, and their prefixes' lengths.
 
@@ -121,9 +146,9 @@ class _Views:
     """
 
     def __init__(self, prefixes: _Prefixes, out0: Tensor, out1: Tensor, t: float) -> None:
-        self.parts, self.t = prefixes.parts, t
+        self.prefixes, self.parts, self.t = prefixes, prefixes.parts, t
         self.z = torch.stack([out0.detach(), out1.detach()], 1).flatten(0, 1)
-        self.inverse = prefixes.sums(self.z * self.z).rsqrt_()
+        self.inverse = prefixes.inverse(self.z)
         own = prefixes.sums(self.z[::2] * self.z[1::2])
         self.own = own.mul_(self.inverse[:, ::2]).mul_(self.inverse[:, 1::2]).div_(t)
 
@@ -170,11 +195,9 @@ class _Views:
                 if i == j:
                     _fill_own(logs, 0)
                 logs.mul_(e)
-                rest, moved = lines[p, :, j] @ logs.T
-                radial[p, i] += rest.mul_(v[p, i]).add_(moved)
+                radial[p, i] += _slopes(logs, lines[p, :, j], v[p, i])
                 if i != j:
-                    rest, moved = lines[p, :, i] @ logs
-                    radial[p, j] += rest.mul_(v[p, j]).add_(moved)
+                    radial[p, j] += _slopes(logs.T, lines[p, :, i], v[p, j])
                 w = torch.addcmul(weighed[p, j], by_row[p, i], a[p, j], out=room)
                 w.mul_(a[p, i, None])
                 G = e.mul_(w) if G is None else G.addcmul_(e, w)
@@ -185,10 +208,8 @@ class _Views:
                 dz[i, part].addmm_(G, z[j, part])
                 if i != j:
                     dz[j, part].addmm_(G.T, z[i, part])
-        along = radial.mul_(a).mul_(a).mul_(self.t).flip(0).cumsum(0).flip(0)
-        for part, share in zip(self.parts, along, strict=True):
-            dz[:, part].addcmul_(z[:, part], share.unsqueeze(1), value=-1)
-        return dz.div_(self.t)
+        self.prefixes.keep_lengths(dz.div_(self.t), z, a, radial)
+        return dz
 
 
 def _fill_own(tile: Tensor, value: float) -> None:
@@ -198,8 +219,8 @@ def _fill_own(tile: Tensor, value: float) -> None:
 
 
 def _clip(
-    dims: Sequence[int],
-    weights: Sequence[float],
+    prefixes: _Prefixes,
+    normalize: bool,
     x: Tensor,
     t: Tensor,
     logit_scale: float | Tensor,
@@ -208,56 +229,87 @@ def _clip(
     if rest or isinstance(logit_scale, Tensor) and logit_scale.ndim:
         return None
     B = check_batch(LOCAL, image_features=x, text_features=t)
-    scale, prefixes = as_number("logit_scale", logit_scale, x), _Prefixes(dims, weights, x)
-    longest = [z.detach()[:, : dims[-1]] for z in (x, t)]
-    lengths = [torch.linalg.vector_norm(z, dim=1).max() for z in longest]
-    most = abs(float(scale.detach())) * float(lengths[0]) * float(lengths[1])
-    if len(dims) * B * B * x.element_size() > KEPT_BYTES or not 0 < most <= SAFE:
+    scale, longest = as_number("logit_scale", logit_scale, x), slice(0, prefixes.parts[-1].stop)
+    most, fresh = abs(float(scale.detach())), []
+    if normalize:
+        fresh.append([prefixes.inverse(z.detach()) for z in (x, t)])
+    for z in () if normalize else (x, t):
+        most *= float(torch.linalg.vector_norm(z.detach()[:, longest], dim=1).max())
+    fits_in = len(prefixes.parts) * B * B * x.element_size() <= KEPT_BYTES
+    if not (fits_in and 0 < most <= SAFE and all(_can_square(a) for pair in fresh for a in pair)):
         return None
 
     def run(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
-        x, t, scale = tensors
-        es, short, sums = _clip_sweep(prefixes, x, t, float(scale))
-        value, push = prefixes.value(short)
+        inverse = None
+        if normalize:
+            inverse = fresh.pop() if fresh else [prefixes.inverse(z) for z in tensors[:2]]
+        es, own, sums = _clip_sweep(prefixes, tensors, inverse)
+        value, push = prefixes.value(sums.log().sub_(own.unsqueeze(1)))
         if not any(need):
             return value, tensors
-        return value, _clip_gradients(prefixes, tensors, es, push, sums)
+        return value, _clip_gradients(prefixes, tensors, inverse, es, own, push, sums)
 
     return ahead(run, x, t, scale)
 
 
 def _clip_sweep(
-    prefixes: _Prefixes, x: Tensor, t: Tensor, scale: float
+    prefixes: _Prefixes, tensors: Sequence[Tensor], inverse: list[Tensor] | None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Of each prefix: exponentials (B, B) without the pairs' own, `short` and sums (P, 2, B)."""
+    """Of each prefix: exponentials (B, B) without the pairs' own, those scores (P, B), and sums
+    (P, 2, B).  inverse: of images and texts, or None where they stay as they are."""
+    x, t, scale = tensors[0], tensors[1], float(tensors[2])
     S, es, own = None, [], []
-    for part in prefixes.parts:
+    for p, part in enumerate(prefixes.parts):
         a, b = x[:, part], t[:, part].T
         S = a @ b if S is None else S.addmm_(a, b)
-        e = S * scale
+        if inverse is None:
+            e = S * scale
+        else:
+            e = (S * (inverse[0][p] * scale).unsqueeze(1)).mul_(inverse[1][p])
         line = e.diagonal()
         own.append(line.clone())
         es.append(e.exp_())
         line.zero_()
     sums = torch.stack([torch.stack([e.sum(1), e.sum(0)]) for e in es])
-    return es, sums.log().sub_(torch.stack(own).unsqueeze(1)), sums
+    return es, torch.stack(own), sums
 
 
 def _clip_gradients(
-    prefixes: _Prefixes, tensors: Sequence[Tensor], es: list[Tensor], push: Tensor, sums: Tensor
+    prefixes: _Prefixes,
+    tensors: Sequence[Tensor],
+    inverse: list[Tensor] | None,
+    es: list[Tensor],
+    own: Tensor,
+    push: Tensor,
+    sums: Tensor,
 ) -> list[Tensor]:
     """Those of push (P, 2, B), that to the log-sum-exps; es is used up."""
     x, t, scale = tensors
-    push.mul_(scale)
     pull = push.sum(1).neg_()
     weight = push.div_(sums.clamp_min_(torch.finfo(sums.dtype).tiny))
+    radial = [pull * own, pull * own]
     dx, dt, G, room = x.new_zeros(x.shape), t.new_zeros(t.shape), None, torch.empty_like(es[0])
     for p in reversed(range(len(es))):
-        e, part = es.pop(), prefixes.parts[p]
-        w = torch.add(weight[p, 0].unsqueeze(1), weight[p, 1], out=room)
+        e, part, (row, col) = es.pop(), prefixes.parts[p], weight[p]
+        if inverse is not None:
+            f = torch.log(e, out=room)
+            f.diagonal().zero_()
+            f.mul_(e)
+            one = torch.ones_like(row)
+            radial[0][p] += _slopes(f, torch.stack([one, col]), row)
+            radial[1][p] += _slopes(f.T, torch.stack([one, row]), col)
+        w = torch.add(row.unsqueeze(1), col, out=room)
+        if inverse is not None:
+            a, b = inverse[0][p], inverse[1][p]
+            w.mul_(a.unsqueeze(1)).mul_(b)
+            pull[p].mul_(a).mul_(b)
         G = e.mul_(w) if G is None else G.addcmul_(e, w)
         G.diagonal().add_(pull[p])
         dx[:, part], dt[:, part] = G @ t[:, part], G.T @ x[:, part]
     longest = slice(0, prefixes.parts[-1].stop)
-    dscale = (dx[:, longest] * x[:, longest]).sum().div_(scale)
+    dscale = (dx[:, longest] * x[:, longest]).sum()
+    for dz, z, at in ((dx, x, 0), (dt, t, 1)):
+        dz.mul_(scale)
+        if inverse is not None:
+            prefixes.keep_lengths(dz, z, inverse[at], radial[at])
     return [dx, dt, dscale]

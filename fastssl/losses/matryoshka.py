@@ -32,9 +32,9 @@ class MatryoshkaLoss(Loss):
              for each of dims; a weight < 0; a single loss with state; no embedding among the
              inputs, or embeddings of different D.  And what the loss raises.
     Cost     the prefixes one after another: products of all dims together.  NTXentLoss and CLIPLoss
-             take one sweep, with the products of the longest prefix alone: without normalize, in
-             one process on a CPU, in float32 or float64, where temperature or lengths tell that no
-             score passes 40 in magnitude, and the scores of all prefixes fit into 64 MiB.
+             take one sweep, with the products of the longest prefix alone: in one process on a CPU,
+             in float32 or float64, where temperature, scale or lengths tell that no score passes 40
+             in magnitude, and the scores of all prefixes fit into 64 MiB.
     Ranks    as the loss: a sum of exact losses is exact.
     Source   Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147, eq. 1.
 
@@ -78,8 +78,9 @@ class MatryoshkaLoss(Loss):
             got = [tuple(x.shape) for x in cut]
             raise ValueError(f"want embeddings (..., D) of one D >= {self.dims[-1]}, got {got}")
         at_once = None
-        if len(self.losses) == 1 and not self.normalize:
-            at_once = nested_loss(self.losses[0], self.dims, self.weights, inputs, named)
+        if len(self.losses) == 1:
+            options = self.dims, self.weights, self.normalize
+            at_once = nested_loss(self.losses[0], *options, inputs, named)
         if at_once is not None:
             return at_once
         losses = list(self.losses) * (len(self.dims) if len(self.losses) == 1 else 1)

@@ -145,10 +145,15 @@ def sweeps(monkeypatch):
     return seen
 
 
-FORMULAS = {"ntxent": lambda a, b: ntxent_reference(a, b, -0.1), "clip": clip_reference}
+FORMULAS = {
+    "ntxent": lambda a, b: ntxent_reference(a, b, -0.1),
+    "clip": clip_reference,
+    "unit clip": lambda a, b, s: clip_reference(F.normalize(a), F.normalize(b), s),
+}
 SWEPT = {
     "ntxent": (NTXentLoss(-0.1), ()),
     "clip": (CLIPLoss(), (torch.tensor(0.8),)),
+    "unit clip": (CLIPLoss(), (torch.tensor(9.0),)),
 }
 
 
@@ -164,7 +169,7 @@ def test_one_sweep_is_one_prefix_after_another(name, dtype, side, sweeps, monkey
         cut = zip(weights, dims, strict=True)
         return sum(w * FORMULAS[name](*(z[:, :m] for z in given[:2]), *given[2:]) for w, m in cut)
 
-    ours = MatryoshkaLoss(loss, dims, weights)
+    ours = MatryoshkaLoss(loss, dims, weights, normalize=name == "unit clip")
     if dtype == torch.float32:
         assert_no_worse(ours, spelt, inputs)
     else:
@@ -236,6 +241,12 @@ def test_a_pair_alone_has_nothing_to_lose(loss, tail, sweeps):
     value, *slopes = grads(lambda *z: MatryoshkaLoss(loss, (2, 8))(*z, *tail), views(1, 8))
     assert value == 0 and not any(slope.any() for slope in slopes)
     assert bool(sweeps) == (DEVICE == "cpu")
+
+
+def test_one_sweep_leaves_faint_prefixes_to_the_loss(sweeps):
+    a, b = views(9, 8)
+    value = MatryoshkaLoss(CLIPLoss(), (2, 8), normalize=True)(a, faint(b), 5.0)
+    assert value.isfinite() and not sweeps
 
 
 def test_one_sweep_looks_at_its_prefixes_alone(sweeps):
