@@ -1,11 +1,11 @@
 """A loss of all nested prefixes of its embeddings in one sweep, the gradient made with it.
 
     S_p = S_p-1 + q_c k_c^T       c: the features that prefix p adds to the one before it
-    s_p = scale a_i S_p a_j       a: 1 / the prefix's length for NT-Xent, and 1 for CLIP
+    s_p = scale a_i S_p a_j       a: 1 / the prefix's length, or 1 where it stays as it is
     W_p = a_i a_j dloss/ds_p      of the exponentials of s_p, kept from the sweep
     G_c = sum of W_p over the prefixes p that have c
     dq_c = scale (G_c k_c - q_c sum of a_i^2 r_p over the same p)
-    r_p = sum_j s_p dloss/ds_p / scale                NT-Xent's alone: what a length has in it
+    r_p = sum_j s_p dloss/ds_p / scale                what a length has in it, where a is not 1
 
 Why: one after another, the prefixes multiply the first features again and again.  Here each is
 multiplied once for the scores and once for each side's gradient: from the last prefix to the

@@ -181,6 +181,16 @@ def test_one_sweep_is_one_prefix_after_another(name, dtype, side, sweeps, monkey
         torch.testing.assert_close(ours(*inputs), spelt(*inputs))
 
 
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_second_backward_makes_the_gradient_again(name):
+    loss, scale = SWEPT[name]
+    a, b = views(9, 8)
+    a.requires_grad_()
+    value = MatryoshkaLoss(loss, (2, 8), normalize=name == "unit clip")(a, b, *scale)
+    first, second = (torch.autograd.grad(value, a, retain_graph=True)[0] for _ in range(2))
+    assert first.any() and torch.equal(first, second)
+
+
 def test_normalized_prefixes_of_a_loss_that_takes_rows_as_they_are():
     a, b = views(9, 8)
     want = sum(CLIPLoss()(*(F.normalize(z[:, :m]) for z in (a, b)), 5.0) for m in (2, 8))

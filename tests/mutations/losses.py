@@ -217,6 +217,7 @@ MUTATIONS = {
     "losses/_nested._is_plain": [("x.ndim == 2 and", "")],
     "losses/_nested.value": [("share = self.weights / short", "share = 1 / short")],
     "losses/_nested._nt_xent": [
+        ("fresh.pop() if fresh else", "fresh.pop() or"),
         ("// 2 * 2", ""),
         ("isinstance(t, float | int) and", ""),
         ("and abs(1 / t) <= SAFE", ""),
@@ -234,6 +235,7 @@ MUTATIONS = {
         ("G.addcmul_(e, w)", "e.mul_(w)"),
     ],
     "losses/_nested._clip": [
+        ("fresh.pop() if fresh else", "fresh.pop() or"),
         ("if rest or", "if"),
         ("fits_in and 0 <", "0 <"),
         ("0 < most <= SAFE", "0 < most"),
