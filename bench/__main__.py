@@ -20,7 +20,7 @@ from fastssl.bench.cases import select
 from fastssl.bench.measure.peaks import measure_ceilings
 from fastssl.bench.measure.run import Settings, plan, run_case
 from fastssl.bench.record import Ceiling, Run
-from fastssl.bench.registry import OURS, SIZES, Case
+from fastssl.bench.registry import GRID, OURS, SIZES, Case
 from fastssl.bench.report import compare, table
 from fastssl.bench.report.published import quote
 from fastssl.bench.report.scaling import fits
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--list", action="store_true", help="say which cases there are, and stop")
     add("--quick", action="store_true", help="small shapes, under a minute on a CPU")
-    add("--size", choices=SIZES, help="shapes; by default cuda on a GPU, else cpu")
+    add("--size", choices=(*SIZES, GRID), help="shapes; by default cuda on a GPU, else cpu")
     add("--sweep", action="store_true", help="the sweeps: how time and memory grow")
     add("--dtype", choices=DTYPES, action="append", help="may be given again; float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

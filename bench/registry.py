@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 OURS, REFERENCE = "fastssl", "reference"
-SIZES = ("quick", "cpu", "grid", "cuda")
+SIZES = ("quick", "cpu", "cuda")  # which every case has
+GRID = "grid"
 APART = ("train-*", "*-ranks", "data-*", "optim-*")  # cases not of kernels and losses
 Shape = dict[str, int]
 Outputs = Tensor | Sequence[Tensor]
@@ -153,9 +154,9 @@ def case(
     ours         whether there is one of ours already, or rivals alone.
     Raises ValueError when the name is taken or a size is not one of these.
     """
-    unknown = {*shapes, *(sweeps or {})} - set(SIZES)
-    if unknown:
-        raise ValueError(f"sizes are {', '.join(SIZES)}, got {sorted(unknown)} in case {name!r}")
+    known = (*SIZES, GRID)
+    if unknown := {*shapes, *(sweeps or {})} - {*known}:
+        raise ValueError(f"sizes are {', '.join(known)}, got {sorted(unknown)} in case {name!r}")
 
     def register(make: Make) -> Make:
         if name in _cases and _where(_cases[name].make) != _where(make):

@@ -5,7 +5,7 @@ import torch
 
 from fastssl.bench import registry
 from fastssl.bench.cases import all_cases, select
-from fastssl.bench.registry import SIZES, Sweep, case
+from fastssl.bench.registry import GRID, SIZES, Sweep, case
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_a_case_of_a_familys_name_is_that_case():
 
 def test_every_case_has_shapes_of_some_size_and_a_sentence():
     for one in all_cases().values():
-        assert one.about.endswith(".") and set(one.shapes) <= set(SIZES) and one.shapes
+        assert one.about.endswith(".") and set(one.shapes) <= {*SIZES, GRID} and one.shapes
 
 
 def test_a_sweep_frees_one_side():

@@ -175,6 +175,7 @@ OURS = {  # a class of each kernel
     "patches_gather": "uint8-bfloat16-narrow",
     "patches_spread": "bfloat16-narrow",
     "patches_mse": "float32-P64",
+    "patches_mse_long": "float32-long",
     "patches_mse_grad": "float32-narrow",
     "tokens_gather": "float16-restore",
     "tokens_restore": "float16-restore",
@@ -198,7 +199,7 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
         monkeypatch.setattr(configs, "TRIAL_ROWS", 20)
     monkeypatch.setattr(sigmoid_configs, "TRIAL_BLOCK", (10, 20))
     monkeypatch.setattr(pairwise_products, "TRIAL", (20, 10))
-    monkeypatch.setattr(topk_configs, "TRIAL", (5, 40, 8))
+    monkeypatch.setattr(topk_configs, "TRIAL", (5, 40))
     monkeypatch.setattr(moments_configs, "TRIAL", (40, 10))
     monkeypatch.setitem(correlation_configs.TRIAL_TILES, "pair", (70, 20))
     monkeypatch.setattr(correlation_configs, "TRIAL_STRIP", (10, 40))
