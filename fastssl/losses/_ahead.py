@@ -102,10 +102,9 @@ def _whole_nt_xent(
     push = short.sigmoid_().div_(len(y) * temperature)
     pull = push.sum(0).neg_()
     weight = push.view(-1).div_(sums.clamp_min_(_TINY))
-    e.mul_(weight + weight.unsqueeze(1))
-    above.copy_(pull)
-    below.copy_(pull)
-    return value, torch.mm(e, y)
+    g = torch.mm(e.mul_(weight + weight.unsqueeze(1)), y)
+    _pull(g, y, pull.unsqueeze(1))
+    return value, g
 
 
 def _nt_xent(
@@ -129,10 +128,18 @@ def _nt_xent(
     if not need:
         return value, y
     g = g.view(-1, 2, g.shape[1]).transpose(0, 1).flatten(0, 1)
-    pull = push.sum(1, keepdim=True).mul_(-scale)
-    g[: len(first)].addcmul_(second, pull)
-    g[len(first) :].addcmul_(first, pull)
+    _pull(g, y, push.sum(1, keepdim=True).mul_(-scale))
     return value, g
+
+
+def _pull(g: Tensor, y: Tensor, pull: Tensor) -> None:
+    """Add to the gradient g what the other view of an image does: the largest part by far.
+
+    Among the others' it would cost their sum digits.
+    """
+    B = len(pull)
+    g[:B].addcmul_(y[B:], pull)
+    g[B:].addcmul_(y[:B], pull)
 
 
 def _mean_nll(short: Tensor) -> Tensor:
@@ -151,27 +158,33 @@ def _clip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
         s, factor = torch.mm(x, t.T), float(scale)
         low, high = s.mul_(factor).aminmax()
         if factor and float(high) - float(low) <= SAFE:
-            return _whole_clip(x, t, factor, need, s.sub_(high))
+            return _whole_clip(x, t, factor, need, s, float(high))
     return _clip_by_tiles(x, t, scale, need)
 
 
-def _whole_clip(x: Tensor, t: Tensor, scale: float, need: Sequence[bool], s: Tensor) -> Gradients:
-    """Value and gradients from all scores s, less a number, which become their weights."""
+def _whole_clip(
+    x: Tensor, t: Tensor, scale: float, need: Sequence[bool], s: Tensor, high: float
+) -> Gradients:
+    """Value and gradients from all scores s, which become their weights.  high: their highest."""
     line = s.diagonal()
     own = line.clone()
     line.fill_(-torch.inf)
-    e = s.exp_()
+    e = s.sub_(high).exp_()
     sums = torch.stack([e.sum(1), e.sum(0)])
-    short = sums.log().sub_(own)
+    short = sums.log().sub_(own - high)
     value = _mean_nll(short)
     push = short.sigmoid_().mul_(scale / short.numel())
     pull = push.sum(0).neg_()
     weight = push.div_(sums)
     w = e.mul_(weight[0].unsqueeze(1) + weight[1])
-    line.copy_(pull)
+    w.diagonal().zero_()
     dx = torch.mm(w, t) if need[0] or need[2] else x
-    dscale = torch.dot(dx.view(-1), x.reshape(-1)).div_(scale) if need[2] else x
-    return value, [dx, torch.mm(w.T, x) if need[1] else t, dscale]
+    dscale = x
+    if need[2]:
+        dscale = torch.dot(dx.view(-1), x.reshape(-1)).div_(scale)
+        dscale.add_(torch.dot(pull, own), alpha=1 / scale**2)
+    dt = torch.mm(w.T, x).addcmul_(x, pull.unsqueeze(1)) if need[1] else t
+    return value, [dx.addcmul_(t, pull.unsqueeze(1)) if need[0] else dx, dt, dscale]
 
 
 def _clip_by_tiles(x: Tensor, t: Tensor, scale: Tensor, need: Sequence[bool]) -> Gradients:
