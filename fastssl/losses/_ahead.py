@@ -46,9 +46,8 @@ def is_small(x: Tensor, views: int = 2) -> bool:
 
 
 def square(x: Tensor) -> Tensor:
-    """The sum of squares of x, which is contiguous."""
-    flat = x.view(-1)
-    return torch.dot(flat, flat)
+    """The sum of squares of x."""
+    return x.square().sum()
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor | None:
@@ -181,8 +180,8 @@ def _whole_clip(
     dx = torch.mm(w, t) if need[0] or need[2] else x
     dscale = x
     if need[2]:
-        dscale = torch.dot(dx.view(-1), x.reshape(-1)).div_(scale)
-        dscale.add_(torch.dot(pull, own), alpha=1 / scale**2)
+        by_row = (dx * x).sum(1).addcmul_(pull, own, value=1 / scale)
+        dscale = by_row.sum().div_(scale)
     dt = torch.mm(w.T, x).addcmul_(x, pull.unsqueeze(1)) if need[1] else t
     return value, [dx.addcmul_(t, pull.unsqueeze(1)) if need[0] else dx, dt, dscale]
 
@@ -224,6 +223,6 @@ def _siglip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
     matches.neg_()
     dbias = w.sum().div_(len(x)) if need[3] else x
     u = torch.mm(w, t).div_(len(x)) if need[0] or need[2] else x
-    dscale = torch.dot(u.view(-1), x.reshape(-1)) if need[2] else x
+    dscale = (u * x).sum() if need[2] else x
     dt = torch.mm(w.T, x).mul_(scale / len(x)) if need[1] else t
     return value, [u.mul_(scale) if need[0] else u, dt, dscale, dbias]

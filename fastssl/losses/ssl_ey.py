@@ -72,8 +72,7 @@ def _small(views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
     c = _ahead.centered(views)
     rows, total = c.flatten(0, 1), c.sum(0)
     within = rows.T @ rows
-    flat = within.view(-1), total.view(-1), rows.view(-1)
-    square, between, own = (torch.dot(x, x) for x in flat)
+    square, between, own = (_ahead.square(x) for x in (within, total, rows))
     dz = (rows @ within).add_(rows).view_as(c).sub_(total).mul_(4 * (len(total) - 1) ** -0.5)
     return square.sub_(between - own, alpha=2), dz.unbind()
 

@@ -93,7 +93,7 @@ MUTATIONS = {
     "losses/_ahead._whole_clip": [
         ("e.sum(1), e.sum(0)", "e.sum(0), e.sum(1)"),
         ("w.diagonal().zero_()", "w.diagonal().clone()"),
-        ("torch.dot(pull, own)", "torch.dot(pull, own - high)"),
+        ("addcmul_(pull, own,", "addcmul_(pull, own - high,"),
         ("addcmul_(x, pull", "addcmul_(t, pull"),
         ("torch.mm(w.T, x)", "torch.mm(w, x)"),
         (".div_(scale)", ".mul_(scale)"),
