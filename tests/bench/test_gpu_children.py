@@ -160,11 +160,15 @@ def test_pytest_is_a_child_like_any_other(record, tmp_path):
     assert why["some d"] == "OSError: late" and "assert 1 == 2" in why["some e"]
 
 
-def test_a_line_that_is_damaged_is_left_out(record):
+def test_a_line_that_is_damaged_is_left_out_and_one_that_is_unfinished_comes_later(record):
+    tail = lines.Tail(record.path)
     record.write("c", "note", words="one")
     with record.path.open("a") as file:
         file.write('{"child": "c", "kind": "ca\n[1]\n')
     record.write("c", "note", words="two")
     with record.path.open("a") as file:
         file.write('{"child": "c", "kind": "note", "words": "unfini')
-    assert [line["words"] for line in lines.read(record.path)] == ["one", "two"]
+    assert [line["words"] for line in tail.new()] == ["one", "two"]
+    with record.path.open("a") as file:
+        file.write('shed"}\n')
+    assert [line["words"] for line in tail.new()] == ["unfinished"]
