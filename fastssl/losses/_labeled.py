@@ -42,7 +42,7 @@ def labeled_nt_xent(rows: Tensor, labels: Tensor, temperature: float, group: Gro
     learned = torch.is_grad_enabled() and negative.requires_grad
     about = scale, labels, ids, len(rows) * rank(group), learned
     with full_precision(rows.device):
-        total, pairs = _Positives.apply(rows, keys, negative, *about)  # pyright: ignore
+        total, pairs = _Positives.call(rows, keys, negative, *about)  # pyright: ignore
     return total / all_reduce_sum(pairs, group).clamp(min=1) * W
 
 

@@ -54,7 +54,7 @@ def center(z: Tensor, scale: float, group: Group) -> Tensor:
     to zero over the batch (see above).
     """
     with full_precision(z.device):
-        return _Centered.apply(widen(z), scale, group)  # pyright: ignore[reportReturnType]
+        return _Centered.call(widen(z), scale, group)  # pyright: ignore[reportReturnType]
 
 
 def covariance_scale(z: Tensor, n: int) -> float:
@@ -118,7 +118,7 @@ def variance_covariance(z: Tensor, eps: float, group: Group) -> tuple[Tensor, Te
         diagonal, off = cross_correlation(c, c, process_group=group)
     else:
         with full_precision(z.device):
-            diagonal, off = _ByPosition.apply(c.flatten(1, -2), group)  # type: ignore[misc]
+            diagonal, off = _ByPosition.call(c.flatten(1, -2), group)  # type: ignore[misc]
     unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where c has been scaled
     hinge = F.relu(1 - (diagonal * unit + eps).sqrt()).mean()
     if z.shape[-1] == 1:  # no other feature: not the difference of two large sums, nor infinities

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fastssl.distributed import Group, rank, world_size
 from fastssl.losses._loss import Loss, by_group
 from fastssl.losses._sharded import check_strategy
+
+
+def logits(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor | None) -> Tensor:
+    """All scores of rows x with rows y, held."""
+    scores = scale * x @ y.T
+    return scores if bias is None else scores + bias
 
 
 class ImageTextLoss(Loss):

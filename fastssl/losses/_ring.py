@@ -140,4 +140,4 @@ def ring_lse(q: Tensor, k: Tensor, scale: Tensor, masks: Masks, both: bool, grou
     symmetric = q is k and scale.ndim == 0 and masks.symmetric
     engine, (row_ids, col_ids) = blockwise(q, masks), masks.ids()
     keys = None if symmetric else k
-    return _RingLSE.apply(q, keys, scale, row_ids, col_ids, masks.key, both, engine, group)
+    return _RingLSE.call(q, keys, scale, row_ids, col_ids, masks.key, both, engine, group)

@@ -12,7 +12,7 @@ from fastssl.kernels.pairwise import as_number
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
 from fastssl.losses._contrastive import info_nce, lse_of_others
-from fastssl.losses._open_clip import ImageTextLoss
+from fastssl.losses._open_clip import ImageTextLoss, logits
 
 
 class CLIPLoss(ImageTextLoss):
@@ -85,8 +85,8 @@ class CLIPLoss(ImageTextLoss):
         images, texts = (all_gather_rows(z, self.process_group) for z in (x, t))
         if not self.local_loss:
             x, t = images, texts
-        sides = logit_scale * x @ texts.T, logit_scale * t @ images.T
-        return sides if logit_bias is None else (sides[0] + logit_bias, sides[1] + logit_bias)
+        numbers = logit_scale, logit_bias
+        return logits(x, texts, *numbers), logits(t, images, *numbers)
 
     def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
         """The column of its match for each of `num_logits` rows of `get_logits`, int64."""

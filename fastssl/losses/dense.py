@@ -79,7 +79,7 @@ class DenseInfoNCELoss(ContrastiveLoss):
 
     def _within(self, q: Tensor, k: Tensor, match: Tensor, _: torch.dtype) -> Tensor:
         """(B, L) log-sum-exps of an image's other positions."""
-        return _ImageLSE.apply(q, k, match, 1 / self.temperature)  # pyright: ignore[reportReturnType]
+        return _ImageLSE.call(q, k, match, 1 / self.temperature)  # pyright: ignore[reportReturnType]
 
     def _across(self, q: Tensor, k: Tensor, match: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, L) log-sum-exps of all other positions of the joined batch.  dtype: see TwoViews."""

@@ -71,8 +71,8 @@ class MMCRLoss(Loss):
         acc = accumulator(online.dtype)
         z = torch.cat([online, momentum], dim=1).to(acc)
         with full_precision(z.device):
-            spread = _NuclearNorm.apply(z.mean(1), group)
-            size = _NuclearNorm.apply(z, LOCAL).mean()  # pyright: ignore
+            spread = _NuclearNorm.call(z.mean(1), group)
+            size = _NuclearNorm.call(z, LOCAL).mean()  # pyright: ignore
         return self.lmda * size - spread
 
     def _alone(self, sides: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:

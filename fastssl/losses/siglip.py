@@ -16,7 +16,7 @@ from fastssl.kernels.pairwise import SigmoidNeed as Need
 from fastssl.kernels.pairwise import SigmoidResults as Results
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch
-from fastssl.losses._open_clip import ImageTextLoss
+from fastssl.losses._open_clip import ImageTextLoss, logits
 
 
 class SigLIPLoss(ImageTextLoss):
@@ -76,8 +76,7 @@ class SigLIPLoss(ImageTextLoss):
         logit_bias: float | Tensor | None = None,
     ) -> Tensor:
         """All (B, B) scores of images (rows) with texts, of this rank."""
-        logits = logit_scale * image_features @ text_features.T
-        return logits if logit_bias is None else logits + logit_bias
+        return logits(image_features, text_features, logit_scale, logit_bias)
 
     def get_ground_truth(
         self,
@@ -135,7 +134,7 @@ def _pairs_with(b: int, owner: int | None, group: Group, device: torch.device) -
 def _ring(x: Tensor, t: Tensor, scale: Any, bias: Any, group: Group) -> Tensor:
     learned = torch.is_grad_enabled()
     need = tuple(learned and isinstance(v, Tensor) and v.requires_grad for v in (x, t, scale, bias))
-    return _Ring.apply(x, t, scale, bias, need, group)  # pyright: ignore[reportReturnType]
+    return _Ring.call(x, t, scale, bias, need, group)  # pyright: ignore[reportReturnType]
 
 
 class _Ring(FirstOrder):

@@ -62,7 +62,7 @@ class SSLEYLoss(Loss):
         unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where rows have been scaled
         rows = center(torch.stack(tuple(views), 1), scale, group)
         within = frobenius_sq(*[rows.flatten(0, 1)] * 2, process_group=group)
-        between = _Between.apply(rows)
+        between = _Between.call(rows)
         # `between` has this rank's rows: times the ranks, so that the mean over ranks is their sum.
         return within * unit**2 - between * (2 * unit * world_size(group))
 

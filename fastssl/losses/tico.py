@@ -67,7 +67,7 @@ class TiCoLoss(Loss):
         a, b = unit(z_a), unit(z_b)
         with torch.no_grad(), full_precision(a.device):
             product = self._meet(a.detach(), n, update_covariance_matrix)
-        return 1 + _Terms.apply(a, b, product, self.rho) / len(a)  # pyright: ignore
+        return 1 + _Terms.call(a, b, product, self.rho) / len(a)  # pyright: ignore
 
     def _meet(self, a: Tensor, n: int, update: bool) -> Tensor:
         """a C_t, and C_t kept if it is to be."""

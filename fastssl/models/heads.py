@@ -1,22 +1,24 @@
 """Heads that stand between an encoder and its loss, and batch norms over every rank's rows."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed import all_gather_nograd, all_reduce_sum, world_size
+from fastssl.kernels.common import FirstOrder, first_order
 
 
-class _GlobalNorm(torch.autograd.Function):
+class _GlobalNorm(FirstOrder):
     """x (N, C, ...) normalized by the joined batch's statistics, and those: (C,), biased variance.
 
     Every rank has as many rows.  Statistics are float32 at least; the gradient goes through them.
     """
+
+    whose, instead = "a batch norm over all ranks", "take torch's own, of each rank's rows alone"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
@@ -31,7 +33,7 @@ class _GlobalNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight_, bias_, eps=eps), mean, var
 
     @staticmethod
-    @once_differentiable
+    @partial(first_order, whose=whose, instead=instead)
     def backward(ctx: Any, grad: Tensor, *_: Any):
         x, weight, mean, scale = ctx.saved_tensors
 
@@ -58,7 +60,7 @@ def _normalize_globally(norm: _BatchNorm, x: Tensor) -> Tensor:
     count = x.numel() // x.shape[1] * world_size()
     if count < 2:
         raise ValueError(f"batch normalization needs 2 values a channel, got {tuple(x.shape)}")
-    y, mean, var = _GlobalNorm.apply(x, norm.weight, norm.bias, norm.eps)  # type: ignore[misc]
+    y, mean, var = _GlobalNorm.call(x, norm.weight, norm.bias, norm.eps)  # type: ignore[misc]
     if norm.running_mean is not None and norm.running_var is not None:
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .operators import seen_through
+
 Run = Callable[
     [Sequence[torch.Tensor], Sequence[bool]], tuple[torch.Tensor, Sequence[torch.Tensor]]
 ]
@@ -18,6 +20,7 @@ Run = Callable[
 _DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
 _HAVE_AUTOCAST = frozenset(d for d in _DEVICES if torch.amp.is_autocast_available(d))
 
+_WHOSE = "a fused primitive or loss"
 _FORMULA = "take impl='reference' of the primitive, or the *_reference that stands beside the loss"
 
 
@@ -28,26 +31,54 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def refuse_torch_func() -> None:
+def _refuse_second(grad: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{_WHOSE}, compiled, has no second derivative: {_FORMULA}")
+
+
+def _watch(x: torch.Tensor) -> torch.Tensor:
+    """x; where a graph runs as it was traced, its gradient is refused under create_graph=True.
+
+    There the compiler turns gradients off within backward, which cannot see it for itself, and the
+    derivative would lack a part without a word.  One that lowers the graph has tensors of its own.
+    """
+    if type(x) is torch.Tensor and x.requires_grad and not torch._C._len_torch_dispatch_stack():
+        x.register_hook(_refuse_second)
+    return x
+
+
+_watched = seen_through("first_order", _watch)
+
+
+def refuse_torch_func(whose: str = _WHOSE, instead: str = _FORMULA) -> None:
     """Raise RuntimeError, with what to do instead, inside a transform of torch.func."""
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"torch.func cannot transform a fused primitive or loss: {_FORMULA}")
+        raise RuntimeError(f"torch.func cannot transform {whose}: {instead}")
 
 
 class FirstOrder(torch.autograd.Function):
     """The Function of a primitive or a loss: for torch.autograd and torch.compile.
 
-    A transform of torch.func would want what backward needs as outputs of forward, and a rule for
-    batches; torch says so in words that help no user of a loss.
+    `call` is `apply` with what torch says badly or not at all: a transform of torch.func would want
+    what backward needs as outputs of forward, and a rule for batches; torch says so in words that
+    help no user of a loss.  A compiler takes `apply` as it is, whatever a subclass makes of it.
     """
 
+    whose, instead = _WHOSE, _FORMULA  # which function it is, and what to take in its place
+
     @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        refuse_torch_func()
-        return super().apply(*arguments)
+    def call(cls, *arguments: Any) -> Any:
+        """What forward gives for the arguments, with its gradient."""
+        if not torch.compiler.is_compiling():
+            refuse_torch_func(cls.whose, cls.instead)
+            return cls.apply(*arguments)
+        made: Any = cls.apply(*arguments)
+        return tuple(map(_watched, made)) if isinstance(made, tuple) else _watched(made)
 
 
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+def first_order(
+    backward: Callable[..., Any], whose: str = _WHOSE, instead: str = _FORMULA
+) -> Callable[..., Any]:
     """Mark a primitive's backward: outside autocast, and not differentiable a second time.
 
     create_graph=True raises RuntimeError at once.  torch's once_differentiable would raise in the
@@ -57,8 +88,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: torch.Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which has no second
-            raise RuntimeError(f"a fused primitive or loss has no second derivative: {_FORMULA}")
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # see `_watch`
+            raise RuntimeError(f"{whose} has no second derivative: {instead}")
         with torch.no_grad(), full_precision(grads[0].device):
             return backward(ctx, *grads)
 
@@ -98,7 +129,7 @@ def ahead(run: Run, *tensors: torch.Tensor) -> torch.Tensor:
     in any float dtype: something, whatever it is, in the place of one that is not needed.
     Not for torch.compile, which keeps no tensors outside of its graph.
     """
-    return _Ahead.apply(run, *tensors)  # pyright: ignore[reportReturnType]
+    return _Ahead.call(run, *tensors)  # pyright: ignore[reportReturnType]
 
 
 def finished(x: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,17 @@ def operator(name: str, run: Function, fake: Function, like: Function | None = N
     return getattr(torch.ops.fastssl, name).default
 
 
+def seen_through(name: str, run: Function) -> Any:
+    """torch.ops.fastssl.<name>, of a tensor, which `run` returns as it is.
+
+    It stays in a graph that is run as it was traced (backend="eager"); a compiler that lowers the
+    graph looks inside, and leaves it out.
+    """
+    _LIBRARY.define(f"{name}(Tensor(a) x) -> Tensor(a)", tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, run, "CompositeImplicitAutograd")
+    return getattr(torch.ops.fastssl, name).default
+
+
 def launches(module: str, twin: Any, **fakes: Function) -> Any:
     """The functions of a *_triton.py as operators by name, as those of `twin` in torch.
 

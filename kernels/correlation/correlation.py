@@ -65,7 +65,7 @@ def _run(a, b, split, plan, group, impl):
     small = size <= PLAIN and plan == "covariance" or size <= TINY and plan != "sharded"
     if impl == "torch" and small and world_size(group) == 1:
         return plain(a, b, split)
-    return PLANS[plan].apply(a, b, split, group, impl)
+    return PLANS[plan].call(a, b, split, group, impl)
 
 
 _CORRELATION = declare("frobenius_sq", _run, correlation_reference)

@@ -85,7 +85,7 @@ def mixed_reference(a, b, r, plan, group):
 
 def _run(a, b, r, plan, group, impl):
     if plan == "gram":
-        return _ByGrams.apply(a, b, r, group, impl)
+        return _ByGrams.call(a, b, r, group, impl)
     pair = cross_correlation(a, b, plan=plan, process_group=group, impl=impl)
     sides = (frobenius_sq(r, x, plan=plan, process_group=group, impl=impl) for x in (a, b))
     return *pair, sum(sides)

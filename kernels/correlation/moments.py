@@ -55,15 +55,15 @@ def cross_diagonal_reference(a, b):
 
 def _standardize(z, eps, unbiased, group, impl):
     if world_size(group) > 1:
-        return Standardize.apply(z, eps, unbiased, group, impl)
+        return Standardize.call(z, eps, unbiased, group, impl)
     if impl == "torch":
         return moments_torch.standardize(z, eps, unbiased)
-    return StandardizeAtOnce.apply(z, eps, unbiased, impl)
+    return StandardizeAtOnce.call(z, eps, unbiased, impl)
 
 
-_MOMENTS = declare("column_moments", ColumnMoments.apply, column_moments_reference)
+_MOMENTS = declare("column_moments", ColumnMoments.call, column_moments_reference)
 _STANDARDIZE = declare("standardize", _standardize, standardize_reference)
-_DIAGONAL = declare("cross_diagonal", CrossDiagonal.apply, cross_diagonal_reference)
+_DIAGONAL = declare("cross_diagonal", CrossDiagonal.call, cross_diagonal_reference)
 
 
 def column_moments(

@@ -124,4 +124,4 @@ def lse(pairs: Pairs, both: bool, impl: str) -> tuple[Tensor, Tensor]:
     """Row log-sum-exps (M,), and column ones (N,); (0,) of them unless `both`."""
     q, k, *rest, same = pairs
     k = None if same else k.view_as(k) if k is q else k  # the compiler wants no tensor twice
-    return _LSE.apply(q, k, *rest, both, impl)  # pyright: ignore[reportReturnType]
+    return _LSE.call(q, k, *rest, both, impl)  # pyright: ignore[reportReturnType]

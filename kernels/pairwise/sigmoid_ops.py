@@ -78,7 +78,7 @@ def total(logits: Logits, impl: str) -> Tensor:
     """The sum, 0-d, of the accumulator's dtype."""
     learned = torch.is_grad_enabled()
     need: Need = tuple(learned and x.requires_grad for x in logits[:4])  # pyright: ignore
-    return _Sigmoid.apply(*logits, need, impl)  # pyright: ignore[reportReturnType]
+    return _Sigmoid.call(*logits, need, impl)  # pyright: ignore[reportReturnType]
 
 
 def results(logits: Logits, need: Need, impl: str) -> Results:

@@ -90,13 +90,13 @@ def _table(source: Source, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def _gather(source, ids, patch, dtype, impl):
     images, norm = _table(source, accumulator(dtype))
-    return GatherPatches.apply(images, norm, ids, patch, dtype, impl)
+    return GatherPatches.call(images, norm, ids, patch, dtype, impl)
 
 
 def _mse(pred, source, ids, spec, impl):
     images, norm = _table(source, accumulator(pred.dtype))
     if pred.requires_grad and torch.is_grad_enabled():
-        return PatchMSE.apply(pred, images, norm, ids, spec, impl)
+        return PatchMSE.call(pred, images, norm, ids, spec, impl)
     return backends[impl].error(pred, images, norm, ids, spec, False)[0]
 
 

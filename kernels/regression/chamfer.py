@@ -141,7 +141,7 @@ class _Chamfer(FirstOrder):
         return d_p, d_t, None, None
 
 
-_CHAMFER = declare("chamfer", _Chamfer.apply, chamfer_reference)
+_CHAMFER = declare("chamfer", _Chamfer.call, chamfer_reference)
 
 
 def chamfer(pred: Tensor, target: Tensor, *, kind: str = "l2", impl: str = "auto") -> Tensor:

@@ -129,7 +129,7 @@ class _ScaledCosine(FirstOrder):
         return *(d if need else None for d, need in zip(made, needs, strict=True)), None, None, None
 
 
-_ERROR = declare("scaled_cosine_error", _ScaledCosine.apply, scaled_cosine_error_reference)
+_ERROR = declare("scaled_cosine_error", _ScaledCosine.call, scaled_cosine_error_reference)
 
 
 def scaled_cosine_error(

@@ -87,7 +87,7 @@ class _GatherBias(FirstOrder):
         return backends[ctx.impl].unpick(grad, ids, ctx.length).to(ctx.dtype), None, None
 
 
-_BIAS = declare("gather_bias", _GatherBias.apply, gather_bias_reference)
+_BIAS = declare("gather_bias", _GatherBias.call, gather_bias_reference)
 
 
 def gather_bias(bias: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:

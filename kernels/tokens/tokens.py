@@ -62,13 +62,13 @@ def gather_packed_reference(tokens, ids, owners):
 
 
 def _gather(tokens, ids, impl):
-    return Gather.apply(tokens[None] if tokens.ndim == 2 else tokens, ids, impl)
+    return Gather.call(tokens[None] if tokens.ndim == 2 else tokens, ids, impl)
 
 
-_RESTORE = declare("restore_tokens", Restore.apply, restore_tokens_reference)
+_RESTORE = declare("restore_tokens", Restore.call, restore_tokens_reference)
 _GATHER = declare("gather_tokens", _gather, gather_tokens_reference)
-_SCATTER = declare("scatter_tokens", Scatter.apply, scatter_tokens_reference)
-_PACKED = declare("gather_packed", GatherPacked.apply, gather_packed_reference)
+_SCATTER = declare("scatter_tokens", Scatter.call, scatter_tokens_reference)
+_PACKED = declare("gather_packed", GatherPacked.call, gather_packed_reference)
 
 
 def restore_tokens(

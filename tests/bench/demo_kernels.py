@@ -72,8 +72,8 @@ def register_all() -> None:
     scale = {"X": "*fp32:16", "OUT": "*fp32:16", "N": "i32", "FACTOR": "fp32"}
     one("proof_scale", _scale, scale, Config({"BLOCK_N": 1024}), product=False)
     lse("proof_bad_spill", tiles(64, 128, warps=1))
-    lse("proof_bad_shared", tiles(64, 64, stages=32))
-    lse("proof_bad_product", tiles(32, 32), "fp32", "ieee")
+    lse("proof_bad_shared", tiles(64, 128, stages=16))
+    lse("proof_bad_product", tiles(16, 16), "fp32", "ieee")
     lse("proof_bad_warps", tiles(64, 64, warps=2))
     one("proof_bad_shape", _broken, {"X": "*fp32:16"}, Config({"BLOCK_N": 64}))
     one("proof_bad_signature", _scale, {"X": "*fp32:16", "n": "i32"}, Config({"BLOCK_N": 64}))

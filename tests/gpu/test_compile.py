@@ -8,7 +8,7 @@ from tests.gpu.subjects import SUBJECTS
 from tests.oracle import assert_no_worse
 
 
-@pytest.mark.parametrize("subject", pick(SUBJECTS, SUBJECTS[::4]), ids=str)
+@pytest.mark.parametrize("subject", pick(SUBJECTS, SUBJECTS[::12]), ids=str)
 def test_compiles_whole(subject):
     torch._dynamo.reset()
     trial = subject.trial(torch.bfloat16)
@@ -16,7 +16,7 @@ def test_compiles_whole(subject):
     assert_no_worse(compiled, trial.eager, trial.inputs, lambda out: out.float().square().sum())
 
 
-@pytest.mark.parametrize("name", ["pairwise_lse", "ntxent"])
+@pytest.mark.parametrize("name", pick(["pairwise_lse", "ntxent"], ["ntxent"]))
 def test_compiles_for_other_batch_sizes(name):
     torch._dynamo.reset()
     subject = next(s for s in SUBJECTS if s.name == name)

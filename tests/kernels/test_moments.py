@@ -21,7 +21,7 @@ def route(request, monkeypatch, small_blocks):
     if request.param == "graph":
         return
     impl = "triton" if request.param == "triton" else "torch"
-    one_process = moments._standardize if impl == "triton" else moments.Standardize.apply
+    one_process = moments._standardize if impl == "triton" else moments.Standardize.call
     by = {
         moments._STANDARDIZE: lambda *args: one_process(*args, impl),
         moments._MOMENTS: lambda *args: moments.ColumnMoments.apply(*args, impl),

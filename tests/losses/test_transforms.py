@@ -1,5 +1,7 @@
 """Losses in torch.func's transforms, differentiated twice, and traced: right, or told what is."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,21 @@ def test_right_or_told_what_is(name, way):
         assert str(error).endswith(WORDS)
         got = transform(reference, *inputs)
     torch.testing.assert_close(got, want, check_dtype=False, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ntxent", "siglip"])  # of two results, and of one
+def test_of_a_graph_that_is_only_traced_a_second_derivative_is_refused(name):
+    """Compilers that lower the graph have none of anything, and say so."""
+    ours, reference, _ = LOSSES[name]
+    torch._dynamo.reset()
+    traced = torch.compile(ours, backend="eager")
+    inputs = list(torch.randn(2, 6, 4, device=DEVICE, dtype=torch.float64))
+    got, want = (plain_grad(f, *inputs) for f in (traced, reference))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        RuntimeError, match=f"compiled, has no second derivative: {re.escape(WORDS)}"
+    ):
+        twice(traced, *inputs)
 
 
 def every_loss():

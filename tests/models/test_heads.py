@@ -1,5 +1,7 @@
 """The projection head, and batch normalization over the joined batch of two ranks."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,26 @@ def test_bfloat16_stays_bfloat16_across_ranks():
     (one,), two = run_ranks(halves, 1), run_ranks(halves, 2)
     assert all(part.dtype == torch.bfloat16 for part in two)
     torch.testing.assert_close(torch.cat(two), one, rtol=0.05, atol=0.1)
+
+
+def refusal(call, *arguments):
+    """The words of the RuntimeError."""
+    with pytest.raises(RuntimeError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+def told(rank, world):
+    norm, x = BatchNorm1d(7).double(), data()[0].chunk(world)[rank].requires_grad_()
+    twice = partial(torch.autograd.grad, create_graph=True)
+    return [refusal(twice, norm(x).sum(), x), refusal(torch.func.vmap(norm), x[None])]
+
+
+def test_a_derivative_that_is_not_there_is_refused_in_words():
+    whose, instead = "a batch norm over all ranks", "take torch's own, of each rank's rows alone"
+    words = [f"{whose} has no second derivative: {instead}"]
+    words += [f"torch.func cannot transform {whose}: {instead}"]
+    assert run_ranks(told, 2) == [words, words]
 
 
 def averaged(rank, world):

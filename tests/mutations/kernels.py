@@ -26,7 +26,7 @@ TESTS = {
     "kernels/common/matmul": ("tests/kernels/test_pairwise_fused.py", "tf32"),
     "kernels/common/autograd": (
         f"{AHEAD} tests/losses/test_transforms.py",
-        "ahead or clip or isogclr",
+        "ahead or clip or isogclr or traced",
     ),
     "kernels/common/checks": ("tests/losses/test_transforms.py", "ntxent"),
     "kernels/common/tuning": ("tests/kernels/test_tuning.py", ""),
@@ -65,7 +65,13 @@ TESTS = {
 
 MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "kernels/common/autograd.first_order": [("torch.is_grad_enabled() and not", "False and")],
-    "kernels/common/autograd.FirstOrder": [("refuse_torch_func()", "pass")],
+    "kernels/common/autograd.FirstOrder": [
+        ("refuse_torch_func(cls.whose, cls.instead)", "pass"),
+        ("tuple(map(_watched, made))", "made"),
+        ("_watched(made)", "made"),
+    ],
+    "kernels/common/autograd._refuse_second": [("torch.is_grad_enabled()", "True")],
+    "kernels/common/autograd._watch": [("x.register_hook(_refuse_second)", "pass")],
     "kernels/common/checks.can_read_values": [
         ("or torch._C._are_functorch_transforms_active()", ""),
     ],

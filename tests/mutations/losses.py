@@ -157,6 +157,7 @@ MUTATIONS = {
         ("alpha=-scale)\n        ctx", "alpha=scale)\n        ctx"),
     ],
     "losses/_open_clip.ImageTextLoss": [("return world_size(", "return 1 + world_size(")],
+    "losses/_open_clip.logits": [("scale * x", "x"), ("scores + bias", "scores - bias")],
     "losses/clip.get_logits": [("if not self.local_loss", "if self.local_loss")],
     "losses/clip.get_ground_truth": [("num_logits * self.rank", "0 * self.rank")],
     "losses/siglip.get_ground_truth": [("2 * match - 1", "match")],

@@ -31,11 +31,15 @@ MUTATIONS = {
     ],
     # fault 3
     "models/heads._GlobalNorm": [
+        ("@partial(first_order, whose=whose, instead=instead)", "@first_order"),
         ("(means - mean).square()", "0"),
         ("all_reduce_sum(sums) / count", "sums / count"),
         ("z * per_channel(shared[1])", "z"),
     ],
-    "models/heads._normalize_globally": [("count / (count - 1)", "1")],
+    "models/heads._normalize_globally": [
+        ("count / (count - 1)", "1"),
+        ("_GlobalNorm.call(", "_GlobalNorm.apply("),
+    ],
     "models/heads.BatchNorm1d": [("world_size() == 1", "world_size() > 0")],
     "models/heads.synchronize_batch_norms": [("plain or hasattr", "hasattr")],
     "models/heads._synchronized": [("self.act(self.drop(y))", "y")],
