@@ -67,8 +67,9 @@ SMALL = [name for name in CASES if name != "train-mae-large"]  # train-mae's but
 DTYPED = [(name, CASES[name].dtypes[0]) for name in SMALL]
 HALVES = [(name, CASES[name].dtypes[1:]) for name in SMALL if CASES[name].dtypes[1:]]
 DTYPED += [(name, dtypes[i % len(dtypes)]) for i, (name, dtypes) in enumerate(HALVES)]
-# One case for each formula: these have another's.
+# One case for each formula: these have another's, or a part of it.
 SAME_FORMULA = {"pairwise-lse-self", "train-simclr", "train-barlow-twins"}
+SAME_FORMULA |= {"standardise", "cross-diagonal", "frobenius-sq", "patch-mse", "gather-tokens"}
 NEEDS_GPU = {"cut-cross-entropy", "siglip-kernel"}
 LIBRARIES = {
     "ntxent": {"lightly", "pytorch-metric-learning"},
@@ -252,9 +253,11 @@ def test_weighed_rivals_get_the_weights_as_gradient():
 def test_cases_are_made_with_torch_alone():
     """In a Python that has nothing but torch: registered, made, and ours of the losses right."""
     code = """
-import json, sys
-for name in ("numpy", "timm", "pydantic", "deepspeed", "lightly", "torchvision", "open_clip"):
-    sys.modules[name] = None
+import importlib.util, json, sys
+absent = "triton", "numpy", "timm", "pydantic", "deepspeed", "lightly", "torchvision", "open_clip"
+sys.modules |= dict.fromkeys(absent)
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)
 import torch
 from fastssl.bench.cases import all_cases
 from fastssl.bench.registry import OURS, Absent
@@ -265,6 +268,14 @@ for name, shape in json.loads(sys.argv[1]).items():
     if not isinstance(ours, Absent):
         ours(*problem.inputs)
         print(name)
+from fastssl.kernels import exclude_self, implementations, pairwise_lse
+x = torch.eye(2)
+assert pairwise_lse(x, x, 3.0, mask=exclude_self).tolist() == [0.0, 0.0]
+assert implementations("cuda")["pairwise_lse"] == "torch"
+try:
+    raise SystemExit(pairwise_lse(x, x, 3.0, impl="triton"))
+except ValueError as error:
+    assert "one of auto, torch, reference for pairwise_lse, got 'triton'" in str(error)
 """
     command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(TINY)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # which wants numpy

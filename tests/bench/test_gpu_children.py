@@ -150,12 +150,12 @@ def test_pytest_is_a_child_like_any_other(record, tmp_path):
     argv = (sys.executable, "-m", "pytest", "-p", "fastssl.bench.gpu.plugin", "-p")
     argv += ("no:cacheprovider", "--rootdir", str(tmp_path), "-c", "/dev/null", str(path))
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    half = Child("half", (*argv, "--share", "1/2"), FOREVER, alone)
-    run(record, Child("c", argv, FOREVER, alone), half)
+    part = Child("part", (*argv, "--share", "3/4"), FOREVER, alone)
+    run(record, Child("c", argv, FOREVER, alone), part)
     names = [f"some {x}" for x in "abcdef"]
     assert list(verdicts(record)) == names
     assert [*verdicts(record).values()] == [True, False, False, False, False, True]
-    assert list(verdicts(record, "half")) == names[1::2]
+    assert list(verdicts(record, "part")) == names[3::4] == names[3:4]
     why = {x["case"]: x["why"] for x in lines.read(record.path) if x.get("why")}
     assert why["some d"] == "OSError: late" and "assert 1 == 2" in why["some e"]
 

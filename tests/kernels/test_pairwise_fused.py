@@ -1,8 +1,7 @@
 """What is particular to the Triton log-sum-exps: schedules, classes, operators, what they hold."""
 
 import math
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -239,14 +238,18 @@ def test_operators_are_declared_as_they_behave(same, impl):
     q, k = rows_of(torch.float32, (3, 3), (4, 3))
     pairs = pairs_of(q, q if same else k, exclude_self, None if same else torch.ones(4))
     ops, tensors = torch.ops.fastssl, list(pairs[:6])
+    # One fake stands for all: once it is tried at sizes that are open, which takes longest.
+    full = not same and impl == "triton"
+    tests = "test_schema", "test_faketensor", *(["test_aot_dispatch_dynamic"] if full else [])
+    check = partial(torch.library.opcheck, test_utils=tests)
     for both in (True, False):
-        torch.library.opcheck(ops.pairwise_stats.default, (tensors, *pairs[6:], both, impl))
+        check(ops.pairwise_stats.default, (tensors, *pairs[6:], both, impl))
     rows, cols = torch.ones(2, 3, device=DEVICE), torch.ones(2, len(pairs.k), device=DEVICE)
     needs = [[True] * 4, [False, True, False, False], [True, False, False, False]]
     for need, other in zip(needs, (cols, cols, None), strict=True):
         need = [*need[:3], need[3] and not same]
         given = (tensors, rows, other, *pairs[6:], need, impl)
-        torch.library.opcheck(ops.pairwise_grads.default, given)
+        check(ops.pairwise_grads.default, given)
 
 
 def test_auto_leaves_to_torch_what_triton_has_not(monkeypatch):
@@ -273,23 +276,3 @@ def test_off_cuda_triton_must_interpret(monkeypatch):
     monkeypatch.setattr("fastssl.kernels.common.dispatch.INTERPRETED", False)
     with pytest.raises(ValueError, match="needs CUDA tensors, got q on cpu; TRITON_INTERPRET=1"):
         fused(Q.cpu(), Q.cpu(), 1.0)
-
-
-def test_without_triton_the_rest_works():
-    code = """
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
-import torch
-from fastssl.kernels import exclude_self, implementations, pairwise_lse
-x = torch.eye(2)
-print(pairwise_lse(x, x, 3.0, mask=exclude_self).tolist(), implementations("cuda")["pairwise_lse"])
-try:
-    pairwise_lse(x, x, 3.0, impl="triton")
-except ValueError as error:
-    print(error)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, second = run.stdout.splitlines()
-    assert first == "[0.0, 0.0] torch"
-    assert "one of auto, torch, reference for pairwise_lse, got 'triton'" in second
