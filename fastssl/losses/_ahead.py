@@ -18,18 +18,34 @@ from torch import Tensor
 
 from fastssl.distributed import Group, world_size
 from fastssl.kernels import exclude_self, exclude_self_and_pair
-from fastssl.kernels.common import accumulator, ahead, can_read_values, tile_shape
+from fastssl.kernels.common import accumulator, ahead, can_read_values
+from fastssl.kernels.common.chunks import CHUNK_BYTES
 from fastssl.kernels.pairwise import LINEAR, SAFE, Pairs, as_masks, lse_ahead
 
 Gradients = tuple[Tensor, Sequence[Tensor]]
 _PAIR, _SELF = as_masks(exclude_self_and_pair).key, as_masks(exclude_self).key
 _SMALL = 1 << 17  # numbers of all views
+_FEW = 256  # pairs whose scores are as soon worked on twice as weighed
+_LEAST = 1e-30  # of a share that has all its digits
 _TINY = torch.finfo(torch.float32).tiny  # in the place of a sum without a term
 
 
-def fits(x: Tensor, group: Group) -> bool:
-    """Whether the loss of this rank's x is made here: alone, on a CPU, and not traced."""
-    return x.device.type == "cpu" and can_read_values(x) and world_size(group) == 1
+def fits(group: Group, *views: Tensor, axes: int = 2, least: int = 1) -> bool:
+    """Whether views of so many axes pass `check_batch`, and their loss is made here: of a rank that
+    is alone, on a CPU, and not traced.
+
+    In one look: small batches have no time for two.  What it refuses goes on to `check_batch`.
+    """
+    first = views[0]
+    if not (can_read_values(first) and first.is_cpu):
+        return False
+    shape, dtype = first.shape, first.dtype
+    if len(shape) != axes or 0 in shape or shape[0] < least or not dtype.is_floating_point:
+        return False
+    for x in views[1:]:
+        if x.shape != shape or x.dtype != dtype or not x.is_cpu:
+            return False
+    return world_size(group) == 1
 
 
 def centered(views: Sequence[Tensor]) -> Tensor:
@@ -73,7 +89,8 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor | None:
 
 def _one_tile(x: Tensor, n: int) -> bool:
     """Whether n x n scores are one tile, and sums and products of x's dtype."""
-    return x.dtype == accumulator(x.dtype) and tile_shape(n, n, x) == (n, n)
+    few = n * n * x.element_size() <= CHUNK_BYTES["cpu"]  # as `tile_shape` has it
+    return few and x.dtype == accumulator(x.dtype)
 
 
 def _with_norms(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,12 +170,43 @@ def clip(x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
 
 def _clip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
     x, t, scale = tensors
-    if _one_tile(x, len(x)):
-        s, factor = torch.mm(x, t.T), float(scale)
+    B = x.shape[0]
+    if _one_tile(x, B):
+        factor = float(scale)
+        if factor and B <= _FEW and scale.dtype == x.dtype:
+            made = _few_clip(x, t, scale, factor, need)
+            if made is not None:
+                return made
+        s = torch.mm(x, t.T)
         low, high = s.mul_(factor).aminmax()
         if factor and float(high) - float(low) <= SAFE:
             return _whole_clip(x, t, factor, need, s, float(high))
     return _clip_by_tiles(x, t, scale, need)
+
+
+def _few_clip(
+    x: Tensor, t: Tensor, scale: Tensor, factor: float, need: Sequence[bool]
+) -> Gradients | None:
+    """Value and gradients by two softmaxes; None where a pair's own share of one is nothing.
+
+    What the others have of a row is summed without the pair, which keeps the digits of a near
+    perfect match.
+    """
+    s = torch.addmm(scale, x, t.T, beta=0, alpha=factor)  # scale stands where nothing is added
+    rows, cols = s.softmax(1), s.softmax(0)
+    row_line, col_line = rows.diagonal(), cols.diagonal()
+    own = torch.stack([row_line, col_line])
+    if not float(own.amin()) >= _LEAST:
+        return None
+    row_line.zero_()
+    col_line.zero_()
+    others = torch.stack([rows.sum(1), cols.sum(0)])
+    w = rows.add_(cols)
+    row_line.sub_(others.sum(0))
+    value, alpha = others.div_(own).log1p_().mean(), factor / others.numel()
+    dx = torch.addmm(scale, w, t, beta=0, alpha=alpha) if need[0] or need[2] else x
+    dt = torch.addmm(scale, w.T, x, beta=0, alpha=alpha) if need[1] else t
+    return value, (dx, dt, (dx * x).sum().div_(factor) if need[2] else scale)
 
 
 def _whole_clip(
@@ -211,18 +259,20 @@ def _clip_by_tiles(x: Tensor, t: Tensor, scale: Tensor, need: Sequence[bool]) ->
 
 def siglip(x: Tensor, t: Tensor, scale: Tensor, bias: Tensor) -> Tensor | None:
     """SigLIPLoss of x, t (B, D), scale and bias (0-d); None for more scores than one tile's."""
-    return ahead(_siglip, x, t, scale, bias) if _one_tile(x, len(x)) else None
+    return ahead(_siglip, x, t, scale, bias) if _one_tile(x, x.shape[0]) else None
 
 
 def _siglip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
     x, t, scale, bias = tensors
-    z = torch.mm(x, t.T).mul_(scale).add_(bias)
+    B, factor, bias = x.shape[0], float(scale), bias.to(x.dtype)
+    # A product by 0 would not look at the rows, and hide a nan.
+    z = torch.addmm(bias, x, t.T, alpha=factor) if factor else torch.mm(x, t.T).mul_(0).add_(bias)
     matches = z.diagonal().neg_()
-    value = F.softplus(z, 1, LINEAR).sum().div_(len(x))
+    value = F.softplus(z, 1, LINEAR).sum().div_(B)
     w = z.sigmoid_()
     matches.neg_()
-    dbias = w.sum().div_(len(x)) if need[3] else x
-    u = torch.mm(w, t).div_(len(x)) if need[0] or need[2] else x
+    dbias = w.sum().div_(B) if need[3] else x
+    u = torch.addmm(bias, w, t, beta=0, alpha=1 / B) if need[0] or need[2] else x
     dscale = (u * x).sum() if need[2] else x
-    dt = torch.mm(w.T, x).mul_(scale / len(x)) if need[1] else t
-    return value, [u.mul_(scale) if need[0] else u, dt, dscale, dbias]
+    dt = torch.addmm(bias, w.T, x, beta=0, alpha=factor / B) if need[1] else t
+    return value, (u.mul_(factor) if need[0] else u, dt, dscale, dbias)

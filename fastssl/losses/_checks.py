@@ -64,14 +64,15 @@ def check_batch(
     `check_embeddings` and the ids, those that are not None, `check_ids`, and the images are at
     least `least`.
     """
-    ids, first = ids or {}, next(iter(views.values()))
+    first, W = next(iter(views.values())), world_size(group)
     # First what all ranks refuse together: one that left alone would leave the others waiting.
-    require_all_even(group, **views, **ids)
+    if W > 1:
+        require_all_even(group, **views, **(ids or {}))
     check_embeddings(axes, **views)
-    for name, x in ids.items():
+    for name, x in (ids or {}).items():
         if x is not None:
             check_ids(name, x, first)
-    images = len(first) * world_size(group)
+    images = len(first) * W
     if images < least:
         raise ValueError(f"the joined batch must have at least {least} images, got {images}")
     return images
@@ -80,19 +81,25 @@ def check_batch(
 def check_embeddings(axes: str = "B, D", **views: Tensor) -> None:
     """Raise ValueError unless all have one shape, with the axes named, none of them empty, and
     one floating dtype and device."""
-    first, names = next(iter(views.values())), " and ".join(views)
-    many = "..." in axes
+    first, many = next(iter(views.values())), "..." in axes
+    shape, dtype, device = first.shape, first.dtype, first.device
     least = axes.count(",") + 1 - many
-    fits = [x.ndim >= least if many else x.ndim == least for x in views.values()]
-    if not all(fits) or any(x.shape != first.shape or 0 in x.shape for x in views.values()):
+    fits = 0 not in shape and (len(shape) >= least if many else len(shape) == least)
+    alike = dtype.is_floating_point
+    for x in views.values():
+        fits = fits and x.shape == shape
+        alike = alike and x.dtype == dtype and x.device == device
+    if fits and alike:  # every step asks, and only a mistake wants words
+        return
+    names = " and ".join(views)
+    if not fits:
         shapes = " and ".join(str(tuple(x.shape)) for x in views.values())
         both = {1: "", 2: "both "}.get(len(views), "all ")
         raise ValueError(f"{names} must {both}be ({axes}), none of them empty, got {shapes}")
-    kinds = [f"{x.dtype} on {x.device}" for x in views.values()]
+    kinds = " and ".join(f"{x.dtype} on {x.device}" for x in views.values())
     if not all(x.is_floating_point() for x in views.values()):
-        raise ValueError(f"{names} must be floating-point, got {' and '.join(kinds)}")
-    if len(set(kinds)) > 1:
-        raise ValueError(f"{names} must share dtype and device, got {' and '.join(kinds)}")
+        raise ValueError(f"{names} must be floating-point, got {kinds}")
+    raise ValueError(f"{names} must share dtype and device, got {kinds}")
 
 
 def check_ids(name: str, ids: Tensor, z: Tensor, axes: int = 1) -> None:

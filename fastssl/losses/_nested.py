@@ -56,7 +56,7 @@ def nested_loss(
     except TypeError:  # by other names, or wrong: the loss itself will say
         return None
     first, second, *rest = given.values()
-    if not all(_is_plain(x) and fits(x, loss.process_group) for x in (first, second)):
+    if not all(_is_plain(x) and fits(loss.process_group, x) for x in (first, second)):
         return None
     if isinstance(loss, NTXentLoss):
         return _nt_xent(loss, dims, weights, first, second)

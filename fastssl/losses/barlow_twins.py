@@ -71,14 +71,15 @@ class BarlowTwinsLoss(Loss):
         self.unbiased, self.eps = unbiased, eps
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        n = check_batch(self.process_group, least=2, z_a=z_a, z_b=z_b)
-        plain = self.plan == "auto" and self.eps > 0 and not self.unbiased
-        if plain and _ahead.fits(z_a, self.process_group) and _ahead.is_small(z_a):
+        group, plain = self.process_group, self.plan == "auto" and self.eps > 0
+        fits = plain and not self.unbiased and _ahead.fits(group, z_a, z_b, least=2)
+        if fits and _ahead.is_small(z_a):
             loss = self._small(z_a, z_b)
             if loss is not None:
                 return loss
+        n = check_batch(group, least=2, z_a=z_a, z_b=z_b)
         a, b = (self._standardize(z) for z in (z_a, z_b))
-        C = cross_correlation(a, b, plan=self.plan, process_group=self.process_group)
+        C = cross_correlation(a, b, plan=self.plan, process_group=group)
         return self._weigh(C.diagonal, C.off_diagonal_sq, n)
 
     def _small(self, z_a: Tensor, z_b: Tensor) -> Tensor | None:

@@ -102,13 +102,14 @@ class CLIPLoss(ImageTextLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         x, t, group = image_features, text_features, self.process_group
-        check_batch(group, image_features=x, text_features=t)
-        scale = logit_scale
-        if isinstance(scale, Tensor):  # some models learn one of shape (1,)
+        ahead, scale = _ahead.fits(group, x, t), logit_scale
+        if not ahead:
+            check_batch(group, image_features=x, text_features=t)
+        if isinstance(scale, Tensor) and scale.ndim:  # some models learn one of shape (1,)
             if scale.numel() != 1:
                 raise ValueError(f"logit_scale must be one number, got {tuple(scale.shape)}")
             scale = scale.reshape(())
-        if _ahead.fits(x, group):
+        if ahead:
             loss = _ahead.clip(x, t, as_number("logit_scale", scale, x))
         else:
             loss = self._loss(x, t, scale)

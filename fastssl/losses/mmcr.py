@@ -65,9 +65,9 @@ class MMCRLoss(Loss):
 
     def forward(self, online: Tensor, momentum: Tensor) -> Tensor:
         group = self.process_group
-        check_batch(group, "B, k, D", least=2, online=online, momentum=momentum)
-        if _ahead.fits(online, group):
+        if _ahead.fits(group, online, momentum, axes=3, least=2):
             return ahead(self._alone, online, momentum)
+        check_batch(group, "B, k, D", least=2, online=online, momentum=momentum)
         acc = accumulator(online.dtype)
         z = torch.cat([online, momentum], dim=1).to(acc)
         with full_precision(z.device):

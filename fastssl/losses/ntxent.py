@@ -88,8 +88,8 @@ class NTXentLoss(ContrastiveLoss):
             return self._labeled(out0, out1)
         if self.memory_bank is not None:
             return self._against_bank(out0, out1, self.memory_bank)
-        if _ahead.fits(out0, self.process_group) and isinstance(self.temperature, float | int):
-            check_batch(self.process_group, out0=out0, out1=out1)
+        given = isinstance(self.temperature, float | int)
+        if given and _ahead.fits(self.process_group, out0, out1):
             loss = _ahead.nt_xent(out0, out1, self.temperature)
             if loss is not None:
                 return loss

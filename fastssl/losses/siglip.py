@@ -98,9 +98,11 @@ class SigLIPLoss(ImageTextLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         x, t, group = image_features, text_features, self.process_group
-        check_batch(group, image_features=x, text_features=t)
+        ahead = _ahead.fits(group, x, t)
+        if not ahead:
+            check_batch(group, image_features=x, text_features=t)
         numbers = _number(logit_scale), 0.0 if logit_bias is None else _number(logit_bias)
-        if _ahead.fits(x, group):
+        if ahead:
             scale, bias = numbers
             scale = as_number("logit_scale", scale, x)
             loss = _ahead.siglip(x, t, scale, as_number("logit_bias", bias, x))
@@ -119,7 +121,7 @@ class SigLIPLoss(ImageTextLoss):
 
 
 def _number(value: float | Tensor) -> float | Tensor:
-    one = isinstance(value, Tensor) and value.numel() == 1
+    one = isinstance(value, Tensor) and value.ndim and value.numel() == 1
     return value.reshape(()) if one else value  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -54,10 +54,10 @@ class SSLEYLoss(Loss):
         group = self.process_group
         if len(views) < 2:
             raise ValueError(f"views must be at least 2, got {len(views)}")
+        if _ahead.fits(group, *views, least=2) and _ahead.is_small(views[0], len(views)):
+            return ahead(_small, *views)
         named: dict[str, Any] = {f"views[{i}]": z for i, z in enumerate(views)}
         n = check_batch(group, least=2, **named)
-        if _ahead.fits(views[0], group) and _ahead.is_small(views[0], len(views)):
-            return ahead(_small, *views)
         scale = covariance_scale(views[0], n)
         unit = 1 / ((n - 1) * scale**2)  # 1, up to rounding, where rows have been scaled
         rows = center(torch.stack(tuple(views), 1), scale, group)

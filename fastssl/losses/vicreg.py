@@ -70,9 +70,9 @@ class VICRegLoss(Loss):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         group = self.process_group
-        check_batch(group, "B, ..., D", least=2, z_a=z_a, z_b=z_b)
-        if _ahead.fits(z_a, group) and _ahead.is_small(z_a):
+        if _ahead.fits(group, z_a, z_b, least=2) and _ahead.is_small(z_a):
             return ahead(self._small, z_a, z_b)
+        check_batch(group, "B, ..., D", least=2, z_a=z_a, z_b=z_b)
         var_a, cov_a = variance_covariance(z_a, self.eps, group)
         var_b, cov_b = variance_covariance(z_b, self.eps, group)
         spread = self.mu_param / 2 * (var_a + var_b) + self.nu_param * (cov_a + cov_b)

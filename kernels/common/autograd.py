@@ -96,30 +96,43 @@ def first_order(
     return guarded
 
 
-class _Ahead(FirstOrder):
-    """Backward multiplies the gradients where they lie; a second one makes them anew."""
+class _Ahead(torch.autograd.Function):
+    """Backward multiplies the gradients where they lie; a second one makes them anew.
+
+    The step of a small batch is short beside what `FirstOrder` and `first_order` do at every call:
+    here they are asked where something is to be done.  torch casts what backward returns to the
+    dtype of the input, and drops what no input asked for.
+    """
 
     @staticmethod
     def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> torch.Tensor:
-        need = ctx.needs_input_grad[1:]
+        ctx.save_for_backward(*tensors)
+        ctx.run, need = run, ctx.needs_input_grad[1:]
+        if tensors[0].is_cpu and not torch.is_autocast_enabled("cpu"):
+            value, ctx.made = run(tensors, need)
+            return value
         with full_precision(tensors[0].device):
             value, ctx.made = run(tensors, need)
-        ctx.dtypes = [x.dtype if n else None for x, n in zip(tensors, need, strict=True)]
-        ctx.run = run
-        ctx.save_for_backward(*tensors)
         return value
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        tensors, dtypes = ctx.saved_tensors, ctx.dtypes
-        made = ctx.made or ctx.run(tensors, [dtype is not None for dtype in dtypes])[1]
-        ctx.made = None
-        wanted = [g if dtype else None for g, dtype in zip(made, dtypes, strict=True)]
-        if not (grad.device.type == "cpu" and float(grad) == 1):  # elsewhere to look would wait
-            wanted = [None if g is None else g.mul_(grad) for g in wanted]
-        pairs = zip(wanted, dtypes, strict=True)
-        return None, *(None if g is None else g.to(dtype) for g, dtype in pairs)
+        made, ctx.made = ctx.made, None
+        if made is None or torch.is_grad_enabled():
+            return _make_again(ctx, grad)
+        if grad.is_cpu and float(grad) == 1:  # elsewhere to look would wait
+            return None, *made
+        return _multiply(ctx, made, grad)
+
+
+@first_order
+def _make_again(ctx: Any, grad: torch.Tensor) -> Any:
+    return _multiply(ctx, ctx.run(ctx.saved_tensors, ctx.needs_input_grad[1:])[1], grad)
+
+
+def _multiply(ctx: Any, made: Sequence[torch.Tensor], grad: torch.Tensor) -> Any:
+    need = ctx.needs_input_grad
+    return None, *(g.mul_(grad) if n else None for g, n in zip(made, need[1:], strict=True))
 
 
 def ahead(run: Run, *tensors: torch.Tensor) -> torch.Tensor:
@@ -129,7 +142,8 @@ def ahead(run: Run, *tensors: torch.Tensor) -> torch.Tensor:
     in any float dtype: something, whatever it is, in the place of one that is not needed.
     Not for torch.compile, which keeps no tensors outside of its graph.
     """
-    return _Ahead.call(run, *tensors)  # pyright: ignore[reportReturnType]
+    refuse_torch_func()
+    return _Ahead.apply(run, *tensors)  # pyright: ignore[reportReturnType]
 
 
 def finished(x: torch.Tensor) -> torch.Tensor:

@@ -23,11 +23,11 @@ def can_read_values(x: Tensor) -> bool:
     >>> can_read_values(torch.zeros(1)), can_read_values(torch.zeros(1, device="meta"))
     (True, False)
     """
-    if type(x) is not Tensor or x.device.type == "meta" or torch.compiler.is_compiling():
+    if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
     if torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
         return False
-    return x.device.type == "cpu" or os.environ.get("FASTSSL_CHECK") == "1"
+    return x.is_cpu or (os.environ.get("FASTSSL_CHECK") == "1" and not x.is_meta)
 
 
 def require_tensors(**tensors: Tensor) -> None:
