@@ -27,13 +27,14 @@ LOCAL: Literal["local"] = "local"  # the group of this rank alone
 Group = Any  # ProcessGroup | None | LOCAL; ProcessGroup is absent from builds without distributed
 _Exchange = Callable[[Tensor, Group], Tensor]
 
+_BUILT = dist.is_available()  # with torch: losses ask at every step
 _host_groups: dict[Any, Any] = {}
 _MOST_TENSORS = 127  # that one check compares
 _DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
 def _initialized(group: Group) -> bool:
-    return group != LOCAL and dist.is_available() and dist.is_initialized()
+    return group != LOCAL and _BUILT and dist.is_initialized()
 
 
 def world_size(group: Group = None) -> int:
@@ -44,7 +45,9 @@ def world_size(group: Group = None) -> int:
     >>> world_size(), world_size(LOCAL)
     (1, 1)
     """
-    size = dist.get_world_size(group) if _initialized(group) else 1
+    if not _initialized(group):
+        return 1
+    size = dist.get_world_size(group)
     if size < 1:
         raise ValueError(f"process_group {group} does not contain this rank")
     return size

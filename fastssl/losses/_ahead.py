@@ -24,6 +24,7 @@ from fastssl.kernels.pairwise import LINEAR, SAFE, Pairs, as_masks, lse_ahead
 
 Gradients = tuple[Tensor, Sequence[Tensor]]
 _PAIR, _SELF = as_masks(exclude_self_and_pair).key, as_masks(exclude_self).key
+_WIDE = torch.float32, torch.float64  # dtypes that are their own accumulator
 _SMALL = 1 << 17  # numbers of all views
 _FEW = 256  # pairs whose scores are as soon worked on twice as weighed
 _LEAST = 1e-30  # of a share that has all its digits
@@ -89,8 +90,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor | None:
 
 def _one_tile(x: Tensor, n: int) -> bool:
     """Whether n x n scores are one tile, and sums and products of x's dtype."""
-    few = n * n * x.element_size() <= CHUNK_BYTES["cpu"]  # as `tile_shape` has it
-    return few and x.dtype == accumulator(x.dtype)
+    return x.dtype in _WIDE and n * n * x.element_size() <= CHUNK_BYTES["cpu"]  # see `tile_shape`
 
 
 def _with_norms(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,9 +140,9 @@ def ahead(run: Run, *tensors: torch.Tensor) -> torch.Tensor:
 
     run: of the tensors, and of which gradients are needed, gives the number and those gradients,
     in any float dtype: something, whatever it is, in the place of one that is not needed.
-    Not for torch.compile, which keeps no tensors outside of its graph.
+    For plain tensors (`can_read_values`): torch.compile keeps no tensors outside of its graph, and
+    torch.func has words of its own for such an operation.
     """
-    refuse_torch_func()
     return _Ahead.apply(run, *tensors)  # pyright: ignore[reportReturnType]
 
 
