@@ -16,6 +16,9 @@ from fastssl.losses._loss import Loss
 from fastssl.losses._moments import variance_covariance
 
 
+_FEW = 64  # features, whose covariances cost no more than a few calls more would
+
+
 class VICRegLoss(Loss):
     """Variance, invariance and covariance of two views' embeddings.
 
@@ -34,7 +37,7 @@ class VICRegLoss(Loss):
              gather_distributed=False: statistics of each rank's own b rows, whose covariances have
              noise, and its square in the loss: decorrelated features of variance 1 still cost
              (D - 1) / (b - 1) a view, where the joined batch has (D - 1) / (W b - 1).
-    On a CPU of a small batch the gradient is made with the loss, and backward only multiplies.
+    On a CPU in one process the gradient of (B, D) is made with the loss, and backward only multiplies.
     Source   Bardes et al. 2022, VICReg, arXiv:2105.04906, equations 1 to 6.
     Differs  from lightly.loss.VICRegLoss, whose value and gradient it has in one process, and whose
              scale is the authors' own: gathers by default.  Other scales are other weights:
@@ -70,31 +73,60 @@ class VICRegLoss(Loss):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         group = self.process_group
-        if _ahead.fits(group, z_a, z_b, least=2) and _ahead.is_small(z_a):
-            return ahead(self._small, z_a, z_b)
+        if _ahead.fits(group, z_a, z_b, least=2):
+            return ahead(self._alone, z_a, z_b)
         check_batch(group, "B, ..., D", least=2, z_a=z_a, z_b=z_b)
         var_a, cov_a = variance_covariance(z_a, self.eps, group)
         var_b, cov_b = variance_covariance(z_b, self.eps, group)
         spread = self.mu_param / 2 * (var_a + var_b) + self.nu_param * (cov_a + cov_b)
         return self.lambda_param * invariance(z_a, z_b) + spread
 
-    def _small(self, views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
-        """Value and gradients of both views at once, through their covariances."""
-        c, difference = _ahead.centered(views), views[0] - views[1]
-        B, D = difference.shape
-        cov = torch.bmm(c.mT, c)
-        variances = cov.diagonal(dim1=1, dim2=2)
+    def _alone(self, views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+        """Value and gradients of one process."""
+        x, y = (z.to(accumulator(z.dtype)) for z in views)
+        difference, size = x - y, x.numel()
+        value = _ahead.square(difference).mul_(self.lambda_param / size)
+        gradients = []
+        for z, pull in (x, 2 * self.lambda_param / size), (y, -2 * self.lambda_param / size):
+            c = z - z.mean(0)
+            c.sub_(c.mean(0))  # what rounding left
+            spread = self._by_features if z.shape[1] <= max(len(z), _FEW) else self._by_rows
+            gradients.append(spread(c, value, difference, pull))
+        return value, gradients
+
+    def _by_features(self, c: Tensor, value: Tensor, difference: Tensor, pull: float) -> Tensor:
+        """The gradient of centered rows c, through their D x D covariances.
+
+        Their terms are added to the value, and pull times the difference to the gradient.
+        """
+        D, n = c.shape[1], c.shape[0] - 1
+        cov = torch.addmm(value, c.T, c, beta=0, alpha=1 / n)  # nothing is added: beta is 0
+        variances = cov.diagonal()
+        hinge = self._hinge(variances, value, n)
+        variances.zero_()
+        value.add_(_ahead.square(cov), alpha=self.nu_param / D)
+        cov.mul_(4 * self.nu_param / (D * n))
+        variances.copy_(hinge)
+        return torch.addmm(difference, c, cov, beta=pull)  # nothing through the mean: _moments.py
+
+    def _by_rows(self, c: Tensor, value: Tensor, difference: Tensor, pull: float) -> Tensor:
+        """The same through the B x B products of rows: see `_moments._ByPosition`."""
+        D, n = c.shape[1], c.shape[0] - 1
+        gram = torch.addmm(value, c, c.T, beta=0, alpha=1 / n)
+        variances = c.square().sum(0).div_(n)
+        hinge = self._hinge(variances, value, n)
+        value.add_(_ahead.square(gram) - _ahead.square(variances), alpha=self.nu_param / D)
+        weight = 4 * self.nu_param / (D * n)
+        dz = torch.addmm(difference, gram, c, beta=pull, alpha=weight)
+        return dz.addcmul_(c, hinge.sub_(variances, alpha=weight))
+
+    def _hinge(self, variances: Tensor, value: Tensor, n: int) -> Tensor:
+        """What the variances' term, which is added to the value, multiplies centered rows by."""
+        share = self.mu_param / (2 * variances.shape[0])
         deviations = (variances + self.eps).sqrt_()
         gaps = (1 - deviations).clamp_min_(0)
-        variances.zero_()
-        hinge = gaps.sum().mul_(self.mu_param / (2 * D))
-        value = hinge.add_(_ahead.square(cov), alpha=self.nu_param / D)
-        value.add_(_ahead.square(difference), alpha=self.lambda_param / (B * D))
-        cov.mul_(4 * self.nu_param / D)
-        variances.copy_(gaps.sign_().mul_(-self.mu_param / (2 * D)).div_(deviations))
-        dz = torch.bmm(c, cov).mul_((B - 1) ** -0.5)  # see _moments.py: nothing through the mean
-        difference.mul_(2 * self.lambda_param / (B * D))
-        return value, [dz[0].add_(difference), dz[1].sub_(difference)]
+        value.add_(gaps.sum(), alpha=share)
+        return gaps.sign_().mul_(-share / n).div_(deviations)
 
 
 def invariance(z_a: Tensor, z_b: Tensor) -> Tensor:
