@@ -25,7 +25,7 @@ from fastssl.kernels.pairwise import LINEAR, SAFE, Pairs, as_masks, lse_ahead
 Gradients = tuple[Tensor, Sequence[Tensor]]
 _PAIR, _SELF = as_masks(exclude_self_and_pair).key, as_masks(exclude_self).key
 _WIDE = torch.float32, torch.float64  # dtypes that are their own accumulator
-_SMALL = 1 << 17  # numbers of all views
+_NARROW = 64  # features, whose D x D products cost no more than a few calls
 _FEW = 256  # pairs whose scores are as soon worked on twice as weighed
 _LEAST = 1e-30  # of a share that has all its digits
 _TINY = torch.finfo(torch.float32).tiny  # in the place of a sum without a term
@@ -50,16 +50,15 @@ def fits(group: Group, *views: Tensor, axes: int = 2, least: int = 1) -> bool:
 
 
 def centered(views: Sequence[Tensor]) -> Tensor:
-    """(V, B, D): each of V views less its mean, over the root of B - 1."""
-    z = torch.stack(tuple(views))
-    c = z - z.mean(1, keepdim=True)
-    return c.sub_(c.mean(1, keepdim=True)).mul_((z.shape[1] - 1) ** -0.5)  # what rounding left
+    """(V, B, D): each of V views less its mean, in float32, or float64 for float64."""
+    c = torch.stack(tuple(views)).to(accumulator(views[0].dtype))
+    c.sub_(c.mean(1, keepdim=True))
+    return c.sub_(c.mean(1, keepdim=True))  # what rounding left
 
 
-def is_small(x: Tensor, views: int = 2) -> bool:
-    """Whether views like x (B, D) are best worked on at once, through their D x D products."""
-    few = x.ndim == 2 and views * x.numel() <= _SMALL and 1 < x.shape[1] <= len(x)
-    return few and x.dtype == accumulator(x.dtype)
+def has_few_features(x: Tensor) -> bool:
+    """Whether D x D products are cheaper than those of the rows of x (N, D)."""
+    return x.shape[1] <= max(x.shape[0], _NARROW)
 
 
 def square(x: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
-from fastssl.kernels.common import ahead, full_precision
-from fastssl.kernels.correlation import Standardized, standardized
+from fastssl.kernels.common import ahead
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_not_negative
 from fastssl.losses._loss import Loss
@@ -41,7 +40,7 @@ class BarlowTwinsLoss(Loss):
              float32; elsewhere they are float32.  The gradient errs by less than under autocast
              (`python -m fastssl.bench.precision`); float32 views have float32 products.
     Edges    A constant column stays finite: it becomes zeros, and adds (1 - 0)^2.
-    On a CPU of a small batch the gradient is made with the loss, and backward only multiplies.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Zbontar et al. 2021, Barlow Twins, arXiv:2103.03230, eq. 1 and algorithm 1.
     Differs  from lightly.loss.BarlowTwinsLoss, whose value and gradient it has in one process:
              gathers by default, and across ranks its statistics are the joined batch's, where
@@ -72,43 +71,63 @@ class BarlowTwinsLoss(Loss):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         group, plain = self.process_group, self.plan == "auto" and self.eps > 0
-        fits = plain and not self.unbiased and _ahead.fits(group, z_a, z_b, least=2)
-        if fits and _ahead.is_small(z_a):
-            loss = self._small(z_a, z_b)
-            if loss is not None:
-                return loss
+        if plain and _ahead.fits(group, z_a, z_b, least=2):
+            return ahead(self._alone, z_a, z_b)
         n = check_batch(group, least=2, z_a=z_a, z_b=z_b)
         a, b = (self._standardize(z) for z in (z_a, z_b))
         C = cross_correlation(a, b, plan=self.plan, process_group=group)
         return self._weigh(C.diagonal, C.off_diagonal_sq, n)
 
-    def _small(self, z_a: Tensor, z_b: Tensor) -> Tensor | None:
-        """The loss through the whole of C; None where means are large beside deviations."""
-        with full_precision(z_a.device):
-            first = standardized([z_a, z_b], self.eps)
-        fresh = [first]
+    def _alone(self, views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+        """Value and gradients of one process.
 
-        def run(views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
-            both = fresh.pop() if fresh else standardized(views, self.eps)
-            assert both is not None  # as it was the first time
-            return self._at_once(both)
+        With y = c / deviation the gradient to c is (dy - y mean(y dy)) / deviation; nothing goes
+        through the mean, as the columns of dy sum to zero when those of y do.
+        """
+        c = _ahead.centered(views)
+        n = c.shape[1] - self.unbiased
+        total = c.square().sum(1, keepdim=True).div_(n).add_(self.eps)
+        inverse = total.rsqrt().add_(total, alpha=0)  # nan of an infinite variance
+        by = self._by_features if _ahead.has_few_features(views[0]) else self._by_rows
+        return by(c, inverse, n)
 
-        return None if first is None else ahead(run, z_a, z_b)
-
-    def _at_once(self, both: Standardized) -> _ahead.Gradients:
-        a, b = both.y.chunk(2, dim=1)
-        N, D = a.shape
-        C = torch.mm(a.T, b).div_(N)
+    def _by_features(self, c: Tensor, inverse: Tensor, n: int) -> _ahead.Gradients:
+        """Through the D x D correlations C of centered views c (2, N, D), inverse (2, 1, D)."""
+        (a, b), (inverse_a, inverse_b), N = c.unbind(), inverse.unbind(), c.shape[1]
+        scales = inverse_a.T * inverse_b
+        C = torch.addmm(c[0, 0, 0], a.T, b, beta=0, alpha=1 / N).mul_(scales)
         diagonal = C.diagonal()
         gap = diagonal - 1
+        own = gap * diagonal
         diagonal.zero_()
-        value = _ahead.square(gap).add_(_ahead.square(C), alpha=self.lambda_param).mul_(self.scale)
-        C.mul_(2 * self.scale * self.lambda_param / N)
-        diagonal.copy_(gap.mul_(2 * self.scale / N))
-        dy = torch.empty_like(both.y)
-        torch.mm(b, C.T, out=dy[:, :D])
-        torch.mm(a, C, out=dy[:, D:])
-        return value, both.gradient(dy).split(D, dim=1)
+        squares = C.square()
+        others = torch.stack([squares.sum(1), squares.sum(0)])
+        value = _ahead.square(gap).add_(others[0].sum(), alpha=self.lambda_param).mul_(self.scale)
+        own = others.mul_(self.lambda_param).add_(own).mul_(-2 * self.scale / n)  # - y dy
+        own = inverse.square_().squeeze(1).mul_(own)
+        C.mul_(self.lambda_param)
+        diagonal.copy_(gap)
+        C.mul_(scales)
+        options = {"beta": 0, "alpha": 2 * self.scale / N}
+        da = torch.addmm(value, b, C.T, **options).addcmul_(a, own[0])
+        return value, (da, torch.addmm(value, a, C, **options).addcmul_(b, own[1]))
+
+    def _by_rows(self, c: Tensor, inverse: Tensor, n: int) -> _ahead.Gradients:
+        """The same through the N x N products of rows: |C|^2 is the sum of both views' products."""
+        y, N = c.mul_(inverse), c.shape[1]
+        (a, b), (gram_a, gram_b) = y.unbind(), torch.bmm(y, y.mT).unbind()
+        diagonal = (a * b).sum(0).div_(N)
+        gap = diagonal - 1
+        off = (gram_a * gram_b).sum().div_(N * N).sub_(_ahead.square(diagonal))
+        value = _ahead.square(gap).add_(off, alpha=self.lambda_param).mul_(self.scale)
+        gap.sub_(diagonal, alpha=self.lambda_param).mul_(2 * self.scale / N)
+        weight = 2 * self.scale * self.lambda_param / N**2
+        gradients = []
+        for mine, other, gram, scale in zip((a, b), (b, a), (gram_b, gram_a), inverse, strict=True):
+            dy = torch.addmm(value, gram, mine, beta=0, alpha=weight).addcmul_(other, gap)
+            own = (dy * mine).sum(0).div_(n)
+            gradients.append(dy.addcmul_(mine, own, value=-1).mul_(scale))
+        return value, gradients
 
     def _standardize(self, z: Tensor) -> Tensor:
         options = {"unbiased": self.unbiased, "process_group": self.process_group}

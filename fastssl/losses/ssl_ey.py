@@ -35,7 +35,7 @@ class SSLEYLoss(Loss):
     Ranks    covariances are the joined batch's, and so is the mean over ranks of value and
              gradient.  gather_distributed=False: each rank's own covariances; the noise of few rows
              is squared in the loss, which then wants smaller embeddings than the joined batch's.
-    On a CPU of a small batch the gradient is made with the loss, and backward only multiplies.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Chapman, Wells & Lawry Aguila 2023, arXiv:2310.01012 (the EY loss, with the A
              and B of multiview CCA); for two views as in the authors' own code.
 
@@ -54,8 +54,8 @@ class SSLEYLoss(Loss):
         group = self.process_group
         if len(views) < 2:
             raise ValueError(f"views must be at least 2, got {len(views)}")
-        if _ahead.fits(group, *views, least=2) and _ahead.is_small(views[0], len(views)):
-            return ahead(_small, *views)
+        if _ahead.fits(group, *views, least=2):
+            return ahead(_alone, *views)
         named: dict[str, Any] = {f"views[{i}]": z for i, z in enumerate(views)}
         n = check_batch(group, least=2, **named)
         scale = covariance_scale(views[0], n)
@@ -67,14 +67,17 @@ class SSLEYLoss(Loss):
         return within * unit**2 - between * (2 * unit * world_size(group))
 
 
-def _small(views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
-    """Value and gradients through the D x D covariance, all views at once."""
+def _alone(views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+    """Value and gradients of one process, all views at once."""
     c = _ahead.centered(views)
-    rows, total = c.flatten(0, 1), c.sum(0)
-    within = rows.T @ rows
-    square, between, own = (_ahead.square(x) for x in (within, total, rows))
-    dz = (rows @ within).add_(rows).view_as(c).sub_(total).mul_(4 * (len(total) - 1) ** -0.5)
-    return square.sub_(between - own, alpha=2), dz.unbind()
+    rows, total, n = c.flatten(0, 1), c.sum(0), c.shape[1] - 1
+    few = _ahead.has_few_features(rows)  # else by products of rows, of the same squares
+    pair = (rows.T, rows) if few else (rows, rows.T)
+    product = torch.addmm(c[0, 0, 0], *pair, beta=0, alpha=1 / n)  # nothing is added: beta is 0
+    square, between, own = (_ahead.square(x) for x in (product, total, rows))
+    value = square.sub_(between - own, alpha=2 / n)
+    dz = torch.mm(rows, product) if few else torch.mm(product, rows)
+    return value, dz.add_(rows).view_as(c).sub_(total).mul_(4 / n).unbind()
 
 
 class _Between(FirstOrder):

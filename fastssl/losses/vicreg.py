@@ -16,9 +16,6 @@ from fastssl.losses._loss import Loss
 from fastssl.losses._moments import variance_covariance
 
 
-_FEW = 64  # features, whose covariances cost no more than a few calls more would
-
-
 class VICRegLoss(Loss):
     """Variance, invariance and covariance of two views' embeddings.
 
@@ -37,7 +34,8 @@ class VICRegLoss(Loss):
              gather_distributed=False: statistics of each rank's own b rows, whose covariances have
              noise, and its square in the loss: decorrelated features of variance 1 still cost
              (D - 1) / (b - 1) a view, where the joined batch has (D - 1) / (W b - 1).
-    On a CPU in one process the gradient of (B, D) is made with the loss, and backward only multiplies.
+    On a CPU in one process, without middle axes, the gradient is made with the loss, and backward
+             only multiplies.
     Source   Bardes et al. 2022, VICReg, arXiv:2105.04906, equations 1 to 6.
     Differs  from lightly.loss.VICRegLoss, whose value and gradient it has in one process, and whose
              scale is the authors' own: gathers by default.  Other scales are other weights:
@@ -90,7 +88,7 @@ class VICRegLoss(Loss):
         for z, pull in (x, 2 * self.lambda_param / size), (y, -2 * self.lambda_param / size):
             c = z - z.mean(0)
             c.sub_(c.mean(0))  # what rounding left
-            spread = self._by_features if z.shape[1] <= max(len(z), _FEW) else self._by_rows
+            spread = self._by_features if _ahead.has_few_features(z) else self._by_rows
             gradients.append(spread(c, value, difference, pull))
         return value, gradients
 

@@ -3,13 +3,11 @@
 from .correlation import Correlation, correlation_plan, cross_correlation, frobenius_sq
 from .mixed import Mixed, mixed_correlation
 from .moments import Moments, column_moments, cross_diagonal, standardize
-from .moments_torch import Standardized, standardized
 
 __all__ = [
     "Correlation",
     "Mixed",
     "Moments",
-    "Standardized",
     "column_moments",
     "correlation_plan",
     "cross_correlation",
@@ -17,5 +15,4 @@ __all__ = [
     "frobenius_sq",
     "mixed_correlation",
     "standardize",
-    "standardized",
 ]

@@ -10,9 +10,6 @@ which costs |mean| / std roundings.  Where they are more than FAR, it runs on di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -87,30 +84,6 @@ def standardize(z: Tensor, eps: float, unbiased: bool) -> Tensor:
 def _batch_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The result; mean and 1 / sqrt(var + eps), which is 0 where that is 1 / 0."""
     return torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
-
-
-class Standardized(NamedTuple):
-    """Columns of x, as y with mean 0 and variance 1, and what the gradient needs."""
-
-    x: Tensor
-    y: Tensor
-    mean: Tensor
-    inv_std: Tensor
-    eps: float
-
-    def gradient(self, dy: Tensor) -> Tensor:
-        """dx of dy."""
-        args = dy, self.x, None, None, None, self.mean, self.inv_std, True, self.eps
-        dx, _, _ = torch.ops.aten.native_batch_norm_backward(*args, [True, False, False])
-        return dx
-
-
-def standardized(views: Sequence[Tensor], eps: float) -> Standardized | None:
-    """The views' columns side by side; None where a mean is more than FAR deviations.  On a CPU."""
-    x = torch.cat([view.detach() for view in views], dim=1)
-    made = Standardized(x, *_batch_norm(x, eps), eps)
-    far = torch.linalg.vector_norm(made.mean * made.inv_std, torch.inf)
-    return made if far.item() <= FAR else None
 
 
 def apply(

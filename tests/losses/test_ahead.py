@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastssl.kernels.common.chunks import CHUNK_BYTES
-from fastssl.kernels.correlation import standardized
 from fastssl.kernels.pairwise import lse_torch
 from fastssl.losses import (
     BarlowTwinsLoss,
@@ -95,11 +94,6 @@ def test_a_gradient_may_be_asked_for_again_and_of_one_view(name):
     torch.testing.assert_close(alone, first[1])
     with torch.no_grad():
         assert torch.isclose(ours(a, b, *numbers), loss)
-
-
-def test_columns_far_from_zero_are_not_standardized_in_one_pass():
-    a, b = views(36, 6)
-    assert standardized([a, b], 1e-5) is not None and standardized([a, b + 9], 1e-5) is None
 
 
 @pytest.mark.parametrize("way", WAYS[:2])

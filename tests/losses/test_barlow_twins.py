@@ -172,7 +172,7 @@ def test_laws():
 
 def test_makes_no_matrix_of_features_when_the_batch_is_smaller():
     a, b = (z.requires_grad_() for z in views(16, 512))
-    assert largest_tensor(lambda: BarlowTwinsLoss()(a, b).backward()) == 16 * 512
+    assert largest_tensor(lambda: BarlowTwinsLoss()(a, b).backward()) <= 2 * 16 * 512
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,6 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("float(grad) == 1", "float(grad) == 3"),
         ("ctx.made or ctx.run", "ctx.made and ctx.run"),
     ],
-    "kernels/correlation/moments_torch.standardized": [("<= FAR", "<= 1e9")],
     "kernels/correlation/moments_triton._measure": [
         ("k += 1.0", "k += 2.0"),
         ("1.0 - 1.0 / k", "1.0"),
