@@ -91,6 +91,8 @@ def _polar(x: Tensor) -> tuple[Tensor, Tensor]:
     wide, by_rows = x.double(), x.shape[-2] <= x.shape[-1]
     gram = wide @ wide.mT if by_rows else wide.mT @ wide
     norm, root = _inverse_root(gram, _resolved(x.dtype, max(x.shape[-2:])))
+    if x.ndim == 2:  # many directions, far apart in size: sums of float32 would be rounding
+        return norm, (root @ wide if by_rows else wide @ root).to(x.dtype)
     root = root.to(x.dtype)
     return norm, root @ x if by_rows else x @ root
 
