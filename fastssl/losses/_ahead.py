@@ -78,7 +78,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor | None:
 
     def run(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
         wide, norms = fresh.pop() if fresh else _with_norms(*tensors)
-        y = wide / norms
+        y = wide.div_(norms)
         value, g = made(y, temperature, tensors[0].dtype, any(need))
         if any(need):
             g.addcmul_(y, (g * y).sum(1, keepdim=True), value=-1).div_(norms)

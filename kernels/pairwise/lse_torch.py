@@ -313,7 +313,10 @@ def _weigh_tile(tile: _Tile, row: Tensor | None, col: Tensor | None, flat: bool)
         return tile.e.mul_(factor(col))
     if col is None:
         return tile.e.mul_(factor(row)[:, None])
-    return tile.e.mul_(factor(row)[:, None] + factor(col))
+    rows, cols = factor(row), factor(col)
+    for i in spans(len(rows), -(-len(rows) // 4)):  # or the sums would be a second tile
+        tile.e[i].mul_(rows[i, None] + cols)
+    return tile.e
 
 
 def ahead(
