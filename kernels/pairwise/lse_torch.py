@@ -314,7 +314,7 @@ def _weigh_tile(tile: _Tile, row: Tensor | None, col: Tensor | None, flat: bool)
     if col is None:
         return tile.e.mul_(factor(row)[:, None])
     rows, cols = factor(row), factor(col)
-    for i in spans(len(rows), -(-len(rows) // 4)):  # or the sums would be a second tile
+    for i in spans(len(rows), -(-len(rows) // 2)):  # or the sums would be a second tile
         tile.e[i].mul_(rows[i, None] + cols)
     return tile.e
 

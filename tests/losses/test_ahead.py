@@ -1,4 +1,6 @@
-"""Losses of one process on a CPU by every way they may go: whole, by tiles, and as across ranks."""
+"""Losses of one process on a CPU by every way they may go: whole, in parts, and as across ranks."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -45,12 +47,18 @@ STATISTICS = {
         lambda a, b: mmcr_reference(a.unflatten(0, (-1, 3)), b.unflatten(0, (-1, 3)), 0.3),
     ),
 }
-WAYS = ("whole", "tiles", "forgotten", "apart")
+MMCR = partial(mmcr_reference, lmda=0.0)
+WAYS = ("few", "whole", "tiles", "forgotten", "apart")
 
 
 def take(way, monkeypatch):
-    """whole: all scores at once; tiles: of 16 by 16, kept for the gradient; forgotten: made again;
-    apart: as across ranks, with autograd."""
+    """few: as so few are by themselves; whole: all scores at once; tiles: of 16 by 16, kept for the
+    gradient; forgotten: made again; rows: by their products; apart: as across ranks, with autograd.
+    """
+    if way == "whole":
+        monkeypatch.setattr(_ahead, "_FEW", 0)
+    if way == "rows":
+        monkeypatch.setattr(_ahead, "has_few_features", lambda x: False)
     if way in ("tiles", "forgotten"):
         monkeypatch.setitem(CHUNK_BYTES, "cpu", 1024)
         monkeypatch.setattr(lse_torch, "KEPT_BYTES", 1 << 20 if way == "tiles" else 2500)
@@ -69,7 +77,7 @@ def test_every_way_has_the_formula(name, way, monkeypatch):
     assert_no_worse(ours, formula, (a, b, *numbers))
 
 
-@pytest.mark.parametrize("way", ("whole", "apart"))
+@pytest.mark.parametrize("way", ("few", "rows", "apart"))
 @pytest.mark.parametrize("name", STATISTICS)
 def test_every_way_has_the_statistics(name, way, monkeypatch):
     take(way, monkeypatch)
@@ -94,9 +102,60 @@ def test_a_gradient_may_be_asked_for_again_and_of_one_view(name):
     torch.testing.assert_close(alone, first[1])
     with torch.no_grad():
         assert torch.isclose(ours(a, b, *numbers), loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isclose(ours(a, b, *numbers), loss)
 
 
-@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("name", [*PAIRS, *STATISTICS])
+def test_views_that_do_not_fit_are_refused(name):
+    ours, _, *rest = (PAIRS | STATISTICS)[name]
+    a, b = views(36, 6)
+    one = 3 if name == "mmcr" else 1  # rows of one image
+    single = [] if name in PAIRS else [(a[:one], b[:one])]
+    flat = a.flatten(), b.flatten()
+    for x, y in ((a, b[:33]), (a, b.double()), (a.long(), b.long()), flat, *single):
+        with pytest.raises(ValueError, match="must (both )?(be|share|have)"):
+            ours(x, y, *(rest[0] if rest else ()))
+
+
+@pytest.mark.parametrize("name", ["vicreg", "ssl-ey"])
+def test_float16_apart_has_the_value(name, monkeypatch):
+    take("apart", monkeypatch)
+    ours, formula = STATISTICS[name]
+    halves = [z.half() for z in views(36, 6)]
+    want = formula(*(z.float() for z in halves))
+    torch.testing.assert_close(ours(*halves), want, rtol=1e-3, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("way", ["few", "apart"])
+@pytest.mark.parametrize("name", ["vicreg", "ssl-ey", "barlow"])
+def test_means_far_from_zero_cost_no_digits(name, way, monkeypatch):
+    take(way, monkeypatch)
+    near = [(1024 * z).round() / 1024 for z in views(37, 6)]
+    far = [z + 4096 for z in near]  # exactly
+    ours = STATISTICS[name][0]
+    torch.testing.assert_close(grads(ours, far)[1:], grads(ours, near)[1:], rtol=0, atol=1e-6)
+
+
+def test_unbiased_and_infinite_variances_of_barlow_twins():
+    def formula(*z):
+        a, b = ((x - x.mean(0)) / (x.var(0) + 1e-5).sqrt() for x in z)
+        C = a.T @ b / len(a)
+        return (C.diagonal() - 1).square().sum() + 0.02 * (C - C.diagonal().diag()).square().sum()
+
+    a, b = views(36, 6)
+    assert_no_worse(BarlowTwinsLoss(0.02, unbiased=True), formula, (a, b))
+    a[:, 1] *= 1e25
+    assert BarlowTwinsLoss()(a, b).isnan()
+
+
+def test_directions_of_all_sizes_keep_their_digits():
+    a, b = views(48, 48)  # a square of centroids has some that are nearly nothing
+    ours, formula = ((lambda *z, f=f: f(*(x[:, None] for x in z))) for f in (MMCRLoss(0.0), MMCR))
+    assert_no_worse(ours, formula, (a, b))
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
 @pytest.mark.parametrize("name", ["ntxent", "clip", "siglip"])
 def test_one_pair_and_what_is_not_finite(name, way, monkeypatch):
     take(way, monkeypatch)
@@ -107,3 +166,4 @@ def test_one_pair_and_what_is_not_finite(name, way, monkeypatch):
     assert all(x.isfinite().all() for x in grads(ours, [a, b, *numbers]))
     a[3, 2] = torch.nan
     assert ours(a, b, *numbers).isnan()
+    assert ours(a, b, *(0 * number for number in numbers)).isnan()

@@ -255,10 +255,11 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("self.places != (-1,)", "self.places == ()"),
     ],
     "kernels/common/autograd._Ahead": [
-        ("g if dtype else None for g", "g if True else None for g"),
         ("float(grad) == 1", "float(grad) == 3"),
-        ("ctx.made or ctx.run", "ctx.made and ctx.run"),
+        ("made is None or torch.is_grad_enabled()", "made is None"),
+        ('not torch.is_autocast_enabled("cpu")', "True"),
     ],
+    "kernels/common/autograd._multiply": [("g.mul_(grad) if n else None", "g.mul_(grad)")],
     "kernels/correlation/moments_triton._measure": [
         ("k += 1.0", "k += 2.0"),
         ("1.0 - 1.0 / k", "1.0"),

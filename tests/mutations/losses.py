@@ -105,30 +105,70 @@ MUTATIONS = {
     ],
     "losses/_ahead._siglip": [
         ("matches.neg_()", "matches.clone()"),
-        ("w.sum().div_(len(x))", "w.sum()"),
-        ("u.mul_(scale)", "u"),
+        ("w.sum().div_(B)", "w.sum()"),
+        ("u.mul_(factor)", "u"),
+        ("if factor else", "if True else"),
     ],
-    "losses/_ahead.centered": [("z.shape[1] - 1", "z.shape[1]")],
-    "losses/vicreg._small": [
-        ("self.mu_param / (2 * D)", "self.mu_param / D"),
+    "losses/_ahead.fits": [
+        ("x.shape != shape", "False"),
+        ("x.dtype != dtype", "False"),
+        ("not dtype.is_floating_point", "False"),
+        ("shape[0] < least", "False"),
+        ("len(shape) != axes", "False"),
+    ],
+    "losses/_ahead.centered": [("return c.sub_(c.mean", "return c.sub_(0 * c.mean")],
+    "losses/_ahead._few_clip": [
+        (">= _LEAST", ">= 0"),
+        ("rows.sum(1), cols.sum(0)", "cols.sum(0), rows.sum(1)"),
+        ("row_line.sub_(", "row_line.add_("),
+        ("col_line.zero_()", "col_line.clone()"),
+        ("w.T, x, beta=0", "w, x, beta=0"),
+        (".div_(factor)", ".mul_(factor)"),
+    ],
+    "losses/vicreg._alone": [("c.sub_(c.mean(0))", "pass")],
+    "losses/vicreg._by_features": [
+        ("beta=pull", "beta=-pull"),
+        ("variances.zero_()", "variances.clone()"),
+        ("4 * self.nu_param", "2 * self.nu_param"),
+    ],
+    "losses/vicreg._by_rows": [
+        ("gram) - _ahead.square", "gram) + _ahead.square"),
+        ("hinge.sub_(variances", "hinge.add_(variances"),
+        ("beta=pull", "beta=-pull"),
+    ],
+    "losses/vicreg._hinge": [
         ("gaps.sign_()", "gaps"),
-        ("dz[1].sub_(difference)", "dz[1].add_(difference)"),
-        ("4 * self.nu_param / D", "2 * self.nu_param / D"),
+        ("mul_(-share", "mul_(share"),
+        ("/ (2 * variances", "/ (1 * variances"),
     ],
-    "losses/ssl_ey._small": [
+    "losses/ssl_ey._alone": [
         (".add_(rows)", ""),
         ("between - own", "between + own"),
-        ("mul_(4 *", "mul_(2 *"),
+        ("mul_(4 / n)", "mul_(2 / n)"),
+        ("(rows, rows.T)", "(rows.T, rows)"),
     ],
+    "losses/mmcr._polar": [("x.ndim == 2", "False")],
     "losses/mmcr._alone": [
         ("alpha=1 / z.shape[1]", "alpha=1 / z.shape[0]"),
         ("self.lmda / len(z)", "self.lmda"),
         (".sub_(spread)", ".add_(spread)"),
     ],
-    "losses/barlow_twins._at_once": [
-        ("torch.mm(b, C.T", "torch.mm(b, C"),
-        ("gap.mul_(2 * self.scale / N)", "gap.mul_(2 / N)"),
-        ("2 * self.scale * self.lambda_param / N", "self.scale * self.lambda_param / N"),
+    "losses/barlow_twins._alone": [
+        ("- self.unbiased", ""),
+        (".add_(total, alpha=0)", ""),
+    ],
+    "losses/barlow_twins._by_features": [
+        ("own = gap * diagonal", "own = gap.clone()"),
+        ("squares.sum(1), squares.sum(0)", "squares.sum(0), squares.sum(1)"),
+        ("mul_(-2 * self.scale", "mul_(2 * self.scale"),
+        ("diagonal.copy_(gap)", "diagonal.clone()"),
+        ("a, C, **options", "a, C.T, **options"),
+    ],
+    "losses/barlow_twins._by_rows": [
+        ("gap.sub_(diagonal,", "gap.add_(diagonal,"),
+        ("(gram_b, gram_a)", "(gram_a, gram_b)"),
+        ("own, value=-1)", "own, value=1)"),
+        (".sub_(_ahead.square(diagonal))", ""),
     ],
     "losses/__init__.*": [("from .barlow", "import torch._dynamo\nfrom .barlow")],  # fault 19
     # fault 35: numbers at the edge
