@@ -90,15 +90,27 @@ def _weigh(
     tl.store(W + at, w.to(W.dtype.element_ty), inside)
 
 
-def _strips(pairs: Pairs) -> Iterator[tuple[slice, list[slice]]]:
-    """Strips of rows, each with the blocks of keys it meets; of symmetric scores from itself on."""
-    M, N = len(pairs.q), len(pairs.k)
-    area = BLOCK_BYTES // 4
-    C = min(N, max(1, math.isqrt(2 * area)))
-    for i in spans(M, max(1, min(M, area // C))):
-        start = i.stop if pairs.same else 0
+def strips(M: int, N: int, same: bool, area: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Strips of rows, each with the blocks of keys it meets; of symmetric scores from itself on.
+
+    area: the most pairs of a block.  Sides are even, so that rows of a block begin where the widest
+    loads do.
+    """
+    C = min(N, _even(math.isqrt(2 * area)))
+    for i in spans(M, min(M, _even(area // C))):
+        start = i.stop if same else 0
         rest = [slice(start + j.start, start + j.stop) for j in spans(N - start, C)]
-        yield i, [i, *rest] if pairs.same else rest
+        yield i, [i, *rest] if same else rest
+
+
+def _even(side: int) -> int:
+    """At most that, and a multiple of 128 where it is as long."""
+    return max(1, side - side % 128 if side > 128 else side)
+
+
+def _blocks(pairs: Pairs) -> Iterator[tuple[slice, list[slice]]]:
+    """`strips` of float32 scores."""
+    return strips(len(pairs.q), len(pairs.k), pairs.same, BLOCK_BYTES // 4)
 
 
 class _Pass:
@@ -125,7 +137,7 @@ def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
     summary, M, N = _Pass(SUMMARIZE, pairs), len(pairs.q), len(pairs.k)
     rows = _none(M, summary.scale)
     cols = rows if pairs.same else _none(N if both else 0, summary.scale)
-    for i, keys in _strips(pairs):
+    for i, keys in _blocks(pairs):
         R = i.stop - i.start
         first = i.stop if pairs.same else 0  # columns whose sums this strip adds to
         counts = [summary.blocks(R, j.stop - j.start) for j in keys]
@@ -170,7 +182,7 @@ def gradients(
     u = weighing.scale.new_zeros(q.shape if need_q or need_scale or same else 0)
     dk = weighing.scale.new_zeros(k.shape if need_k and not same else 0)
     dbias = weighing.scale.new_zeros(len(k) if need_bias else 0)
-    for i, keys in _strips(pairs):
+    for i, keys in _blocks(pairs):
         x = (q[i] * scale[i, None]).to(q.dtype) if scale.ndim and dk.numel() else q[i]
         for j in keys:
             s = product(q[i], k[j].T)
