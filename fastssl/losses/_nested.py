@@ -30,6 +30,7 @@ from fastssl.kernels.common import ahead, spans, square_tile
 from fastssl.kernels.pairwise import LINEAR, SAFE, as_number
 from fastssl.losses._ahead import Gradients, fits
 from fastssl.losses._checks import check_batch
+from fastssl.losses._nested_pairs import Prefixes, clip, fits_pairs, nt_xent
 from fastssl.losses.clip import CLIPLoss
 from fastssl.losses.ntxent import NTXentLoss
 
@@ -49,13 +50,21 @@ def nested_loss(
 
     normalize: whether CLIP's prefixes are made one long; NT-Xent's are in any case.
     """
-    if type(loss) not in (NTXentLoss, CLIPLoss) or len(dims) < 2 or torch.compiler.is_compiling():
+    if type(loss) not in (NTXentLoss, CLIPLoss) or len(dims) < 2:
         return None
     try:
         given = signature(loss.forward).bind(*inputs, **named).arguments
     except TypeError:  # by other names, or wrong: the loss itself will say
         return None
     first, second, *rest = given.values()
+    if isinstance(loss, CLIPLoss) and (rest[1:] or isinstance(rest[0], Tensor) and rest[0].ndim):
+        return None
+    if isinstance(loss, NTXentLoss) and loss.memory_bank is not None:
+        return None
+    if fits_pairs(loss, first, second):
+        if isinstance(loss, NTXentLoss):
+            return nt_xent(loss, Prefixes(dims, weights, True), first, second)
+        return clip(loss, Prefixes(dims, weights, normalize), first, second, *rest)
     if not all(_is_plain(x) and fits(loss.process_group, x) for x in (first, second)):
         return None
     if isinstance(loss, NTXentLoss):
@@ -105,7 +114,7 @@ def _nt_xent(
     t, n, side = loss.temperature, 2 * len(out0), square_tile(out0, len(dims)) // 2 * 2
     size = len(dims) * n * (n + side) // 2 * out0.element_size()
     known = isinstance(t, float | int) and abs(1 / t) <= SAFE  # a tensor may want its gradient
-    if loss.memory_bank is not None or not known or size > KEPT_BYTES:
+    if not known or size > KEPT_BYTES:
         return None
     prefixes = _Prefixes(dims, weights, out0)
     fresh = [_Views(prefixes, out0, out1, t)]
@@ -224,10 +233,7 @@ def _clip(
     x: Tensor,
     t: Tensor,
     logit_scale: float | Tensor,
-    *rest: Any,
 ) -> Tensor | None:
-    if rest or isinstance(logit_scale, Tensor) and logit_scale.ndim:
-        return None
     B = check_batch(LOCAL, image_features=x, text_features=t)
     scale, longest = as_number("logit_scale", logit_scale, x), slice(0, prefixes.parts[-1].stop)
     most, fresh = abs(float(scale.detach())), []

@@ -12,6 +12,7 @@ from .masks import (
     exclude_self_and_pair,
     same_group,
 )
+from .nested import nested_matches, pairwise_lse_nested, takes_nested
 from .sigmoid import pairwise_sigmoid, pairwise_sigmoid_grads
 from .sigmoid_torch import LINEAR
 from .sigmoid_torch import Need as SigmoidNeed
@@ -34,10 +35,13 @@ __all__ = [
     "exclude_self",
     "exclude_self_and_pair",
     "lse_ahead",
+    "nested_matches",
     "pairwise_lse",
+    "pairwise_lse_nested",
     "pairwise_lse_reference",
     "pairwise_sigmoid",
     "pairwise_sigmoid_grads",
     "pairwise_topk",
     "same_group",
+    "takes_nested",
 ]

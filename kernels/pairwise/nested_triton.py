@@ -39,28 +39,32 @@ from .scores_triton import LEAST, SPREAD, folded, fp16_scale, join, scored, summ
 
 
 @triton.jit
-def _end(p, ENDS: tl.constexpr):
-    """ENDS[p] of a p that is not constant."""
-    end = 0
+def _steps(ENDS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """How many blocks of features the prefixes add, each beginning with a block of its own."""
+    steps = 0
     for t in tl.static_range(1, len(ENDS)):  # pyright: ignore
-        end = tl.where(p == t, ENDS[t], end)
-    return end
+        steps += (ENDS[t] - ENDS[t - 1] + BLOCK_D - 1) // BLOCK_D
+    return steps
 
 
 @triton.jit
-def _grown(
-    s, X, Y, S, inside, p, ENDS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Products s (R, C) of prefix p, of those of the one before; where S is given it has them."""
-    if S is not None:
-        s = tl.load(S, inside, 0.0)
-    else:
-        d, stop = tl.arange(0, BLOCK_D)[None, :], _end(p + 1, ENDS)
-        for start in range(_end(p, ENDS), stop, BLOCK_D):
-            ok = start + d < stop
-            a, b = tl.load(X + start + d, ok, 0.0), tl.load(Y + start + d, ok, 0.0)
-            s = dot(a, b.T, s, PRECISION)
-    return s
+def _place(step, ENDS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The prefix that a step belongs to, the step's first feature, and where the prefix ends."""
+    p, first, stop, steps = 0, ENDS[0], ENDS[1], 0
+    for t in tl.static_range(1, len(ENDS) - 1):  # pyright: ignore
+        steps += (ENDS[t] - ENDS[t - 1] + BLOCK_D - 1) // BLOCK_D
+        p = tl.where(step >= steps, t, p)
+        first = tl.where(step >= steps, ENDS[t] - steps * BLOCK_D, first)
+        stop = tl.where(step >= steps, ENDS[t + 1], stop)
+    return p, first + step * BLOCK_D, stop
+
+
+@triton.jit
+def _grown(s, X, Y, start, stop, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Products s (R, C) with those of a block of features from start on, before stop."""
+    d = start + tl.arange(0, BLOCK_D)[None, :]
+    a, b = tl.load(X + d, d < stop, 0.0), tl.load(Y + d, d < stop, 0.0)
+    return dot(a, b.T, s, PRECISION)
 
 
 @triton.jit
@@ -82,15 +86,6 @@ def _is_full(R, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Whether all of this program's tile lies inside of R rows and C columns."""
     rows, cols = (tl.program_id(0) + 1) * BLOCK_M, (tl.program_id(1) + 1) * BLOCK_N
     return (rows <= R) & (cols <= C)
-
-
-@triton.jit
-def _plus(S, at, offset):
-    """Where the products are read, if they are given."""
-    if S is None:
-        return None
-    else:
-        return S + offset + at
 
 
 @triton.jit
@@ -147,22 +142,27 @@ def _summarize(
     if COLS is not None:
         COLS += tl.program_id(0).to(tl.int64) * 2 * P * C
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for p in range(P):
-        s = _grown(s, X, Y, _plus(S, at, p * size), inside, p, ENDS, PRECISION, BLOCK_D)
-        c = s * tl.load(A_X + p * M + x)[:, None] * tl.load(A_Y + p * N + y)[None, :]
-        z = scored(
-            c, x, y, inside, whole, SCALE, None, X_IDS, Y_IDS, M, N, RULES, PLACES, False, False,
-        )  # fmt: skip
-        m_x = tl.maximum(tl.max(z, 1), LEAST)
-        if COLS is None:
-            l_x = tl.sum(tl.exp2(z - m_x[:, None]), 1)
+    for step in range(_steps(ENDS, BLOCK_D)):  # one loop, so that loads run ahead of the scores
+        p, start, stop = _place(step, ENDS, BLOCK_D)
+        if S is None:
+            s = _grown(s, X, Y, start, stop, PRECISION, BLOCK_D)
         else:
-            m_y = tl.maximum(tl.max(z, 0), LEAST)
-            l_x, l_y = _totals(z, m_x, m_y)
-            tl.store(COLS + p * C + j, m_y, j < mirrored)
-            tl.store(COLS + (P + p) * C + j, l_y, j < mirrored)
-        tl.store(ROWS + p * R + i, m_x, i < R)
-        tl.store(ROWS + (P + p) * R + i, l_x, i < R)
+            s = tl.load(S + p * size + at, inside, 0.0)
+        if start + BLOCK_D >= stop:
+            c = s * tl.load(A_X + p * M + x)[:, None] * tl.load(A_Y + p * N + y)[None, :]
+            z = scored(
+                c, x, y, inside, whole, SCALE, None, X_IDS, Y_IDS, M, N, RULES, PLACES, False, False,
+            )  # fmt: skip
+            m_x = tl.maximum(tl.max(z, 1), LEAST)
+            if COLS is None:
+                l_x = tl.sum(tl.exp2(z - m_x[:, None]), 1)
+            else:
+                m_y = tl.maximum(tl.max(z, 0), LEAST)
+                l_x, l_y = _totals(z, m_x, m_y)
+                tl.store(COLS + p * C + j, m_y, j < mirrored)
+                tl.store(COLS + (P + p) * C + j, l_y, j < mirrored)
+            tl.store(ROWS + p * R + i, m_x, i < R)
+            tl.store(ROWS + (P + p) * R + i, l_x, i < R)
 
 
 @triton.jit
@@ -185,24 +185,29 @@ def _weigh(
     ROWS += tl.program_id(1).to(tl.int64) * P * R
     COLS += tl.program_id(0).to(tl.int64) * P * C
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for p in range(P):
-        s = _grown(s, X, Y, _plus(S, at, p * size), inside, p, ENDS, PRECISION, BLOCK_D)
-        row, col = X_SIDE + (p * M + x) * 3, Y_SIDE + (p * N + y) * 3
-        a_x, a_y = tl.load(row), tl.load(col)
-        z = scored(
-            s * a_x[:, None] * a_y[None, :], x, y, inside, whole, SCALE, None, X_IDS, Y_IDS, M, N,
-            RULES, PLACES, False, False,
-        )  # fmt: skip
-        m_x, w_x = tl.load(row + 1), tl.load(row + 2)
-        if ONE_SIDED:
-            w = tl.exp2(z - m_x[:, None]) * w_x[:, None]
+    for step in range(_steps(ENDS, BLOCK_D)):  # one loop, so that loads run ahead of the scores
+        p, start, stop = _place(step, ENDS, BLOCK_D)
+        if S is None:
+            s = _grown(s, X, Y, start, stop, PRECISION, BLOCK_D)
         else:
-            w = _weighed(z, m_x, w_x, tl.load(col + 1), tl.load(col + 2))
-        tl.store(ROWS + p * R + i, tl.sum(w * s * a_y[None, :], 1) * a_x, i < R)
-        tl.store(COLS + p * C + j, tl.sum(w * s * a_x[:, None], 0) * a_y, j < C)
-        if FP16_SCALE is not None:
-            w *= 1 / tl.load(FP16_SCALE)
-        tl.store(W + at + p * size, w.to(W.dtype.element_ty), inside)
+            s = tl.load(S + p * size + at, inside, 0.0)
+        if start + BLOCK_D >= stop:
+            row, col = X_SIDE + (p * M + x) * 3, Y_SIDE + (p * N + y) * 3
+            a_x, a_y = tl.load(row), tl.load(col)
+            z = scored(
+                s * a_x[:, None] * a_y[None, :], x, y, inside, whole, SCALE, None, X_IDS, Y_IDS, M, N,
+                RULES, PLACES, False, False,
+            )  # fmt: skip
+            m_x, w_x = tl.load(row + 1), tl.load(row + 2)
+            if ONE_SIDED:
+                w = tl.exp2(z - m_x[:, None]) * w_x[:, None]
+            else:
+                w = _weighed(z, m_x, w_x, tl.load(col + 1), tl.load(col + 2))
+            tl.store(ROWS + p * R + i, tl.sum(w * s * a_y[None, :], 1) * a_x, i < R)
+            tl.store(COLS + p * C + j, tl.sum(w * s * a_x[:, None], 0) * a_y, j < C)
+            if FP16_SCALE is not None:
+                w *= 1 / tl.load(FP16_SCALE)
+            tl.store(W + at + p * size, w.to(W.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -240,7 +245,8 @@ class _Pass:
         self.strides = q.x.stride(0), k.x.stride(0)
         rules, places = triton_rules(nested.mask)
         self.constants = {"RULES": rules, "PLACES": places, "UNEQUAL": unequal(nested.mask)}
-        self.constants |= {"ENDS": q.ends, "PRECISION": precision("tf32" if exact == "tf32" else "ieee")}
+        ends = tuple(range(self.P + 1)) if self.given else q.ends  # each is at hand in a step
+        self.constants |= {"ENDS": ends, "PRECISION": precision("tf32" if exact == "tf32" else "ieee")}
         self.constants |= self.config.arguments
         self.sizes = len(q), len(k)
         # Of a block, by pair: products or weights of all prefixes, or the forward's parts.
