@@ -57,13 +57,17 @@ class Prefixes:
         With `both` also (P, n) of this rank's keys over every rank's rows; k may be q itself.
         """
         W = world_size(group)
-        mask = exclude_self(ids) if W == 1 else exclude_self(ids, all_gather_nograd(ids, group, check=False))
+        mask = (
+            exclude_self(ids)
+            if W == 1
+            else exclude_self(ids, all_gather_nograd(ids, group, check=False))
+        )
         keys = all_gather_rows(k, group, check=False)
         options: Any = {"normalize": self.normalize, "mask": mask, "both": both}
         rows, cols = pairwise_lse_nested(q, keys, scale, self.dims, **options)
         if W > 1 and both:
-            theirs = all_to_all_rows(cols.T.contiguous(), group)
-            cols = theirs.unflatten(0, (W, -1)).logsumexp(0).T
+            parts = all_to_all_rows(cols.T.contiguous(), group)
+            cols = parts.unflatten(0, (W, -1)).logsumexp(0).T
         return rows, cols
 
     def mean(self, each: Tensor) -> Tensor:

@@ -87,3 +87,17 @@ def verdict(
             else:
                 whole, empty = n != n, empty | apart
     return whole, empty
+
+
+@triton.jit
+def all_kept(x, y, X_IDS, Y_IDS, M, N, PLACES: tl.constexpr, UNEQUAL: tl.constexpr):
+    """Whether the ranges of ids tell that all pairs of positions x and y are kept."""
+    rows = row_ranges(x, X_IDS, M, PLACES, UNEQUAL)
+    cols = row_ranges(y, Y_IDS, N, PLACES, UNEQUAL)
+    whole = M == M
+    for t in tl.static_range(len(UNEQUAL)):  # pyright: ignore
+        if UNEQUAL[t] != 1:
+            whole = M != M
+        else:
+            whole &= (cols[2 * t] > rows[2 * t + 1]) | (cols[2 * t + 1] < rows[2 * t])
+    return whole

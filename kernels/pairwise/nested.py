@@ -53,8 +53,11 @@ def _run(q, k, scale, dims, normalize, mask: Masks, both: bool, impl: str) -> Su
     for p in range(len(dims)):
         rows = x.prefix(p)
         cols = rows if y is x else y.prefix(p)
-        sides.append(pairwise_lse(rows, cols, scale, mask=mask, both=True, impl=impl) if both else
-                     (pairwise_lse(rows, cols, scale, mask=mask, impl=impl), scale.new_empty(0)))
+        sides.append(
+            pairwise_lse(rows, cols, scale, mask=mask, both=True, impl=impl)
+            if both
+            else (pairwise_lse(rows, cols, scale, mask=mask, impl=impl), scale.new_empty(0))
+        )
     rows, cols = zip(*sides, strict=True)
     return torch.stack(rows), torch.stack(cols)
 
@@ -67,9 +70,7 @@ def _wide(x: Tensor, dims: Sequence[int], normalize: bool) -> Rows:
     return Rows(x.to(accumulator(x.dtype)), dims, normalize)
 
 
-def nested_matches(
-    q: Tensor, k: Tensor, dims: Sequence[int], normalize: bool = False
-) -> Tensor:
+def nested_matches(q: Tensor, k: Tensor, dims: Sequence[int], normalize: bool = False) -> Tensor:
     """Of rows in one place, q_i and k_i (M, D): the products of their prefixes, (P, M).
 
     normalize: of prefixes of length one.  In the dtype of sums, by torch and its autograd.
@@ -117,8 +118,8 @@ def pairwise_lse_nested(
     tensor([1.3863, 1.7437])
     """
     masks = check_pairs(q, k, mask)
-    whole = all(isinstance(m, int) for m in dims)
-    if not dims or not whole or any(a >= b for a, b in zip((0, *dims), (*dims, q.shape[1] + 1))):
+    ends = (0, *dims, q.shape[1] + 1)
+    if not (dims and all(isinstance(m, int) for m in dims) and list(ends) == sorted({*ends})):
         raise ValueError(f"dims must be integers that rise from 1 to {q.shape[1]}, got {dims}")
     scale, acc = as_number("scale", scale, q), accumulator(q.dtype)
     given = q, k, scale, tuple(dims), normalize, masks, both

@@ -23,9 +23,10 @@ from .nested_rows import Nested, Rows
 def _nested(
     tensors: Sequence[Any], dims: Sequence[int], normalize: bool, mask: str, same: bool
 ) -> Nested:
-    q, k, *rest = tensors
+    q, k, scale, row_ids, col_ids = tensors
     rows = Rows(q, dims, normalize, common_rows.EVEN)
-    return Nested(rows, rows if same else Rows(k, dims, normalize, common_rows.EVEN), *rest, mask, same)
+    cols = rows if same else Rows(k, dims, normalize, common_rows.EVEN)
+    return Nested(rows, cols, scale, row_ids, col_ids, mask, same)
 
 
 def _stats(

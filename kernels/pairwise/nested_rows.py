@@ -5,7 +5,7 @@
     y_ci = b_ci x_ci, the features that prefix c adds: of length 1 at most
 
 Each row is multiplied by a power of two first, which is exact, so that float32 can add the squares
-and the products of rows of any size.  A prefix below 1e-33 of its row's largest number counts as
+and the products of rows of any size.  A prefix below 1e-27 of its row's largest number counts as
 zero, with gradient zero (float16 has none so faint).
 """
 
@@ -58,6 +58,11 @@ class Rows:
             return self.inverse
         return self.x.new_ones(len(self.dims), len(self), dtype=accumulator(self.x.dtype))
 
+    def side(self, weights: Tensor | None) -> Tensor:
+        """(P, N, 3): a and the weights' m and w of each row, so that one address serves them."""
+        a = self.factors
+        return torch.stack([a, *(a.new_zeros(2, *a.shape) if weights is None else weights)], 2)
+
     def prefix(self, p: int) -> Tensor:
         """The rows' first features, of length one where they are to be."""
         x = self.x[:, : self.ends[p + 1]]
@@ -104,8 +109,8 @@ class Rows:
 def power_of_two(x: Tensor) -> Tensor:
     """(N, 1), by which the largest number of each row gets the dtype's HIGHEST exponent."""
     _, exponent = torch.frexp(x.detach().abs().amax(1, keepdim=True).to(accumulator(x.dtype)))
-    missing = HIGHEST.get(x.dtype, 50) - exponent
-    one = x.new_ones((), dtype=accumulator(x.dtype))
+    missing = HIGHEST.get(x.dtype, 30) - exponent
+    one = torch.ones_like(missing, dtype=accumulator(x.dtype))
     return torch.ldexp(one, missing.clamp_max(STEEPEST.get(x.dtype, 126)))
 
 
@@ -121,7 +126,7 @@ def inverse_lengths(x: Tensor, ends: Sequence[int]) -> Tensor:
     squares = [torch.linalg.vector_norm(x[:, a:b], dim=1, dtype=acc).square() for a, b in pairs]
     length = prefix_sums(squares)
     there = length >= LEAST_SQUARE
-    return torch.where(there, length, 1).rsqrt() * there
+    return torch.where(there, length, 1).sqrt().reciprocal() * there
 
 
 def _evened(x: Tensor, dims: tuple[int, ...], even: int) -> tuple[Tensor, tuple[int, ...]]:

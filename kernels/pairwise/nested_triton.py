@@ -1,21 +1,23 @@
-"""Log-sum-exps of nested prefixes in Triton: one sweep over the features, all prefixes from it.
+"""Log-sum-exps of nested prefixes in Triton: one sweep over the features serves all prefixes.
 
-A program has a tile of pairs.  The products of a prefix are those of the one before it and of the
-features between, so that its tile of products is complete once a prefix, and then is scored.
+A program has a tile of pairs and walks over the features.  Where a prefix ends, the products so far
+are those of that prefix, and are scored.
 
-    forward    _fwd    of each prefix the maxima and sums of the tile's rows and of its columns
-    backward   _bwd    W_p of each prefix; from the last to the first G_c = G_c+1 r_i r_j + W_c,
-                       written in the inputs' dtype, and sums of W times cosine by row and column
-               cuBLAS  u_c += G_c y_c  and  v_c += G_c^T x_c   of a block of at most BLOCK_BYTES
+    forward    _summarize    of each prefix the maxima and sums of the tile's rows and columns
+    backward   _weigh        W_p of each prefix, in the inputs' dtype, and its sums with cosines
+               _gather       G_p = W_p + r_pi r_pj G_p+1 from the last to the first, in place of W
+               cuBLAS        u_p,i += G_p y_p,j    v_p,j += G_p^T y_p,i    a block at a time
 
-x_c, y_c: the features that prefix c adds, times the reference lengths of nested_rows.py, with which
-no number of G is larger than the weights of a pair.
-Units of 2 M N D operations for rows and columns together: 1 forward, 3 backward; half of that when
-q is k, where only tiles on and above the diagonal are computed.  One prefix after another, D would
-be the sum of all.  Traffic: 6 P bytes a pair in 16 bits, of G.  One exponential a score serves both
-sides, unless the maxima in its tile lie far apart.
-float32 without TF32 has no matrix instructions: there cuBLAS makes S as well, prefix by prefix, and
-the kernels read it.  No atomics: the same bits each run.  In the kernels capitals are pointers.
+y_p: the features that prefix p adds, and r: the steps of their reference lengths; with those no
+number of G is larger than a pair's weights (nested_rows.py).
+Units of 2 M N D operations, D the longest prefix: 1 forward, 3 backward, rows and columns together.
+When q is k only blocks on and above the diagonal are computed: half of that.  One exponential of a
+score serves both sides, unless the maxima in its tile lie far apart.
+float32 without TF32 has no matrix instructions: there cuBLAS makes the products of each prefix too,
+and the kernels read them.
+Traffic in 16 bits: 10 P bytes a pair, of W and G; in the forward a quarter of a byte a prefix.
+Memory: a block of W, BLOCK_BYTES, and gradients in float32.  No atomics: the same bits each run.
+In the kernels capitals are pointers.  S (P, R, C): products at hand; sides (P, N, 3): a, m and w.
 """
 
 from typing import Any
@@ -32,7 +34,7 @@ from ..common.tuning import Kernel, config_for, register
 from .classes import dtype_class
 from .lse_gemm import BLOCK_BYTES, strips
 from .masks import triton_rules, unequal
-from .masks_triton import row_ranges
+from .masks_triton import all_kept
 from .nested_configs import gather_variants, tile_variants
 from .nested_rows import Nested, Rows
 from .scores_triton import LEAST, SPREAD, folded, fp16_scale, join, scored, summed
@@ -65,20 +67,6 @@ def _grown(s, X, Y, start, stop, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr)
     d = start + tl.arange(0, BLOCK_D)[None, :]
     a, b = tl.load(X + d, d < stop, 0.0), tl.load(Y + d, d < stop, 0.0)
     return dot(a, b.T, s, PRECISION)
-
-
-@triton.jit
-def _all_kept(x, y, X_IDS, Y_IDS, M, N, PLACES: tl.constexpr, UNEQUAL: tl.constexpr):
-    """Whether the ranges of ids tell that all pairs of positions x and y are kept."""
-    rows = row_ranges(x, X_IDS, M, PLACES, UNEQUAL)
-    cols = row_ranges(y, Y_IDS, N, PLACES, UNEQUAL)
-    whole = M == M
-    for t in tl.static_range(len(UNEQUAL)):  # pyright: ignore
-        if UNEQUAL[t] != 1:
-            whole = M != M
-        else:
-            whole &= (cols[2 * t] > rows[2 * t + 1]) | (cols[2 * t + 1] < rows[2 * t])
-    return whole
 
 
 @triton.jit
@@ -131,7 +119,7 @@ def _summarize(
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (i < R)[:, None] & (j < C)[None, :]
     x, y = i0 + tl.minimum(i, R - 1), j0 + tl.minimum(j, C - 1)
-    whole = _all_kept(x, y, X_IDS, Y_IDS, M, N, PLACES, UNEQUAL) & _is_full(R, C, BLOCK_M, BLOCK_N)
+    whole = all_kept(x, y, X_IDS, Y_IDS, M, N, PLACES, UNEQUAL) & _is_full(R, C, BLOCK_M, BLOCK_N)
     X += x.to(tl.int64)[:, None] * x_row
     Y += y.to(tl.int64)[:, None] * y_row
     at, size = i.to(tl.int64)[:, None] * C + j[None, :], tl.full((), R, tl.int64) * C
@@ -151,7 +139,8 @@ def _summarize(
         if start + BLOCK_D >= stop:
             c = s * tl.load(A_X + p * M + x)[:, None] * tl.load(A_Y + p * N + y)[None, :]
             z = scored(
-                c, x, y, inside, whole, SCALE, None, X_IDS, Y_IDS, M, N, RULES, PLACES, False, False,
+                c, x, y, inside, whole, SCALE, None, X_IDS, Y_IDS, M, N,
+                RULES, PLACES, False, False,
             )  # fmt: skip
             m_x = tl.maximum(tl.max(z, 1), LEAST)
             if COLS is None:
@@ -178,7 +167,7 @@ def _weigh(
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (i < R)[:, None] & (j < C)[None, :]
     x, y = i0 + tl.minimum(i, R - 1), j0 + tl.minimum(j, C - 1)
-    whole = _all_kept(x, y, X_IDS, Y_IDS, M, N, PLACES, UNEQUAL) & _is_full(R, C, BLOCK_M, BLOCK_N)
+    whole = all_kept(x, y, X_IDS, Y_IDS, M, N, PLACES, UNEQUAL) & _is_full(R, C, BLOCK_M, BLOCK_N)
     X += x.to(tl.int64)[:, None] * x_row
     Y += y.to(tl.int64)[:, None] * y_row
     at, size = i.to(tl.int64)[:, None] * C + j[None, :], tl.full((), R, tl.int64) * C
@@ -195,8 +184,8 @@ def _weigh(
             row, col = X_SIDE + (p * M + x) * 3, Y_SIDE + (p * N + y) * 3
             a_x, a_y = tl.load(row), tl.load(col)
             z = scored(
-                s * a_x[:, None] * a_y[None, :], x, y, inside, whole, SCALE, None, X_IDS, Y_IDS, M, N,
-                RULES, PLACES, False, False,
+                s * a_x[:, None] * a_y[None, :], x, y, inside, whole, SCALE, None, X_IDS, Y_IDS,
+                M, N, RULES, PLACES, False, False,
             )  # fmt: skip
             m_x, w_x = tl.load(row + 1), tl.load(row + 2)
             if ONE_SIDED:
@@ -242,15 +231,17 @@ class _Pass:
         self.config = config_for(kernel, f"{exact}-{'both' if both else 'rows'}", q.x.device)
         self.given, self.one_sided, self.P = exact == "float32", not both, len(q.dims)
         self.scoring = nested.scale.float().contiguous(), nested.row_ids, nested.col_ids
-        self.strides = q.x.stride(0), k.x.stride(0)
+        self.sizes, self.strides = (len(q), len(k)), (q.x.stride(0), k.x.stride(0))
         rules, places = triton_rules(nested.mask)
-        self.constants = {"RULES": rules, "PLACES": places, "UNEQUAL": unequal(nested.mask)}
-        ends = tuple(range(self.P + 1)) if self.given else q.ends  # each is at hand in a step
-        self.constants |= {"ENDS": ends, "PRECISION": precision("tf32" if exact == "tf32" else "ieee")}
-        self.constants |= self.config.arguments
-        self.sizes = len(q), len(k)
-        # Of a block, by pair: products or weights of all prefixes, or the forward's parts.
-        self.bytes = self.P * (4 if q.x.dtype == torch.float32 else 2)
+        self.constants = {
+            "ENDS": tuple(range(self.P + 1))
+            if self.given
+            else q.ends,  # a step each, or as they are
+            **{"RULES": rules, "PLACES": places, "UNEQUAL": unequal(nested.mask)},
+            "PRECISION": precision("tf32" if exact == "tf32" else "ieee"),
+            **self.config.arguments,
+        }
+        self.pair_bytes = self.P * (4 if q.x.dtype == torch.float32 else 2)  # of products or W
 
     def tiles(self, R: int, C: int) -> tuple[int, int]:
         """Tiles of a block's rows and columns."""
@@ -278,7 +269,7 @@ def statistics(nested: Nested, both: bool) -> tuple[Tensor, Tensor]:
     rows = _none(made.P, len(q), made.scoring[0])
     cols = rows if same else _none(made.P, len(k) if both else 0, rows)
     least = min(made.config.blocks["BLOCK_M"], made.config.blocks["BLOCK_N"])
-    area = BLOCK_BYTES // (made.bytes if made.given else triton.cdiv(16 * made.P, least))
+    area = BLOCK_BYTES // (made.pair_bytes if made.given else triton.cdiv(16 * made.P, least))
     for i, keys in strips(len(q), len(k), same, max(1, area)):
         for j in keys:
             R, C, half = i.stop - i.start, j.stop - j.start, same and i == j
@@ -324,12 +315,12 @@ def gradients(
     scale, sizes = made.scoring[0], (len(q), len(k))
     one = scale.new_full((), made.P)
     factor = fp16_scale([rows, cols], one) if q.x.dtype == torch.float16 else None
-    sides = [_side(z, side) for z, side in ((q, rows), (k, cols))]
+    sides = [q.side(rows), k.side(cols)]
     u, v = ([scale.new_zeros(z.x[:, part].shape) for part in z.parts] for z in (q, k))
     v = u if same else v
     radial = [scale.new_zeros(made.P, n) for n in sizes]
     radial = radial[:1] * 2 if same else radial
-    for i, keys in strips(*sizes, same, max(1, BLOCK_BYTES // made.bytes)):
+    for i, keys in strips(*sizes, same, max(1, BLOCK_BYTES // made.pair_bytes)):
         for j in keys:
             w, of_rows, of_cols = weigh(made, nested, sides, factor, i, j)
             radial[0][:, i] += summed(of_rows)
@@ -350,16 +341,10 @@ def gradients(
     return dq, k.gradient(v, scale, radial[1]) if need_k else none(0), dscale
 
 
-def _side(rows: Rows, side: Tensor | None) -> Tensor:
-    """(P, N, 3): of each row its factor, m and w, side by side, so that one address serves them."""
-    found = [rows.factors, *(rows.factors.new_zeros(2, *rows.factors.shape) if side is None else side)]
-    return torch.stack(found, 2)
-
-
 def weigh(
     made: _Pass, nested: Nested, sides: list[Tensor], factor: Tensor | None, i: slice, j: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W (P, R, C) of a block, over `factor`, and its sums with cosines by tile: (tiles, P, R or C)."""
+    """W (P, R, C) of a block, over `factor`; by tile its sums with cosines (tiles, P, R or C)."""
     q, k = nested.q, nested.k
     R, C = i.stop - i.start, j.stop - j.start
     grid, sums = made.tiles(R, C), sides[0].new_empty
@@ -389,7 +374,7 @@ def _gathered(w: Tensor, nested: Nested, i: slice, j: slice) -> None:
 def _try_weigh(nested: Nested, both: bool) -> Any:
     """What the tuner times: a block."""
     rows, cols = (torch.ones(2, len(z.dims), len(z), device=z.x.device) for z in nested[:2])
-    made, sides = _Pass(WEIGH, nested, both), [_side(nested.q, rows), _side(nested.k, cols)]
+    made, sides = _Pass(WEIGH, nested, both), [nested.q.side(rows), nested.k.side(cols)]
     area = slice(0, 2048), slice(0, 4096)
     factor = fp16_scale([rows, cols], rows.sum()) if nested.q.x.dtype == torch.float16 else None
     return [x.float() for x in weigh(made, nested, sides, factor, *area)]

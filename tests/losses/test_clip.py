@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.losses import CLIPLoss
+from fastssl.losses import CLIPLoss, MatryoshkaLoss
 from fastssl.losses.clip import clip_reference
 from tests.covering import pairwise
 from tests.oracle import (
@@ -150,14 +150,21 @@ def data(rank, dtype=torch.float32):
     return [torch.randn(6, n, generator=generator).to(dtype) + 0.3 * rank for n in (5, 6)]
 
 
+LOSSES = {
+    "gather": lambda: CLIPLoss(),
+    "ring": lambda: CLIPLoss(strategy="ring"),
+    "nested": lambda: MatryoshkaLoss(CLIPLoss(), (1, 3), (1.0, 0.5), normalize=True),
+}
+
+
 def each_rank(rank, world):
     seen = {}
-    for strategy in ("gather", "ring"):
+    for kind, make in LOSSES.items():
         for name, wrap in (("plain", lambda m: m), ("ddp", DistributedDataParallel)):
             model = wrap(Towers())
-            loss = CLIPLoss(strategy=strategy)(*model(*data(rank)))
+            loss = make()(*model(*data(rank)))
             loss.backward()
-            seen[f"{strategy} {name}"] = loss.detach(), [p.grad for p in model.parameters()]
+            seen[f"{kind} {name}"] = loss.detach(), [p.grad for p in model.parameters()]
     x = torch.ones(5 + (rank == 1), 4)
     try:
         CLIPLoss()(x, x, 1.0)
@@ -169,21 +176,21 @@ def each_rank(rank, world):
 @pytest.mark.parametrize("world", [3])
 def test_ranks_are_one_process(world):
     ranks = run_ranks(each_rank, world)
-    model = Towers().double()
     joined = [
         torch.cat(parts)
         for parts in zip(*(data(r, torch.float64) for r in range(world)), strict=True)
     ]
-    want = CLIPLoss()(*model(*joined))
-    want.backward()
-    for strategy in ("gather", "ring"):
-        values = torch.stack([seen[f"{strategy} plain"][0] for seen in ranks])
+    for kind, make in LOSSES.items():
+        model = Towers().double()
+        want = make()(*model(*joined))
+        want.backward()
+        values = torch.stack([seen[f"{kind} plain"][0] for seen in ranks])
         torch.testing.assert_close(values.mean().double(), want.detach(), rtol=1e-6, atol=1e-6)
         for i, p in enumerate(model.parameters()):
-            plain = torch.stack([seen[f"{strategy} plain"][1][i] for seen in ranks]).mean(0)
+            plain = torch.stack([seen[f"{kind} plain"][1][i] for seen in ranks]).mean(0)
             torch.testing.assert_close(plain.double(), p.grad, rtol=1e-5, atol=2e-6)
             for seen in ranks:
-                mine = seen[f"{strategy} ddp"][1][i].double()
+                mine = seen[f"{kind} ddp"][1][i].double()
                 torch.testing.assert_close(mine, p.grad, rtol=1e-5, atol=2e-6)
     for seen in ranks:
         assert "must have the same shape on every rank" in seen["uneven"]

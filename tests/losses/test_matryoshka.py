@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fastssl.losses import (
     NTXentLoss,
     SupConLoss,
     _nested,
+    _nested_pairs,
 )
 from fastssl.losses.clip import clip_reference
 from fastssl.losses.ntxent import ntxent_reference
@@ -152,8 +154,8 @@ FORMULAS = {
 }
 SWEPT = {
     "ntxent": (NTXentLoss(-0.1), ()),
-    "clip": (CLIPLoss(), (torch.tensor(0.8),)),
-    "unit clip": (CLIPLoss(), (torch.tensor(9.0),)),
+    "clip": (CLIPLoss(), (torch.tensor(0.8, device=DEVICE),)),
+    "unit clip": (CLIPLoss(), (torch.tensor(9.0, device=DEVICE),)),
 }
 
 
@@ -179,6 +181,40 @@ def test_one_sweep_is_one_prefix_after_another(name, dtype, side, sweeps, monkey
     assert bool(sweeps) == (DEVICE == "cpu")
     with torch.no_grad():
         torch.testing.assert_close(ours(*inputs), spelt(*inputs))
+
+
+@pytest.fixture(params=["triton", "torch"])
+def by_pairs(request, monkeypatch):
+    """As on a GPU, by this implementation: how often the prefixes' pairs were taken at once."""
+    seen, call = [], partial(_nested_pairs.pairwise_lse_nested, impl=request.param)
+    look = lambda *a, **options: seen.append(1) or call(*a, **options)  # noqa: E731
+    monkeypatch.setattr(_nested_pairs, "takes_nested", lambda x: True)
+    monkeypatch.setattr(_nested_pairs, "pairwise_lse_nested", look)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SWEPT)
+def test_all_pairs_at_once_are_one_prefix_after_another(name, dtype, by_pairs):
+    (loss, scale), dims, weights = SWEPT[name], (2, 3, 8), (0.5, 0, 2)
+    inputs = [*(z.to(dtype) for z in views(33, 9)), *scale]
+
+    def spelt(*given):
+        cut = zip(weights, dims, strict=True)
+        return sum(w * FORMULAS[name](*(z[:, :m] for z in given[:2]), *given[2:]) for w, m in cut)
+
+    ours = MatryoshkaLoss(loss, dims, weights, normalize=name == "unit clip")
+    assert_no_worse(ours, spelt, inputs)
+    assert by_pairs == [1]
+
+
+def test_all_pairs_at_once_compile_whole(by_pairs):
+    image, text = views(9, 8)
+    loss = MatryoshkaLoss(CLIPLoss(), (2, 8), normalize=True)
+    torch.compiler.reset()
+    call = lambda image, text: loss(image, text, 5.0)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(grads(compiled, [image, text]), grads(call, [image, text]))
 
 
 @pytest.mark.parametrize("name", SWEPT)
@@ -236,6 +272,15 @@ def test_what_one_sweep_does_not_take(case, sweeps):
     given = inputs(*views(9, 8))
     at_once = MatryoshkaLoss(loss, (2, 8))(*given)
     assert not sweeps and at_once.isfinite()
+    torch.testing.assert_close(at_once, one_after_another(loss, (2, 8))(*given))
+
+
+@pytest.mark.parametrize("case", ["a subclass", "labels", "a bias", "a scale (1,)"])
+def test_what_is_not_one_of_pairs(case, by_pairs):
+    loss, inputs = SINGLY[case]
+    given = inputs(*views(9, 8))
+    at_once = MatryoshkaLoss(loss, (2, 8))(*given)
+    assert not by_pairs
     torch.testing.assert_close(at_once, one_after_another(loss, (2, 8))(*given))
 
 
