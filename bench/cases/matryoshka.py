@@ -39,7 +39,7 @@ _TEMPERATURE = 0.07
 def matryoshka(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """CLIP's loss of four nested prefixes, each of length one; the scale is a constant.
 
-    On a CPU products are those of the longest prefix, once, where all exponentials fit.
+    Ours makes the longest prefix's products once, on a CPU where all exponentials fit.
     """
     D = shape["D"]
     dims = [D // 8, D // 4, D // 2, D]

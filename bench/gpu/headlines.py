@@ -17,8 +17,8 @@ class Headline(NamedTuple):
         return f"{self.case} {sides} {self.dtype}"
 
 
-# Beside ours and eager, where a case has them: the two schedules of pairwise_lse.
-RIVALS = frozenset({"fastssl tiles", "fastssl products"})
+# Beside ours and eager, where a case has them: what ours could do instead.
+RIVALS = frozenset({"fastssl tiles", "fastssl products", "fastssl prefix by prefix"})
 
 HEADLINES = (  # those people come for first: time may run out
     Headline("ntxent", {"B": 4096, "D": 128}),
@@ -43,6 +43,7 @@ HEADLINES = (  # those people come for first: time may run out
     Headline("clip", {"B": 4096, "D": 128}),
     Headline("siglip", {"B": 4096, "D": 128}),
     Headline("clip", {"B": 65536, "D": 768}),
+    Headline("matryoshka", {"B": 16384, "D": 768}),
     Headline("siglip", {"B": 65536, "D": 768}),
     Headline("patch-mse", {"B": 1024, "S": 224, "P": 16}),
     Headline("gather-patches", {"B": 256, "S": 224, "P": 16}),
@@ -65,6 +66,9 @@ TUNED = (
     ("pairwise_weigh", "bfloat16-plain"),
     ("pairwise_summarize", "bfloat16-plain"),
     ("pairwise_sigmoid_weigh", "bfloat16-grad"),
+    ("pairwise_nested_weigh", "bfloat16-both"),
+    ("pairwise_nested_summarize", "bfloat16-both"),
+    ("pairwise_nested_gather", "bfloat16"),
     ("correlation_tiles", "bfloat16-pair"),
     ("correlation_tiles", "bfloat16-one"),
     ("pairwise_lse_fwd", "bfloat16-D128-all"),

@@ -11,8 +11,8 @@ Why: one after another, the prefixes multiply the first features again and again
 multiplied once for the scores and once for each side's gradient: from the last prefix to the
 first, G is a running sum of W.
 Of NTXentLoss and CLIPLoss, as they are, in one process on a CPU, in float32 and float64, where no
-exponential can overflow or vanish and all of them fit into KEPT_BYTES; elsewhere the prefixes are
-taken one after another, which has the same value.
+exponential can overflow or vanish and all of them fit into KEPT_BYTES.  On a GPU and over ranks
+_nested_pairs.py has both; elsewhere the prefixes are taken one after another.  The value is one.
 """
 
 from __future__ import annotations

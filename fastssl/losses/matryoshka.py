@@ -32,10 +32,11 @@ class MatryoshkaLoss(Loss):
              for each of dims; a weight < 0; a single loss with state; no embedding among the
              inputs, or embeddings of different D.  And what the loss raises.
     Cost     the prefixes one after another: products of all dims together.  NTXentLoss and CLIPLoss
-             take one sweep, with the products of the longest prefix alone: in one process on a CPU,
-             in float32 or float64, where temperature, scale or lengths tell that no score passes 40
-             in magnitude, and the scores of all prefixes fit into 64 MiB.
-    Ranks    as the loss: a sum of exact losses is exact.
+             take one sweep, with the products of the longest prefix alone: on a GPU; and in one
+             process on a CPU, in float32 or float64, where temperature, scale or lengths tell that
+             no score passes 40 in magnitude, and the scores of all prefixes fit into 64 MiB.
+    Ranks    as the loss: a sum of exact losses is exact.  Those two gather once for all prefixes,
+             and not once for each; by strategy="ring" they are taken one after another.
     Source   Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147, eq. 1.
 
     >>> from fastssl.losses import NTXentLoss

@@ -25,7 +25,7 @@ def near(rows, cols):
     return tl.abs(rows - cols) {} 2
 """
 CASES = ["clip", "barlow-twins", "siglip", "pairwise-topk", "patch-mse", "restore-tokens"]
-CASES += ["gather-bias", "scaled-cosine"]
+CASES += ["gather-bias", "scaled-cosine", "matryoshka"]
 
 
 @triton.jit

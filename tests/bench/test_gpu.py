@@ -243,7 +243,7 @@ def test_headlines_are_cases_and_what_is_tuned_has_a_choice():
     assert len(set(map(str, HEADLINES))) == len(HEADLINES) >= 30
     assert all(len(known[kernel].variants[name].candidates) > 1 for kernel, name in TUNED)
     assert len(set(TUNED)) == len(TUNED)
-    assert RIVALS == {f"fastssl {name}" for name in ("tiles", "products")}
+    assert RIVALS == {f"fastssl {name}" for name in ("tiles", "products", "prefix by prefix")}
 
 
 SAFE, FAST, OFF, LARGE, SLOW = (Config({"BLOCK_M": 2**i}) for i in range(5))

@@ -31,6 +31,8 @@ SHAPES = {  # beside each subject's tiny one: a block and a bit, and D above a b
     "pairwise_lse": [(131, 67, 21), (33, 70, 135), (1, 1, 1)],
     "pairwise_lse-masked": [(67, 131, 21)],
     "pairwise_lse-self": [(131, 70), (2, 300)],
+    "pairwise_lse_nested": [(131, 67, 70)],
+    "matryoshka": [(67, 70)],
     "standardize": [(131, 70)],
     "frobenius_sq": [(131, 70), (20, 135)],
     "gather_patches": [(3, 30, 10)],

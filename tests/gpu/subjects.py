@@ -20,7 +20,9 @@ from fastssl import kernels
 from fastssl.kernels import exclude_self, same_group
 from fastssl.kernels.common import dispatch as _dispatch
 from fastssl.kernels.pairwise import pairwise_sigmoid
-from fastssl.losses import BarlowTwinsLoss, MAELoss, NTXentLoss
+from fastssl.kernels.pairwise.nested import pairwise_lse_nested_reference
+from fastssl.losses import BarlowTwinsLoss, MAELoss, MatryoshkaLoss, NTXentLoss
+from fastssl.losses.ntxent import ntxent_reference
 from fastssl.masking import random_masking
 from tests.gpu.room import DEVICE, pick
 
@@ -127,6 +129,27 @@ def _lse_both(dtype, M, N, D):
     inputs = [rows(dtype, M, D), rows(dtype, N, D)]
     inputs += [torch.rand(M, device=DEVICE).to(dtype), torch.rand(N, device=DEVICE).to(dtype)]
     return Trial(lambda q, k, s, b: torch.cat(call(q, k, s, bias=b)), eager, inputs)
+
+
+def _lse_nested(dtype, M, N, D):
+    """Rows and columns of three prefixes, of which none but the last may be a multiple of 16."""
+    dims, ids = (D // 5 + 1, D // 2 + 1, D), torch.arange(max(M, N), device=DEVICE) // 2
+    mask = exclude_self(ids[:M], ids[:N])
+    options = {"normalize": True, "mask": mask, "both": True, "impl": impl("pairwise_lse_nested")}
+    reference = partial(pairwise_lse_nested_reference, dims=dims, normalize=True, mask=mask)
+    scale = torch.tensor(9.0, dtype=dtype, device=DEVICE)
+    return Trial(
+        lambda q, k, s: torch.cat(kernels.pairwise_lse_nested(q, k, s, dims, **options), 1),
+        lambda q, k, s: torch.cat(reference(q, k, s), 1),
+        [rows(dtype, M, D), rows(dtype, N, D), scale],
+    )
+
+
+def _matryoshka(dtype, B, D):
+    """NT-Xent: symmetric scores."""
+    dims = (D // 4, D // 2, D)
+    loss, one = MatryoshkaLoss(NTXentLoss(0.1), dims), partial(ntxent_reference, temperature=0.1)
+    return Trial(loss, lambda a, b: sum(one(a[:, :m], b[:, :m]) for m in dims), views(dtype, B, D))
 
 
 def _bent(x: Tensor) -> Tensor:
@@ -387,6 +410,14 @@ SUBJECTS = [
         (19, 37, 8),
         "pairwise_lse",
     ),
+    Subject(
+        "pairwise_lse_nested",
+        _lse_nested,
+        ((2048, 4096, 768), (1030, 999, 33), (4099, 2051, 135)),
+        (19, 37, 18),
+        "pairwise_lse_nested",
+    ),
+    Subject("matryoshka", _matryoshka, ((4096, 256), (1030, 100)), (19, 12)),
     Subject("standardize", _standardise, COLUMNS, (21, 7), "standardize"),
     Subject("column_moments", _moments, COLUMNS[:3], (21, 7), "column_moments"),
     Subject("cross_diagonal", _diagonal, COLUMNS[:3], (21, 7), "cross_diagonal"),

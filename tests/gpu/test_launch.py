@@ -82,6 +82,7 @@ LARGE = {  # a matrix of all pairs, or of all features, would hold 8 to 32 GiB i
     "pairwise_lse": (65_536, 65_536, 128),
     "pairwise_lse-self": (65_536, 128),
     "ntxent": (32_768, 128),
+    "matryoshka": (32_768, 128),
     "barlow-twins": (512, 65_536),
 }
 

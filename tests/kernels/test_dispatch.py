@@ -17,6 +17,7 @@ PRIMITIVES = {
     "gather_tokens",
     "mixed_correlation",
     "pairwise_lse",
+    "pairwise_lse_nested",
     "pairwise_sigmoid",
     "pairwise_topk",
     "patch_mse",

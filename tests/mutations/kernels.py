@@ -4,6 +4,7 @@ AHEAD = "tests/losses/test_ahead.py"
 LSE_FUSED = "tests/kernels/test_pairwise_fused.py"
 LSE_TORCH = "tests/kernels/test_pairwise_torch.py"
 LSE = "tests/kernels/test_pairwise.py"
+NESTED = "tests/kernels/test_pairwise_nested.py"
 SIGMOID = "tests/kernels/test_sigmoid_fused.py tests/kernels/test_pairwise_sigmoid.py"
 MOMENTS = "tests/kernels/test_moments.py tests/kernels/test_moments_fused.py"
 CORRELATION = "tests/kernels/test_correlation.py tests/kernels/test_correlation_mixed.py"
@@ -15,6 +16,9 @@ TOPK = "tests/kernels/test_topk_fused.py tests/kernels/test_topk.py"
 TESTS = {
     "kernels/pairwise/lse_triton": (LSE, "tiles"),
     "kernels/pairwise/lse_gemm": (LSE, "products"),
+    "kernels/pairwise/nested": (NESTED, ""),
+    "kernels/pairwise/nested_rows": (NESTED, ""),
+    "kernels/pairwise/nested_triton": (NESTED, "triton or kernel or once or all_pairs or padded"),
     "kernels/pairwise/masks": (
         f"{LSE_TORCH} {LAUNCHES} {LSE}",
         "line or launches or edited or mask and tiles",
@@ -119,6 +123,42 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("ROWS += tl.program_id(1)", "ROWS += tl.program_id(0)"),
         ("COLS + j, m_y, j < C", "COLS + j, m_y, j < C - 1"),
         ("tl.sum(tl.exp2(s - m[:", "tl.max(tl.exp2(s - m[:"),
+    ],
+    "kernels/pairwise/nested_rows.power_of_two": [
+        (".amax(1", ".amin(1"),
+        ("(x.dtype, 30)", "(x.dtype, 100)"),
+    ],
+    "kernels/pairwise/nested_rows.gradient": [
+        (".flip(0).cumsum(0).flip(0)", ".cumsum(0)"),
+        ("(u.dtype), t, value=-1)", "(u.dtype), t)"),
+    ],
+    "kernels/pairwise/nested_rows.references": [("torch.where(a > 0, a, found[-1])", "a")],
+    "kernels/pairwise/nested_triton._place": [("ENDS[t] - steps * BLOCK_D", "ENDS[t]")],
+    "kernels/pairwise/nested_triton._grown": [("d < stop", "d < stop + 4")],
+    "kernels/pairwise/nested_triton._totals": [
+        ("tl.exp2(top - m_y)", "tl.exp2(top - m_x)"),
+        ("<= SPREAD", ">= 0"),
+    ],
+    "kernels/pairwise/nested_triton._weighed": [
+        ("<= SPREAD", ">= 0"),
+        ("tl.exp2(low - m_y) * w_y", "w_y"),
+    ],
+    "kernels/pairwise/nested_triton._summarize": [
+        ("square_j < square_i:", "square_j <= square_i:"),
+        ("tl.where(square_i < square_j, C, 0)", "C"),
+        ("if start + BLOCK_D >= stop", "if start + BLOCK_D > stop"),
+    ],
+    "kernels/pairwise/nested_triton._weigh": [
+        ("tl.sum(w * s * a_x[:, None], 0) * a_y", "tl.sum(w * s, 0) * a_y"),
+        ("w *= 1 / tl.load", "w *= 2 / tl.load"),
+    ],
+    "kernels/pairwise/nested_triton._gather": [
+        ("p = P - 1 - t", "p = t"),
+        ("g *= tl.load(B_X", "g *= 1 + 0 * tl.load(B_X"),
+    ],
+    "kernels/pairwise/nested_triton.gradients": [
+        ("if not (same and i == j):", "if not same:"),
+        ("(2 if same else 1)", "1"),
     ],
     "kernels/pairwise/lse_gemm._weigh": [
         ("s, None, x, y, ROW_SIDE, COL_SIDE,", "s, None, x, y, COL_SIDE, ROW_SIDE,"),
