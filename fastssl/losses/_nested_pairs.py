@@ -57,11 +57,8 @@ class Prefixes:
         With `both` also (P, n) of this rank's keys over every rank's rows; k may be q itself.
         """
         W = world_size(group)
-        mask = (
-            exclude_self(ids)
-            if W == 1
-            else exclude_self(ids, all_gather_nograd(ids, group, check=False))
-        )
+        theirs = all_gather_nograd(ids, group, check=False)
+        mask = exclude_self(ids) if W == 1 else exclude_self(ids, theirs)
         keys = all_gather_rows(k, group, check=False)
         options: Any = {"normalize": self.normalize, "mask": mask, "both": both}
         rows, cols = pairwise_lse_nested(q, keys, scale, self.dims, **options)

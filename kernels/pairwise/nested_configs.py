@@ -22,8 +22,10 @@ from .nested_rows import Nested, Rows
 
 # (BLOCK_M, BLOCK_N, BLOCK_D, warps, stages).  The first is the safe one: its shared memory fits in
 # 99 KB, all that a consumer GPU has.
-TILES = [(64, 64, 64, 8, 3), (64, 64, 32, 8, 4), (128, 64, 64, 8, 3), (128, 64, 32, 8, 4)]
-GIVEN = [(32, 64, 16, 4, 1), (64, 64, 16, 8, 1), (32, 128, 16, 8, 1)]  # with products at hand
+SUMMARIZE = [(64, 64, 64, 8, 3), (64, 64, 32, 8, 4), (128, 64, 64, 8, 3), (128, 64, 32, 8, 4)]
+WEIGH = [(64, 64, 64, 8, 3), (64, 64, 32, 8, 4), (64, 64, 64, 8, 4)]
+TABLES = {"pairwise_nested_summarize": SUMMARIZE, "pairwise_nested_weigh": WEIGH}
+GIVEN = [(32, 32, 16, 4, 1), (64, 64, 16, 4, 1), (32, 128, 16, 4, 1)]  # with products at hand
 GATHER = [(32, 128, 4, 1), (64, 64, 8, 1), (16, 256, 4, 1), (64, 128, 8, 1)]
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 SIDES = ("both", "rows")
@@ -40,7 +42,7 @@ def tile_variants(kernel: str, fn: Any, launch: Launch) -> dict[str, Variant]:
     """The classes of a kernel that makes products.  launch: (nested, both sides) -> tensors."""
     variants = {}
     for dtype, sides in product(DTYPES, SIDES):
-        name, table = f"{dtype}-{sides}", GIVEN if dtype == "float32" else TILES
+        name, table = f"{dtype}-{sides}", GIVEN if dtype == "float32" else TABLES[kernel]
         ends = tuple(range(len(DIMS) + 1)) if dtype == "float32" else (0, *DIMS)
         fixed: dict[str, Any] = {**MASKED, "ENDS": ends, "HALF": False}
         fixed |= {"PRECISION": "tf32" if dtype == "tf32" else "ieee", "ONE_SIDED": sides == "rows"}

@@ -265,7 +265,7 @@ MUTATIONS = {
     "losses/matryoshka._prefix": [("unit(x[..., :m])", "x[..., :m]"), ("..., :m", "..., -m:")],
     "losses/_nested_pairs.others": [
         (".logsumexp(0).T", ".sum(0).T"),
-        ("exclude_self(ids) if W == 1", "exclude_self(theirs * 2) if W == 1"),
+        ("exclude_self(ids, theirs)", "exclude_self(ids, theirs + 1)"),
         ("all_gather_rows(k, group", "all_gather_rows(k.detach(), group"),
     ],
     "losses/_nested_pairs.mean": [("[w * m for", "[m for")],
