@@ -225,7 +225,11 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def _sorted_places(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Places of ids (B, n) in ascending order of id, then place; where those of an id begin."""
+    """Places of ids (B, n) in ascending order of id, then place; where those of an id begin.
+
+    Sorted, not inverted as in bias_triton.py: `gather_tokens` and `scatter_tokens` take ids that
+    repeat, and whether these do the device alone knows.
+    """
     values, order = ids.sort(dim=1, stable=True)
     places = torch.arange(length + 1, device=ids.device).expand(len(ids), -1).contiguous()
     return order, torch.searchsorted(values, places)
