@@ -23,7 +23,7 @@ from .nested_rows import Nested, Rows
 # (BLOCK_M, BLOCK_N, BLOCK_D, warps, stages).  The first is the safe one: its shared memory fits in
 # 99 KB, all that a consumer GPU has.
 SUMMARIZE = [(64, 64, 64, 8, 3), (64, 64, 32, 8, 4), (128, 64, 64, 8, 3), (128, 64, 32, 8, 4)]
-WEIGH = [(64, 64, 64, 8, 3), (64, 64, 32, 8, 4), (64, 64, 64, 8, 4)]
+WEIGH = [(64, 64, 64, 8, 3), (64, 64, 64, 8, 4)]
 TABLES = {"pairwise_nested_summarize": SUMMARIZE, "pairwise_nested_weigh": WEIGH}
 GIVEN = [(32, 32, 16, 4, 1), (64, 64, 16, 4, 1), (32, 128, 16, 4, 1)]  # with products at hand
 GATHER = [(32, 128, 4, 1), (64, 64, 8, 1), (16, 256, 4, 1), (64, 128, 8, 1)]
