@@ -104,9 +104,9 @@ def label(config: Config) -> str:
 
 
 def configs(kernel: str, variant: Variant, target: str, used: bool = False) -> list[Config]:
-    """The safe configuration, unless `used` the others, and what was tuned there, each once."""
+    """The safe configuration, unless `used` the target's others, and what was tuned, each once."""
     tuned = tuning.table().get((kernel, target, variant.name), variant.safe)
-    every = (variant.safe, *(() if used else variant.candidates), tuned)
+    every = (variant.safe, *(() if used else variant.tried(target)), tuned)
     return [config for i, config in enumerate(every) if config not in every[:i]]
 
 

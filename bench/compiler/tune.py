@@ -33,6 +33,7 @@ from fastssl.bench.compiler.aot import choose_kernels, label
 from fastssl.bench.record import conditions, write_line
 from fastssl.bench.report.formatting import align
 from fastssl.kernels.common import tuning
+from fastssl.kernels.common.gpu import gpu_of, on_gpu
 from fastssl.kernels.common.tuning import Clock, Config, Kernel, Variant
 
 PROGRAM = "python -m fastssl.bench.tune"
@@ -80,7 +81,7 @@ def tune(kernels: Iterable[Kernel], bench: Bench) -> Iterator[Timing]:
         for variant in kernel.variants.values():
             start = bench.now()
             if start + longest > bench.end:
-                for config in variant.candidates:
+                for config in variant.tried(arch_of(bench.device)):
                     yield Timing(kernel.name, variant.name, config, LEFT)
                 continue
             yield from _tune_class(kernel.name, variant, bench)
@@ -89,7 +90,7 @@ def tune(kernels: Iterable[Kernel], bench: Bench) -> Iterator[Timing]:
 
 def _tune_class(kernel: str, variant: Variant, bench: Bench) -> Iterator[Timing]:
     safe = launch_once(variant, variant.safe, bench.device)
-    others = [c for c in variant.candidates if c != variant.safe]
+    others = [c for c in variant.tried(arch_of(bench.device)) if c != variant.safe]
     with ThreadPoolExecutor(bench.jobs) as pool:  # most of a first launch is compilation
         first = partial(launch_once, variant, device=bench.device)
         launched = [safe, *pool.map(first, others)]
@@ -105,6 +106,11 @@ def _tune_class(kernel: str, variant: Variant, bench: Bench) -> Iterator[Timing]
         if status == OK and one.launch:
             ms = bench.clock(one.launch)
         yield Timing(kernel, variant.name, one.config, status, ms, why)
+
+
+def arch_of(device: torch.device) -> str:
+    """A GPU's architecture, as tuned.json names it; "" of a CPU."""
+    return gpu_of(device).arch if on_gpu(device) else ""
 
 
 def launch_once(variant: Variant, config: Config, device: torch.device) -> Launched:

@@ -31,12 +31,12 @@ REHEARSED = "scaled_cosine_forward"
 Chosen = tuple[str, str, Variant, Config]
 
 
-def candidates(kernels: Mapping[str, Kernel]) -> list[Chosen]:
+def candidates(kernels: Mapping[str, Kernel], arch: str) -> list[Chosen]:
     """(kernel, class, its variant, configuration) in TUNED's order, the safe one first."""
     found = []
     for kernel, name in TUNED:
         variant = kernels[kernel].variants[name]
-        others = [config for config in variant.candidates if config != variant.safe]
+        others = [config for config in variant.tried(arch) if config != variant.safe]
         found += [(kernel, name, variant, config) for config in (variant.safe, *others)]
     return found
 
@@ -112,7 +112,7 @@ def main() -> int:
     """The child: every candidate of TUNED; in a rehearsal of one small class."""
     watch = Watch.told()
     device = torch.device("cpu" if rehearsing() else "cuda:0")
-    wanted = candidates(tuning.kernels())
+    wanted = candidates(tuning.kernels(), tune.arch_of(device))
     clock: Clock = quick_ms
     if rehearsing():
         from fastssl.kernels.regression import cosine_triton

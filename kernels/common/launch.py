@@ -40,7 +40,7 @@ def named(kind: str, names: str) -> dict[str, str]:
     return {name: kind for name in names.split()}
 
 
-def configs(blocks: str, table: Iterable[Sequence[int]]) -> tuple[Config, ...]:
+def configs(blocks: str, table: Iterable[Sequence[int]], only: str = "") -> tuple[Config, ...]:
     """Configurations from rows of sizes of the `blocks`, by name, then warps and stages.
 
     >>> configs("BLOCK_M BLOCK_N", [(64, 32, 4, 2)])[0].arguments["num_warps"]
@@ -48,7 +48,7 @@ def configs(blocks: str, table: Iterable[Sequence[int]]) -> tuple[Config, ...]:
     """
     names = blocks.split()
     return tuple(
-        Config(dict(zip(names, sizes, strict=True)), warps, stages)
+        Config(dict(zip(names, sizes, strict=True)), warps, stages, only)
         for *sizes, warps, stages in table
     )
 

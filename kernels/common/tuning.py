@@ -38,11 +38,15 @@ Clock = Callable[[Callable[[], Any]], float]  # median milliseconds of a launch
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes (the kernel's constexpr arguments by name), warps and pipeline stages."""
+    """Block sizes (the kernel's constexpr arguments by name), warps and pipeline stages.
+
+    only: the one architecture that a candidate is for, "sm_90"; "" is any.  It tells no two apart.
+    """
 
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 2
+    only: str = field(default="", compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -79,8 +83,8 @@ class Variant:
                 one that ends in ":16" is divisible by 16, as Triton finds it at run time.
     constexprs  the constexpr arguments that are not block sizes.
     product     whether its products must be matrix instructions (false for IEEE float32).
-    candidates  what the tuner tries; each must compile without spills on every target.
-    safe        the configuration of a GPU that is not in the table; one of the candidates.
+    candidates  what the tuner tries; each must compile without spills on its architecture, or all.
+    safe        the configuration of a GPU that is not in the table; one of the candidates, for any.
     trial       (config, device) -> a function that launches once at a size worth tuning for, and
                 returns what was computed: a tensor or several, the same for every config.
     """
@@ -92,6 +96,10 @@ class Variant:
     candidates: tuple[Config, ...]
     safe: Config
     trial: Callable[[Config, torch.device], Callable[[], Any]]
+
+    def tried(self, arch: str) -> tuple[Config, ...]:
+        """The candidates on this architecture; of one that no candidate names, those for any."""
+        return tuple(config for config in self.candidates if config.only in ("", arch))
 
 
 @dataclass(frozen=True)
@@ -172,11 +180,12 @@ def autotuned(kernel: Kernel, variant: Variant, device: torch.device, clock: Clo
 
 def _fastest(variant: Variant, device: torch.device, clock: Clock, cache: Any) -> Config:
     """The candidate of the least median, kept for other processes; the safe one if none fits."""
-    times = [_time(variant.trial, config, device, clock) for config in variant.candidates]
+    tried = variant.tried(gpu_of(device).arch)
+    times = [_time(variant.trial, config, device, clock) for config in tried]
     best = min(times)
     if math.isinf(best):
         return variant.safe
-    chosen = variant.candidates[times.index(best)]
+    chosen = tried[times.index(best)]
     try:
         cache.put(json.dumps({**chosen.fields(), "ms": best}), KEPT)
     except OSError as error:

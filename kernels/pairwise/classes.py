@@ -3,7 +3,8 @@
 16-bit inputs come in classes of D.  Up to 256 features a tile holds them all (FITS_BLOCK), so that
 a tile of y is read once for both products of the backward; above, and in 32 bits, D goes by
 chunks.  float32 is "tf32" where torch allows that.
-Every candidate compiles without spills for sm_80, sm_90 and sm_100 (bench/aot.py).
+Every candidate compiles without spills for sm_80, sm_90 and sm_100, or for the one of them that it
+is for (bench/aot.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.gpu import gpu_of, on_gpu
 from ..common.launch import Trial, configs, dtype_name, variant
 from ..common.matmul import allows_tf32
 from ..common.tuning import Config, Kernel, Variant, config_for
@@ -26,19 +28,29 @@ CLASSES = [*product(("bfloat16", "float16"), (*WIDTHS, "long"))]
 CLASSES += [("tf32", "tf32"), ("float32", "float32")]  # 32 bits come in one width
 
 Choice = tuple[str, Config]  # of a class by name, and of the configuration in it
-Table = Mapping[str, list[tuple[int, ...]]]  # of a width: (BLOCK_M, BLOCK_N, warps, stages)
+# (BLOCK_M, BLOCK_N, warps, stages) of a width, "D128", and more for one GPU, "D128 sm_90".
+Table = Mapping[str, list[tuple[int, ...]]]
 
 
-# Features that fused tiles are for.  From others' measurements on Hopper: above, a program can no
-# longer keep a row of gradient in registers.  Exact float32 has no matrix instructions: reckoned
-# from its machine code, Triton's products have a third to a half of cuBLAS's speed.
-FUSED_UP_TO, EXACT_UP_TO = 256, 31
+# Which schedule a pass takes: tiles up to so many features, products above.  "rows": forward of one
+# side; "sides": forward of both, or of a tensor with itself, where the products have half the work
+# that the tiles have; "grads": the backward.
+# From others' measurements on Hopper: above 256 a program can no longer keep a row of gradient in
+# registers.  Reckoned for an H200, to be measured (bench/results/2026-11-30-reckoned-sm_90): its
+# tiles of 128 x 256 take rows alone through 512 features in less time than scores go through
+# memory.  Exact float32 has no matrix instructions: reckoned from its machine code, Triton's
+# products have a third to a half of cuBLAS's speed.
+STEPS = {"rows": 256, "sides": 256, "grads": 256}
+STEPS_ON = {"sm_90": {"rows": 512}}  # of 16 bits
+EXACT_UP_TO = 31
 
 
-def schedule(x: Tensor) -> str:
-    """Triton's schedule for rows like x: "tiles" or "products"."""
-    exact = dtype_class(x) == "float32"
-    return "products" if x.shape[1] > (EXACT_UP_TO if exact else FUSED_UP_TO) else "tiles"
+def schedule(x: Tensor, step: str) -> str:
+    """Triton's schedule for a step of rows like x: "tiles" or "products"."""
+    arch = gpu_of(x.device).arch if on_gpu(x.device) else ""
+    limits = STEPS | (STEPS_ON.get(arch, {}) if x.dtype != torch.float32 else {})
+    limit = EXACT_UP_TO if dtype_class(x) == "float32" else limits[step]
+    return "products" if x.shape[1] > limit else "tiles"
 
 
 def dtype_class(x: Tensor) -> str:
@@ -66,6 +78,17 @@ def _name(dtype: str, width: str, part: str) -> str:
     return f"{dtype}-{part}" if width == dtype else f"{dtype}-{width}-{part}"
 
 
+def _candidates(table: Table, width: str, sizes: Mapping[str, int]) -> tuple[Config, ...]:
+    """Those of a width: for any GPU, then for one."""
+    found, names = (), " ".join(["BLOCK_M BLOCK_N", *sizes])
+    for key, tiles in table.items():
+        name, _, only = key.partition(" ")
+        if name == width:
+            rows = [(*tile[:2], *sizes.values(), *tile[2:]) for tile in tiles]
+            found += configs(names, rows, only)
+    return found
+
+
 def tile_variants(
     fn: Any,
     types: Mapping[str, str],
@@ -82,8 +105,7 @@ def tile_variants(
     for (dtype, width), (part, table) in product(CLASSES, tables.items()):
         name, (d, o) = _name(dtype, width, part), CHUNKS.get(width) or (WIDTHS[width],) * 2
         sizes = {"BLOCK_D": d, "BLOCK_O": o} if "BLOCK_O" in fn.arg_names else {"BLOCK_D": d}
-        rows = [(*tile[:2], *sizes.values(), *tile[2:]) for tile in table[width]]
-        candidates = configs(" ".join(["BLOCK_M BLOCK_N", *sizes]), rows)
+        candidates = _candidates(table, width, sizes)
         fixed = {"FITS_BLOCK": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
         D = WIDTHS.get(width, 1024 if width == "long" else 128)
         run, products = partial(trial, name, part, D), dtype != "float32"

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -91,12 +90,9 @@ def as_number(name: str, value: float | Tensor, q: Tensor, *, rows: bool = False
     return value
 
 
-def blockwise(q: Tensor, masks: Masks) -> ModuleType:
-    """The backend module that `auto` picks, for callers that merge blocks of keys themselves.
-
-    It has `statistics`, `log_sum`, `join`, `weights` and `gradients`, as in lse_torch; no autograd.
-    """
-    return lse_ops.backend(_LSE.choose_for("auto", {"q": q}, masks.problem), q)
+def blockwise(q: Tensor, masks: Masks) -> lse_ops.Blocks:
+    """What `auto` picks, for callers that merge blocks of keys themselves; no autograd."""
+    return lse_ops.Blocks(_LSE.choose_for("auto", {"q": q}, masks.problem))
 
 
 @overload

@@ -22,7 +22,7 @@ from .lse_torch import Pairs, weights
 from .masks import Masks, TritonRules, exclude_self
 
 # (BLOCK_M, BLOCK_N, warps, stages).  The first is the safe one: its shared memory fits in 99 KB,
-# all that a consumer GPU has, and its registers do for "full", which tries no other.
+# all that a consumer GPU has, and its registers do for "full", which tries no other for any GPU.
 FORWARD = {
     "D128": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 2)],
     "D64": [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 3)],
@@ -30,6 +30,11 @@ FORWARD = {
     "long": [(64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
     "float32": [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)],
     "tf32": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
+    "D128 sm_90": [(256, 128, 8, 2)],
+    "D64 sm_90": [(256, 128, 8, 3)],
+    "D256 sm_90": [(128, 128, 8, 2)],
+    "long sm_90": [(128, 256, 8, 3), (128, 256, 8, 4)],
+    "tf32 sm_90": [(128, 256, 8, 3)],
 }
 BACKWARD = {
     "D128": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)],
@@ -38,6 +43,17 @@ BACKWARD = {
     "long": [(64, 64, 8, 2), (64, 64, 8, 3), (128, 32, 8, 3)],
     "float32": [(64, 16, 4, 2), (32, 32, 4, 2)],
     "tf32": [(64, 32, 8, 2), (64, 64, 8, 2)],
+    "D128 sm_90": [(128, 128, 8, 2)],
+    "D64 sm_90": [(128, 64, 4, 3), (128, 128, 8, 2)],
+    "D256 sm_90": [(128, 64, 8, 2)],
+    "long sm_90": [(128, 64, 8, 2)],
+    "tf32 sm_90": [(128, 64, 8, 2)],
+}
+BACKWARD_FULL = {
+    "D128 sm_90": [(128, 64, 8, 2)],
+    "D64 sm_90": [(128, 64, 8, 2)],
+    "D256 sm_90": [(64, 64, 8, 2), (128, 64, 8, 2)],
+    "tf32 sm_90": [(64, 64, 8, 2)],
 }
 TRIAL_ROWS = 16384
 
@@ -65,12 +81,17 @@ def backward_variants(fn: Any, launch: Launch, forward: Launch) -> dict[str, Var
 
     launch: (pairs, sides, transposed, sums, (name, config)).  forward: that of the forward.
     """
-    tables = {"both": BACKWARD, "rows": BACKWARD, "cols": BACKWARD, "full": _safe(BACKWARD)}
+    tables = {
+        "both": BACKWARD,
+        "rows": BACKWARD,
+        "cols": BACKWARD,
+        "full": _safe(BACKWARD) | BACKWARD_FULL,
+    }
     return tile_variants(fn, TYPES, tables, _constants, partial(_try_backward, launch, forward))
 
 
-def _safe(table: Table) -> Table:
-    return {width: configs[:1] for width, configs in table.items()}
+def _safe(table: Table) -> dict[str, list[tuple[int, ...]]]:
+    return {width: configs[:1] for width, configs in table.items() if " " not in width}
 
 
 def _constants(dtype: str, part: str) -> dict[str, Any]:

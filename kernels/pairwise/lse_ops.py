@@ -1,7 +1,7 @@
 """Pairwise log-sum-exps as operators of torch, with a gradient, and which module computes them.
 
-"torch" is lse_torch.  "triton" is one of two schedules: fused tiles (lse_triton), or products by
-cuBLAS with one pass over the scores (lse_gemm); `classes.schedule` says which.
+"torch" is lse_torch.  "triton" is one of two schedules in each pass: fused tiles (lse_triton), or
+products by cuBLAS with one pass over the scores (lse_gemm); `classes.schedule` says which.
 torch.compile keeps an operator whole in its graph, and an operator takes tensors, numbers and
 strings: so a mask goes by its key, and the implementation by its name.
 """
@@ -9,7 +9,7 @@ strings: so a mask goes by its key, and the implementation by its name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,17 +21,57 @@ from .classes import schedule
 from .lse_torch import Grads, Pairs, weights
 
 
-def backend(impl: str, x: Tensor) -> Any:
+def backend(impl: str, x: Tensor, step: str) -> Any:
     """The module that has `statistics`, `log_sum`, `join`, `weights` and `gradients` of rows x.
 
     impl: "torch", "triton", or one of Triton's schedules by name, to be compared.
+    step: that of `classes.schedule`; what one schedule makes of it the other can go on with.
     """
     if impl == "torch":
         return lse_torch
     from . import lse_gemm, lse_triton
 
-    by = schedule(x) if impl == "triton" else impl
+    by = schedule(x, step) if impl == "triton" else impl
     return {"tiles": lse_triton, "products": lse_gemm}[by]
+
+
+class Blocks(NamedTuple):
+    """What merges blocks of keys itself has of an implementation: functions as in lse_torch."""
+
+    impl: str
+
+    def statistics(self, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
+        """Those of rows and columns."""
+        alone = not (both or pairs.same or pairs.scale.ndim) and pairs.bias is None
+        step = "rows" if alone else "sides"
+        return backend(self.impl, pairs.q, step).statistics(pairs, both)
+
+    def gradients(
+        self, pairs: Pairs, rows: Tensor | None, cols: Tensor | None, need: lse_torch.Need
+    ) -> Grads:
+        """Those to q, k, scale and bias."""
+        return backend(self.impl, pairs.q, "grads").gradients(pairs, rows, cols, need)
+
+    def log_sum(self, stats: Tensor) -> Tensor:
+        """The log-sum-exp; not by `backend`, as the compiler cannot look into `schedule`."""
+        return self._units.log_sum(stats)
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """The statistics of two disjoint sets of pairs together."""
+        return self._units.join(a, b)
+
+    def weights(self, stats: Tensor, grad: Tensor) -> Tensor:
+        """m_i and g_i / l_i."""
+        return weights(stats, grad)
+
+    @property
+    def _units(self) -> Any:
+        """The module of the statistics' unit, that of all of Triton's schedules, or torch's."""
+        if self.impl == "torch":
+            return lse_torch
+        from . import scores_triton
+
+        return scores_triton
 
 
 def _stats(
@@ -39,7 +79,7 @@ def _stats(
 ) -> tuple[Tensor, Tensor]:
     """`statistics` of rows and columns.  tensors: q, k, scale, bias, row_ids, col_ids."""
     pairs = _pairs(tensors, mask, same, impl)
-    return backend(impl, pairs.q).statistics(pairs, both)
+    return Blocks(impl).statistics(pairs, both)
 
 
 def _pairs(tensors: Sequence[Any], mask: str, same: bool, impl: str) -> Pairs:
@@ -67,7 +107,7 @@ def _grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gradients` to q, k, scale and bias."""
     pairs, D = _pairs(tensors, mask, same, impl), tensors[0].shape[1]  # pyright: ignore
-    dq, dk, *rest = backend(impl, pairs.q).gradients(pairs, rows, cols, tuple(need))
+    dq, dk, *rest = Blocks(impl).gradients(pairs, rows, cols, tuple(need))  # pyright: ignore
     return cut(dq, D), cut(dk, D), *rest  # pyright: ignore[reportReturnType]
 
 
@@ -83,15 +123,6 @@ stats = operator("pairwise_stats", _stats, _fake_stats)
 grads = operator("pairwise_grads", _grads, _fake_grads)
 
 
-def _log_sum(impl: str) -> Any:
-    """That of all Triton's schedules, or torch's: the compiler cannot look into `schedule`."""
-    if impl == "torch":
-        return lse_torch.log_sum
-    from .scores_triton import log_sum
-
-    return log_sum
-
-
 class _LSE(FirstOrder):
     """Row and column log-sum-exps; k is None for symmetric scores of q with itself."""
 
@@ -101,7 +132,7 @@ class _LSE(FirstOrder):
         same, rest = k is None, (scale, bias, row_ids, col_ids)
         rows, cols = stats([q, q if same else k, *rest], mask, same, both, impl)
         ctx.save_for_backward(q, k, *rest, rows, cols)
-        log_sum = _log_sum(impl)
+        log_sum = Blocks(impl).log_sum
         return log_sum(rows), log_sum(cols)
 
     @staticmethod

@@ -28,6 +28,7 @@ LOSS = {
     "long": [(64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
     "float32": [(64, 64, 4, 2), (128, 64, 8, 2)],
     "tf32": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
+    "D256 sm_90": [(128, 128, 8, 2)],
 }
 GRADS = {
     "D64": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)],
@@ -37,6 +38,9 @@ GRADS = {
     "float32": [(64, 16, 4, 2), (32, 32, 4, 2)],
     "tf32": [(64, 32, 8, 2), (64, 64, 8, 2)],
 }
+ROWS_ON = {"D128 sm_90": [(64, 64, 4, 2), (128, 64, 8, 2)]}
+COLS_ON = ROWS_ON | {"D256 sm_90": [(128, 64, 8, 2)], "tf32 sm_90": [(128, 64, 8, 2)]}
+TABLES = {"loss": LOSS, "rows": GRADS | ROWS_ON, "cols": GRADS | COLS_ON}
 WEIGH = [(32, 128, 4, 1), (64, 64, 4, 1), (16, 256, 4, 1), (32, 256, 8, 1), (64, 128, 8, 1)]
 FP16_SCALES = {"float16": 2.0**15}  # what W is multiplied by before it is rounded; 1 elsewhere
 PASSES = {
@@ -58,8 +62,7 @@ Launch = Callable[..., Any]
 
 def tile_variants(fn: Any, launch: Launch) -> dict[str, Variant]:
     """The classes of the tiles.  launch: (logits, pass, (name, config)) -> tensors or None."""
-    tables = {part: GRADS if passes["GRAD"] else LOSS for part, passes in PASSES.items()}
-    return classes.tile_variants(fn, TYPES, tables, _constants, partial(_try_tiles, launch))
+    return classes.tile_variants(fn, TYPES, TABLES, _constants, partial(_try_tiles, launch))
 
 
 def _constants(dtype: str, part: str) -> dict[str, Any]:

@@ -75,9 +75,8 @@ def _softplus(z, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(p, scale, bias, positive, ok, LOSS: tl.constexpr):
-    """softplus(-y s) and W of products p, scale and bias in log2 units; both 0 where not ok."""
-    s = p * scale + bias
+def _sigmoid(s, positive, ok, LOSS: tl.constexpr):
+    """softplus(-y s) and W of scores in log2 units; both 0 where not ok."""
     loss, w = _softplus(tl.where(ok, tl.where(positive, -s, s), -float("inf")), LOSS)
     return loss, tl.where(positive, -w, w)
 
@@ -116,12 +115,13 @@ def _tiles(
             p = dot(x, y.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
             p = product(X, Yt, d, ok, D, PRECISION)
+        s = p * steep + shift  # not in both branches: Triton 3.6 cannot pipeline what is left
         _, empty = verdict(ranges, n, N, Y_LOW, Y_HIGH, BLOCK_N, PLACES, UNEQUAL)
         if empty & (n + BLOCK_N <= N):
-            loss, w = _softplus(p * steep + shift, TOTAL)
+            loss, w = _softplus(s, TOTAL)
         else:
             positive = kept(here, there, X_IDS, Y_IDS, M, N, RULES, PLACES, TRANSPOSED)
-            loss, w = _sigmoid(p, steep, shift, positive, ok[None, :], TOTAL)
+            loss, w = _sigmoid(s, positive, ok[None, :], TOTAL)
         if TOTAL:
             total += tl.sum(loss, 1)
         if TOTAL and GRAD:
@@ -159,7 +159,7 @@ def _weigh(
     p = tl.load(P + at, inside, 0.0)
     positive = kept(x, y, ROW_IDS, COL_IDS, M, N, RULES, PLACES, False)  # pyright: ignore
     scale, bias = tl.load(SCALE) * LOG2_E, tl.load(BIAS) * LOG2_E
-    loss, w = _sigmoid(p, scale, bias, positive, inside, True)  # pyright: ignore
+    loss, w = _sigmoid(p * scale + bias, positive, inside, True)  # pyright: ignore
     SUMS += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 3
     tl.store(SUMS, tl.sum(tl.sum(loss, 1), 0))
     if GRAD:
@@ -258,7 +258,7 @@ def _by_products(logits: Logits, need: Need) -> Found:
 
 def results(logits: Logits, need: Need) -> Results:
     """As sigmoid_torch.results."""
-    by = {"tiles": _by_tiles, "products": _by_products}[schedule(logits.q)]
+    by = {"tiles": _by_tiles, "products": _by_products}[schedule(logits.q, "grads")]
     sums, *made = by(logits, need)
     none = logits.q.new_empty
     total, dbias, dscale = (x.to(torch.float32, copy=True) for x in sums.unbind())

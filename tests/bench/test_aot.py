@@ -129,13 +129,17 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
 
 def variant(name, product=True, blocks=64):
     safe, other = Config({"BLOCK_M": blocks}), Config({"BLOCK_M": 128}, num_warps=8)
-    return Variant(name, {}, {}, product, (other, safe, other), safe, lambda config, device: print)
+    wide = Config({"BLOCK_M": 512}, num_warps=8, only="sm_100")
+    tried = other, safe, other, wide
+    return Variant(name, {}, {}, product, tried, safe, lambda config, device: print)
 
 
 def test_plan_holds_every_variant_configuration_and_target_once():
     kernel = Kernel("k", None, {name: variant(name) for name in ("first", "second")})
     whole = aot.plan([kernel], ["sm_80", "sm_90"])
     assert len(whole) == len({str(task) for task in whole}) == 2 * 2 * 2
+    alone = [t.target for t in aot.plan([kernel], ["sm_90", "sm_100"]) if "M=512" in str(t)]
+    assert alone == ["sm_100"] * 2  # that of one chip
     quick = aot.plan([kernel], ["sm_80", "sm_90"], quick=True)
     names = [str(task) for task in quick]
     assert names == [f"k, first, M=64 warps=4 stages=2, {t}" for t in ("sm_80", "sm_90")]

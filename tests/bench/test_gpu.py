@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -263,7 +263,7 @@ def tuned(tmp_path, monkeypatch, configs, safe=SAFE, skip=0, made=trial):
     of_class = Variant("D64", {}, {}, True, tuple(configs), safe, made)
     monkeypatch.setattr(tuning, "TUNED", (("k", "D64"),))
     path = tmp_path / "x.jsonl"
-    wanted = tuning.candidates({"k": Kernel("k", None, {"D64": of_class})})
+    wanted = tuning.candidates({"k": Kernel("k", None, {"D64": of_class})}, "")
     timed = []
 
     def clock(launch):
@@ -277,7 +277,8 @@ def tuned(tmp_path, monkeypatch, configs, safe=SAFE, skip=0, made=trial):
 
 
 def test_the_fastest_right_candidate_is_chosen(tmp_path, monkeypatch):
-    found, best = tuned(tmp_path, monkeypatch, (OFF, FAST, SAFE, LARGE, SLOW))
+    elsewhere = replace(OFF, blocks={"BLOCK_M": 32}, only="sm_90")
+    found, best = tuned(tmp_path, monkeypatch, (OFF, FAST, SAFE, elsewhere, LARGE, SLOW))
     assert [line["safe"] for line in found] == [True, False, False, False, False]  # it comes first
     by_config = {line["config"]["blocks"]["BLOCK_M"]: line for line in found}
     assert best == [FAST] and by_config[1]["ms"] == 2.0

@@ -52,7 +52,10 @@ def trial(config, device):
     return partial(run, config)
 
 
-def kernel(name, *classes, configs=(SAFE, FAST, OFF, BROKEN, LARGE), safe=SAFE):
+ELSEWHERE = replace(FAST, blocks={"BLOCK_M": 32}, only="sm_90")
+
+
+def kernel(name, *classes, configs=(SAFE, FAST, OFF, BROKEN, LARGE, ELSEWHERE), safe=SAFE):
     variants = {v: Variant(v, {}, {}, True, tuple(configs), safe, trial) for v in classes}
     return Kernel(name, None, variants)
 
@@ -87,7 +90,10 @@ def test_without_a_safe_result_nothing_is_timed():
 
 @pytest.mark.parametrize("end, reached", [(15.0, "A"), (19.0, "A"), (20.0, "AB"), (1e9, "ABC")])
 def test_no_class_is_begun_that_may_not_end_in_time(end, reached):
-    kernels = [kernel("k", "A", "B", configs=(SAFE, FAST)), kernel("l", "C", configs=(SAFE,))]
+    kernels = [
+        kernel("k", "A", "B", configs=(SAFE, FAST, ELSEWHERE)),
+        kernel("l", "C", configs=(SAFE,)),
+    ]
     found = tuned(kernels, Time(seconds=5.0), end)
     assert "".join(t.variant for t in found) == "AABBC"
     assert {t.variant for t in found if t.status == OK} == set(reached)
@@ -210,7 +216,7 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
     monkeypatch.setattr(chamfer_triton, "TRIAL", (2, 7, 3))
     known = _tuning.kernels()[name]
     whole = known.variants[variant]
-    last = [config for config in whole.candidates if config != whole.safe][-1:]
+    last = [config for config in whole.tried("") if config != whole.safe][-1:]
     some = {variant: replace(whole, candidates=(whole.safe, *last))}
     monkeypatch.setitem(_tuning._kernels, name, Kernel(name, known.fn, some))
     argv = ["--kernel", name, "--jobs", "1"]

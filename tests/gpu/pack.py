@@ -65,9 +65,9 @@ def _headline(headline: Headline, shape: Shape) -> None:
             step(run, problem.inputs)
 
 
-def trials() -> Iterator[Call]:
+def trials(target: str = "sm_90") -> Iterator[Call]:
     """Every candidate of the classes in TUNED, at the size that the tuner launches."""
-    for kernel, name, variant, config in candidates(tuning.kernels()):
+    for kernel, name, variant, config in candidates(tuning.kernels(), target):
         yield f"{kernel} {name}", lambda v=variant, c=config: v.trial(c, DEVICE)()
 
 
@@ -129,7 +129,7 @@ def launches(target: str) -> tuple[dict[str, Launch], list[str]]:
     A test launches, then looks at values, which a recording has not: what came before is packed.
     """
     gpu, found, failed = GPUS[target], {}, []
-    for make in (headlines, trials, accuracy, others):
+    for make in (headlines, partial(trials, target), accuracy, others):
         for name, call in make():
             try:
                 with recorded(gpu) as seen:

@@ -102,5 +102,5 @@ def lse(request, monkeypatch, small_blocks):
     """pairwise_lse by one implementation: chunked torch, or one of Triton's two schedules."""
     if request.param == "torch":
         return partial(pairwise_lse, impl="torch")
-    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: request.param)
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x, step: request.param)
     return partial(pairwise_lse, impl="triton")

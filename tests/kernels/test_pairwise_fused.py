@@ -1,6 +1,7 @@
 """What is particular to the Triton log-sum-exps: schedules, classes, operators, what they hold."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from fastssl.kernels import PairMask, exclude_self, pairwise_lse
 from fastssl.kernels.common import rows
 from fastssl.kernels.common import tuning as _tuning
+from fastssl.kernels.common.gpu import Gpu, pretend
 from fastssl.kernels.pairwise import classes
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
@@ -43,18 +45,57 @@ def pairs_of(q, k, mask=None, bias=None):
     return Pairs(q, k, scale, bias, *masks.ids(), masks.key, q is k and masks.symmetric)
 
 
+H200, B200 = Gpu("sm_90", 132), Gpu("sm_100", 148)
+T, P = "tiles", "products"
+
+
 @pytest.mark.parametrize(
-    "dtype, D, expected",
+    "gpu, dtype, D, expected",  # of rows, of both sides, and of the gradients
     [
-        (torch.bfloat16, 256, "tiles"),
-        (torch.bfloat16, 257, "products"),
-        (torch.float16, 512, "products"),
-        (torch.float32, 31, "tiles"),
-        (torch.float32, 32, "products"),
+        (None, torch.bfloat16, 256, (T, T, T)),
+        (None, torch.bfloat16, 257, (P, P, P)),
+        (None, torch.float32, 31, (T, T, T)),
+        (None, torch.float32, 32, (P, P, P)),
+        (H200, torch.float16, 512, (T, P, P)),
+        (H200, torch.float16, 513, (P, P, P)),
+        (H200, torch.float32, 257, (P, P, P)),
+        (B200, torch.float16, 257, (P, P, P)),
     ],
 )
-def test_the_schedule_goes_by_width(dtype, D, expected):
-    assert classes.schedule(torch.empty(3, D, dtype=dtype)) == expected
+def test_the_schedule_goes_by_step_width_and_gpu(gpu, dtype, D, expected, monkeypatch):
+    monkeypatch.setattr(classes, "allows_tf32", lambda: gpu is not None)
+    x = torch.empty(3, D, dtype=dtype)
+    with pretend(gpu) if gpu else nullcontext():
+        found = [classes.schedule(x, step) for step in ("rows", "sides", "grads")]
+    assert tuple(found) == expected
+
+
+@pytest.mark.parametrize("backward", SCHEDULES)
+@pytest.mark.parametrize("forward", SCHEDULES)
+def test_one_schedule_goes_on_with_what_the_other_made(forward, backward, monkeypatch):
+    """And a forward is of rows alone where nothing asks for more."""
+    asked = []
+
+    def schedule(x, step):
+        asked.append(step)
+        return backward if step == "grads" else forward
+
+    monkeypatch.setattr(pairwise_ops, "schedule", schedule)
+    q, k = rows_of(torch.float32, (37, 5), (45, 5))
+    for mask, both in ((exclude_self, True), (None, False)):
+        assert_no_worse(
+            lambda q, k, m=mask, b=both: _joined(fused(q, k, 5.0, mask=m, both=b)),
+            lambda q, k, m=mask, b=both: _joined(pairwise_lse_reference(q, k, 5.0, m, None, b)),
+            [q, k],
+        )
+    assert dict.fromkeys(asked) == dict.fromkeys(("sides", "grads", "rows"))
+    asked.clear()
+    fused(q, q, 5.0), fused(q, k, 5.0, bias=k[:, 0]), fused(q, k, q[:, 0])
+    assert asked == ["sides"] * 3
+
+
+def _joined(made):
+    return torch.cat(made) if isinstance(made, tuple) else made
 
 
 def test_one_tensor_costs_one_pass_of_tiles_backward(monkeypatch):
@@ -125,9 +166,9 @@ def test_rows_that_a_wide_load_divides_are_not_copied(monkeypatch):
 @schedules
 @pytest.mark.parametrize("same", [True, False], ids=["self", "rows"])
 def test_rows_that_no_wide_load_divides_are_padded(schedule, same, monkeypatch):
-    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: schedule)
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x, step: schedule)
     monkeypatch.setattr(rows, "EVEN", 16)
-    module = pairwise_ops.backend("triton", torch.empty(1, 1))
+    module = pairwise_ops.backend(schedule, torch.empty(1, 1), "grads")
     widths, gradients = [], module.gradients
     seen = lambda pairs, *a: widths.append(pairs.k.shape[1]) or gradients(pairs, *a)  # noqa: E731
     monkeypatch.setattr(module, "gradients", seen)
@@ -143,7 +184,7 @@ def test_rows_that_no_wide_load_divides_are_padded(schedule, same, monkeypatch):
 @schedules
 @pytest.mark.parametrize("same", [True, False], ids=["self", "rows"])
 def test_keeps_and_makes_nothing_of_all_pairs(schedule, same, monkeypatch):
-    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: schedule)
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x, step: schedule)
     z = torch.randn(64, 4, device=DEVICE, requires_grad=True)
     k = z if same else torch.randn(64, 4, device=DEVICE, requires_grad=True)
     run = lambda: torch.cat(fused(z, k, 1.0, mask=exclude_self, both=True)).mean()  # noqa: E731
@@ -151,14 +192,14 @@ def test_keeps_and_makes_nothing_of_all_pairs(schedule, same, monkeypatch):
     # What an operator makes inside is seen from here alone; operands are viewed in bytes.
     pairs = pairs_of(z.detach(), k.detach(), exclude_self)
     side = torch.ones(2, 64, device=DEVICE)
-    module = pairwise_ops.backend(schedule, z)
+    module = pairwise_ops.backend(schedule, z, "rows")
     assert largest_tensor(lambda: module.statistics(pairs, True)) <= 4 * 800
     assert largest_tensor(lambda: module.gradients(pairs, side, side, (True,) * 4)) <= 4 * 800
 
 
 @schedules
 def test_rows_beyond_two_to_the_31_elements(schedule, tmp_path, monkeypatch):
-    monkeypatch.setattr(pairwise_ops, "schedule", lambda x: schedule)
+    monkeypatch.setattr(pairwise_ops, "schedule", lambda x, step: schedule)
     D, gap = 4, 2**30
     size = 2 * gap + D
     if DEVICE == "cpu":  # a file without content takes no space

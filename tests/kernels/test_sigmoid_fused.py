@@ -49,7 +49,7 @@ def small_blocks(monkeypatch, five_places, uneven):
 
 @pytest.fixture(params=["tiles", "products"])
 def schedule(request, monkeypatch):
-    monkeypatch.setattr(sigmoid_fused, "schedule", lambda x: request.param)
+    monkeypatch.setattr(sigmoid_fused, "schedule", lambda x, step: request.param)
     return request.param
 
 
