@@ -15,7 +15,17 @@ from torch import Tensor
 
 from fastssl.bench.cases.rivals import by_implementation, nbytes, weigh
 from fastssl.bench.measure.gate import SLACK_OTHERS, SLACK_OURS, why_wrong
-from fastssl.bench.registry import OURS, REFERENCE, Problem, Rival, Shape, Sweep, case, shapes_of
+from fastssl.bench.registry import (
+    OURS,
+    REFERENCE,
+    Absent,
+    Problem,
+    Rival,
+    Shape,
+    Sweep,
+    case,
+    shapes_of,
+)
 from fastssl.kernels import (
     column_moments,
     cross_diagonal,
@@ -26,7 +36,7 @@ from fastssl.kernels import (
     standardize,
 )
 from fastssl.kernels.common.gpu import on_gpu
-from fastssl.kernels.pairwise import Pairs
+from fastssl.kernels.pairwise import Masks, Pairs, as_masks
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
 
 _SCALE = 1 / 0.1
@@ -61,9 +71,7 @@ def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """
     M, N, D = shape["M"], shape["N"], shape["D"]
     inputs = tuple(_unit(n, D, dtype, device).requires_grad_() for n in (M, N))
-    rivals = by_implementation(pairwise_lse, device, scale=_SCALE)
-    if on_gpu(device):
-        rivals |= {f"{OURS} {name}": partial(_by_schedule, name) for name in ("tiles", "products")}
+    rivals = by_implementation(pairwise_lse, device, scale=_SCALE) | _schedules(device)
     return Problem(
         inputs=inputs,
         rivals=rivals,
@@ -72,8 +80,17 @@ def lse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
-def _by_schedule(name: str, q: Tensor, k: Tensor) -> Tensor:
-    pairs = Pairs(q, k, torch.full((), _SCALE, device=q.device), None, None, None, "", False)
+def _schedules(device: torch.device) -> dict[str, Rival | Absent]:
+    """On a GPU both of Triton's, which `classes.schedule` picks from for each pass."""
+    names = ("tiles", "products") if on_gpu(device) else ()
+    return {f"{OURS} {name}": partial(_by_schedule, name) for name in names}
+
+
+def _by_schedule(name: str, q: Tensor, k: Tensor | None = None) -> Tensor:
+    """Rows against keys, or without k each row against the others."""
+    masks = Masks() if k is not None else as_masks(exclude_self)
+    scale, ids = torch.full((), _SCALE, device=q.device), masks.ids()
+    pairs = Pairs(q, q if k is None else k, scale, None, *ids, masks.key, k is None)
     return pairwise_ops.lse(pairs, False, name)[0]
 
 
@@ -87,19 +104,19 @@ def _by_schedule(name: str, q: Tensor, k: Tensor) -> Tensor:
         cuda=[(16384, 128), (65536, 128), (16384, 1024)],
     ),
     gate_shape={"N": 1111},
-    gpu_gate_shape={"N": 9000},
+    gpu_gate_shape={"N": 24000},  # where symmetric scores take half the tiles
 )
 def lse_self(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Row log-sum-exp of similarities among themselves, each row without itself.
 
     The scores are symmetric: N^2 D flops for half of them; backward N x N weights times the rows,
-    2 N^2 D.
+    2 N^2 D.  On a GPU the two schedules of Triton stand beside each other.
     """
     N, D = shape["N"], shape["D"]
     z = _unit(N, D, dtype, device).requires_grad_()
     return Problem(
         inputs=(z,),
-        rivals=by_implementation(_lse_self, device, primitive="pairwise_lse"),
+        rivals=by_implementation(_lse_self, device, primitive="pairwise_lse") | _schedules(device),
         flops={"fwd": 1.0 * N * N * D, "bwd": 2.0 * N * N * D},
         bytes_moved={"fwd": nbytes(z) + 4 * N, "bwd": 2 * nbytes(z) + 4 * N},
     )

@@ -119,8 +119,14 @@ def _time(name: str, before: Mapping[str, Line], after: str) -> str:
     text = f"{name:43} {_ms(ours):>8} {_ms(ours, 'fwd'):>8} {_enqueued(ours):>6} {_rate(ours):>10}"
     text += f" {_percent(ours['share']) if ours else '-':>5} {_ms(before.get('reference')):>8}"
     text += f" {after:>8}"
-    others = {k.split()[-1]: _ms(row) for k, row in before.items() if k.startswith("fastssl ")}
+    others = {k.split()[-1]: _passes(row) for k, row in before.items() if k.startswith("fastssl ")}
     return text + "".join(f" {word} {ms}" for word, ms in others.items())
+
+
+def _passes(row: Line) -> str:
+    """The medians of forward and backward, which may each be another's; else that of the call."""
+    found = [_ms(row, part) for part in ("fwd", "bwd")]
+    return _ms(row) if "-" in found else "+".join(found)
 
 
 def _ms(row: Line | None, part: str = "") -> str:

@@ -24,6 +24,7 @@ from ..common.tuning import Config, Kernel, Variant, config_for
 
 WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the FITS_BLOCK classes: the most features, BLOCK_D
 CHUNKS = {"long": (64, 256), "float32": (16, 128), "tf32": (32, 128)}  # BLOCK_D, BLOCK_O
+ARCHS = ("sm_90",)  # that have candidates of their own
 CLASSES = [*product(("bfloat16", "float16"), (*WIDTHS, "long"))]
 CLASSES += [("tf32", "tf32"), ("float32", "float32")]  # 32 bits come in one width
 
@@ -78,14 +79,14 @@ def _name(dtype: str, width: str, part: str) -> str:
     return f"{dtype}-{part}" if width == dtype else f"{dtype}-{width}-{part}"
 
 
-def _candidates(table: Table, width: str, sizes: Mapping[str, int]) -> tuple[Config, ...]:
-    """Those of a width: for any GPU, then for one."""
-    found, names = (), " ".join(["BLOCK_M BLOCK_N", *sizes])
-    for key, tiles in table.items():
-        name, _, only = key.partition(" ")
-        if name == width:
-            rows = [(*tile[:2], *sizes.values(), *tile[2:]) for tile in tiles]
-            found += configs(names, rows, only)
+def candidates(
+    table: Table, width: str, row: Callable[..., tuple[int, ...]], names: str
+) -> tuple[Config, ...]:
+    """Those of a width: for any GPU, then for one.  row: the sizes by `names` of a table's row."""
+    found = configs(names, [row(*sizes) for sizes in table[width]])
+    for arch in ARCHS:
+        tiles = table.get(f"{width} {arch}", [])
+        found += configs(names, [row(*sizes) for sizes in tiles], arch)
     return found
 
 
@@ -105,10 +106,12 @@ def tile_variants(
     for (dtype, width), (part, table) in product(CLASSES, tables.items()):
         name, (d, o) = _name(dtype, width, part), CHUNKS.get(width) or (WIDTHS[width],) * 2
         sizes = {"BLOCK_D": d, "BLOCK_O": o} if "BLOCK_O" in fn.arg_names else {"BLOCK_D": d}
-        candidates = _candidates(table, width, sizes)
+        names = " ".join(["BLOCK_M BLOCK_N", *sizes])
+        row = lambda m, n, *rest, s=sizes: (m, n, *s.values(), *rest)  # noqa: E731
+        tried = candidates(table, width, row, names)
         fixed = {"FITS_BLOCK": width in WIDTHS, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
         D = WIDTHS.get(width, 1024 if width == "long" else 128)
         run, products = partial(trial, name, part, D), dtype != "float32"
         fixed |= constants(dtype, part)
-        variants[name] = variant(name, fn, types, fixed, candidates, run, products)
+        variants[name] = variant(name, fn, types, fixed, tried, run, products)
     return variants

@@ -97,6 +97,7 @@ def _safe(table: Table) -> dict[str, list[tuple[int, ...]]]:
 def _constants(dtype: str, part: str) -> dict[str, Any]:
     absent = {"rows": ["Y_SIDE"], "cols": ["X_SIDE"]}.get(part, [])
     absent += ["Y_LEVEL", "LOW", "HIGH"] if absent else []
+    absent += ["MOST"]
     absent += ["share"] if part == "full" else ["share", "BIAS", "SUMS"]
     absent += [] if dtype == "float16" else ["FP16_SCALE"]
     rules = MASKED if part in ("masked", "both", "full") else PLAIN

@@ -3,7 +3,8 @@
 A program keeps BLOCK_M rows of x and streams y: with x = q, y = k it makes what belongs to rows,
 with TRANSPOSED, x = k, y = q, what belongs to columns.
 
-    forward    m_i, l_i of its rows                       1 unit of 2 M N D operations a side
+    forward    m_i, l_i of its rows                       1 unit of 2 M N D operations a side;
+               half of it for large symmetric scores: symmetric_triton.py
     backward   u_i = sum_j W_ij y_j, and sum_j W_ij       2 units a side; 2 in all when q is k
                (TRANSPOSED: W_ij scale_j y_j with a scale for each row)
 
@@ -22,6 +23,7 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867, for the running maximum and
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +33,14 @@ from torch import Tensor
 
 from ..common.triton import dot, precision, rows_contiguous
 from ..common.tuning import Config, Kernel, register
+from . import symmetric_triton
 from .classes import Choice, choose
 from .lse_configs import backward_variants, forward_variants
 from .lse_torch import Grads, Pairs, weights
 from .masks import id_ranges, triton_rules, unequal
 from .masks_triton import row_ranges, verdict
 from .scores_triton import (
+    BOUND,
     LEAST,
     SPREAD,
     column_share,
@@ -63,11 +67,14 @@ ONCE_FROM = 1 << 26
 
 @triton.jit
 def _fwd(
-    X, Y, SCALE, BIAS, X_IDS, Y_IDS, Y_LOW, Y_HIGH, STATS, M, N, D, share, x_row, y_row,
+    X, Y, SCALE, BIAS, X_IDS, Y_IDS, Y_LOW, Y_HIGH, MOST, STATS, M, N, D, share, x_row, y_row,
     RULES: tl.constexpr, PLACES: tl.constexpr, UNEQUAL: tl.constexpr, TRANSPOSED: tl.constexpr,
     VECTOR: tl.constexpr, FITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    if MOST is not None:  # of two launches one has the work: symmetric_triton.py
+        if tl.load(MOST) <= BOUND:
+            return
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = tl.minimum(row, M - 1)  # rows past the end repeat the last, and are not stored
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -195,8 +202,16 @@ def _part(pairs: Pairs) -> str:
     return "full" if not plain else "masked" if pairs.mask else "all"
 
 
-def forward(pairs: Pairs, transposed: bool = False, choice: Choice | None = None) -> Tensor:
-    """Statistics (2, M) of the rows of q, or with transposed of k."""
+def forward(
+    pairs: Pairs,
+    transposed: bool = False,
+    choice: Choice | None = None,
+    most: Tensor | None = None,
+) -> Tensor:
+    """Statistics (2, M) of the rows of q, or with transposed of k.
+
+    most: 0-d; where it is at most BOUND, nothing is computed.
+    """
     x, y, scale, *rest = _operands(pairs, transposed)
     name, config = choice or choose(FWD, pairs.q, _part(pairs))
     constants, (rules, places) = FWD.variants[name].constexprs, triton_rules(pairs.mask)
@@ -207,8 +222,8 @@ def forward(pairs: Pairs, transposed: bool = False, choice: Choice | None = None
     out = torch.empty(triton.cdiv(N, share), 2, M, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(out):
         _fwd[rows, len(out)](
-            x, y, scale, *rest, *near, out, M, N, D, share if len(out) > 1 else None, x.stride(0),
-            y.stride(0),
+            x, y, scale, *rest, *near, most, out, M, N, D, share if len(out) > 1 else None,
+            x.stride(0), y.stride(0),
             RULES=rules, PLACES=places, UNEQUAL=unequal(pairs.mask), TRANSPOSED=transposed,
             VECTOR=scale.ndim == 1, FITS_BLOCK=_fits_block(constants, config, D),
             PRECISION=precision(constants["PRECISION"]), **config.arguments,
@@ -260,7 +275,10 @@ def backward(
 
 def statistics(pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
     """As lse_torch.statistics, in log2 units."""
-    rows = forward(pairs)
+    by_half = symmetric_triton.fits(pairs)
+    rows = (
+        symmetric_triton.statistics(pairs, partial(forward, pairs)) if by_half else forward(pairs)
+    )
     if not both:
         return rows, rows.new_empty(2, 0)
     return rows, rows.clone() if pairs.same else forward(pairs, transposed=True)

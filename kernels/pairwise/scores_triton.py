@@ -21,6 +21,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LEAST_SHARE = 512  # columns
 SPREAD = tl.constexpr(40.0)  # log2 units: a score 86 below its row's m still has a weight
+BOUND = tl.constexpr(60.0)  # log2 units: sums of 2^+-60 need no maximum
 LEAST = tl.constexpr(-3.4028234663852886e38)  # a maximum of -inf would make -inf - -inf
 
 

@@ -204,7 +204,7 @@ def test_a_summary_has_failures_then_times_and_fits(tmp_path):
     flops = {"flops": {"fwd": 3e12}, "bytes_moved": {"fwd": 3e7}}
     moved = {"flops": {"run": 1e6}, "bytes_moved": {"run": 3e9}}
     ours = result("fastssl", {"fwd": 1.0, "step": 3.0, "enqueue": 0.25}, **flops)
-    tiles = result("fastssl tiles", {"step": 4.0}, **flops)
+    tiles = result("fastssl tiles", {"fwd": 1.5, "bwd": 2.5, "step": 4.0}, **flops)
     eager = result("reference", {"step": 9.0}, **flops)
     write("before", "case", n=0, case="big", ok=True, s=1, rows=[ours, tiles, eager])
     write(
@@ -231,7 +231,7 @@ def test_a_summary_has_failures_then_times_and_fits(tmp_path):
     more = next(i for i, line in enumerate(said) if re.match(r"and \d+ more failures", line))
     assert len(failed) == more - failed[0] and f"and {200 - len(failed)} more" in said[more]
     table = {line.split()[0]: line.split()[1:] for line in said[more + 1 :]}
-    assert table["big"] == "3.000 1.000 250 1000 TF/s 50% 9.000 2.500 tiles 4.000".split()
+    assert table["big"] == "3.000 1.000 250 1000 TF/s 50% 9.000 2.500 tiles 1.500+2.500".split()
     assert table["moves"] == "2.000 - - 1500 GB/s 50% - -".split()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastssl import kernels
 from fastssl.kernels import exclude_self, same_group
 from fastssl.kernels.common import dispatch as _dispatch
-from fastssl.kernels.pairwise import pairwise_sigmoid
+from fastssl.kernels.pairwise import pairwise_sigmoid, symmetric_triton
 from fastssl.kernels.pairwise.nested import pairwise_lse_nested_reference
 from fastssl.losses import BarlowTwinsLoss, MAELoss, MatryoshkaLoss, NTXentLoss
 from fastssl.losses.matryoshka import matryoshka_reference
@@ -117,6 +118,17 @@ def _lse_self(dtype, N, D):
         lambda z, s: _formula_lse(z, z, s, ids=ids),
         [rows(dtype, N, D), scale],
     )
+
+
+def _lse_half(dtype, N, D):
+    """As many pairs as are there are enough for half the tiles."""
+    made = _lse_self(dtype, N, D)
+
+    def ours(*inputs):
+        with patch.object(symmetric_triton, "HALF_FROM", 1):
+            return made.ours(*inputs)
+
+    return made._replace(ours=ours)
 
 
 def _lse_both(dtype, M, N, D):
@@ -402,6 +414,13 @@ SUBJECTS = [
         "pairwise_lse-self",
         _lse_self,
         ((8192, 128), (2, 3), (3001, 200), (1500, 1024)),
+        (35, 20),
+        "pairwise_lse",
+    ),
+    Subject(
+        "pairwise_lse-half",
+        _lse_half,
+        ((3001, 128), (1500, 200), (999, 33)),
         (35, 20),
         "pairwise_lse",
     ),

@@ -14,13 +14,14 @@ from fastssl.kernels.common import rows
 from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import lse_ops as pairwise_ops
-from fastssl.kernels.pairwise import lse_triton, scores_triton
+from fastssl.kernels.pairwise import lse_triton, scores_triton, symmetric_triton
 from tests import covering
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
 FORCED = {
     "pairwise_lse_fwd": {**SMALL, "BLOCK_D": 16},
     "pairwise_lse_bwd": {**SMALL, "BLOCK_D": 16, "BLOCK_O": 16},
+    "pairwise_lse_half": {**SMALL, "BLOCK_D": 16},
     "pairwise_summarize": SMALL,
     "pairwise_weigh": SMALL,
     "standardize_forward": {"BLOCK_N": 16, "BLOCK_D": 8, "STAGES": 2},
@@ -94,6 +95,9 @@ def small_blocks(monkeypatch, nan_filled, five_places, uneven):
             stack.enter_context(_tuning.forced(kernel, _tuning.Config(blocks)))
         monkeypatch.setattr(pairwise_products, "BLOCK_BYTES", 4 * 800)
         monkeypatch.setattr(lse_triton, "ONCE_FROM", 1)
+        monkeypatch.setattr(symmetric_triton, "HALF_FROM", 1)
+        monkeypatch.setattr(symmetric_triton, "SHARE", 2)
+        monkeypatch.setattr(symmetric_triton, "PARTS_BYTES", 800)
         yield
 
 

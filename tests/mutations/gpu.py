@@ -41,7 +41,10 @@ MUTATIONS = {
     ],
     "bench/gpu/plugin.pytest_runtest_makereport": [('state["error"] is None', "False")],
     "bench/gpu/lines.new": [('text.rfind(b"\\n") + 1', "len(text)"), ("continue", "break")],
-    "bench/gpu/tuning.candidates": [("(variant.safe, *others)", "(*others, variant.safe)")],
+    "bench/gpu/tuning.candidates": [
+        ("(variant.safe, *others)", "(*others, variant.safe)"),
+        ("variant.tried(arch)", "variant.candidates"),
+    ],
     "bench/gpu/tuning.run": [
         ("mine.status != OK or wrong", "mine.status != OK"),
         ("self.hopeless:\n            return", "():\n            return"),

@@ -13,8 +13,15 @@ PATCHES = "tests/kernels/test_patches_fused.py tests/kernels/test_patches.py"
 LAUNCHES = "tests/bench/test_launches.py"
 TOPK = "tests/kernels/test_topk_fused.py tests/kernels/test_topk.py"
 
+SYMMETRIC = "tests/kernels/test_pairwise_symmetric.py"
+
 TESTS = {
-    "kernels/pairwise/lse_triton": (LSE, "tiles"),
+    "kernels/pairwise/lse_triton": (f"{LSE} {SYMMETRIC}", "tiles or bounded"),
+    "kernels/pairwise/symmetric_triton": (SYMMETRIC, ""),
+    "kernels/pairwise/classes": (LSE_FUSED, "schedule"),
+    "kernels/pairwise/lse_ops": (LSE_FUSED, "schedule"),
+    "bench/compiler/aot": ("tests/bench/test_aot.py", "plan"),
+    "bench/compiler/tune": ("tests/bench/test_tune.py", "ends_as_it_should or in_time"),
     "kernels/pairwise/lse_gemm": (LSE, "products"),
     "kernels/pairwise/nested": (NESTED, ""),
     "kernels/pairwise/nested_rows": (NESTED, ""),
@@ -79,7 +86,45 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "kernels/common/checks.can_read_values": [
         ("or torch._C._are_functorch_transforms_active()", ""),
     ],
+    "kernels/common/tuning.tried": [
+        ('("", arch)', '("",)'),
+        ('("", arch)', '("", "sm_100")'),
+    ],
+    "kernels/common/tuning._fastest": [
+        ("variant.tried(gpu_of(device).arch)", "variant.candidates")
+    ],
+    "bench/compiler/aot.configs": [("variant.tried(target)", "variant.candidates")],
+    "bench/compiler/tune.tune": [("variant.tried(arch_of(bench.device))", "variant.candidates")],
+    "bench/compiler/tune._tune_class": [
+        ("variant.tried(arch_of(bench.device))", "variant.candidates"),
+    ],
+    "kernels/pairwise/classes.schedule": [
+        ("limits[step]", 'limits["grads"]'),
+        ("x.dtype != torch.float32", "True"),
+        ("STEPS_ON.get(arch, {})", 'STEPS_ON["sm_90"]'),
+    ],
+    "kernels/pairwise/lse_ops.statistics": [
+        ("both or pairs.same or", "both or"),
+        ("or pairs.scale.ndim", ""),
+        ("and pairs.bias is None", ""),
+    ],
+    "kernels/pairwise/symmetric_triton._half": [
+        ("not (tl.load(MOST) <= BOUND)", "not (tl.load(MOST) <= 2 * BOUND)"),
+        ("not (tl.load(MOST) <= BOUND)", "tl.load(MOST) > BOUND"),
+        ("(row < N)[:, None] & ok", "ok"),
+        ("tl.maximum(n, p * BLOCK_M)", "n"),
+        ("(t > 0) & ", ""),
+        ("2 * t != blocks", "t != blocks"),
+        ("total += tl.sum(e, 1)", "total = tl.sum(e, 1)"),
+        ("ROWS + tl.program_id(1)", "ROWS + 0 * tl.program_id(1)"),
+    ],
+    "kernels/pairwise/symmetric_triton.half": [("blocks // 2 + 1", "blocks // 2")],
+    "kernels/pairwise/symmetric_triton.statistics": [
+        ("norm * norm", "norm"),
+        ("most <= BOUND.value, torch", "most <= 2 * BOUND.value, torch"),
+    ],
     "kernels/pairwise/lse_triton._fwd": [
+        ("tl.load(MOST) <= BOUND", "tl.load(MOST) <= 2 * BOUND"),
         ("tl.exp2(m - peak)", "tl.exp2(peak - m)"),
         ("tl.maximum(m, highest(s, size))", "highest(s, size)"),
         ("power(s, size, peak[:, None])", "power(s, size, m[:, None])"),
