@@ -24,7 +24,7 @@ from ..common.tuning import Config, Kernel, Variant, config_for
 
 WIDTHS = {"D64": 64, "D128": 128, "D256": 256}  # the FITS_BLOCK classes: the most features, BLOCK_D
 CHUNKS = {"long": (64, 256), "float32": (16, 128), "tf32": (32, 128)}  # BLOCK_D, BLOCK_O
-ARCHS = ("sm_90",)  # that have candidates of their own
+ARCHS = ("sm_90", "sm_100")  # that have candidates of their own
 CLASSES = [*product(("bfloat16", "float16"), (*WIDTHS, "long"))]
 CLASSES += [("tf32", "tf32"), ("float32", "float32")]  # 32 bits come in one width
 

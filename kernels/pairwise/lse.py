@@ -10,7 +10,8 @@ has lost what one float32 rounding of 100 costs), and computes each tile again f
 In units of 2 M N D operations, forward and backward of rows and columns: eager 3, and its memory;
 torch and the products' schedule 4, each tile once for both sides; the Triton tiles 6, each side by
 itself.  When q is k the scores are symmetric: torch and the products visit each unordered pair of
-tiles once, 2 units, and the Triton tiles take one side for both, 3.
+tiles once, 2 units, and the Triton tiles take one side for both, 3, or where many 16-bit rows have
+bounded scores 2.5.
 Traffic: the tiles stay in cache; q and k are read once per row of tiles.  Compute-bound.
 Memory: O((M + N) D).  In place: nothing.  A row with no pair left is -inf, with gradient zero.
 Here are the reference and the public function; lse_torch.py streams in torch, and

@@ -24,15 +24,16 @@ from .masks import Masks, TritonRules, exclude_self
 # (BLOCK_M, BLOCK_N, warps, stages).  The first is the safe one: its shared memory fits in 99 KB,
 # all that a consumer GPU has, and its registers do for "full", which tries no other for any GPU.
 FORWARD = {
-    "D128": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 2)],
+    "D128": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
     "D64": [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 3)],
     "D256": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3)],
     "long": [(64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
     "float32": [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)],
     "tf32": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
-    "D128 sm_90": [(256, 128, 8, 2)],
+    "D128 sm_90": [(128, 128, 4, 2), (256, 128, 8, 2)],
+    "D128 sm_100": [(128, 128, 4, 2)],
     "D64 sm_90": [(256, 128, 8, 3)],
-    "D256 sm_90": [(128, 128, 8, 2)],
+    "D256 sm_90": [(128, 128, 8, 2), (256, 64, 8, 2)],
     "long sm_90": [(128, 256, 8, 3), (128, 256, 8, 4)],
     "tf32 sm_90": [(128, 256, 8, 3)],
 }
@@ -43,9 +44,11 @@ BACKWARD = {
     "long": [(64, 64, 8, 2), (64, 64, 8, 3), (128, 32, 8, 3)],
     "float32": [(64, 16, 4, 2), (32, 32, 4, 2)],
     "tf32": [(64, 32, 8, 2), (64, 64, 8, 2)],
+    "D256 sm_90": [(128, 64, 8, 2)],
+}
+ONE_SIDE = {  # with weights of both sides these spill in one or the other of a launch's kernels
     "D128 sm_90": [(128, 128, 8, 2)],
     "D64 sm_90": [(128, 64, 4, 3), (128, 128, 8, 2)],
-    "D256 sm_90": [(128, 64, 8, 2)],
     "long sm_90": [(128, 64, 8, 2)],
     "tf32 sm_90": [(128, 64, 8, 2)],
 }
@@ -81,12 +84,8 @@ def backward_variants(fn: Any, launch: Launch, forward: Launch) -> dict[str, Var
 
     launch: (pairs, sides, transposed, sums, (name, config)).  forward: that of the forward.
     """
-    tables = {
-        "both": BACKWARD,
-        "rows": BACKWARD,
-        "cols": BACKWARD,
-        "full": _safe(BACKWARD) | BACKWARD_FULL,
-    }
+    tables: dict[str, Table] = dict.fromkeys(("rows", "cols"), BACKWARD | ONE_SIDE)
+    tables |= {"both": BACKWARD, "full": _safe(BACKWARD) | BACKWARD_FULL}
     return tile_variants(fn, TYPES, tables, _constants, partial(_try_backward, launch, forward))
 
 

@@ -110,7 +110,6 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     ],
     "kernels/pairwise/symmetric_triton._half": [
         ("not (tl.load(MOST) <= BOUND)", "not (tl.load(MOST) <= 2 * BOUND)"),
-        ("not (tl.load(MOST) <= BOUND)", "tl.load(MOST) > BOUND"),
         ("(row < N)[:, None] & ok", "ok"),
         ("tl.maximum(n, p * BLOCK_M)", "n"),
         ("(t > 0) & ", ""),
