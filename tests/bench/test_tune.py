@@ -13,7 +13,7 @@ from fastssl.kernels.correlation import configs as correlation_configs
 from fastssl.kernels.correlation import moments_configs
 from fastssl.kernels.pairwise import lse_configs as pairwise_configs
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
-from fastssl.kernels.pairwise import sigmoid_configs, topk_configs
+from fastssl.kernels.pairwise import sigmoid_configs, symmetric_configs, topk_configs
 from fastssl.kernels.patches import patches_configs
 from fastssl.kernels.regression import chamfer_triton, cosine_triton
 from fastssl.kernels.tokens import bias_triton, tokens_configs
@@ -167,6 +167,7 @@ def test_the_command_says_what_it_did_not_reach(one_kernel, capsys):
 OURS = {  # a class of each kernel
     "pairwise_lse_fwd": "float16-D64-full",
     "pairwise_lse_bwd": "float16-D64-both",
+    "pairwise_lse_half": "float16-D64-half",
     "pairwise_summarize": "float16-full",
     "pairwise_weigh": "float16-plain",
     "pairwise_sigmoid_tiles": "float16-D64-rows",
@@ -201,7 +202,7 @@ def test_every_kernel_has_a_class_here():
 
 @pytest.mark.parametrize("name, variant", OURS.items(), ids=OURS)
 def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
-    for configs in (pairwise_configs, sigmoid_configs):
+    for configs in (pairwise_configs, sigmoid_configs, symmetric_configs):
         monkeypatch.setattr(configs, "TRIAL_ROWS", 20)
     monkeypatch.setattr(sigmoid_configs, "TRIAL_BLOCK", (10, 20))
     monkeypatch.setattr(pairwise_products, "TRIAL", (20, 10))
