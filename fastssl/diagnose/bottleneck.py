@@ -31,6 +31,7 @@ from fastssl.engine import launch
 from fastssl.engine.engine import Engine
 from fastssl.random import REPLACE, mix
 from fastssl.run.train import build, build_loader, check_source, with_backend
+from fastssl.tree import map_leaves
 
 Batch = dict[str, Any]
 _NEVER = 1 << 40  # steps: more than anybody waits for
@@ -140,15 +141,14 @@ def _model(cfg: RunConfig, engine: Engine, batch: Batch, channels: int, seconds:
     """Images a second of training steps on one batch, at a learning rate of 0."""
     views = cfg.views()
     norm = views.normalization(channels) if isinstance(views, Views) else None
-    held = {k: v.to(engine.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    held["views"] = [view.to(engine.device) for view in batch["views"]]
+    rows = {key: value for key, value in batch.items() if key != "bad"}
+    held = map_leaves(lambda leaf: leaf.to(engine.device), rows)
 
     def steps(count: int) -> float:
         since = time.perf_counter()
         for _ in range(count):
             given = apply_batch_ops(cfg.data.batch_ops, held, 0.0, norm, engine.device)
             engine.step(given, 0.0)
-            engine.method.after_step(0.0)
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
         return time.perf_counter() - since

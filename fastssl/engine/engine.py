@@ -1,8 +1,9 @@
 """The training engine: a method under DeepSpeed ZeRO, on CPU (gloo) or CUDA (nccl) alike.
 
-It knows `Method` (forward(batch) -> {"loss": ...}) and nothing of what a method does.  The learning
-rate is set from outside at each step; gradients are averaged over ranks and micro-batches; a step
-whose loss or gradient is not finite is never applied, at any stage, and leaves no trace in buffers.
+It knows a method by what it is asked for, (batch) -> {"loss": ...} and on_step, and a batch as a
+tree of rows; nothing of what a method does, and no key.  The learning rate is set from outside at
+each step; gradients are averaged over ranks and micro-batches; a step whose loss or gradient is not
+finite is never applied, at any stage, and leaves no trace in the method.
 """
 
 import difflib
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fastssl import distributed
 from fastssl.models import average_running_statistics, synchronize_batch_norms, widen_batch_norms
+from fastssl.tree import count_rows, cut, join, map_leaves
 
 from .config import EngineConfig, EngineError
 from .launch import deepspeed
@@ -90,22 +92,33 @@ class Engine:
     def method(self) -> Any:
         return self.ds.module
 
-    def step(self, batch: dict[str, Any], lr: float, *, stop: bool = False) -> Step:
+    def step(
+        self, batch: dict[str, Any], lr: float, *, progress: float = 0.0, stop: bool = False
+    ) -> Step:
         """One optimizer step on this rank's share of the batch, at learning rate `lr`.
 
+        batch: a tree of tensors with a row for each of the rank's samples, on any device.
+        progress: of the run in [0, 1], once the step is done.
         stop: this rank was asked to stop; the answer tells whether any rank was.
+        Raises ValueError, naming the leaf, for a batch whose leaves do not share their rows.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
         if not self.method.training:
             self.method.train()
-        keep = self.cfg.on_nonfinite == "skip"
-        before = {n: b.clone() for n, b in self.method.named_buffers()} if keep else {}
+        undo = self.cfg.on_nonfinite == "skip"
+        before = {n: b.clone() for n, b in self.method.named_buffers()} if undo else {}
         finite = torch.ones((), device=self.device, dtype=torch.bool)
         sums: dict[str, Tensor] = {}
+        kept: list[Any] = []
         event = None
+        prepared = self.method.prepares and not self.method.couples_batch
+        if prepared:
+            batch = self.method.prepare(self._move(batch))
         for i, micro in enumerate(self._split(batch)):
-            out = self.ds(micro)
+            out = self.ds(micro, prepared=prepared)
+            if "keep" in out:
+                kept.append(map_leaves(Tensor.detach, out.pop("keep")))
             finite = finite & torch.isfinite(out["loss"].detach())
             last = i == self.cfg.accumulation - 1
             if last:
@@ -120,8 +133,9 @@ class Engine:
         step = self._finish(sums, event)
         if step.applied:
             average_running_statistics(self.method)
+            self.method.on_step(join(kept) if kept else None, progress)
         else:
-            for name, buffer in self.method.named_buffers() if keep else ():
+            for name, buffer in self.method.named_buffers() if undo else ():
                 buffer.copy_(before[name])
         return step
 
@@ -216,15 +230,14 @@ class Engine:
     def _split(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The batch in `accumulation` equal micro-batches, each moved to the device in its turn."""
         n = self.cfg.accumulation
-        lists = {k: [x.chunk(n) for x in batch[k]] for k in ("views", "params") if k in batch}
-        rest = {key: batch[key].chunk(n) for key in ("index", "seeds", "label") if key in batch}
-        for i in range(n):
-            micro: dict[str, Any] = {
-                key: parts[i].to(self.device, non_blocking=True) for key, parts in rest.items()
-            }
-            for key, parts in lists.items():
-                micro[key] = [x[i].to(self.device, non_blocking=True) for x in parts]
-            yield micro
+        rows = count_rows(batch)
+        if rows % n:
+            raise ValueError(f"a batch of {rows} rows does not cut into engine.accumulation={n}")
+        for micro in cut(batch, [rows // n] * n):
+            yield self._move(micro)
+
+    def _move(self, tree: Any) -> Any:
+        return map_leaves(lambda leaf: leaf.to(self.device, non_blocking=True), tree)
 
     def _agree(self, finite: Tensor, stop: bool) -> "torch.cuda.Event | None":
         """Send [any rank not finite, any rank to stop] to the host, without waiting for it."""

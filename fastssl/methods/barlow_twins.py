@@ -21,8 +21,7 @@ class BarlowTwins(Method):
         self.head = projection_head(
             feature_dim(encoder), cfg.hidden_dim, cfg.projection_dim, cfg.layers, final_norm=False
         )
-        self.loss = BarlowTwinsLoss(cfg.lambda_param)
+        self.criterion = BarlowTwinsLoss(cfg.lambda_param)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        z_a, z_b = (self.head(self.encoder(self.cast(view))) for view in batch["views"])
-        return {"loss": self.loss(z_a, z_b)}
+    def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.criterion(*map(self.head, encoded))}

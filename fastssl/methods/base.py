@@ -1,19 +1,24 @@
-"""What a method is: an encoder that is kept, a loss on a batch, and a hook after each step.
+"""What a method is: an encoder that is kept, a loss in two halves, and what a step leaves behind.
 
-A batch is a dict: "views" a list of float tensors, one a view, images (B, C, H, W) or what else the
-source has (clips, signals, clouds, rows: fastssl.data.views.spec); "index" (B,)
-int64, the samples' places in the data set; "label" (B,) int64 their classes, where they have any;
-"seeds" (B,) int64, one random seed a sample, a pure function of (run seed, epoch, sample): what a
-method draws at random, it draws from these.  A method that asks also gets "params", a list of
-(B, P) float32, one tensor a view: what the view was drawn with, in the columns PARAMETERS, whose
-units are those of fastssl.data.render.torchvision.PARAMETERS.
+    loss(encode(batch), batch)        between the halves a row is a sample, and nothing else
+
+A batch is a tree: a dictionary of tensors, lists and dictionaries whose leaves have B as their
+first dimension.  From the loader it has "views", a list of float tensors, one a view, images
+(B, C, H, W) or what else the source has (clips, signals, clouds, rows: fastssl.data.views.spec);
+"index" (B,) int64, the samples' places in the data set; "label" (B,) int64 their classes, where
+they have any; "seeds" (B,) int64, one random seed a sample, a pure function of (run seed, epoch,
+sample): what a method draws at random, it draws from these.  A method that asks also gets "params",
+a list of (B, P) float32, one tensor a view: what the view was drawn with, in the columns
+PARAMETERS, whose units are those of fastssl.data.render.torchvision.PARAMETERS.
 """
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
+Encoded = Any  # a tree whose leaves have a row for each sample
 PARAMETERS = (
     *("left", "top", "width", "height", "flip", "cos", "sin", "shift_x", "shift_y"),
     *("brightness", "contrast", "saturation", "hue", "grayscale", "sigma", "solarize"),
@@ -21,10 +26,8 @@ PARAMETERS = (
 
 
 class Method(nn.Module):
-    """Base of all methods.  A subclass sets `encoder` and writes `forward`.
+    """Base of all methods.  A subclass sets `encoder`, and writes `loss` and what else it needs.
 
-    forward(batch) -> {"loss": 0-d float32, ...}: other entries are logged as they are.
-    after_step(progress): called after each optimizer step, progress in [0, 1].
     preset: the augmentation preset of the method's paper.  views: how many views it reads.
     couples_batch: a sample's loss depends on the others of its batch, so accumulation changes it.
     needs_view_params: it reads "params", which batches have only where they are asked for.
@@ -36,11 +39,50 @@ class Method(nn.Module):
     needs_view_params: ClassVar[bool] = False
     encoder: nn.Module
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        raise TypeError(f"{type(self).__name__} does not define forward(batch)")
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch that the rest reads, before it is cut into micro-batches: where images are
+        mixed with one another.  Without parameters, and without gradient."""
+        return batch
 
-    def after_step(self, progress: float) -> None:
-        """Nothing to do, unless a method keeps a teacher, a queue or a schedule."""
+    def encode(self, batch: Batch) -> Encoded:
+        """The expensive part, each sample by itself: by default the features of every view."""
+        return [self.encoder(self.cast(view)) for view in batch["views"]]
+
+    def targets(self, batch: Batch) -> Encoded:
+        """What the loss compares with and no gradient flows into, each sample by itself.
+
+        Where a method has any, `loss` finds them as batch["targets"].
+        """
+        return None
+
+    def loss(self, encoded: Encoded, batch: Batch) -> dict[str, Any]:
+        """{"loss": 0-d float32, ...}: heads, and all that compares samples with one another.
+
+        Other 0-d entries are logged as they are.  "keep", a tree, is what `on_step` will need; of
+        micro-batches its rows are joined.  Nothing is remembered here: the step may be skipped.
+        """
+        raise TypeError(f"{type(self).__name__} does not define loss(encoded, batch)")
+
+    def on_step(self, keep: Any, progress: float) -> None:
+        """Called after each step that was applied, once, and never for one that was skipped.
+
+        Teachers, queues, centers and schedules move here and nowhere else.  keep: what `loss` gave
+        as "keep", without gradient; None where it gives none.  progress in (0, 1]: of the run.
+        """
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it has something to do to a whole batch."""
+        return type(self).prepare is not Method.prepare
+
+    def forward(self, batch: Batch, *, prepared: bool = False) -> dict[str, Any]:
+        """All of it at once.  prepared: that `prepare` has been called."""
+        if not prepared:
+            batch = self.prepare(batch)
+        encoded = self.encode(batch)
+        with torch.no_grad():
+            targets = self.targets(batch)
+        return self.loss(encoded, batch if targets is None else {**batch, "targets": targets})
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> pooled features (B, F) float32: what evaluation and users read."""

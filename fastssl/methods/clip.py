@@ -6,6 +6,7 @@ Source: Radford et al. 2021, arXiv:2103.00020, figure 3 and section 2.5 (the sca
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,27 +40,27 @@ class CLIP(Method):
         )
         self.log_scale = nn.Parameter(torch.tensor([-math.log(cfg.temperature)]))
         self.register_buffer("captions", torch.arange(cfg.captions), persistent=False)
-        self.loss = CLIPLoss()
+        self.criterion = CLIPLoss()
 
     def no_weight_decay(self) -> set[str]:
         return {"log_scale"}
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """Beside the loss: the scale, and `accuracy`, the share of images nearest their caption."""
-        (images,) = batch["views"]
-        x = F.normalize(self.image_head(self.encoder(self.cast(images))), dim=-1)
+        (features,) = encoded
+        x = F.normalize(self.image_head(features), dim=-1)
         captions = F.normalize(self.text(self.captions), dim=-1)
         log_scale = self.log_scale.float()
         # At most 100, by a constant: a clamp has gradient 0, and a scale above would stay there.
         scale = (log_scale - (log_scale.detach() - _MOST).clamp(min=0)).exp().squeeze(0)
         nearest = (x.detach() @ captions.detach().T).argmax(-1)
         return {
-            "loss": self.loss(x, captions[batch["label"]], scale),
+            "loss": self.criterion(x, captions[batch["label"]], scale),
             "scale": scale.detach(),
             "accuracy": (nearest == batch["label"]).float().mean(),
         }
 
-    def after_step(self, progress: float) -> None:
+    def on_step(self, keep: Any, progress: float) -> None:
         """Keep the scale at most 100, where the parameter is whole: not at ZeRO's stage 3."""
         with torch.no_grad():
             self.log_scale.clamp_(max=_MOST)

@@ -32,12 +32,14 @@ class CropMAE(MaskedMethod):
         width, L, values = self.masked.width, self.masked.num_patches, patch_values(self.masked)
         self.schedule = MaskSchedule(cfg.mask_ratio, L)
         self.decoder = CrossDecoder(width, **cfg.decoder, patches=L, values=values)
-        self.loss = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
+        self.criterion = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        whole, crop = batch["views"]
-        prediction, masking = self.predict(whole, crop, batch["seeds"])
-        return {"loss": self.loss(prediction, crop, masking.masked)}
+    def encode(self, batch: Batch) -> tuple[Tensor, Masking]:
+        return self.predict(*batch["views"], batch["seeds"])
+
+    def loss(self, encoded: tuple[Tensor, Masking], batch: Batch) -> dict[str, Tensor]:
+        prediction, masking = encoded
+        return {"loss": self.criterion(prediction, batch["views"][1], masking.masked)}
 
     def predict(self, whole: Tensor, crop: Tensor, seeds: Tensor) -> tuple[Tensor, Masking]:
         """Values (B, L - K, prod(patch) C) of the crop's hidden patches, and which those are."""

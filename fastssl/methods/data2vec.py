@@ -51,14 +51,26 @@ class Data2Vec(Method):
         drawn = hashes(seeds, self.cfg.masks).flatten()
         return draw_mask(self.cfg.masking, drawn, self.student.grid, keep)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> Tensor:
+        """Predicted features (B, M (L - K), E) float32, one mask's after another's."""
         (images,) = batch["views"]
         masking = self.mask(batch["seeds"], self.schedule.keep)
-        predicted = self.predict(images, masking).float()
-        wanted = self.targets(images, masking.masked)
+        return self._by_sample(self.predict(images, masking).float())
+
+    def targets(self, batch: Batch) -> Tensor:
+        (images,) = batch["views"]
+        masking = self.mask(batch["seeds"], self.schedule.keep)
+        return self._by_sample(self.teach(images, masking.masked))
+
+    def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:
+        wanted = batch["targets"]
         rho = F.smooth_l1_loss if self.cfg.error == "smooth_l1" else F.mse_loss
-        spread = wanted.mean(1).std(0, correction=0).mean()
-        return {"loss": rho(predicted, wanted), "target_std": spread}
+        spread = wanted.unflatten(1, (self.cfg.masks, -1)).mean(2).flatten(0, 1)
+        return {"loss": rho(encoded, wanted), "target_std": spread.std(0, correction=0).mean()}
+
+    def _by_sample(self, rows: Tensor) -> Tensor:
+        """Rows (B M, N, E) of each mask, as (B, M N, E)."""
+        return rows.view(-1, self.cfg.masks * rows.shape[1], rows.shape[2])
 
     def predict(self, images: Tensor, masking: Masking) -> Tensor:
         """(B M, L - K, E): the features of each mask's hidden patches, from its visible ones."""
@@ -72,13 +84,13 @@ class Data2Vec(Method):
         return self.decoder(self.student.encode(tokens, visible), masking)
 
     @torch.no_grad()
-    def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
+    def teach(self, images: Tensor, hidden: Tensor) -> Tensor:
         """What the teacher makes of the places hidden (B M, N): (B M, N, E) float32."""
         self.teacher.eval()  # no dropped paths
         whole = self.teacher(images)
         return gather_tokens(whole, hidden.reshape(len(images), -1)).view(*hidden.shape, -1)
 
-    def after_step(self, progress: float) -> None:
+    def on_step(self, keep: Any, progress: float) -> None:
         self.schedule.progress = progress
         cfg = self.cfg
         momentum = linear(progress / cfg.until, cfg.momentum, cfg.momentum_end)

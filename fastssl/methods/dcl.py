@@ -14,4 +14,4 @@ from .simclr import SimCLR
 class DCL(SimCLR):
     def __init__(self, encoder: nn.Module, cfg: DCLConfig):
         super().__init__(encoder, cfg)
-        self.loss = (DCLWLoss if cfg.weighted else DCLLoss)(cfg.temperature)  # type: ignore[assignment]
+        self.criterion = (DCLWLoss if cfg.weighted else DCLLoss)(cfg.temperature)  # type: ignore[assignment]

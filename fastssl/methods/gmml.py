@@ -26,18 +26,17 @@ from .places import MaskedMethod, MaskSchedule, patch_values
 class GMML(MaskedMethod):
     """Swapped patches come from the next image of the batch, on each rank from its own part."""
 
-    preset, views, couples_batch = "mae", 1, True
+    preset, views, couples_batch = "mae", 1, False
 
     def __init__(self, encoder: nn.Module, cfg: GMMLConfig):
         super().__init__(encoder, cfg)
-        self.couples_batch = cfg.corruption in ("swap", "mixed")
         self.schedule = MaskSchedule(cfg.mask_ratio, self.masked.num_patches)
         width, values = self.masked.width, patch_values(self.masked)
         self.head = nn.Sequential(
             *(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()),
             nn.Linear(width, values),
         )
-        self.loss = MAELoss(self.masked.patch, norm_pix=False, kind=cfg.error)
+        self.criterion = MAELoss(self.masked.patch, norm_pix=False, kind=cfg.error)
         self.schedule.check(self.mask)
 
     def mask(self, seeds: Tensor, keep: int) -> Masking:
@@ -48,13 +47,20 @@ class GMML(MaskedMethod):
         except ValueError as error:
             raise ValueError(f"method.groups={groups}: {error}") from error
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> Batch:
+        """With the corrupted images as "corrupted", and as "hidden" the places to predict."""
         (images,) = batch["views"]
         masking = self.mask(batch["seeds"], self.schedule.keep)
-        corrupted = self.corrupted(images, batch["seeds"], masking)
         places = torch.arange(self.masked.num_patches, device=images.device)
         ids = places.expand(len(images), -1) if self.cfg.everywhere else masking.masked
-        return {"loss": self.loss(self.predict(corrupted, ids), images, ids)}
+        corrupted = self.corrupted(images, batch["seeds"], masking)
+        return {**batch, "corrupted": corrupted, "hidden": ids}
+
+    def encode(self, batch: Batch) -> Tensor:
+        return self.predict(batch["corrupted"], batch["hidden"])
+
+    def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.criterion(encoded, *batch["views"], batch["hidden"])}
 
     def corrupted(self, images: Tensor, seeds: Tensor, masking: Masking) -> Tensor:
         """The images with the patches of `masking.masked` replaced."""

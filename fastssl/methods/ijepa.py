@@ -11,6 +11,8 @@ Source: Assran et al. 2023, I-JEPA, arXiv:2301.08243, section 3.  There the teac
 evaluated and positions are sine waves; here the student's are, and positions the encoder's own.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,23 +53,29 @@ class IJEPA(Method):
         grid, blocks = self.student.grid, self.cfg.blocks
         return multi_block_masking(seeds, grid, context=context, target=target, blocks=blocks)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> Tensor:
+        """Predicted features (B, M, T, E) float32."""
         (images,) = batch["views"]
         places = self.mask(batch["seeds"])
-        wanted = self.targets(images, places.targets)
         context = self.student(images, places.context)
-        predicted = self.predictor(context, places.context, places.targets).float()
+        return self.predictor(context, places.context, places.targets).float()
+
+    def targets(self, batch: Batch) -> Tensor:
+        return self.teach(*batch["views"], self.mask(batch["seeds"]).targets)
+
+    def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:
+        wanted = batch["targets"]
         rho = F.smooth_l1_loss if self.cfg.error == "smooth_l1" else F.mse_loss
         spread = wanted.flatten(1, 2).mean(1).std(0, correction=0).mean()
-        return {"loss": rho(predicted, wanted), "target_std": spread}
+        return {"loss": rho(encoded, wanted), "target_std": spread}
 
     @torch.no_grad()
-    def targets(self, images: Tensor, ids: Tensor) -> Tensor:
+    def teach(self, images: Tensor, ids: Tensor) -> Tensor:
         """What the teacher makes of the places ids (B, M, T): (B, M, T, E) float32."""
         self.teacher.eval()  # no dropped paths
         h = self.teacher(images)[:, self.student.prefix :].float()
         whole = F.layer_norm(h, h.shape[-1:])
         return gather_tokens(whole, ids.flatten(1)).unflatten(1, ids.shape[1:])
 
-    def after_step(self, progress: float) -> None:
+    def on_step(self, keep: Any, progress: float) -> None:
         self.teacher.update(self.student, linear(progress, self.cfg.momentum, 1.0))

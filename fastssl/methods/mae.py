@@ -29,7 +29,7 @@ class MAE(MaskedMethod):
         width, L, values = self.masked.width, self.masked.num_patches, patch_values(self.masked)
         self.schedule = MaskSchedule(cfg.mask_ratio, L)
         self.decoder = MAEDecoder(width, **cfg.decoder, patches=L, values=values)
-        self.loss = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
+        self.criterion = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
         self.schedule.check(self.mask)
 
     @property
@@ -41,10 +41,13 @@ class MAE(MaskedMethod):
         """Which patches each sample hides, all but `keep`; seeds (B,) int64."""
         return draw_mask(self.cfg.masking, seeds, self.masked.grid, keep)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Masking]:
         (images,) = batch["views"]
-        prediction, masking = self.predict(images, batch["seeds"])
-        return {"loss": self.loss(prediction, images, masking.masked)}
+        return self.predict(images, batch["seeds"])
+
+    def loss(self, encoded: tuple[Tensor, Masking], batch: Batch) -> dict[str, Tensor]:
+        prediction, masking = encoded
+        return {"loss": self.criterion(prediction, *batch["views"], masking.masked)}
 
     def predict(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Masking]:
         """Predicted values (B, L - K, prod(patch) C) of the hidden patches, and which those are."""

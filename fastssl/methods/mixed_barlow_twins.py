@@ -21,12 +21,21 @@ class MixedBarlowTwins(BarlowTwins):
 
     def __init__(self, encoder, cfg: MixedBarlowTwinsConfig):
         super().__init__(encoder, cfg)
-        self.loss = MixedBarlowTwinsLoss(cfg.lambda_param, cfg.mixup)
+        self.criterion = MixedBarlowTwinsLoss(cfg.lambda_param, cfg.mixup)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> Batch:
+        """A third view, the mixture; "partner" (B,) int64 is perm, and "share" (B,) alpha."""
         x_a, x_b = batch["views"]
         draws = uniform(batch["seeds"], 2)
         alpha, perm = draws[0, 0], draws[:, 1].argsort()
         x_m = alpha * x_a + (1 - alpha) * x_b[perm]
-        z_a, z_b, z_m = (self.head(self.encoder(self.cast(x))) for x in (x_a, x_b, x_m))
-        return {"loss": self.loss(z_a, z_b, z_m, perm, alpha)}
+        return {
+            **batch,
+            "views": [x_a, x_b, x_m],
+            "partner": perm,
+            "share": alpha.expand(len(perm)),
+        }
+
+    def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        z = map(self.head, encoded)
+        return {"loss": self.criterion(*z, batch["partner"], batch["share"][0])}

@@ -4,6 +4,9 @@ Source: Chen, Xie & He 2021, An Empirical Study of Training Self-Supervised Visi
 arXiv:2104.02057, algorithm 1; the momentum rises to 1 over half a cosine (section 4.1).
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from fastssl.losses import MoCoV3Loss
@@ -25,17 +28,21 @@ class MoCoV3(Method):
         self.student = nn.Sequential(encoder, head)
         self.teacher = EMA(self.student)
         self.predictor = projection_head(out, cfg.hidden_dim, out, 2, final_norm=True)
-        self.loss = MoCoV3Loss(cfg.temperature)
+        self.criterion = MoCoV3Loss(cfg.temperature)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.student[0]
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        views = [self.cast(view) for view in batch["views"]]
-        q_0, q_1 = (self.predictor(self.student(view)) for view in views)
-        k_0, k_1 = (self.teacher(view) for view in views)
-        return {"loss": self.loss(q_0, k_1) + self.loss(q_1, k_0)}
+    def targets(self, batch: Batch) -> list[Tensor]:
+        """The teacher's features of every view."""
+        return [self.teacher.model[0](self.cast(view)) for view in batch["views"]]
 
-    def after_step(self, progress: float) -> None:
+    def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        q_0, q_1 = (self.predictor(self.student[1](features)) for features in encoded)
+        with torch.no_grad():
+            k_0, k_1 = map(self.teacher.model[1], batch["targets"])
+        return {"loss": self.criterion(q_0, k_1) + self.criterion(q_1, k_0)}
+
+    def on_step(self, keep: Any, progress: float) -> None:
         self.teacher.update(self.student, cosine(progress, self.cfg.momentum, 1.0))

@@ -65,7 +65,7 @@ class MaskedMethod(Method):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.masked.vit
 
-    def after_step(self, progress: float) -> None:
+    def on_step(self, keep: Any, progress: float) -> None:
         self.schedule.progress = progress
 
 

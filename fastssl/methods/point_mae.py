@@ -9,6 +9,8 @@ Source: Pang et al. 2022, Point-MAE, arXiv:2203.06604, section 3 (random masking
 distance of squared lengths).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,10 +36,14 @@ class PointMAE(Method):
         self.schedule = MaskSchedule(cfg.mask_ratio, encoder.groups)
         self.decoder = PointDecoder(encoder.width, **cfg.decoder, size=encoder.group_size)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The predicted points of the hidden groups, and their own: (B, G - K, k, 3) each."""
         (clouds,) = batch["views"]
         prediction, masking, groups = self.predict(clouds, batch["seeds"])
-        hidden = _chosen(groups.points, masking.masked)
+        return prediction, _chosen(groups.points, masking.masked)
+
+    def loss(self, encoded: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Tensor]:
+        prediction, hidden = encoded
         return {"loss": chamfer(prediction.flatten(0, 1), hidden.flatten(0, 1)).mean()}
 
     def predict(self, clouds: Tensor, seeds: Tensor) -> tuple[Tensor, Masking, Groups]:
@@ -65,7 +71,7 @@ class PointMAE(Method):
         hidden = prediction.float() + gather_tokens(centers, masking.masked)[:, :, None]
         return seen, torch.cat([seen, hidden.flatten(1, 2)], 1)
 
-    def after_step(self, progress: float) -> None:
+    def on_step(self, keep: Any, progress: float) -> None:
         self.schedule.progress = progress
 
 

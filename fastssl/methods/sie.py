@@ -89,22 +89,21 @@ class SIE(Method):
         )
         conditions = sum(_NUMBERS[kind] for kind in cfg.follows)
         self.predictor = HypernetworkPredictor(equi[2], conditions, hidden=cfg.reader)
-        self.loss = SIELoss(cfg.lambda_inv, cfg.lambda_equi, cfg.lambda_var, cfg.lambda_cov)
+        self.criterion = SIELoss(cfg.lambda_inv, cfg.lambda_equi, cfg.lambda_var, cfg.lambda_cov)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """Beside the loss: its `invariance` and `equivariance` errors."""
-        parts = [self.embed(view) for view in batch["views"]]
+        parts = [self.project(features) for features in encoded]
         moved = self.predictor(parts[0][1], relation(*batch["params"], *self.cfg.follows))
         z_a, z_b = (torch.cat(pair, 1) for pair in parts)
-        terms = self.loss.terms(z_a, z_b, moved)
+        terms = self.criterion.terms(z_a, z_b, moved)
         return {
-            "loss": self.loss.weigh(terms),
+            "loss": self.criterion.weigh(terms),
             "invariance": terms.invariance.detach(),
             "equivariance": terms.equivariance.detach(),
         }
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The invariant and the equivariant embedding of images (B, C, H, W)."""
-        features = self.encoder(self.cast(images))
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The invariant and the equivariant embedding of features (B, F)."""
         inv, equi = features[:, : self.split], features[:, self.split :]
         return self.invariant(inv), self.equivariant(equi)

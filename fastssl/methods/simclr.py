@@ -22,8 +22,7 @@ class SimCLR(Method):
         self.head = projection_head(
             feature_dim(encoder), cfg.hidden_dim, cfg.projection_dim, cfg.layers, final_norm=True
         )
-        self.loss = NTXentLoss(cfg.temperature)
+        self.criterion = NTXentLoss(cfg.temperature)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        z_0, z_1 = (self.head(self.encoder(self.cast(view))) for view in batch["views"])
-        return {"loss": self.loss(z_0, z_1)}
+    def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.criterion(*map(self.head, encoded))}

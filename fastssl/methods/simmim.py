@@ -37,12 +37,15 @@ class SimMIM(MaskedMethod):
         self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(width, patch_values(self.masked))
-        self.loss = MAELoss(patch, norm_pix=False, kind=cfg.error)
+        self.criterion = MAELoss(patch, norm_pix=False, kind=cfg.error)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Masking]:
         (images,) = batch["views"]
-        prediction, masking = self.predict(images, batch["seeds"])
-        return {"loss": self.loss(prediction, images, masking.masked)}
+        return self.predict(images, batch["seeds"])
+
+    def loss(self, encoded: tuple[Tensor, Masking], batch: Batch) -> dict[str, Tensor]:
+        prediction, masking = encoded
+        return {"loss": self.criterion(prediction, *batch["views"], masking.masked)}
 
     def predict(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Masking]:
         """Predicted pixels (B, L - K, prod(patch) C) of the hidden patches, and which those are."""

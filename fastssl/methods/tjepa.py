@@ -13,6 +13,8 @@ and of the targets are drawn for each batch, and targets are not normalized; her
 and targets are layer-normed as I-JEPA's (arXiv:2301.08243) unless `norm_targets` is false.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,22 +75,27 @@ class TJEPA(Method):
             context, others.repeat_interleave(M, 0).gather(1, places).unflatten(0, (-1, M))
         )
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        rows = self.cast(batch["views"][0])
+    def encode(self, batch: Batch) -> Tensor:
+        """Predicted features (B, M, T, E) float32."""
         sets = self.mask(batch["seeds"])
-        wanted = self.targets(rows, sets.targets)
-        context = self.student(rows, sets.context)
-        predicted = self.predictor(context, sets.context, sets.targets).float()
+        context = self.student(self.cast(batch["views"][0]), sets.context)
+        return self.predictor(context, sets.context, sets.targets).float()
+
+    def targets(self, batch: Batch) -> Tensor:
+        return self.teach(self.cast(batch["views"][0]), self.mask(batch["seeds"]).targets)
+
+    def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:
+        wanted = batch["targets"]
         spread = wanted.flatten(1, 2).mean(1).std(0, correction=0).mean()
-        return {"loss": F.mse_loss(predicted, wanted), "target_std": spread}
+        return {"loss": F.mse_loss(encoded, wanted), "target_std": spread}
 
     @torch.no_grad()
-    def targets(self, rows: Tensor, ids: Tensor) -> Tensor:
+    def teach(self, rows: Tensor, ids: Tensor) -> Tensor:
         """What the teacher makes of the columns ids (B, M, T): (B, M, T, E) float32."""
         self.teacher.eval()
         h = self.teacher(rows)[:, self.student.table.registers :].float()
         h = F.layer_norm(h, h.shape[-1:]) if self.cfg.norm_targets else h
         return gather_tokens(h, ids.flatten(1)).unflatten(1, ids.shape[1:])
 
-    def after_step(self, progress: float) -> None:
+    def on_step(self, keep: Any, progress: float) -> None:
         self.teacher.update(self.student, linear(progress, self.cfg.momentum, 1.0))

@@ -11,6 +11,8 @@ tubelets, and the loss taken at those that the encoder does not see, a count tha
 hidden ones are taken, and counts are fixed.  Positions of the decoder are learned.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,20 +43,24 @@ class VideoMAE(MaskedMethod):
         self.decode = max(1, round(cfg.decode_ratio * T * (H * W - self.keep_per_frame)))
         L, values = self.masked.num_patches, patch_values(self.masked)
         self.decoder = LatentPredictor(self.masked.width, **cfg.decoder, patches=L, values=values)
-        self.loss = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
+        self.criterion = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
 
     def mask(self, seeds: Tensor) -> Dual:
         """Each clip's tubes and decoded tubelets; seeds (B,) int64."""
         return dual_masking(seeds, self.masked.grid, self.keep_per_frame, self.decode)
 
-    def after_step(self, progress: float) -> None:
+    def on_step(self, keep: Any, progress: float) -> None:
         """Nothing to do: as much is hidden from first to last."""
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The prediction, and which tubelets it is of."""
         (clips,) = batch["views"]
         dual = self.mask(batch["seeds"])
-        prediction = self.predict(clips, dual.masking.visible, dual.decoded)
-        return {"loss": self.loss(prediction, clips, dual.decoded)}
+        return self.predict(clips, dual.masking.visible, dual.decoded), dual.decoded
+
+    def loss(self, encoded: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Tensor]:
+        prediction, decoded = encoded
+        return {"loss": self.criterion(prediction, *batch["views"], decoded)}
 
     def predict(self, clips: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
         """Values (B, D, prod(patch) C) of the tubelets `wanted` (B, D) from `visible` (B, K)."""

@@ -244,14 +244,14 @@ class Run:
         for batch in self.agreed(batches):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             at = state.step / self.total
+            self.bad += batch.pop("bad")
             batch = apply_batch_ops(self.cfg.data.batch_ops, batch, at, self.norm, engine.device)
-            step = engine.step(batch, lr, stop=self.asked_to_stop)
+            done = (state.step + 1) / self.total
+            step = engine.step(batch, lr, progress=done, stop=self.asked_to_stop)
             state.step += 1
             window += 1
-            self.bad += batch["bad"]
             if step.finite:
                 state.skipped_in_row = 0
-                engine.method.after_step(state.step / self.total)
             else:
                 self.refuse(batch)
             ends_epoch = state.step % self.steps_per_epoch == 0

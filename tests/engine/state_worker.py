@@ -77,16 +77,35 @@ def halves(rank: int, world: int) -> list[float]:
 
 
 def skipped(rank: int, world: int) -> list[str]:
-    """Names of buffers that a step with one NaN on rank 0 has changed: norms' and the queue's."""
-    e = engine("nnclr", "test_resnet", 8, zero_stage=1, on_nonfinite="skip")
-    e.step(batch(rank, world, 2, 32), 1e-2)
-    before: dict[str, Tensor] = {n: b.clone() for n, b in e.method.named_buffers()}
-    bad = batch(rank, world, 2, 32, 1)
-    if rank == 0:
-        bad["views"][0][0, 0, 0, 0] = float("nan")
-    assert not e.step(bad, 1e-2).applied
-    changed = [n for n, b in e.method.named_buffers() if not torch.equal(b, before[n])]
-    return changed if len(before) > 10 else ["there are too few buffers"]
+    """What a step with one NaN on rank 0 has changed: parameters, norms, queues and teachers."""
+    changed = []
+    for name in ("nnclr", "mocov3"):
+        e = engine(name, "test_resnet", 8, zero_stage=1, on_nonfinite="skip", accumulation=2)
+        e.step(batch(rank, world, 2, 32), 1e-2, progress=0.5)
+        before = {n: x.clone() for n, x in _everything(e)}
+        bad = batch(rank, world, 2, 32, 1)
+        if rank == 0:
+            bad["views"][0][0, 0, 0, 0] = float("nan")
+        assert not e.step(bad, 1e-2, progress=1.0).applied
+        changed += [f"{name} {n}" for n, x in _everything(e) if not torch.equal(x, before[n])]
+        if sum("running_var" in n for n in before) < 10:
+            changed.append(f"{name} has too few norms")
+    return changed
+
+
+def _everything(e: Engine) -> list[tuple[str, Tensor]]:
+    return [*e.method.named_buffers(), *e.method.named_parameters()]
+
+
+def moved_once(rank: int, world: int) -> list[int]:
+    """After one step of 8 samples in 4 micro-batches: keys in the queue, calls of on_step."""
+    e = engine("nnclr", "vit_tiny_patch16_224", 8, accumulation=4 // world)
+    calls: list[float] = []
+    on_step = e.method.on_step
+    e.method.on_step = lambda keep, progress: (calls.append(progress), on_step(keep, progress))
+    assert e.step(batch(rank, world, 2, 16), 1e-2, progress=0.25).applied
+    assert set(calls) == {0.25}
+    return [int(e.method.criterion.queue.next), len(calls)]
 
 
 def resumed(rank: int, world: int, folder: str, name: str) -> tuple[list[float], list[float]]:
@@ -95,8 +114,7 @@ def resumed(rank: int, world: int, folder: str, name: str) -> tuple[list[float],
     def steps(e: Engine, start: int, end: int) -> list[float]:
         losses = []
         for step in range(start, end):
-            done = e.step(batch(rank, world, 1, 16, step), 1e-1)
-            e.method.after_step(step / 8)
+            done = e.step(batch(rank, world, 1, 16, step), 1e-1, progress=step / 8)
             losses.append(done.metrics["loss"].item())
         return losses
 

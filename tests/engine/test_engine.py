@@ -13,6 +13,7 @@ from fastssl.engine.engine import Engine
 from fastssl.engine.optim import OptimConfig
 from fastssl.methods import MAE, build_method
 from fastssl.models import build_backbone
+from fastssl.tree import join
 from tests.engine import state_worker
 from tests.ranks import run_ranks
 from tests.runs import VIT, tiny
@@ -73,6 +74,7 @@ def steps(rank, world, folder):
         found["norms"] = state_worker.norms(rank, world)
         found["halves"] = state_worker.halves(rank, world)
         found["skipped"] = state_worker.skipped(rank, world)
+        found["moved once"] = state_worker.moved_once(rank, world)
         for name in ("ijepa", "data2vec"):
             found[f"resumed {name}"] = state_worker.resumed(rank, world, folder, name)
     return found
@@ -130,8 +132,12 @@ def test_batch_norms_of_two_ranks_are_those_of_one(ran, kind):
 
 
 # fault 40
-def test_a_skipped_step_changes_no_buffer(ran):
+def test_a_skipped_step_changes_nothing(ran):
     assert [rank["skipped"] for ranks in ran for rank in ranks] == [[]] * 3
+
+
+def test_accumulation_moves_the_state_once(ran):
+    assert [rank["moved once"] for ranks in ran for rank in ranks] == [[8, 1]] * 3
 
 
 # fault 36
@@ -156,13 +162,14 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_micro_batches_are_the_batch_and_labels_go_along():
-    whole = {**batch(), "label": torch.arange(8) % 3, "bad": []}
+    whole = {**batch(), "streams": {"text": [torch.arange(8) % 3]}}
     with launch.session("cpu"):
-        parts = list(engine(0, "fp32", accumulation=4)._split(whole))
-    assert [len(part["label"]) for part in parts] == [2] * 4
-    for key in ("index", "seeds", "label"):
-        assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
-    assert torch.equal(torch.cat([part["views"][0] for part in parts]), whole["views"][0])
+        own = engine(0, "fp32", accumulation=4)
+        parts = list(own._split(whole))
+        with pytest.raises(ValueError, match=r"batch\['label'\] has 7 rows, and .* has 8"):
+            own.step({**whole, "label": torch.zeros(7)}, 1e-3)
+    assert [len(part["index"]) for part in parts] == [2] * 4
+    torch.testing.assert_close(join(parts), whole, rtol=0, atol=0)
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():
@@ -278,8 +285,8 @@ def test_tasks_that_know_nothing_of_each_other_are_refused(name, monkeypatch):
 @pytest.mark.parametrize("kind", [(0, "fp32"), (1, "fp32"), (0, "bf16")])
 def test_what_is_not_finite_moves_nothing(kind, monkeypatch):
     """An infinite loss of finite gradients, and a finite loss of infinite ones."""
-    forward, spoil = MAE.forward, [lambda x: x + torch.inf, lambda x: x + (x - x.detach()).sqrt()]
-    monkeypatch.setattr(MAE, "forward", lambda *a: {"loss": spoil[0](forward(*a)["loss"])})
+    loss, spoil = MAE.loss, [lambda x: x + torch.inf, lambda x: x + (x - x.detach()).sqrt()]
+    monkeypatch.setattr(MAE, "loss", lambda *a: {"loss": spoil[0](loss(*a)["loss"])})
     with launch.session("cpu"):
         e = engine(*kind)
         before = e.encoder_state()

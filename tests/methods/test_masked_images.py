@@ -109,7 +109,7 @@ def test_nothing_hidden_is_read(name, tmp_path):
 def test_a_resumed_schedule_goes_on_where_it_was(name, tmp_path):
     ours, _ = method(name, tmp_path, method__mask_ratio=[0.5, 0.75])
     easy = ours.schedule.keep
-    ours.after_step(1.0)
+    ours.on_step(None, 1.0)
     assert ours.schedule.keep == easy / 2
     fresh, _ = method(name, tmp_path, method__mask_ratio=[0.5, 0.75])
     fresh.load_state_dict(ours.state_dict())
@@ -260,7 +260,7 @@ def test_data2vecs_masks_share_a_teacher_pass(tmp_path):
     losses = []
     for m in range(3):
         part = type(masking)(*(t.view(6, 3, -1)[:, m] for t in masking))
-        wanted = ours.targets(images, part.masked)
+        wanted = ours.teach(images, part.masked)
         losses.append(F.mse_loss(single.predict(images, part), wanted))
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
@@ -291,7 +291,7 @@ def test_teachers_follow_their_students(name, changes, momenta, tmp_path):
         with torch.no_grad():
             for p, q in zip(ours.student.parameters(), before, strict=True):
                 p.copy_(q + 1)
-        ours.after_step(progress)
+        ours.on_step(None, progress)
         for p, q in zip(ours.teacher.parameters(), before, strict=True):
             torch.testing.assert_close(p, q + (1 - momentum), rtol=0, atol=1e-6)
 

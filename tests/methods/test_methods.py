@@ -18,6 +18,7 @@ from fastssl.methods.clip import CLIPConfig
 from fastssl.methods.sie import SIEConfig, relation
 from fastssl.models import build_backbone
 from fastssl.run.train import build
+from fastssl.tree import cut
 from tests.runs import METHODS as OPTIONS
 from tests.runs import OTHERS, VIT, tiny
 
@@ -45,12 +46,12 @@ def learns(method, batch):
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
     losses = []
     for step in range(12):
-        loss = method(batch)["loss"]
+        out = method(batch)
         optimizer.zero_grad()
-        loss.backward()
+        out["loss"].backward()
         optimizer.step()
-        method.after_step(step / 12)
-        losses.append(loss.item())
+        method.on_step(out.get("keep"), step / 12)
+        losses.append(out["loss"].item())
     assert sum(losses[-3:]) < 0.97 * sum(losses[:3]), losses
 
 
@@ -118,7 +119,7 @@ def test_the_teachers_momentum_rises_to_1(progress, momentum, tmp_path):
     with torch.no_grad():
         for p in ours.student.parameters():
             p.add_(1.0)
-    ours.after_step(progress)
+    ours.on_step(None, progress)
     for name, p in ours.teacher.model.named_parameters():
         torch.testing.assert_close(p, before[name] + (1 - momentum), rtol=0, atol=1e-6)
 
@@ -126,28 +127,19 @@ def test_the_teachers_momentum_rises_to_1(progress, momentum, tmp_path):
 def test_nnclr_contrasts_neighbors_with_predictions(tmp_path):
     ours, _ = method("nnclr", tmp_path)
     alone = NNCLRLoss(300, 16, temperature=0.1)
-    assert torch.equal(ours.loss.queue.bank, alone.queue.bank)
+    queue = ours.criterion.queue
+    assert torch.equal(queue.bank, alone.queue.bank)
     for filled in (6, 12):
         data = batch(2)
-        loss = ours(data)["loss"]
+        out = ours(data)
         z = [ours.head(ours.encoder(view)) for view in data["views"]]
         want = alone(*z, *map(ours.predictor, z))
-        torch.testing.assert_close(loss, want)
-        assert ours.loss.queue.next == filled  # once a step, by the second view's projections
-        new = ours.loss.queue.bank[filled - 6 : filled]
-        torch.testing.assert_close(new, F.normalize(z[1].detach()))
-    assert_gradients_reach(ours, loss)
-    ours.eval()
-    ours(data)
-    assert ours.loss.queue.next == 12
-
-
-def test_nnclr_survives_a_batch_that_is_not_finite(tmp_path):
-    ours, _ = method("nnclr", tmp_path)
-    bad = batch(2)
-    bad["views"][1][0] = torch.nan
-    assert ours(bad)["loss"].isnan()
-    assert ours(batch(2))["loss"].isfinite() and ours.loss.queue.next == 12
+        torch.testing.assert_close(out["loss"], want)
+        assert queue.next == filled - 6  # forward remembers nothing
+        ours.on_step(out["keep"].detach(), 0.5)
+        assert queue.next == filled  # once a step, by the second view's projections
+        torch.testing.assert_close(queue.bank[filled - 6 : filled], F.normalize(z[1].detach()))
+    assert_gradients_reach(ours, out["loss"])
 
 
 def test_clip_matches_images_with_their_captions(tmp_path):
@@ -175,7 +167,7 @@ def test_clips_scale_stops_at_100_and_comes_down_again(tmp_path):  # fault 6
     torch.testing.assert_close(out["scale"], torch.tensor(100.0))
     out["loss"].backward()
     assert ours.log_scale.grad.item() != 0
-    ours.after_step(0.5)
+    ours.on_step(None, 0.5)
     torch.testing.assert_close(ours.log_scale.exp().item(), 100.0)
 
 
@@ -292,16 +284,17 @@ def test_the_flag_says_whether_accumulation_changes_the_loss(name, tmp_path):
     name, _, corruption = name.partition(" of ")
     cfg = tiny(name, tmp_path, **({"method__corruption": corruption} if corruption else {}))
     method, g = build(cfg, 1), torch.Generator().manual_seed(0)
-    views = [torch.randn(8, 1, 16, 16, generator=g) for _ in range(method.views)]
-    params = [torch.rand(8, len(PARAMETERS), generator=g) for _ in views]
     each = torch.arange(8)
+    data = {"views": [torch.randn(8, 1, 16, 16, generator=g) for _ in range(method.views)]}
+    data |= {"params": [torch.rand(8, len(PARAMETERS), generator=g) for _ in data["views"]]}
+    data |= {"index": each, "seeds": each, "label": each}
+    whole = method.prepare(data)
 
-    def loss(part):
-        own = {"views": [v[part] for v in views], "params": [p[part] for p in params]}
-        own |= {"index": each[part], "seeds": each[part], "label": each[part]}
-        return copy.deepcopy(method)(own)["loss"].item()
+    def losses(sizes):
+        for part in cut(data if method.couples_batch else whole, sizes):
+            yield copy.deepcopy(method)(part, prepared=not method.couples_batch)["loss"].item()
 
-    apart = abs((loss(slice(4)) + loss(slice(4, 8))) / 2 - loss(slice(8)))
+    apart = abs(sum(losses([4, 4])) / 2 - sum(losses([8])))
     assert apart > 1e-4 if method.couples_batch else apart < 1e-5
 
 

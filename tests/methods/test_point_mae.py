@@ -52,7 +52,7 @@ def test_the_ratio_may_grow(tmp_path):
     method, batch = made("point_mae", tmp_path, method__mask_ratio=[0.25, 0.75])
     counts = []
     for progress in (0.0, 1.0):
-        method.after_step(progress)
+        method.on_step(None, progress)
         counts.append(method.predict(batch["views"][0], batch["seeds"])[1].visible.shape[1])
     assert counts == [6, 2]
 

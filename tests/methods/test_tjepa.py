@@ -56,7 +56,7 @@ def test_the_teacher_moves_and_has_no_gradient(tmp_path):
     with torch.no_grad():
         for p in method.student.parameters():
             p.add_(1.0)
-    method.after_step(0.5)
+    method.on_step(None, 0.5)
     for name, p in method.teacher.model.named_parameters():
         torch.testing.assert_close(p, before[name] + 0.1, rtol=0, atol=1e-6)
 
@@ -66,7 +66,7 @@ def test_targets_may_stay_as_they_are(tmp_path):
     (rows,) = batch["views"]
     _, targets = method.mask(batch["seeds"])
     h = method.teacher.model(rows)[:, 1:]
-    torch.testing.assert_close(method.targets(rows, targets)[2, 1], h[2, targets[2, 1]])
+    torch.testing.assert_close(method.teach(rows, targets)[2, 1], h[2, targets[2, 1]])
 
 
 def test_impossible_options_are_refused(tmp_path):

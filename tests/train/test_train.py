@@ -87,14 +87,14 @@ def test_a_finished_run_resumed_only_reports(finished, run):
 
 def poison(monkeypatch, step):
     """Make the loss of one step infinite, as a bad batch would."""
-    forward, seen = MAE.forward, []
+    loss, seen = MAE.loss, []
 
-    def bad(self, batch):
+    def bad(self, encoded, batch):
         seen.append(1)
-        out = forward(self, batch)
+        out = loss(self, encoded, batch)
         return {"loss": out["loss"] * (float("inf") if len(seen) == step else 1.0)}
 
-    monkeypatch.setattr(MAE, "forward", bad)
+    monkeypatch.setattr(MAE, "loss", bad)
 
 
 def test_a_nonfinite_loss_stops_the_run(tmp_path, monkeypatch):
