@@ -50,6 +50,9 @@ Recipe = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dotted: optim.lr=1e-3 data.workers=0")
 ]
+Plugins = Annotated[
+    list[str] | None, typer.Option(help="A module whose methods, sources ... can be named.")
+]
 RunPath = Annotated[Path, typer.Argument(help="A run's directory, runs/NAME.")]
 
 
@@ -75,12 +78,13 @@ def pretrain(
     recipe: Recipe,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan; train nothing.")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Pretrain an encoder; several processes through torchrun -m fastssl pretrain ..."""
     say = console.print if os.environ.get("RANK", "0") == "0" else lambda *a, **k: None
     from fastssl.config import resolve
 
-    cfg = resolve(recipe, overrides)
+    cfg = resolve(recipe, overrides, plugin)
     if dry_run:
         from fastssl.config import described
 

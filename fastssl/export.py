@@ -27,7 +27,7 @@ from fastssl.data.views.image import Views
 from fastssl.engine.checkpoint import CheckpointError, encoder_weights
 from fastssl.evaluate.embed import EmbedConfig, embed
 from fastssl.files import write_atomically
-from fastssl.models import OWN, backbone_arguments, build_backbone, channels_of, feature_dim
+from fastssl.models import MODELS, backbone_arguments, build_backbone, channels_of, feature_dim
 
 
 class Encoder(nn.Module):
@@ -78,7 +78,7 @@ def export(run: Path, out: Path, fmt: str) -> Path:
         wanted = "file" if fmt == "safetensors" else "directory"
         raise ConfigError(f"--out {out} is there and no {wanted}, which {fmt} wants")
     encoder, cfg, channels = load_encoder(run, device="cpu")
-    if fmt == "timm" and cfg.model.name in OWN:
+    if fmt == "timm" and cfg.model.name in MODELS:
         raise ConfigError(f"--format timm is for timm's models, not {cfg.model.name}: safetensors")
     backbone = encoder.backbone
     # Apart, what two modules share too: safetensors refuses it otherwise.

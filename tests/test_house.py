@@ -20,6 +20,7 @@ ROOMS = {
     "files": "",
     "section": "pydantic pydantic_core",
     "tree": "",
+    "registry": "pydantic pydantic_core",
     "masking": "random",
     "kernels": "kernels.* distributed triton",
     "kernels.common": "distributed triton",
@@ -29,21 +30,21 @@ ROOMS = {
     "kernels.tokens": "kernels.common triton",
     "kernels.regression": "kernels.common triton",
     "losses": "kernels distributed random",
-    "models": "kernels masking distributed timm",
-    "methods": "models losses kernels masking random schedules section pydantic",
-    "data": "random distributed files section *",
-    "engine": "models distributed schedules section files tree "
+    "models": "kernels masking distributed registry timm",
+    "methods": "models losses kernels masking random schedules section registry pydantic",
+    "data": "random distributed files section registry *",
+    "engine": "models distributed schedules section files tree registry "
     "deepspeed timm pydantic safetensors numpy",
     "evaluate": "data kernels random distributed sklearn numpy",
     "report": "files *",
-    "config": "methods engine data schedules section pydantic yaml",
+    "config": "methods models engine data schedules section registry pydantic yaml",
     "export": "config engine data evaluate models files safetensors timm numpy",
     "run": "random config engine data methods evaluate report models distributed export files *",
     "diagnose": "random tree run config engine data methods kernels models distributed *",
     "bench": "methods models losses kernels masking engine data report files *",
     "cli": "config run diagnose data export files bench *",
     "__main__": "cli",
-    "__init__": "",
+    "__init__": "methods models data engine",
 }
 ONLY_IN = {"deepspeed": "engine", "timm": "models engine export bench", "nvidia": "data.render"}
 

@@ -8,7 +8,10 @@ keys.json: {"optim": [its keys], "method": {"simclr": [its keys], ...}, ...}, ""
 import difflib
 import json
 import re
+import sys
 from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +20,15 @@ from .errors import ConfigError, closest
 
 FILE = Path(__file__).with_suffix(".json")
 UNNAMED = {"optim.schedule": "cosine"}  # what a section is that has no name
+
+
+# The sections that are one of several: of what kind, and where the registry is, which others add to
+REGISTRIES = {
+    "method": ("method", "fastssl.methods", "METHODS"),
+    "data.source": ("source", "fastssl.data.datasets", "SOURCES"),
+    "data.batch_ops": ("batch_op", "fastssl.data.batch.ops", "BATCH_OPS"),
+    "optim.schedule": ("schedule", "fastssl.engine.optim", "SCHEDULES"),
+}
 
 
 @lru_cache
@@ -40,12 +52,7 @@ def check_keys(mapping: dict[str, Any], path: str = "", shown: str = "") -> None
         name = mapping.get("name", UNNAMED.get(path))
         if name is None:
             return  # the schema says that it is missing
-        if name not in names:
-            raise ConfigError(
-                f"{shown}.name={name!r} is not one of {', '.join(map(repr, names))}"
-                f"{closest(str(name), names)}"
-            )
-        names = names[name]
+        names = names[name] if name in names else _added_keys(path, shown, str(name))
     for key, value in mapping.items():
         at, seen = (f"{place}.{key}".lstrip(".") for place in (path, shown))
         if key not in names:
@@ -55,6 +62,26 @@ def check_keys(mapping: dict[str, Any], path: str = "", shown: str = "") -> None
         for place, part in (parts or {seen: value}).items():
             if isinstance(part, dict) and at in known_keys():
                 check_keys(part, at, place)
+
+
+def _added_keys(path: str, shown: str, name: str) -> list[str]:
+    """The keys of a section that is none of ours.  Raises ConfigError where nobody has added it."""
+    kind, module, attribute = REGISTRIES[path]
+    if "fastssl.registry" in sys.modules or entry_points(group=f"fastssl.{kind}s"):
+        from fastssl.registry import PluginError
+
+        registry = getattr(import_module(module), attribute)
+        try:
+            if name in registry:
+                return list(registry.config(name).model_fields)
+            names = registry.names()
+        except PluginError as error:
+            raise ConfigError(str(error)) from error
+    else:
+        names = list(known_keys()[path])
+    raise ConfigError(
+        f"{shown}.name={name!r} is not one of {', '.join(map(repr, names))}{closest(name, names)}"
+    )
 
 
 def check_model(mapping: dict[str, Any]) -> None:
@@ -68,7 +95,6 @@ def check_model(mapping: dict[str, Any]) -> None:
         raise ConfigError(problem)
 
 
-@lru_cache
 def _no_model(name: str) -> str:
     """Why timm and we have no model of that name, or nothing."""
     timm = find_spec("timm")
@@ -76,30 +102,48 @@ def _no_model(name: str) -> str:
         return ""
     folders = Path(timm.origin).parent / "models", Path(__file__).parents[1] / "models"
     text = "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.py")))
-    if re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text):
+    if re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text) or _is_added(name):
         return ""
-    known = re.findall(r"@register_model\s+def (\w+)", text)
+    known = re.findall(r"@register_model(?:\(.+\))?\s+def (\w+)", text)
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"model.name={name!r} is not a timm model{hint}"
+
+
+def _is_added(name: str) -> bool:
+    """Whether a plugin, imported or installed, has a model of that name."""
+    if "fastssl.registry" not in sys.modules and not entry_points(group="fastssl.models"):
+        return False
+    from fastssl.models import MODELS
+
+    return name in MODELS
 
 
 def names_of(model: Any, path: str = "") -> dict[str, Any]:
     """The names of the keys of a section and of those in it, as keys.json has them."""
     found: dict[str, Any] = {path: list(model.model_fields)}
     for name, field in model.model_fields.items():
-        at, sections = f"{path}.{name}".lstrip("."), _sections(field.annotation)
-        if len(sections) == 1:
-            found |= names_of(sections[0], at)
-        elif sections:
-            found[at] = {s.model_fields["name"].default: list(s.model_fields) for s in sections}
+        at, (section, registry) = f"{path}.{name}".lstrip("."), _below(field)
+        if registry is not None:
+            configs = {one: entry.config for one, entry in registry.entries.items()}
+            found[at] = {one: list(config.model_fields) for one, config in configs.items()}
+        elif section is not None:
+            found |= names_of(section, at)
     return found
 
 
-def _sections(annotation: Any) -> list[Any]:
-    if hasattr(annotation, "model_fields"):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
+def _below(field: Any) -> tuple[Any, Any]:
+    """The section that a field holds, or the registry that it is of."""
+    notes = [
+        *field.metadata,
+        *(note for part in get_args(field.annotation) for note in _notes(part)),
+    ]
+    registry = next((note.registry for note in notes if hasattr(note, "registry")), None)
+    return getattr(field.annotation, "model_fields", None) and field.annotation, registry
+
+
+def _notes(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__metadata__", ())
 
 
 def write() -> None:

@@ -8,6 +8,7 @@ nothing is taken from the environment, so that a stranger's run can be opened.
 
 import re
 import warnings
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -45,9 +46,12 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def resolve(recipe: str, overrides: list[str] | None = None) -> "RunConfig":
+def resolve(
+    recipe: str, overrides: list[str] | None = None, plugins: Sequence[str] | None = None
+) -> "RunConfig":
     """A recipe's name or a YAML file, with `key=value` overrides, checked.
 
+    plugins: modules to import first, beside those that the file names.
     Raises ConfigError, one sentence: an unknown recipe or key (with the closest valid one), a value
     of the wrong type or out of range, a combination that cannot run.
     """
@@ -56,7 +60,10 @@ def resolve(recipe: str, overrides: list[str] | None = None) -> "RunConfig":
     if not path.is_file():
         hint = closest(recipe, known)
         raise ConfigError(f"no recipe or file {recipe!r}{hint}; there are: {', '.join(known)}")
-    return from_mapping(_merged(path, overrides or []))
+    mapping = _merged(path, overrides or [])
+    if plugins:
+        mapping["plugins"] = [*mapping.get("plugins", []), *plugins]
+    return from_mapping(mapping)
 
 
 def load(run: Path) -> "RunConfig":
@@ -72,7 +79,12 @@ def load(run: Path) -> "RunConfig":
 
 
 def from_mapping(mapping: dict[str, Any]) -> "RunConfig":
-    """A configuration from nested dicts, checked.  Raises ConfigError."""
+    """A configuration from nested dicts, checked, after importing its plugins.
+
+    Raises ConfigError.
+    """
+    if "plugins" in mapping:
+        _import_plugins(mapping["plugins"])
     check_keys(mapping)
     check_model(mapping)
     from pydantic import ValidationError
@@ -80,9 +92,22 @@ def from_mapping(mapping: dict[str, Any]) -> "RunConfig":
     from .schema import RunConfig
 
     try:
-        return RunConfig.model_validate(mapping)
+        cfg = RunConfig.model_validate(mapping)
+        return cfg.model_copy(update={"plugins": cfg.plugins_used()})
     except ValidationError as error:
         raise ConfigError(sentence(error, tagged())) from None
+
+
+def _import_plugins(names: Any) -> None:
+    from fastssl.registry import PluginError, import_plugin
+
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"plugins={names!r} must be a list of modules' names: plugins=[my_ssl]")
+    try:
+        for name in names:
+            import_plugin(name)
+    except PluginError as error:
+        raise ConfigError(str(error)) from error
 
 
 def dump(cfg: "RunConfig") -> str:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from fastssl.data.batch.ops import AnyBatchOp
-from fastssl.data.datasets import SourceConfig
+from fastssl.data.batch.ops import BATCH_OPS, AnyBatchOp
+from fastssl.data.datasets import SOURCES, SourceConfig
 from fastssl.data.render.backend import Backend
-from fastssl.data.views.spec import ViewSpec, view_spec
+from fastssl.data.views.spec import VIEWS, ViewSpec, view_spec
 from fastssl.engine.config import CheckpointConfig, EngineConfig
-from fastssl.engine.optim import OptimConfig, check_optimizer
-from fastssl.methods.configs import AnyMethodConfig
+from fastssl.engine.optim import SCHEDULES, OptimConfig, check_optimizer
+from fastssl.methods.configs import METHODS, AnyMethodConfig
+from fastssl.registry import plugins_of
 from fastssl.section import Section
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ class RunConfig(Section):
     overwrite: bool = Field(False, description="Replace a run of this name instead of refusing.")
     epochs: int = Field(100, ge=1, description="Passes over the training images.")
     batch_size: int = Field(256, ge=2, description="Images in an optimizer step, over all ranks.")
+    plugins: tuple[str, ...] = Field(
+        (), description="Modules imported first, whose methods, sources ... can then be named."
+    )
     method: AnyMethodConfig = Field(description="The method and its options.")
     model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
     data: DataConfig
@@ -109,9 +113,7 @@ class RunConfig(Section):
 
     @property
     def method_class(self) -> "type[Method]":
-        from fastssl.methods import METHODS  # imports timm, which takes seconds
-
-        return METHODS[self.method.name]
+        return METHODS[self.method.name]  # imports timm, which takes seconds
 
     def views(self) -> ViewSpec:
         """The augmentation: the method's preset or the one named, with the overrides."""
@@ -119,6 +121,16 @@ class RunConfig(Section):
         if "size" in self.data.overrides:
             raise ValueError("data.overrides has a size: give it as data.image_size")
         return view_spec(name, self.data.image_size, **self.data.overrides)
+
+    def plugins_used(self) -> tuple[str, ...]:
+        """The modules that a reader of this configuration must have, beside this package."""
+        from fastssl.models import MODELS
+
+        chosen = [(METHODS, self.method.name), (SOURCES, self.data.source.name)]
+        chosen += [(SCHEDULES, self.optim.schedule.name), (MODELS, self.model.name)]
+        chosen += [(VIEWS, self.data.augment or self.method_class.preset)]
+        chosen += [(BATCH_OPS, op.name) for op in self.data.batch_ops]
+        return tuple(sorted({*self.plugins, *plugins_of(chosen)}))
 
     def notes(self) -> list[str]:
         """What a user might not expect of these keys, a sentence each."""
@@ -175,7 +187,7 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
     Where a run is kept, how often it speaks and who reads and makes its data do not count; nor,
     with same_data, where the data lie.
     """
-    free = ("output", "device", "resume", "overwrite", "checkpoint", "evaluate", "log")
+    free = ("output", "device", "resume", "overwrite", "plugins", "checkpoint", "evaluate", "log")
     old, new = (_flatten(c.model_dump(mode="json", exclude=set(free))) for c in (saved, now))
     free_leaves = {
         *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),

@@ -25,12 +25,11 @@ import hashlib
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
 from torch import Tensor
 
 from fastssl.data.sources.arrays import ArrayImages as ArrayImages
 from fastssl.data.sources.arrays import ArraysSource
-from fastssl.data.sources.base import Split
+from fastssl.data.sources.base import SourceOptions, Split
 from fastssl.data.sources.digits import DigitsSource
 from fastssl.data.sources.folder import FolderSource
 from fastssl.data.sources.frames import FramesSource
@@ -47,26 +46,40 @@ from fastssl.data.synthetic.fractals import FractalsSource
 from fastssl.data.synthetic.signals import SignalsSource
 from fastssl.data.synthetic.volumes import VolumesSource
 from fastssl.random import SPLIT, mix
+from fastssl.registry import OneOf, Registry
 
-SourceConfig = Annotated[
-    DigitsSource
-    | FractalsSource
-    | FolderSource
-    | WebDatasetSource
-    | TFRecordSource
-    | LmdbSource
-    | HFDatasetsSource
-    | ArraysSource
-    | FramesSource
-    | ClipsSource
-    | SignalsSource
-    | WavsSource
-    | TableSource
-    | CloudsSource
-    | VolumesSource
-    | NpySource,
-    Field(discriminator="name"),
-]
+SOURCES: Registry[type[SourceOptions]] = Registry("source", "data.source.name")
+
+
+def register_source(source: type[SourceOptions]) -> type[SourceOptions]:
+    """A class decorator: a `SourceOptions`, which opens itself, that data.source.name asks for.
+
+    Raises PluginError where there is a source of that name.
+    """
+    SOURCES.add(source.model_fields["name"].default, source, source)
+    return source
+
+
+for _source in (
+    DigitsSource,
+    FractalsSource,
+    FolderSource,
+    WebDatasetSource,
+    TFRecordSource,
+    LmdbSource,
+    HFDatasetsSource,
+    ArraysSource,
+    FramesSource,
+    ClipsSource,
+    SignalsSource,
+    WavsSource,
+    TableSource,
+    CloudsSource,
+    VolumesSource,
+    NpySource,
+):
+    register_source(_source)
+SourceConfig = Annotated[SourceOptions, OneOf(SOURCES)]
 
 
 def split_indices(

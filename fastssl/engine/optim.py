@@ -8,12 +8,13 @@ has not), but for "lars" and "lamb", which are ours: right under every ZeRO stag
 
 import difflib
 import fnmatch
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from fastssl.registry import OneOf, Registry
 from fastssl.schedules import infinite, warmup_cosine
 from fastssl.section import Section
 
@@ -31,7 +32,21 @@ ELEMENTWISE = frozenset(
 _OURS = {"lars": ("momentum", "eps", "trust_coefficient"), "lamb": ("betas", "eps")}
 
 
-class ConstantSchedule(Section):
+class ScheduleConfig(Section):
+    """Base of the schedules.  A subclass has `name`, a Literal with itself as default."""
+
+    if TYPE_CHECKING:
+        name: Any
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """What multiplies the peak rate at update number `step` of `total_steps`, from 0.
+
+        Raises ValueError for options that do not fit a run of so many steps.
+        """
+        raise TypeError(f"{type(self).__name__} does not define factor(step, total_steps)")
+
+
+class ConstantSchedule(ScheduleConfig):
     """The peak rate, after a warm-up."""
 
     name: Literal["constant"] = "constant"
@@ -44,7 +59,7 @@ class ConstantSchedule(Section):
         return infinite(step + 0.5, 1.0, warmup=self.warmup * total_steps, cooldown=0, constant=1.0)
 
 
-class CosineSchedule(Section):
+class CosineSchedule(ScheduleConfig):
     """A linear warm-up, then half a cosine."""
 
     name: Literal["cosine"] = "cosine"
@@ -64,7 +79,7 @@ class CosineSchedule(Section):
         return warmup_cosine(progress, 1.0, warmup=self.warmup, final=self.final)
 
 
-class InfiniteSchedule(Section):
+class InfiniteSchedule(ScheduleConfig):
     """No planned end: warm-up, cool-down, constant; annealed only when a finished model is due."""
 
     name: Literal["infinite"] = "infinite"
@@ -104,9 +119,21 @@ class InfiniteSchedule(Section):
         )
 
 
-Schedule = Annotated[
-    ConstantSchedule | CosineSchedule | InfiniteSchedule, Field(discriminator="name")
-]
+SCHEDULES: Registry[type[ScheduleConfig]] = Registry("schedule", "optim.schedule.name")
+
+
+def register_schedule(schedule: type[ScheduleConfig]) -> type[ScheduleConfig]:
+    """A class decorator: a `ScheduleConfig` that optim.schedule.name can ask for.
+
+    Raises PluginError where there is a schedule of that name.
+    """
+    SCHEDULES.add(schedule.model_fields["name"].default, schedule, schedule)
+    return schedule
+
+
+for _schedule in (ConstantSchedule, CosineSchedule, InfiniteSchedule):
+    register_schedule(_schedule)
+Schedule = Annotated[ScheduleConfig, OneOf(SCHEDULES)]
 
 
 class OptimConfig(Section):

@@ -1,15 +1,18 @@
-"""The methods, by name (`registry`), and what each can be told (`configs`).
+"""The methods, by name, and what each can be told (`configs`).
 
 The methods, and with them the encoders of timm, are imported when one is first asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .configs import AnyMethodConfig, MethodConfig
+from .configs import METHODS, AnyMethodConfig, MethodConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .barlow_twins import BarlowTwins
-    from .base import Batch, Method
+    from .base import Batch, Encoded, Method
     from .clip import CLIP
     from .cropmae import CropMAE
     from .data2vec import Data2Vec
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from .mocov3 import MoCoV3
     from .nnclr import NNCLR
     from .point_mae import PointMAE
-    from .registry import METHODS, build_method
     from .sie import SIE
     from .signal_mae import SignalMAE
     from .simclr import SimCLR
@@ -42,6 +44,7 @@ __all__ = [
     "Batch",
     "CropMAE",
     "Data2Vec",
+    "Encoded",
     "Method",
     "MethodConfig",
     "MixedBarlowTwins",
@@ -56,12 +59,41 @@ __all__ = [
     "VICReg",
     "VideoMAE",
     "build_method",
+    "register_method",
 ]
+
+
+def build_method(encoder: "nn.Module", cfg: MethodConfig) -> "Method":
+    """The method `cfg.name` over `encoder`.  Raises ValueError for an encoder it cannot train."""
+    return METHODS[cfg.name](encoder, cfg)  # type: ignore[call-arg]
+
+
+def register_method(config: type[MethodConfig]) -> Any:
+    """A class decorator: a `Method`, built as Class(encoder, cfg), is called what its config is.
+
+    config: a `MethodConfig` whose field `name` is a Literal with itself as default; its other
+    fields are the method's keys in a configuration, described by Field(description=...).
+    Raises PluginError where there is a method of that name.
+
+        class MineConfig(MethodConfig):
+            name: Literal["mine"] = "mine"
+            temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
+
+        @register_method(MineConfig)
+        class Mine(Method): ...
+    """
+
+    def add(method: "type[Method]") -> "type[Method]":
+        METHODS.add(config.model_fields["name"].default, method, config)
+        return method
+
+    return add
+
+
+_CLASSES = dict(entry.made.split(":")[::-1] for entry in METHODS.entries.values())
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import base, registry
-
-    return getattr(base if name == "Batch" else registry, name)
+    return getattr(import_module(_CLASSES.get(name, "fastssl.methods.base")), name)

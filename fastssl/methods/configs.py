@@ -1,13 +1,18 @@
-"""What each method can be told.
+"""What each method can be told, and the methods by name.
 
-Apart from the methods, so that a configuration is read without their encoders (timm).
+Apart from the methods, so that a configuration is read without their encoders (timm): a method is
+imported when it is first asked for.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fastssl.registry import OneOf, Registry
 from fastssl.section import Section
+
+if TYPE_CHECKING:
+    from .base import Method
 
 Ratio = float | tuple[float, float]
 Kind = Literal["random", "block", "grid", "noise"]
@@ -29,7 +34,10 @@ def kind_field() -> Kind:
 
 
 class MethodConfig(Section):
-    """Base of the methods' options."""
+    """Base of the methods' options.  A subclass has `name`, a Literal with itself as default."""
+
+    if TYPE_CHECKING:
+        name: Any
 
     @property
     def decoder(self) -> dict[str, int]:
@@ -246,25 +254,27 @@ class PointMAEConfig(MethodConfig):
     decoder_heads: int = Field(6, ge=1, description="Attention heads of the decoder.")
 
 
-AnyMethodConfig = Annotated[
-    SimCLRConfig
-    | DCLConfig
-    | MoCoV3Config
-    | NNCLRConfig
-    | CLIPConfig
-    | BarlowTwinsConfig
-    | MixedBarlowTwinsConfig
-    | VICRegConfig
-    | SIEConfig
-    | MAEConfig
-    | SimMIMConfig
-    | GMMLConfig
-    | CropMAEConfig
-    | IJEPAConfig
-    | Data2VecConfig
-    | VideoMAEConfig
-    | SignalMAEConfig
-    | TJEPAConfig
-    | PointMAEConfig,
-    Field(discriminator="name"),
-]
+METHODS: Registry[type["Method"]] = Registry("method", "method.name")
+for _config, _made in (
+    (SimCLRConfig, "simclr:SimCLR"),
+    (DCLConfig, "dcl:DCL"),
+    (MoCoV3Config, "mocov3:MoCoV3"),
+    (NNCLRConfig, "nnclr:NNCLR"),
+    (CLIPConfig, "clip:CLIP"),
+    (BarlowTwinsConfig, "barlow_twins:BarlowTwins"),
+    (MixedBarlowTwinsConfig, "mixed_barlow_twins:MixedBarlowTwins"),
+    (VICRegConfig, "vicreg:VICReg"),
+    (SIEConfig, "sie:SIE"),
+    (MAEConfig, "mae:MAE"),
+    (SimMIMConfig, "simmim:SimMIM"),
+    (GMMLConfig, "gmml:GMML"),
+    (CropMAEConfig, "cropmae:CropMAE"),
+    (IJEPAConfig, "ijepa:IJEPA"),
+    (Data2VecConfig, "data2vec:Data2Vec"),
+    (VideoMAEConfig, "videomae:VideoMAE"),
+    (SignalMAEConfig, "signal_mae:SignalMAE"),
+    (TJEPAConfig, "tjepa:TJEPA"),
+    (PointMAEConfig, "point_mae:PointMAE"),
+):
+    METHODS.add(_config.model_fields["name"].default, f"fastssl.methods.{_made}", _config)
+AnyMethodConfig = Annotated[MethodConfig, OneOf(METHODS)]

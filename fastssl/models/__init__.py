@@ -1,12 +1,13 @@
 """Encoders and heads: timm backbones by name, MaskedViT over a timm ViT, projection heads."""
 
-from .backbones import OWN as OWN
+from .backbones import MODELS as MODELS
 from .backbones import backbone_arguments as backbone_arguments
 from .backbones import build_backbone as build_backbone
 from .backbones import channels_of as channels_of
 from .backbones import feature_dim as feature_dim
 from .backbones import is_vit as is_vit
 from .backbones import probe as probe
+from .backbones import register_model as register_model
 from .decoders import CrossDecoder as CrossDecoder
 from .decoders import LatentPredictor as LatentPredictor
 from .decoders import MAEDecoder as MAEDecoder

@@ -6,6 +6,7 @@ signals, clouds of points or rows of a table.
 
 import difflib
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import timm
@@ -14,18 +15,44 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fastssl.registry import PluginError, Registry
+
 # Norm before the mean over tokens, so that every layer of a pretrained encoder has been trained,
 # whichever tokens the pretext task read.
 _VIT_DEFAULTS = {"global_pool": "avg", "fc_norm": False}
 
-# The models registered here: from the shape of what they read, their arguments.
-OWN: dict[str, Callable[[tuple[int, ...]], dict[str, Any]]] = {
-    "vit_video": lambda shape: {"in_chans": shape[0], "img_size": shape[1:]},
-    "vit_signal": lambda shape: {"in_chans": shape[0], "img_size": shape[1:]},
-    "table_transformer": lambda shape: {"columns": shape[0]},
-    "point_transformer": lambda shape: {},
-}
+Arguments = Callable[[tuple[int, ...]], dict[str, Any]]
+# The models that are not timm's own: from the shape of what they read, their arguments.
+MODELS: Registry[Arguments] = Registry("model", "model.name")
 
+
+def register_model(arguments: Arguments) -> Callable[[Callable[..., nn.Module]], Any]:
+    """A decorator: what function(pretrained=False, num_classes=0, **kwargs) builds is a model of
+    the function's name, of timm's registry and for model.name.
+
+    arguments: of the function, from the shape of one view without the batch, (C, H, W) of images;
+    those of model.kwargs come over them.  The module maps views (B, ...) to features (B, F).
+    Raises PluginError where timm, or another module, has a model of that name.
+    """
+
+    def add(made: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        name, module = made.__name__, made.__module__
+        if timm.is_model(name) and timm.model_entrypoint(name).__module__ != module:
+            of = timm.model_entrypoint(name).__module__
+            raise PluginError(f"two models are named {name!r}, of {of} and of {module}: rename one")
+        MODELS.add(name, arguments, module=module)
+
+        @wraps(made)
+        def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            own = {key: value for key, value in kwargs.items() if key not in _OF_TIMMS_FACTORY}
+            return made(pretrained=pretrained, **own)
+
+        return timm.models.register_model(entry)
+
+    return add
+
+
+_OF_TIMMS_FACTORY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 # Arguments of timm.create_model that are not the user's to give, and why.
 _REFUSED = {
@@ -46,7 +73,7 @@ def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any])
     Raises ValueError for a name timm does not know (with the closest), for arguments it refuses,
     and for patches that leave a part of each view unread.
     """
-    if not timm.is_model(name):
+    if name not in MODELS and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model.name={name!r} is not a timm model{hint}")
@@ -69,6 +96,8 @@ def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any])
             f"{name} with model.kwargs={kwargs} gives {got} for one view, not pooled features "
             "(1, F): leave global_pool and the like as they are"
         )
+    if not hasattr(model, "num_features"):  # as timm's models say it
+        model.num_features = features.shape[1]
     return model
 
 
@@ -99,8 +128,8 @@ def backbone_arguments(name: str, shape: tuple[int, ...], kwargs: dict[str, Any]
     """What `timm.create_model` is given besides the name: our defaults, then `kwargs`."""
     asked = {k: v for k, v in kwargs.items() if k not in _REFUSED}
     family: dict[str, Any] = dict(_VIT_DEFAULTS) if is_vit(name) else {}
-    if name in OWN:
-        return {"num_classes": 0, **family, **OWN[name](shape), **asked}
+    if name in MODELS:
+        return {"num_classes": 0, **family, **MODELS[name](shape), **asked}
     fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
     if fixed or is_vit(name):
         family["img_size"] = shape[-1]

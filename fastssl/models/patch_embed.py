@@ -15,13 +15,13 @@ from math import prod
 from typing import Any
 
 import torch
-from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .backbones import register_model
+
 __all__: list[str] = []  # timm adds the models it registers
 
-_FROM_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 Sides = int | Sequence[int]
 
 
@@ -131,7 +131,6 @@ def _transformer(embed: type[_PatchEmbed], pretrained: bool, positions: str, arg
         raise ValueError("there are no pretrained weights of this model")
     if positions not in ("learned", "sincos"):
         raise ValueError(f"positions must be 'learned' or 'sincos', got {positions!r}")
-    arguments = {k: v for k, v in arguments.items() if k not in _FROM_TIMM}
     model = VisionTransformer(embed_layer=embed, **arguments)
     if positions == "sincos" and model.pos_embed is not None:
         model.pos_embed.requires_grad_(False).zero_()
@@ -140,7 +139,7 @@ def _transformer(embed: type[_PatchEmbed], pretrained: bool, positions: str, arg
     return model
 
 
-@register_model
+@register_model(lambda shape: {"in_chans": shape[0], "img_size": shape[1:]})
 def vit_video(
     pretrained: bool = False, positions: str = "sincos", tubelet: int = 2, **kwargs: Any
 ) -> VisionTransformer:
@@ -158,7 +157,7 @@ def vit_video(
     return _transformer(PatchEmbed3d, pretrained, positions, {**shape, **kwargs})
 
 
-@register_model
+@register_model(lambda shape: {"in_chans": shape[0], "img_size": shape[1:]})
 def vit_signal(
     pretrained: bool = False, positions: str = "sincos", **kwargs: Any
 ) -> VisionTransformer:

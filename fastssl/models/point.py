@@ -17,7 +17,6 @@ classification head.  Widths inside the PointNet are the paper's 128, 256, 512 a
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from fastssl.kernels import gather_tokens, restore_tokens
 from fastssl.masking import Masking
 
-__all__ = ["PointDecoder", "PointTransformer"]
+from .backbones import register_model
 
-_FROM_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+__all__ = ["PointDecoder", "PointTransformer"]
 
 
 class Groups(NamedTuple):
@@ -196,9 +195,9 @@ class PointDecoder(nn.Module):
         return self.head(gather_tokens(x, masking.masked)).unflatten(-1, (-1, 3))
 
 
-@register_model
+@register_model(lambda shape: {})
 def point_transformer(pretrained: bool = False, **kwargs: Any) -> PointTransformer:
     """A `PointTransformer`.  Raises ValueError for pretrained."""
     if pretrained:
         raise ValueError("there are no pretrained weights of point_transformer")
-    return PointTransformer(**{k: v for k, v in kwargs.items() if k not in _FROM_TIMM})
+    return PointTransformer(**kwargs)

@@ -12,15 +12,16 @@ by side); the tokens of Gorishniy et al. 2021, FT-Transformer, arXiv:2106.11959,
 from typing import Any
 
 import torch
-from timm.models import checkpoint_seq, register_model
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens
 
+from .backbones import register_model
+
 __all__ = ["TableTransformer"]
 
-_FROM_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 POOLS = ("flatten", "mean", "reg")
 
 
@@ -95,9 +96,9 @@ class TableTransformer(nn.Module):
         return h.mean(1) if self.global_pool == "mean" else h.flatten(1)
 
 
-@register_model
+@register_model(lambda shape: {"columns": shape[0]})
 def table_transformer(pretrained: bool = False, **kwargs: Any) -> TableTransformer:
     """A `TableTransformer`; columns must be given.  Raises ValueError for pretrained."""
     if pretrained:
         raise ValueError("there are no pretrained weights of table_transformer")
-    return TableTransformer(**{k: v for k, v in kwargs.items() if k not in _FROM_TIMM})
+    return TableTransformer(**kwargs)

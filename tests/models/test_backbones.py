@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fastssl.data.datasets import open_source
 from fastssl.engine.checkpoint import encoder_file
 from fastssl.export import embed_to_file, export, load_encoder
-from fastssl.models import OWN, build_backbone, channels_of, feature_dim
+from fastssl.models import MODELS, build_backbone, channels_of, feature_dim
 from fastssl.run.train import pretrain
 from tests.runs import tiny, without_pictures
 
@@ -28,7 +28,7 @@ def families() -> list[str]:
         return next((i for i, size in enumerate(_SIZES) if size in name), 99), len(name)
 
     small = [min(timm.list_models(module=m), key=rank) for m in timm.list_modules()]
-    return [name for name in small if name not in OWN and name not in LARGE]
+    return [name for name in small if name not in MODELS and name not in LARGE]
 
 
 def pytest_generate_tests(metafunc):

@@ -12,7 +12,7 @@ views before these operations.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastssl.data.batch import math as batch_math
 from fastssl.data.views.image import Strength, check_order
 from fastssl.random import hashes, uniform
+from fastssl.registry import OneOf, Registry
 from fastssl.section import Section
 
 Batch = dict[str, Any]
@@ -35,6 +36,8 @@ class BatchOp(Section):
     dims: how many dimensions a view must have without the batch; None: any.
     """
 
+    if TYPE_CHECKING:
+        name: Any
     pixels: ClassVar[bool] = False
     dims: ClassVar[int | None] = None
 
@@ -168,7 +171,10 @@ class LowFrequency(BatchOp):
         return batch_math.low_frequency(x, self.side(x.shape[-1], progress))
 
 
-AnyBatchOp = Annotated[Mixup | Noise | Style | Fields | LowFrequency, Field(discriminator="name")]
+BATCH_OPS: Registry[type[BatchOp]] = Registry("batch_op", "data.batch_ops.name")
+for _op in (Mixup, Noise, Style, Fields, LowFrequency):
+    BATCH_OPS.add(_op.model_fields["name"].default, _op, _op)
+AnyBatchOp = Annotated[BatchOp, OneOf(BATCH_OPS)]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 

@@ -4,7 +4,7 @@ import os
 from copy import copy
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
@@ -96,7 +96,11 @@ class Items:
 
 
 class SourceOptions(Section):
-    """Base of the sources' options.  A subclass has a `name` and opens itself."""
+    """Base of the sources' options.  A subclass has `name`, a Literal with itself as default, and
+    opens itself."""
+
+    if TYPE_CHECKING:
+        name: Any
 
     test_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="part of each class held out for evaluation"

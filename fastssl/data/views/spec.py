@@ -22,6 +22,7 @@ from fastssl.data.views.image import PRESETS, Views, preset, unknown
 from fastssl.data.views.signal import SignalViews
 from fastssl.data.views.table import TableViews
 from fastssl.data.views.volume import VolumeViews
+from fastssl.registry import PluginError, Registry
 
 
 class ViewSpec(Protocol):
@@ -47,11 +48,27 @@ class ViewSpec(Protocol):
         ...
 
 
-# preset: (size, **overrides) -> spec, of items that are no images.
-KINDS: dict[str, Callable[..., ViewSpec]] = {
-    kind.named: kind.preset
-    for kind in (ClipViews, SignalViews, CloudViews, TableViews, VolumeViews)
-}
+# preset: (size, **overrides) -> spec, of items that are no images, and of what others add.
+VIEWS: Registry[Callable[..., ViewSpec]] = Registry("view", "data.augment")
+for _kind in (ClipViews, SignalViews, CloudViews, TableViews, VolumeViews):
+    VIEWS.add(_kind.named, _kind.preset, module=_kind.__module__)
+
+
+def register_views(name: str) -> Callable[[Callable[..., ViewSpec]], Callable[..., ViewSpec]]:
+    """A decorator: function(size, **overrides) makes the `ViewSpec` that data.augment=name asks
+    for, which has `apply(item, seed)` -> a tensor each view, a pure function, beside the rest.
+
+    size: data.image_size.  overrides: data.overrides; raise ValueError for unknown ones.
+    Raises PluginError where there is a preset of that name.
+    """
+
+    def add(made: Callable[..., ViewSpec]) -> Callable[..., ViewSpec]:
+        if name in PRESETS:
+            raise PluginError(f"{made.__module__} names views {name!r}, as a preset of images is")
+        VIEWS.add(name, made)
+        return made
+
+    return add
 
 
 def view_spec(name: str, size: int, **overrides: Any) -> ViewSpec:
@@ -62,11 +79,11 @@ def view_spec(name: str, size: int, **overrides: Any) -> ViewSpec:
     >>> view_spec("mae", 32).shapes(3)
     [(3, 32, 32)]
     """
-    if name in KINDS:
-        return KINDS[name](size, **overrides)
-    if name not in PRESETS:
-        raise unknown("preset", name, [*PRESETS, *KINDS])
-    return preset(name, size, **overrides)
+    if name in PRESETS:
+        return preset(name, size, **overrides)
+    if name not in VIEWS:
+        raise unknown("preset", name, [*PRESETS, *VIEWS.names()])
+    return VIEWS[name](size, **overrides)
 
 
 def apply(spec: ViewSpec, item: Tensor, seed: int) -> list[Tensor]:
