@@ -57,8 +57,8 @@ class DataConfig(Section):
     channels_last: bool = Field(False, description="With DALI: batches in that memory format.")
     last: Literal["drop", "pad"] = Field(
         "drop",
-        description="An epoch's short batch: dropped, or filled with marked samples of its own, "
-        "which no method leaves out yet: pad wants a batch_size that divides the data.",
+        description="An epoch's short batch: dropped, or read in full by pad and trained on as it "
+        "is; of several ranks, what divides among them.",
     )
     changed: Literal["refuse", "allow"] = Field(
         "refuse", description="allow: resume although items were added, removed or renamed."

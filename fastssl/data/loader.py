@@ -226,16 +226,12 @@ class _Steps:
             epoch, s = divmod(step, own.steps_per_epoch)
             if order is None or epoch != order_of:
                 order_of, order = epoch, permutation(len(own.source), ORDER, own.seed, epoch)
-            first = s * own.batch_size + own.rank * share
+            first, end = (s * own.batch_size + part for part in own.stretch(step))
+            places = [*range(first, end)]
             # Beyond the end, with last="pad" alone, the epoch's first ones come again.
-            yield [(epoch, int(order[i % len(order)])) for i in range(first, first + share)]
-
-
-def _padding(own: "PretrainLoader", step: int) -> torch.Tensor:
-    """(b,) bool: which of this rank's samples of a step only fill up the epoch's last batch."""
-    share = own.batch_size // own.world
-    first = step % own.steps_per_epoch * own.batch_size + own.rank * share
-    return torch.arange(first, first + share) >= len(own.source)
+            extra = own.rank * share - (first - s * own.batch_size)
+            places += range(extra, extra + share - len(places))
+            yield [(epoch, int(order[i])) for i in places]
 
 
 def _watched(batches: Generator[Batch, None, None], limit: float) -> Iterator[Batch]:
@@ -258,8 +254,9 @@ class PretrainLoader:
     are the batch of one process, sample for sample.
     workers: processes that read and augment; 0: this one does.  The result is the same.
     parameters: whether batches of images tell what their views were drawn with.
-    last: "drop" leaves an epoch's last, short batch out; "pad" fills it with the epoch's first
-    samples, marked, so that every sample comes once and over all ranks none is lost.
+    last: "drop" leaves an epoch's last, short batch out; "pad" fills each rank's part of it up with
+    the epoch's first samples, marked, so that every sample comes once and over all ranks none is
+    lost.
     rendering: how DALI makes the views, of images alone; None: torchvision does.
     max_bad: the share of unreadable samples, over the stream, that ends it.
     Raises DataError for a batch larger than the data or not divisible by world.
@@ -299,6 +296,26 @@ class PretrainLoader:
         whole, rest = divmod(len(self.source), self.batch_size)
         return whole + (self.last == "pad" and rest > 0)
 
+    def stretch(self, step: int) -> tuple[int, int]:
+        """From where to where this rank's own samples are in the global batch of a step.
+
+        The ranks have as many of a short batch, or one more.
+        """
+        left = len(self.source) - step % self.steps_per_epoch * self.batch_size
+        count = min(self.batch_size, left)
+        return count * self.rank // self.world, count * (self.rank + 1) // self.world
+
+    def even_rows(self, step: int) -> int:
+        """How many samples of a step every rank has, its first ones: all, or of a short batch what
+        divides among the ranks."""
+        left = len(self.source) - step % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, left) // self.world
+
+    def _padding(self, step: int) -> torch.Tensor:
+        """(b,) bool: which of this rank's samples of a step only fill up the epoch's last batch."""
+        first, end = self.stretch(step)
+        return torch.arange(self.batch_size // self.world) >= end - first
+
     def stream(
         self, start_step: int, end_step: int, should_stop: ShouldStop = None
     ) -> Iterator[Batch]:
@@ -324,7 +341,7 @@ class PretrainLoader:
         if self.last == "drop":
             return batches
         steps = enumerate(batches, start_step)
-        return ({**batch, "padding": _padding(self, step)} for step, batch in steps)
+        return ({**batch, "padding": self._padding(step)} for step, batch in steps)
 
     def _made(self, steps: _Steps, should_stop: ShouldStop) -> Generator[Batch, None, None]:
         given: Any = (self.source, self.views, self.seed, self.parameters)

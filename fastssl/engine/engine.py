@@ -115,7 +115,7 @@ class Engine:
         prepared = self.method.prepares and not self.method.couples_batch
         if prepared:
             batch = self.method.prepare(self._move(batch))
-        for i, micro in enumerate(self._split(batch)):
+        for i, (micro, share) in enumerate(self._split(batch)):
             out = self.ds(micro, prepared=prepared)
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
@@ -124,10 +124,11 @@ class Engine:
             if last:
                 event = self._agree(finite, stop)
             # A loss of infinity may have finite gradients: make sure that the step is refused.
-            self.ds.backward(out["loss"] * torch.where(finite, 1.0, float("nan")))
+            weight = torch.where(finite, share * self.cfg.accumulation, float("nan"))
+            self.ds.backward(out["loss"] * weight)
             for key, value in out.items():
-                share = value.detach().float() / self.cfg.accumulation
-                sums[key] = sums[key] + share if key in sums else share
+                part = value.detach().float() * share
+                sums[key] = sums[key] + part if key in sums else part
             if not last:
                 self.ds.step()
         step = self._finish(sums, event)
@@ -227,14 +228,15 @@ class Engine:
             }
         return _merge(config, self.cfg.deepspeed)
 
-    def _split(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The batch in `accumulation` equal micro-batches, each moved to the device in its turn."""
-        n = self.cfg.accumulation
-        rows = count_rows(batch)
-        if rows % n:
+    def _split(self, batch: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float]]:
+        """The batch in `accumulation` micro-batches, each moved to the device in its turn, with its
+        share of the rows: they are equal, or one row apart."""
+        n, rows = self.cfg.accumulation, count_rows(batch)
+        if rows < n:
             raise ValueError(f"a batch of {rows} rows does not cut into engine.accumulation={n}")
-        for micro in cut(batch, [rows // n] * n):
-            yield self._move(micro)
+        sizes = [rows // n + (i < rows % n) for i in range(n)]
+        for size, micro in zip(sizes, cut(batch, sizes), strict=True):
+            yield self._move(micro), size / rows
 
     def _move(self, tree: Any) -> Any:
         return map_leaves(lambda leaf: leaf.to(self.device, non_blocking=True), tree)

@@ -36,6 +36,7 @@ from fastssl.run.directory import forget_replaced, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
 from fastssl.run.summary import count_parameters, summarize, write_summary
+from fastssl.tree import count_rows, map_leaves
 
 
 class NonFinite(RuntimeError):
@@ -114,7 +115,7 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
         if note:
             watch.say(note)
         loader = build_loader(cfg, split.train, device, parameters=method.needs_view_params)
-        check_steps(cfg, loader)
+        check_steps(cfg, loader, couples_batch=method.couples_batch)
         with prepared(cfg, fingerprint(split)) as directory:
             engine = Engine(
                 method,
@@ -180,16 +181,16 @@ def check_source(cfg: RunConfig, source: Source) -> None:
         raise ConfigError(str(error)) from error
 
 
-def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
-    """Raise ConfigError for a schedule that does not fit the run's number of steps, and for batches
-    that only fill-ins make whole: no method leaves those out of its loss yet."""
-    count, size, world = len(loader.source), loader.batch_size, loader.world
-    if loader.last == "pad" and count % size:
-        fits = max((k for k in range(world, size, world) if count % k == 0), default=None)
-        hint = f", or batch_size={fits}, which divides the {count} training images" if fits else ""
+def check_steps(cfg: RunConfig, loader: PretrainLoader, *, couples_batch: bool) -> None:
+    """Raise ConfigError for a schedule that does not fit the run's number of steps, and for a short
+    batch of which a micro-batch would have too little."""
+    rows, parts = loader.even_rows(loader.steps_per_epoch - 1), cfg.engine.accumulation
+    least = 2 if couples_batch else 1
+    if loader.last == "pad" and rows < least * parts:
         raise ConfigError(
-            f"data.last=pad would train on the {size - count % size} samples that fill up an "
-            f"epoch's last batch as if they were new: give data.last=drop{hint}"
+            f"data.last=pad: an epoch's last batch has {len(loader.source) % loader.batch_size} of "
+            f"{loader.batch_size} samples, fewer than {least} for each of {loader.world} ranks x "
+            f"engine.accumulation={parts}: give data.last=drop, or another batch_size"
         )
     try:
         cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)
@@ -236,20 +237,21 @@ class Run:
         return self.finish(command)
 
     def train(self) -> None:
-        """The loop.  A window of steps is timed as one, since the device runs behind the host."""
+        """The loop.  Steps are timed from report to report, as the device runs behind the host."""
         state, engine = self.progress, self.engine
-        window, since = 0, time.perf_counter()
+        images, since = 0, time.perf_counter()
         stream = self.loader.stream(state.step, self.total, should_stop=lambda: self.asked_to_stop)
         batches = self.waits = _Waits(stream)
         for batch in self.agreed(batches):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             at = state.step / self.total
             self.bad += batch.pop("bad")
+            batch = self.without_padding(batch)
             batch = apply_batch_ops(self.cfg.data.batch_ops, batch, at, self.norm, engine.device)
             done = (state.step + 1) / self.total
             step = engine.step(batch, lr, progress=done, stop=self.asked_to_stop)
             state.step += 1
-            window += 1
+            images += count_rows(batch) * distributed.world_size()
             if step.finite:
                 state.skipped_in_row = 0
             else:
@@ -257,12 +259,12 @@ class Run:
             ends_epoch = state.step % self.steps_per_epoch == 0
             row = None
             if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
-                row = self.report(step, lr, window, since)
+                row = self.report(step, lr, images, since)
                 self.log_bad()
             self.watch.advance(state.step, row)
             self.after(ends_epoch, step.stop)
             if row is not None:
-                window, since, batches.seconds = 0, time.perf_counter(), 0.0
+                images, since, batches.seconds = 0, time.perf_counter(), 0.0
 
     def agreed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, until some rank that is asked to stop has none: then all save and leave."""
@@ -275,14 +277,21 @@ class Run:
             yield batch
         next(batches, None)  # the stream ends, and its workers with it
 
-    def report(self, step: Step, lr: float, window: int, since: float) -> dict[str, Any]:
+    def without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The samples of a batch that are there to be trained on, as many on every rank."""
+        if batch.pop("padding", None) is None:
+            return batch
+        rows = self.loader.even_rows(self.progress.step)
+        return map_leaves(lambda leaf: leaf[:rows], batch)
+
+    def report(self, step: Step, lr: float, images: int, since: float) -> dict[str, Any]:
         """Averages over ranks of the step's metrics, logged; the only wait for the device."""
         state = self.progress
         names = sorted(step.metrics)
         values = torch.stack([step.metrics[name].float().reshape(()) for name in names])
         values = torch.cat([values, values.new_tensor([self.waits.seconds])])
         *values, waited = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
-        images, seconds = window * self.cfg.batch_size, time.perf_counter() - since
+        seconds = time.perf_counter() - since
         state.waited += waited
         state.images, state.seconds = state.images + images, state.seconds + seconds
         metrics = dict(zip(names, values, strict=True))

@@ -72,16 +72,17 @@ def test_other_labels_classes_or_names_are_other_data():
     assert len({*told}) == 4 and told[0] == printed()
 
 
-@pytest.mark.parametrize("size, refused", [(5, False), (6, True), (8, True)])
-def test_padding_is_not_trained_on(tmp_path, size, refused):
-    """Fault 8: methods took what fills up an epoch's last batch for samples like others."""
-    cfg = resolve("simclr-digits", ["data.last=pad", f"batch_size={size}"])
-    source = open_source(cfg.data.source, 0).train.select(np.arange(20))
-    loader = PretrainLoader(source, cfg.views(), batch_size=size, seed=0, last="pad")
-    if not refused:
-        return check_steps(cfg, loader)
-    with pytest.raises(ConfigError, match="give data.last=drop, or batch_size=[45], which divides"):
-        check_steps(cfg, loader)
+def test_a_short_batch_that_does_not_divide_is_refused():
+    cfg = resolve("simclr-digits", ["data.last=pad", "batch_size=8", "engine.accumulation=2"])
+    source = open_source(cfg.data.source, 0).train
+    for count, couples_batch, refused in ((20, True, False), (19, True, True), (19, False, False)):
+        part = source.select(np.arange(count))
+        loader = PretrainLoader(part, cfg.views(), batch_size=8, seed=0, last="pad")
+        if not refused:
+            check_steps(cfg, loader, couples_batch=couples_batch)
+            continue
+        with pytest.raises(ConfigError, match="has 3 of 8 samples, fewer than 2 for each of 1 r"):
+            check_steps(cfg, loader, couples_batch=couples_batch)
 
 
 def test_mostly_bad_data_are_told_by_an_evaluation(tmp_path, monkeypatch):

@@ -165,10 +165,10 @@ def test_micro_batches_are_the_batch_and_labels_go_along():
     whole = {**batch(), "streams": {"text": [torch.arange(8) % 3]}}
     with launch.session("cpu"):
         own = engine(0, "fp32", accumulation=4)
-        parts = list(own._split(whole))
+        parts, shares = zip(*own._split(whole), strict=True)
         with pytest.raises(ValueError, match=r"batch\['label'\] has 7 rows, and .* has 8"):
             own.step({**whole, "label": torch.zeros(7)}, 1e-3)
-    assert [len(part["index"]) for part in parts] == [2] * 4
+    assert [len(part["index"]) for part in parts] == [2] * 4 and shares == (0.25,) * 4
     torch.testing.assert_close(join(parts), whole, rtol=0, atol=0)
 
 

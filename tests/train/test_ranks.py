@@ -16,6 +16,7 @@ RUNS: dict[
     str, tuple[int | str, ...]
 ] = {  # of each kind of method; every stage with MAE: test_engine
     "simclr": (0,),
+    "barlow_twins": (1,),
     "mae": (2,),
     "mocov3": (WHOLE,),
     "nnclr": (1,),
@@ -34,6 +35,8 @@ def configuration(method: str, stage: int | str, output: Path, world: int):
         name=f"{method}-zero{stage}-{world}",
         engine__zero_stage=3 if stage == WHOLE else stage,
         engine__deepspeed={} if stage == WHOLE else cut,
+        batch_size=28,  # of 130 samples: a short batch of 18, which the ranks share
+        data__last="pad",
         **({"method__queue_size": 64} if method == "nnclr" else {}),  # begun anew at step 4
     )
 

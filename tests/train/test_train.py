@@ -19,8 +19,9 @@ from rich.console import Console
 
 from fastssl.config import ConfigError, load
 from fastssl.data.errors import DataError
+from fastssl.data.loader import PretrainLoader
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
-from fastssl.engine.config import EngineError
+from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.engine import Engine
 from fastssl.methods import MAE
 from fastssl.methods import METHODS as REGISTERED
@@ -83,6 +84,30 @@ def test_a_run_is_not_overwritten_unasked(run):
 
 def test_a_finished_run_resumed_only_reports(finished, run):
     assert pretrain(run)["rows"] == finished[1]["rows"]
+
+
+@pytest.mark.parametrize("name", ["simclr", "barlow_twins", "mae", "mocov3"])
+def test_padding_is_in_no_loss_and_no_count(name, tmp_path, monkeypatch):
+    """What fills a short batch up is made NaN; of two ranks: test_ranks."""
+    stream, seen = PretrainLoader.stream, []
+
+    def spoiled(self, *args, **options):
+        for batch in stream(self, *args, **options):
+            seen.append(int(batch["padding"].sum()))
+            for view in batch["views"]:
+                view[batch["padding"]] = float("nan")
+            yield batch
+
+    monkeypatch.setattr(PretrainLoader, "stream", spoiled)
+    cfg = tiny(name, tmp_path, batch_size=28, data__last="pad", engine__accumulation=4)
+    pretrain(cfg)
+    assert seen == [0, 0, 0, 0, 10] * 2 and np.isfinite(losses(cfg)).all()
+    saved = max((cfg.directory / "checkpoints").glob("*/trainer.json")).read_text()
+    assert json.loads(saved)["images"] == 2 * 130
+    if name == "mae":  # micro-batches of 5, 5, 4 and 4 count by their samples
+        whole = cfg.model_copy(update={"name": "whole", "engine": EngineConfig()})
+        pretrain(whole)
+        np.testing.assert_allclose(losses(cfg), losses(whole), rtol=1e-5)
 
 
 def poison(monkeypatch, step):
