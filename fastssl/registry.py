@@ -36,6 +36,10 @@ class Entry:
     config: type[BaseModel] | None
     module: str
 
+    @property
+    def is_ours(self) -> bool:
+        return self.module.split(".")[0] == "fastssl"
+
 
 class Registry(Mapping[str, T], Generic[T]):
     """kind: what a name is of, in the singular.  key: of a configuration, as errors name it."""
@@ -154,8 +158,8 @@ def _dump(value: BaseModel, info: core_schema.SerializationInfo) -> dict[str, An
 
 def plugins_of(chosen: Iterable[tuple[Registry[Any], str]]) -> set[str]:
     """The modules outside of this package that have added these names."""
-    found = {registry.entries[name].module for registry, name in chosen if name in registry}
-    return {module for module in found if module.split(".")[0] != "fastssl"}
+    found = (registry.entries[name] for registry, name in chosen if name in registry)
+    return {entry.module for entry in found if not entry.is_ours}
 
 
 def import_plugin(module: str) -> None:

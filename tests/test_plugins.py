@@ -1,6 +1,7 @@
 """A package of somebody else's, beside this one, adds whatever a run is made of."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from typer.testing import CliRunner
 
 from fastssl import cli
 from fastssl.config import ConfigError, load, resolve
+from fastssl.data.datasets import SOURCES
+from fastssl.data.views.spec import VIEWS
+from fastssl.engine.optim import SCHEDULES
+from fastssl.methods import METHODS
+from fastssl.models import MODELS
 from fastssl.registry import PluginError, Registry, import_plugin
 from fastssl.run.train import pretrain
 
@@ -27,6 +33,18 @@ plugins: [dots_ssl]
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left():
+    """What is added here is gone afterwards."""
+    registries = (METHODS, SOURCES, SCHEDULES, VIEWS, MODELS)
+    before = [dict(registry.entries) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.entries = entries
+    for name in ("dots_ssl", "installed_ssl"):
+        sys.modules.pop(name, None)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder on the path with the package, and a recipe beside it."""
@@ -38,13 +56,13 @@ def folder(tmp_path, monkeypatch):
 
 def call(*words):
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
-    return result.exit_code, result.output, result.exception
+    return result.exit_code, result.output + str(result.exception or "")
 
 
 def test_a_package_adds_all_that_a_run_is_made_of(folder):
     recipe, output = folder / "dots.yaml", f"output={folder}"
-    code, out, error = call("pretrain", recipe, output)
-    assert code == 0, (out, error)
+    code, out = call("pretrain", recipe, output)
+    assert code == 0, out
     run = folder / "dots"
     cfg = load(run)
     assert cfg.plugins == ("dots_ssl",) and cfg.method.pull == 10.0
@@ -56,10 +74,10 @@ def test_a_package_adds_all_that_a_run_is_made_of(folder):
     results = pretrain(resolve(str(recipe), [output, "resume=auto"]))
     assert results["rows"][0]["knn"] > 0.9 and last.is_dir()
     for words in (["eval", run], ["embed", run, "dots", "--out", folder / "dots.npz"]):
-        code, out, error = call(*words)
-        assert code == 0, (out, error)
-    code, out, error = call("export", run, "--format", "safetensors")
-    assert code == 0, (out, error)
+        code, out = call(*words)
+        assert code == 0, out
+    code, out = call("export", run, "--format", "safetensors")
+    assert code == 0, out
 
 
 def test_a_plugins_keys_are_checked_and_described_like_ours(folder):
@@ -77,8 +95,8 @@ def test_a_plugins_keys_are_checked_and_described_like_ours(folder):
     }.items():
         with pytest.raises(ConfigError, match=refusal):
             resolve(recipe, [override])
-    code, out, _ = call("pretrain", recipe, "--dry-run", "--plugin", "dots_ssl")
-    assert code == 0 and "pull: 10.0  # Weight of the views' agreement." in out
+    code, out = call("pretrain", recipe, "--dry-run", "--plugin", "dots_ssl")
+    assert code == 0 and "pull: 10.0  # Weight of the views' agreement." in out, out
 
 
 def test_a_plugin_that_fails_or_is_gone_is_named(tmp_path, monkeypatch):

@@ -125,8 +125,9 @@ def names_of(model: Any, path: str = "") -> dict[str, Any]:
     for name, field in model.model_fields.items():
         at, (section, registry) = f"{path}.{name}".lstrip("."), _below(field)
         if registry is not None:
-            configs = {one: entry.config for one, entry in registry.entries.items()}
-            found[at] = {one: list(config.model_fields) for one, config in configs.items()}
+            entries = registry.entries.items()
+            ours = {one: entry.config for one, entry in entries if entry.is_ours}
+            found[at] = {one: list(config.model_fields) for one, config in ours.items()}
         elif section is not None:
             found |= names_of(section, at)
     return found

@@ -115,7 +115,7 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
         if note:
             watch.say(note)
         loader = build_loader(cfg, split.train, device, parameters=method.needs_view_params)
-        check_steps(cfg, loader, couples_batch=method.couples_batch)
+        check_steps(cfg, loader)
         with prepared(cfg, fingerprint(split)) as directory:
             engine = Engine(
                 method,
@@ -181,11 +181,11 @@ def check_source(cfg: RunConfig, source: Source) -> None:
         raise ConfigError(str(error)) from error
 
 
-def check_steps(cfg: RunConfig, loader: PretrainLoader, *, couples_batch: bool) -> None:
+def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
     """Raise ConfigError for a schedule that does not fit the run's number of steps, and for a short
     batch of which a micro-batch would have too little."""
     rows, parts = loader.even_rows(loader.steps_per_epoch - 1), cfg.engine.accumulation
-    least = 2 if couples_batch else 1
+    least = 2 if cfg.method_class.couples_batch else 1
     if loader.last == "pad" and rows < least * parts:
         raise ConfigError(
             f"data.last=pad: an epoch's last batch has {len(loader.source) % loader.batch_size} of "

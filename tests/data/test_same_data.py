@@ -72,17 +72,18 @@ def test_other_labels_classes_or_names_are_other_data():
     assert len({*told}) == 4 and told[0] == printed()
 
 
-def test_a_short_batch_that_does_not_divide_is_refused():
-    cfg = resolve("simclr-digits", ["data.last=pad", "batch_size=8", "engine.accumulation=2"])
-    source = open_source(cfg.data.source, 0).train
-    for count, couples_batch, refused in ((20, True, False), (19, True, True), (19, False, False)):
-        part = source.select(np.arange(count))
-        loader = PretrainLoader(part, cfg.views(), batch_size=8, seed=0, last="pad")
-        if not refused:
-            check_steps(cfg, loader, couples_batch=couples_batch)
-            continue
-        with pytest.raises(ConfigError, match="has 3 of 8 samples, fewer than 2 for each of 1 r"):
-            check_steps(cfg, loader, couples_batch=couples_batch)
+@pytest.mark.parametrize(
+    "name, count, refused", [("simclr", 20, False), ("simclr", 19, True), ("mae", 19, False)]
+)
+def test_a_short_batch_that_does_not_divide_is_refused(name, count, refused):
+    given = ["data.last=pad", "batch_size=8", "engine.accumulation=2"]
+    cfg = resolve(f"{name}-digits", given)
+    source = open_source(cfg.data.source, 0).train.select(np.arange(count))
+    loader = PretrainLoader(source, cfg.views(), batch_size=8, seed=0, last="pad")
+    if not refused:
+        return check_steps(cfg, loader)
+    with pytest.raises(ConfigError, match="has 3 of 8 samples, fewer than 2 for each of 1 ranks"):
+        check_steps(cfg, loader)
 
 
 def test_mostly_bad_data_are_told_by_an_evaluation(tmp_path, monkeypatch):

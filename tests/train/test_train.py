@@ -134,7 +134,7 @@ def test_a_nonfinite_loss_stops_the_run(tmp_path, monkeypatch):
 def test_a_nonfinite_step_can_be_skipped(stage, precision, tmp_path, monkeypatch):
     poison(monkeypatch, 4)
     moved: list[float] = []
-    monkeypatch.setattr(MAE, "after_step", lambda self, progress: moved.append(progress))
+    monkeypatch.setattr(MAE, "on_step", lambda self, keep, progress: moved.append(progress))
     cfg = tiny(
         "mae",
         tmp_path,
