@@ -37,6 +37,7 @@ from .launch import deepspeed
 # A full disk is an OSError to Python, and these to torch.save and safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 TAG = "deepspeed"
+FORMAT = 2  # of what a method keeps: 1 had it under other names
 _STATES = re.compile(
     rf"{TAG}/((bf16_)?zero_pp_rank_\d+_)?mp_rank_00_(model|optim)_states\.pt|rng-\d+\.pt"
 )
@@ -116,7 +117,8 @@ class Checkpoints:
         _try(errors, lambda: torch.save(_rng_state(), aside / f"rng-{distributed.rank()}.pt"))
         if distributed.rank() == 0:
             _try(errors, lambda: save_file(encoder, aside / "encoder.safetensors"))
-            text = json.dumps({"step": step, "world": distributed.world_size(), **trainer})
+            kept = {"format": FORMAT, "step": step, "world": distributed.world_size()}
+            text = json.dumps(kept | trainer)
             _try(errors, lambda: write_atomically(aside / "trainer.json", text))
         self._all_ok(errors, aside)
         self._seal(aside, name, errors, best)
@@ -130,7 +132,8 @@ class Checkpoints:
 
         notes: receives a sentence for each damaged checkpoint that was passed over.
         parse: makes of what `save` was given what is returned, or raises ValueError.
-        Raises CheckpointError when it was written by another number of processes, or does not fit.
+        Raises CheckpointError when it was written by another number of processes or by a version
+        that keeps other state, or does not fit.
         """
         for name in distributed.broadcast_object(self.names()):
             path = self.folder / name
@@ -149,6 +152,12 @@ class Checkpoints:
                 distributed.barrier()
                 continue
             world = distributed.world_size()
+            if trainer.get("format", 1) != FORMAT:
+                raise CheckpointError(
+                    f"checkpoint {name} was written by another version of fastssl, whose methods "
+                    f"keep other state (format {trainer.get('format', 1)}, this one's is {FORMAT}):"
+                    f" finish the run with that version, or begin it anew under another name"
+                )
             if trainer["world"] != world:
                 raise CheckpointError(
                     f"checkpoint {name} was written by {trainer['world']} processes and this run "

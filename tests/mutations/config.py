@@ -1,6 +1,7 @@
 """Configuration: which tests look at a file, and the tokens that are changed in it."""
 
 CONFIG = "tests/test_config.py"
+PLUGINS = "tests/test_plugins.py"
 ENGINE = "tests/engine/test_engine.py"
 
 TESTS = {
@@ -15,9 +16,28 @@ TESTS = {
     "section": (CONFIG, "refusals"),
     "engine/config": (ENGINE, "deepspeed_keys"),
     "files": ("tests/test_files.py", ""),
+    "registry": (PLUGINS, "not all_that"),
+    "tree": (ENGINE, "micro or moves_the"),
+    "models/backbones": (PLUGINS, "two_of"),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "registry.add": [("before.module != module", "before.made != made")],
+    "registry.entry": [
+        (
+            "if name not in self.entries:\n                raise",
+            "if not found:\n                raise",
+        )
+    ],
+    "registry.unknown": [("cutoff=0.5", "cutoff=1.0")],
+    "registry.plugins_of": [("if not entry.is_ours", "if entry.is_ours")],
+    "registry.import_plugin": [
+        ("part.isidentifier()", "part"),
+        ('startswith(f"{error.name}.")', 'startswith("")'),
+    ],
+    "tree.count_rows": [("elif len(leaf) != first[1]:", "elif len(leaf) > first[1]:")],
+    "tree.join": [("torch.cat(leaves)", "leaves[0]")],
+    "models/backbones.register_model": [(".__module__ != module:", ".__module__ == module:")],
     "config/load.load": [
         ('f"{path}: {error}"', 'f"{error}"'),
         ('f"{run} holds no run', 'f"{run} has none'),

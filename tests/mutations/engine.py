@@ -5,11 +5,11 @@ ENGINE = "tests/engine/test_engine.py"
 TESTS = {
     "engine/checkpoint": (
         "tests/train/test_damage.py",
-        "whole_and_of or is_code or newest_and_the_best or directory_in or reader_that_dies",
+        "executes or whole_and_of or is_code or newest_and_the_best or directory_in or reader_that_dies",
     ),
     "engine/engine": (
         ENGINE,
-        "not_finite or merged_last or one_process or as_one or of_one or divide",
+        "not_finite or merged_last or one_process or as_one or of_one or divide or micro or moves_the",
     ),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
@@ -19,6 +19,7 @@ TESTS = {
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/checkpoint._undisturbed": [("signal.SIG_DFL", "signal.getsignal(signal.SIGCHLD)")],
+    "engine/checkpoint.load": [('get("format", 1) != FORMAT', 'get("format", 2) > FORMAT')],
     "engine/checkpoint.names": [("reverse=True", "reverse=False")],
     "engine/checkpoint.check": [('("best", "latest")', '("best", "best")')],
     "engine/checkpoint._prune": [
@@ -50,7 +51,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('on_nonfinite == "skip"', 'on_nonfinite == "stop"'),
         ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),
         ("finite & torch.isfinite", "finite | torch.isfinite"),
+        ("join(kept) if kept", "kept[0] if kept"),
+        ("prepared=prepared)", "prepared=False)"),
+        ("not self.method.couples_batch", "self.method.couples_batch"),
     ],
+    "engine/engine._split": [("rows % n for i", "rows % n + 1 for i"), ("size / rows", "1 / n")],
     "engine/engine._join_batch_norms": [
         ("micro < 2", "micro < 1"),
         ('endswith("running_mean")', 'endswith("running_std")'),

@@ -6,7 +6,7 @@ DATA = "tests/data/test_same_data.py"
 TESTS = {
     "run/train": (
         f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
-        "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding",
+        "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding or short_batch",
     ),
     "run/directory": (
         f"{DATA} {TRAIN} tests/train/test_damage.py",
@@ -19,9 +19,11 @@ TESTS = {
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/train.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
     "run/train.check_steps": [
-        ("and count % size", "and count < size"),
-        ("count % k == 0", "k > 0"),
+        ("least * parts:", "least:"),
+        ("2 if cfg.method_class", "1 if cfg.method_class"),
     ],
+    "run/train.without_padding": [("leaf[:rows]", "leaf[: rows + 1]")],
+    "run/train.train": [("* distributed.world_size()", "* self.cfg.batch_size")],
     "run/train.agreed": [
         ("if not distributed.all_agree", "if distributed.all_agree"),
         ("best=False", "best=True"),

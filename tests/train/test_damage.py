@@ -77,6 +77,9 @@ def test_a_resumed_run_executes_and_believes_nothing(run, tmp_path):
     said = [row["detail"] for row in rows if row.get("what") == "damaged"]
     assert [line.split()[1] for line in said] == [f"step-000000{i}" for i in (15, 14, 13, 12, 11)]
     assert "holds more than tensors" in said[-1] and "does not name deepspeed/mp" in said[-2]
+    forged(run, 14, format=1)
+    with pytest.raises(CheckpointError, match=r"step-00000014 was .* another version .*format 1, "):
+        pretrain(run)
 
 
 def lists_too_little(checkpoint):
