@@ -5,11 +5,13 @@ ENGINE = "tests/engine/test_engine.py"
 TESTS = {
     "engine/checkpoint": (
         "tests/train/test_damage.py",
-        "executes or whole_and_of or is_code or newest_and_the_best or directory_in or reader_that_dies",
+        "executes or whole_and_of or is_code or newest_and_the_best or directory_in"
+        " or reader_that_dies",
     ),
     "engine/engine": (
-        ENGINE,
-        "not_finite or merged_last or one_process or as_one or of_one or divide or micro or moves_the",
+        f"{ENGINE} tests/train/test_train.py",
+        "not_finite or merged_last or one_process or as_one or of_one or divide or micro"
+        " or moves_the or padding",
     ),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
@@ -55,7 +57,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("prepared=prepared)", "prepared=False)"),
         ("not self.method.couples_batch", "self.method.couples_batch"),
     ],
-    "engine/engine._split": [("rows % n for i", "rows % n + 1 for i"), ("size / rows", "1 / n")],
+    "engine/engine._split": [("(i < rows % n)", "(i > n - rows % n)"), ("size / rows", "1 / n")],
     "engine/engine._join_batch_norms": [
         ("micro < 2", "micro < 1"),
         ('endswith("running_mean")', 'endswith("running_std")'),

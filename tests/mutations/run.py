@@ -6,7 +6,8 @@ DATA = "tests/data/test_same_data.py"
 TESTS = {
     "run/train": (
         f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
-        "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding or short_batch",
+        "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding"
+        " or short_batch",
     ),
     "run/directory": (
         f"{DATA} {TRAIN} tests/train/test_damage.py",
