@@ -286,7 +286,7 @@ def _print_plan(cfg: Any) -> None:
     from fastssl.data.datasets import open_source
     from fastssl.data.loader import PretrainLoader
     from fastssl.diagnose.plan import NOT_COUNTED, make_plan
-    from fastssl.run.train import check_source, check_steps
+    from fastssl.run.build import check_source, check_steps
 
     split = open_source(cfg.data.source, cfg.seed)
     check_source(cfg, split.train)

@@ -6,8 +6,8 @@ import torch
 from fastssl.diagnose import plan as plans
 from fastssl.diagnose.plan import make_plan
 from fastssl.methods.base import PARAMETERS
+from fastssl.run.build import build
 from fastssl.run.summary import peak_memory
-from fastssl.run.train import build
 from tests.runs import tiny
 
 

@@ -92,6 +92,7 @@ def test_a_plugins_keys_are_checked_and_described_like_ours(folder):
         "plugins=[no_such_ssl]": "there is no plugin no_such_ssl: pip install its package, or put",
         "plugins=no_such_ssl": "plugins='no_such_ssl' must be a list",
         "plugins=[../evil]": "'../evil' is not a module's name",
+        "plugins=[my-ssl]": "'my-ssl' is not a module's name",
     }.items():
         with pytest.raises(ConfigError, match=refusal):
             resolve(recipe, [override])
@@ -120,7 +121,7 @@ def test_a_plugin_that_fails_or_is_gone_is_named(tmp_path, monkeypatch):
 def test_two_of_one_name_are_refused():
     registry = Registry("method", "method.name")
     registry.add("mine", "here:Mine")
-    registry.add("mine", "here:Mine")
+    registry.add("mine", "here:Anew")  # a module that is read again
     with pytest.raises(PluginError, match="two methods are named 'mine', of here and of there"):
         registry.add("mine", "there:Mine")
     import fastssl

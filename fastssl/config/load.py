@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SWITCHED = ("method", "model", "data.source", "optim.schedule")
 _SOURCE = tuple(f"data.source.{key}" for key in ("path", "val", "cache", "image", "label"))
-VERBATIM = ("name", "output", "model.name", *_SOURCE)
+VERBATIM = ("name", "output", "model.name", "model.weights", *_SOURCE)
 # A key's old dotted name, * for any part -> its new one, in the same section
 RENAMED: dict[str, str] = {
     old.format(key): old.format(new)

@@ -26,6 +26,13 @@ class ModelConfig(Section):
         "vit_small_patch16_224", description="Any timm model; masked methods need a vit_*."
     )
     kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model (depth=4 ...).")
+    weights: str = Field(
+        "none",
+        description="What it starts from: none, timm (its own), a file, or a run's directory.",
+    )
+    partial: bool = Field(
+        False, description="Start from weights that fill a part of the model, or are used in part."
+    )
 
 
 class DataConfig(Section):

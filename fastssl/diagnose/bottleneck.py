@@ -30,7 +30,7 @@ from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.engine import Engine
 from fastssl.random import REPLACE, mix
-from fastssl.run.train import build, build_loader, check_source, with_backend
+from fastssl.run.build import build, build_loader, check_source, with_backend
 from fastssl.tree import map_leaves
 
 Batch = dict[str, Any]

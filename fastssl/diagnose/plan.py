@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
 from fastssl.methods.base import PARAMETERS
+from fastssl.run.build import build
 from fastssl.run.summary import count_parameters, peak_memory
-from fastssl.run.train import build
 
 NOT_COUNTED = (
     "DeepSpeed's buffers for reduction and gathering, copies made in the optimizer's step, "

@@ -20,18 +20,16 @@ import torch
 from pydantic import TypeAdapter
 
 from fastssl import distributed
-from fastssl.config import ConfigError, RunConfig, load
-from fastssl.data.batch.ops import apply_batch_ops, check_batch_ops
+from fastssl.config import ConfigError, RunConfig
+from fastssl.data.batch.ops import apply_batch_ops
 from fastssl.data.datasets import fingerprint, open_source
 from fastssl.data.loader import PretrainLoader
-from fastssl.data.render.backend import Rendering, choose_backend
-from fastssl.data.sources.base import Source, Split
+from fastssl.data.sources.base import Split
 from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine, Step
-from fastssl.methods import Method, build_method
-from fastssl.models import build_backbone, probe
+from fastssl.run.build import build, build_loader, check_source, check_steps, with_backend
 from fastssl.run.directory import forget_replaced, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
@@ -66,39 +64,6 @@ class Progress:
     last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
 
 
-def build(cfg: RunConfig, channels: int) -> Method:
-    """The method of `cfg` over its encoder, initialized from the run's seed.
-
-    Raises ConfigError for a model or options that do not fit.
-    """
-    torch.manual_seed(cfg.seed)
-    shapes = cfg.views().shapes(channels)
-    try:
-        encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
-        for side in check_batch_ops(cfg.data.batch_ops, shapes):
-            check_side(encoder, channels, side)
-        method = build_method(encoder, cfg.method)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:
-        raise ConfigError(
-            f"engine.accumulation={cfg.engine.accumulation} cuts batch_size={cfg.batch_size} into "
-            f"micro-batches of one image, and {cfg.method.name} needs two or more to compare"
-        )
-    return method
-
-
-def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
-    """Raise ValueError where the encoder does not take images of the side that batch_ops make."""
-    try:
-        probe(encoder, (channels, side, side))
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"data.batch_ops make images of {side} pixels, which the model does not take: choose a "
-            "convolutional one, or for a timm ViT model.kwargs.dynamic_img_size=true"
-        ) from error
-
-
 def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
     """Run `cfg` to its end and return its results (also RUN/results.json).
 
@@ -108,12 +73,15 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
     split = open_source(cfg.data.source, cfg.seed)
     check_source(cfg, split.train)
     cfg, note = with_backend(cfg, split.train)
-    method = build(cfg, split.train.channels)
+    notes: list[str] = []
+    goes_on = cfg.resume == "auto" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
+    method = build(cfg, split.train.channels, None if goes_on else notes)
     with launch.session(cfg.device) as device:
         if watch is None or distributed.rank() > 0:
             watch = Silent()
-        if note:
-            watch.say(note)
+        for said in (note, *notes):
+            if said:
+                watch.say(said)
         loader = build_loader(cfg, split.train, device, parameters=method.needs_view_params)
         check_steps(cfg, loader)
         with prepared(cfg, fingerprint(split)) as directory:
@@ -127,75 +95,6 @@ def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> d
             )
             forget_replaced(cfg)
             return Run(cfg, split, loader, engine, watch).go(command)
-
-
-def with_backend(cfg: RunConfig, source: Source) -> tuple[RunConfig, str]:
-    """`cfg` with data.backend settled, and what a user should know of that.
-
-    A run that is taken up keeps the back end that it began with, unless another is asked for.
-    Raises DataError for DALI where it cannot serve.
-    """
-    asked, before = cfg.data.backend, "auto"
-    if cfg.resume == "auto" and (cfg.directory / "config.yaml").is_file():
-        before = load(cfg.directory).data.backend
-    backend, note = choose_backend(before if asked == "auto" else asked, cfg.views(), source)
-    if before not in ("auto", backend):
-        note = f"views are made by {backend} from here on, and were by {before}: near, not the same"
-    data = cfg.data.model_copy(update={"backend": backend})
-    return cfg.model_copy(update={"data": data}), note
-
-
-def build_loader(
-    cfg: RunConfig, source: Source, device: torch.device, *, parameters: bool = False
-) -> PretrainLoader:
-    """The batches that this rank trains on, of a configuration whose back end is settled."""
-    data, cuda = cfg.data, device.type == "cuda"
-    rendering = Rendering(
-        device=device if data.dali_on == "auto" else torch.device("cpu"),
-        threads=max(data.workers, 1),
-        readers=data.readers,
-        half=cuda and cfg.engine.precision == "bf16",  # float16 is nearer than bfloat16, as small
-        channels_last=data.channels_last,
-    )
-    return PretrainLoader(
-        source,
-        cfg.views(),
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        workers=data.workers,
-        parameters=parameters,
-        last=data.last,
-        rendering=rendering if data.backend == "dali" else None,
-        max_bad=data.max_bad,
-    )
-
-
-def check_source(cfg: RunConfig, source: Source) -> None:
-    """Raise ConfigError where the method needs other data than those of `source`."""
-    names = source.classes if source.labels is not None else None
-    try:
-        cfg.method.check_source(None if names is None else len(names))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
-    """Raise ConfigError for a schedule that does not fit the run's number of steps, and for a short
-    batch of which a micro-batch would have too little."""
-    rows, parts = loader.even_rows(loader.steps_per_epoch - 1), cfg.engine.accumulation
-    least = 2 if cfg.method_class.couples_batch else 1
-    if loader.last == "pad" and rows < least * parts:
-        raise ConfigError(
-            f"data.last=pad: an epoch's last batch has {len(loader.source) % loader.batch_size} of "
-            f"{loader.batch_size} samples, fewer than {least} for each of {loader.world} ranks x "
-            f"engine.accumulation={parts}: give data.last=drop, or another batch_size"
-        )
-    try:
-        cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)
-    except ValueError as error:
-        raise ConfigError(f"optim.{error}") from error
 
 
 class Run:

@@ -14,8 +14,8 @@ from fastssl.data.loader import PretrainLoader
 from fastssl.data.sources.base import Split
 from fastssl.evaluate.embed import raw_input
 from fastssl.run import evaluation
+from fastssl.run.build import check_steps
 from fastssl.run.directory import prepared
-from fastssl.run.train import check_steps
 
 
 def put(root, *numbers):

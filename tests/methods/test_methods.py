@@ -17,7 +17,7 @@ from fastssl.methods.base import PARAMETERS
 from fastssl.methods.clip import CLIPConfig
 from fastssl.methods.sie import SIEConfig, relation
 from fastssl.models import build_backbone
-from fastssl.run.train import build
+from fastssl.run.build import build
 from fastssl.tree import cut
 from tests.runs import METHODS as OPTIONS
 from tests.runs import OTHERS, VIT, tiny

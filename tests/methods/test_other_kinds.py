@@ -8,7 +8,8 @@ from fastssl.config import ConfigError
 from fastssl.diagnose.plan import make_plan
 from fastssl.export import export
 from fastssl.models import channels_of
-from fastssl.run.train import build, open_source, pretrain
+from fastssl.run.build import build
+from fastssl.run.train import open_source, pretrain
 from tests.methods.test_methods import learns
 from tests.runs import OTHERS, tiny
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from fastssl.run.train import build, open_source, pretrain
+from fastssl.run.build import build
+from fastssl.run.train import open_source, pretrain
 from tests.runs import tiny
 
 MODEL = {"name": "vit_video", "kwargs": {"embed_dim": 32, "depth": 2, "num_heads": 2}}

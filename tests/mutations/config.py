@@ -19,6 +19,7 @@ TESTS = {
     "registry": (PLUGINS, "not all_that"),
     "tree": (ENGINE, "micro or moves_the"),
     "models/backbones": (PLUGINS, "two_of"),
+    "models/weights": ("tests/models/test_weights.py", "not a_run_starts"),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
@@ -36,6 +37,13 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('startswith(f"{error.name}.")', 'startswith("")'),
     ],
     "tree.count_rows": [("elif len(leaf) != first[1]:", "elif len(leaf) > first[1]:")],
+    "models/weights.load_weights": [
+        ("or faults and not partial", "or faults and partial"),
+        ('or ("head.", "fc.")', 'or ("none.",)'),
+        ("if not loaded or", "if"),
+        ("weights[k].shape != loaded[k].shape", "weights[k].shape == loaded[k].shape"),
+    ],
+    "models/weights._fitted": [("given.shape[1] == 3", "given.shape[1] == 4")],
     "tree.join": [("torch.cat(leaves)", "leaves[0]")],
     "models/backbones.register_model": [(".__module__ != module:", ".__module__ == module:")],
     "config/load.load": [

@@ -9,6 +9,10 @@ TESTS = {
         "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding"
         " or short_batch",
     ),
+    "run/build": (
+        f"tests/methods/test_methods.py {DATA} tests/test_plugins.py",
+        "one_image or short_batch",
+    ),
     "run/directory": (
         f"{DATA} {TRAIN} tests/train/test_damage.py",
         "other_data or may_lie or going_on or directory_in or that_is_a_file",
@@ -18,8 +22,8 @@ TESTS = {
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
-    "run/train.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
-    "run/train.check_steps": [
+    "run/build.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
+    "run/build.check_steps": [
         ("least * parts:", "least:"),
         ("2 if cfg.method_class", "1 if cfg.method_class"),
     ],

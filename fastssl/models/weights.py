@@ -1,0 +1,121 @@
+"""Weights that an encoder starts from: read, fitted to it, and told what became of them.
+
+A ViT's positions and patches are resampled to another image or patch size, as timm does it, and the
+first convolution of a model for color is adapted to other channels.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import timm
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+Weights = Mapping[str, Tensor]
+_SHOWN = 4  # names in a sentence
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of what torch.save wrote of tensors alone, also within
+    "state_dict" or "model".
+
+    Raises ValueError, naming the file, for one that is missing or holds no weights.
+    """
+    if not path.is_file():
+        raise ValueError(f"model.weights={path}: there is no such file")
+    try:
+        found = timm.models.load_state_dict(str(path), use_ema=False)
+        return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    except Exception as error:  # of safetensors, zipfile, pickle: each has its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model.weights={path} holds no weights: {first}") from error
+
+
+def timm_weights(name: str) -> dict[str, Tensor]:
+    """timm's pretrained weights of a model, fetched or from the hub's cache.
+
+    Raises ValueError where there are none, or they cannot be fetched.
+    """
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(f"model.weights=timm: timm has no pretrained weights of {name}")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # of the hub's client, urllib, sockets
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        where = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+        raise ValueError(
+            f"model.weights=timm: the weights of {name} cannot be fetched ({first}): put the "
+            f"model.safetensors of {where} anywhere, and give model.weights=PATH"
+        ) from error
+
+
+def load_weights(model: nn.Module, weights: Weights, source: str, *, partial: bool = False) -> str:
+    """Fill `model`, in place, and return a sentence that says with what.
+
+    source: what they are called in sentences.  A classifier's weights may be left over.
+    Raises ValueError where a tensor of the model's is not filled or one of `weights` not used,
+    unless `partial`; and where nothing fits at all.  Then the model is as it was.
+    """
+    own, fitted = model.state_dict(), _fitted(model, weights)
+    loaded = {k: v for k, v in fitted.items() if k in own and v.shape == own[k].shape}
+    resized = [k for k in loaded if k in weights and weights[k].shape != loaded[k].shape]
+    others = [k for k in fitted if k in own and k not in loaded]
+    missing = [k for k in own if k not in fitted]
+    heads = tuple(f"{head}." for head in _names(model, "classifier"))
+    unused = [k for k in fitted if k not in own and not k.startswith(heads or ("head.", "fc."))]
+    shapes = [f"{k} {_shape(fitted[k])} for {_shape(own[k])}" for k in others]
+    faults = [
+        f"{len(names)} {what} ({_list(names)})"
+        for names, what in (
+            (missing, "of the model's tensors are not in them"),
+            (shapes, "have another shape"),
+            (unused, "of theirs are not the model's"),
+        )
+        if names
+    ]
+    what = f"model.weights={source}"
+    if not loaded or faults and not partial:
+        mend = "" if not loaded else ", or model.partial=true to take what fits"
+        said = "; ".join(faults) or "they are empty"
+        raise ValueError(f"{what}: {said}: give those of this model{mend}")
+    model.load_state_dict(loaded, strict=False)
+    said = [f"{what}: {len(loaded)} of {len(own)} tensors loaded"]
+    sizes = [f"{k} {_shape(weights[k])} to {_shape(own[k])}" for k in resized]
+    return "; ".join([*said, *([f"resized: {_list(sizes)}"] if sizes else []), *faults])
+
+
+def _fitted(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """The weights under the model's names, in its sizes where a tensor can be resampled."""
+    module = import_module(type(model).__module__)
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    found = dict(weights)
+    if convert is not None and type(model).__module__.startswith("timm."):
+        try:
+            found = convert(found, model)
+        except (KeyError, RuntimeError, ValueError, AttributeError, TypeError):
+            found = dict(weights)  # of another architecture: the shapes will say so
+    for name in _names(model, "first_conv"):
+        key, own = f"{name}.weight", model.state_dict().get(f"{name}.weight")
+        given = found.get(key)
+        if own is not None and given is not None and given.shape[1] != own.shape[1]:
+            if given.shape[1] == 3 and given.shape[2:] == own.shape[2:]:
+                found[key] = adapt_input_conv(own.shape[1], given)
+    return found
+
+
+def _names(model: nn.Module, what: str) -> tuple[str, ...]:
+    """The modules that timm's configuration of the model names so."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    named = cfg.get(what) or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _shape(x: Tensor) -> str:
+    return "x".join(map(str, x.shape)) or "0-d"
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,135 @@
+"""The parts of a run, made from its configuration: the method, the data, the checks."""
+
+from pathlib import Path
+
+import torch
+
+from fastssl import distributed
+from fastssl.config import ConfigError, RunConfig, load
+from fastssl.config.schema import ModelConfig
+from fastssl.data.batch.ops import check_batch_ops
+from fastssl.data.loader import PretrainLoader
+from fastssl.data.render.backend import Rendering, choose_backend
+from fastssl.data.sources.base import Source
+from fastssl.engine.checkpoint import CheckpointError, encoder_weights
+from fastssl.methods import Method, build_method
+from fastssl.models import build_backbone, load_weights, probe, read_weights, timm_weights
+
+
+def build(cfg: RunConfig, channels: int, notes: list[str] | None = None) -> Method:
+    """The method of `cfg` over its encoder, initialized from the run's seed.
+
+    notes: receives what a user should know of model.weights; without it they are not loaded.
+    Raises ConfigError for a model, weights or options that do not fit.
+    """
+    torch.manual_seed(cfg.seed)
+    shapes = cfg.views().shapes(channels)
+    try:
+        encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
+        if notes is not None and cfg.model.weights != "none":
+            weights, partial = read_start(cfg.model), cfg.model.partial
+            notes.append(load_weights(encoder, weights, cfg.model.weights, partial=partial))
+        for side in check_batch_ops(cfg.data.batch_ops, shapes):
+            check_side(encoder, channels, side)
+        method = build_method(encoder, cfg.method)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:
+        raise ConfigError(
+            f"engine.accumulation={cfg.engine.accumulation} cuts batch_size={cfg.batch_size} into "
+            f"micro-batches of one image, and {cfg.method.name} needs two or more to compare"
+        )
+    return method
+
+
+def read_start(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """The weights that model.weights names.  Raises ValueError, naming it, where there are none."""
+    if model.weights == "timm":
+        return timm_weights(model.name)
+    path = Path(model.weights).expanduser()
+    if not path.is_dir():
+        return read_weights(path)
+    try:
+        return encoder_weights(path)[0]
+    except CheckpointError as error:
+        raise ValueError(f"model.weights={path}: {error}") from error
+
+
+def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
+    """Raise ValueError where the encoder does not take images of the side that batch_ops make."""
+    try:
+        probe(encoder, (channels, side, side))
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"data.batch_ops make images of {side} pixels, which the model does not take: choose a "
+            "convolutional one, or for a timm ViT model.kwargs.dynamic_img_size=true"
+        ) from error
+
+
+def with_backend(cfg: RunConfig, source: Source) -> tuple[RunConfig, str]:
+    """`cfg` with data.backend settled, and what a user should know of that.
+
+    A run that is taken up keeps the back end that it began with, unless another is asked for.
+    Raises DataError for DALI where it cannot serve.
+    """
+    asked, before = cfg.data.backend, "auto"
+    if cfg.resume == "auto" and (cfg.directory / "config.yaml").is_file():
+        before = load(cfg.directory).data.backend
+    backend, note = choose_backend(before if asked == "auto" else asked, cfg.views(), source)
+    if before not in ("auto", backend):
+        note = f"views are made by {backend} from here on, and were by {before}: near, not the same"
+    data = cfg.data.model_copy(update={"backend": backend})
+    return cfg.model_copy(update={"data": data}), note
+
+
+def build_loader(
+    cfg: RunConfig, source: Source, device: torch.device, *, parameters: bool = False
+) -> PretrainLoader:
+    """The batches that this rank trains on, of a configuration whose back end is settled."""
+    data, cuda = cfg.data, device.type == "cuda"
+    rendering = Rendering(
+        device=device if data.dali_on == "auto" else torch.device("cpu"),
+        threads=max(data.workers, 1),
+        readers=data.readers,
+        half=cuda and cfg.engine.precision == "bf16",  # float16 is nearer than bfloat16, as small
+        channels_last=data.channels_last,
+    )
+    return PretrainLoader(
+        source,
+        cfg.views(),
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        workers=data.workers,
+        parameters=parameters,
+        last=data.last,
+        rendering=rendering if data.backend == "dali" else None,
+        max_bad=data.max_bad,
+    )
+
+
+def check_source(cfg: RunConfig, source: Source) -> None:
+    """Raise ConfigError where the method needs other data than those of `source`."""
+    names = source.classes if source.labels is not None else None
+    try:
+        cfg.method.check_source(None if names is None else len(names))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
+    """Raise ConfigError for a schedule that does not fit the run's number of steps, and for a short
+    batch of which a micro-batch would have too little."""
+    rows, parts = loader.even_rows(loader.steps_per_epoch - 1), cfg.engine.accumulation
+    least = 2 if cfg.method_class.couples_batch else 1
+    if loader.last == "pad" and rows < least * parts:
+        raise ConfigError(
+            f"data.last=pad: an epoch's last batch has {len(loader.source) % loader.batch_size} of "
+            f"{loader.batch_size} samples, fewer than {least} for each of {loader.world} ranks x "
+            f"engine.accumulation={parts}: give data.last=drop, or another batch_size"
+        )
+    try:
+        cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from error
