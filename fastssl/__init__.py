@@ -2,7 +2,7 @@
 
 fastssl.losses     drop-in losses, memory-lean and exact across ranks (torch alone)
 fastssl.kernels    the primitives they are made of
-fastssl pretrain   the engine, from the command line
+fastssl pretrain   the engine, from the command line; fastssl.pretrain(...) from Python
 
 fastssl.register_method, register_source, register_views, register_model and register_schedule add
 one's own, which a configuration then names: docs/extend.md.
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from fastssl.engine.optim import register_schedule as register_schedule
     from fastssl.methods import register_method as register_method
     from fastssl.models import register_model as register_model
+    from fastssl.run.given import pretrain as pretrain
 
 __version__ = "0.1.0"
 
 _FROM = {
+    "pretrain": "fastssl.run.given",
     "register_method": "fastssl.methods",
     "register_source": "fastssl.data.datasets",
     "register_views": "fastssl.data.views.spec",

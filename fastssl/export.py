@@ -53,7 +53,10 @@ def load_encoder(run: Path, *, device: str = "auto") -> tuple[Encoder, RunConfig
     name, kwargs = cfg.model.name, cfg.model.kwargs
     if channels is None:  # of a run before it was written down
         channels = channels_of(name, kwargs, weights, lambda c: cfg.views().shapes(c)[0])
-    backbone = build_backbone(name, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
+    try:
+        backbone = build_backbone(name, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     try:
         backbone.load_state_dict(weights, strict=True)
     except RuntimeError as error:

@@ -39,13 +39,13 @@ ROOMS = {
     "report": "files *",
     "config": "methods models engine data schedules section registry pydantic yaml",
     "export": "config engine data evaluate models files safetensors timm numpy",
-    "run": "random tree config engine data methods evaluate report models distributed export "
-    "files *",
+    "run": "random tree section config engine data methods evaluate report models distributed "
+    "export files *",
     "diagnose": "random tree run config engine data methods kernels models distributed *",
     "bench": "methods models losses kernels masking engine data report files *",
     "cli": "config run diagnose data export files bench *",
     "__main__": "cli",
-    "__init__": "methods models data engine",
+    "__init__": "methods models data engine run",
 }
 ONLY_IN = {"deepspeed": "engine", "timm": "models engine export bench", "nvidia": "data.render"}
 

@@ -91,7 +91,7 @@ def check_model(mapping: dict[str, Any]) -> None:
     """
     model = mapping.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    if isinstance(name, str) and (problem := _no_model(name)):
+    if isinstance(name, str) and name != "given" and (problem := _no_model(name)):
         raise ConfigError(problem)
 
 

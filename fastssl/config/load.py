@@ -66,6 +66,17 @@ def resolve(
     return from_mapping(mapping)
 
 
+def overridden(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A mapping with `key=value` overrides over it.  Raises ConfigError for what does not read."""
+    chosen: dict[str, Any] = {}
+    for text in overrides:
+        try:
+            _put(chosen, text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r} does not read as YAML: {error}") from None
+    return _over(mapping, _renamed(chosen))
+
+
 def load(run: Path) -> "RunConfig":
     """The configuration a run was made with."""
     path = Path(run) / "config.yaml"

@@ -19,6 +19,7 @@ says which; `open_source` opens it:
     clouds      generated clouds of points on surfaces (clouds.py)
     volumes     generated volumes of solids (volumes.py)
     npy         .npy files of volumes, in folders as images are (sources/npy.py)
+    given       a torch Dataset, from Python (sources/given.py)
 """
 
 import hashlib
@@ -29,10 +30,11 @@ from torch import Tensor
 
 from fastssl.data.sources.arrays import ArrayImages as ArrayImages
 from fastssl.data.sources.arrays import ArraysSource
-from fastssl.data.sources.base import SourceOptions, Split
+from fastssl.data.sources.base import Source, SourceOptions, Split
 from fastssl.data.sources.digits import DigitsSource
 from fastssl.data.sources.folder import FolderSource
 from fastssl.data.sources.frames import FramesSource
+from fastssl.data.sources.given import GivenSource
 from fastssl.data.sources.hf_datasets import HFDatasetsSource
 from fastssl.data.sources.lmdbs import LmdbSource
 from fastssl.data.sources.npy import NpySource
@@ -77,6 +79,7 @@ for _source in (
     CloudsSource,
     VolumesSource,
     NpySource,
+    GivenSource,
 ):
     register_source(_source)
 SourceConfig = Annotated[SourceOptions, OneOf(SOURCES)]
@@ -107,7 +110,11 @@ def open_source(cfg: SourceConfig, seed: int) -> Split:
     is standardized by its training rows) is given the training part's indices.
     Raises DataError, saying what to do, for data that cannot be used.
     """
-    found = cfg.open()
+    return divided(cfg.open(), cfg, seed)
+
+
+def divided(found: tuple[Source, ...], cfg: SourceConfig, seed: int) -> Split:
+    """The train and test parts of what a source has opened, which may have come apart already."""
     if len(found) == 2:
         return Split(*found)
     (whole,) = found

@@ -22,6 +22,7 @@ from fastssl.registry import PluginError, Registry
 _VIT_DEFAULTS = {"global_pool": "avg", "fc_norm": False}
 
 Arguments = Callable[[tuple[int, ...]], dict[str, Any]]
+GIVEN = "given"  # the name of a module from Python
 # The models that are not timm's own: from the shape of what they read, their arguments.
 MODELS: Registry[Arguments] = Registry("model", "model.name")
 
@@ -73,32 +74,51 @@ def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any])
     Raises ValueError for a name timm does not know (with the closest), for arguments it refuses,
     and for patches that leave a part of each view unread.
     """
-    if name not in MODELS and not timm.is_model(name):
+    if name not in (*MODELS, GIVEN) and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model.name={name!r} is not a timm model{hint}")
     for key, value in kwargs.items():
         if key in _REFUSED and value not in (False, None, *([0] if key == "num_classes" else [])):
             raise ValueError(f"model.kwargs.{key}={value!r}: {_REFUSED[key]}, leave {key} out")
+    if name == GIVEN:
+        raise ValueError(
+            "model.name=given stands for a module that was given from Python: give it again, to "
+            "fastssl.pretrain; its weights are in the run's checkpoints/*/encoder.safetensors"
+        )
+    what = f"{name} with model.kwargs={kwargs}"
     arguments = backbone_arguments(name, shape, kwargs)
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
+    except (TypeError, AssertionError, RuntimeError, ValueError, LookupError, OSError) as error:
+        raise _not_taken(what, shape, error) from error
+    check_features(model, shape, what)
+    return model
+
+
+def check_features(model: nn.Module, shape: tuple[int, ...], what: str) -> None:
+    """Raise ValueError for a model that does not make features (B, F) of views of that shape.
+
+    what: it is called in sentences.  F is written down as timm's models have it, `num_features`.
+    """
+    try:
         features = probe(model, shape)  # another image size is found out here, not in a worker
     except (TypeError, AssertionError, RuntimeError, ValueError, LookupError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        read = f"{shape[-1]}-pixel images" if len(shape) == 3 else f"a view of shape {shape}"
-        raise ValueError(
-            f"{name} with model.kwargs={kwargs} does not take {read}: {first}"
-        ) from error
+        raise _not_taken(what, shape, error) from error
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         got = f"{tuple(features.shape)}" if isinstance(features, torch.Tensor) else "a list"
         raise ValueError(
-            f"{name} with model.kwargs={kwargs} gives {got} for one view, not pooled features "
-            "(1, F): leave global_pool and the like as they are"
+            f"{what} gives {got} for one view, not pooled features (1, F): leave global_pool and "
+            "the like as they are"
         )
     if not hasattr(model, "num_features"):  # as timm's models say it
         model.num_features = features.shape[1]
-    return model
+
+
+def _not_taken(what: str, shape: tuple[int, ...], error: Exception) -> ValueError:
+    first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+    read = f"{shape[-1]}-pixel images" if len(shape) == 3 else f"a view of shape {shape}"
+    return ValueError(f"{what} does not take {read}: {first}")
 
 
 def probe(model: nn.Module, shape: tuple[int, ...]) -> Any:

@@ -1,6 +1,7 @@
 """The parts of a run, made from its configuration: the method, the data, the checks."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,22 +11,48 @@ from fastssl.config.schema import ModelConfig
 from fastssl.data.batch.ops import check_batch_ops
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.render.backend import Rendering, choose_backend
-from fastssl.data.sources.base import Source
+from fastssl.data.sources.base import Source, Split
 from fastssl.engine.checkpoint import CheckpointError, encoder_weights
 from fastssl.methods import Method, build_method
-from fastssl.models import build_backbone, load_weights, probe, read_weights, timm_weights
+from fastssl.models import (
+    build_backbone,
+    check_features,
+    load_weights,
+    probe,
+    read_weights,
+    timm_weights,
+)
 
 
-def build(cfg: RunConfig, channels: int, notes: list[str] | None = None) -> Method:
+class Given(NamedTuple):
+    """What a run has of its caller, as objects: None where its configuration says it."""
+
+    encoder: torch.nn.Module | None = None
+    split: Split | None = None
+
+
+NOTHING = Given()
+
+
+def build(
+    cfg: RunConfig,
+    channels: int,
+    notes: list[str] | None = None,
+    encoder: torch.nn.Module | None = None,
+) -> Method:
     """The method of `cfg` over its encoder, initialized from the run's seed.
 
+    encoder: the one that was given from Python, as it is.
     notes: receives what a user should know of model.weights; without it they are not loaded.
     Raises ConfigError for a model, weights or options that do not fit.
     """
     torch.manual_seed(cfg.seed)
     shapes = cfg.views().shapes(channels)
     try:
-        encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
+        if encoder is None:
+            encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
+        else:
+            check_features(encoder, shapes[0], f"model={type(encoder).__name__}")
         if notes is not None and cfg.model.weights != "none":
             weights, partial = read_start(cfg.model), cfg.model.partial
             notes.append(load_weights(encoder, weights, cfg.model.weights, partial=partial))

@@ -29,7 +29,15 @@ from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine, Step
-from fastssl.run.build import build, build_loader, check_source, check_steps, with_backend
+from fastssl.run.build import (
+    NOTHING,
+    Given,
+    build,
+    build_loader,
+    check_source,
+    check_steps,
+    with_backend,
+)
 from fastssl.run.directory import forget_replaced, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
@@ -64,18 +72,22 @@ class Progress:
     last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
 
 
-def pretrain(cfg: RunConfig, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
+def pretrain(
+    cfg: RunConfig, watch: Watch | None = None, command: str = "", given: Given = NOTHING
+) -> dict[str, Any]:
     """Run `cfg` to its end and return its results (also RUN/results.json).
+
+    given: the objects that stand behind a model or a source named "given".
 
     Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted,
     and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
     """
-    split = open_source(cfg.data.source, cfg.seed)
+    split = given.split or open_source(cfg.data.source, cfg.seed)
     check_source(cfg, split.train)
     cfg, note = with_backend(cfg, split.train)
     notes: list[str] = []
     goes_on = cfg.resume == "auto" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
-    method = build(cfg, split.train.channels, None if goes_on else notes)
+    method = build(cfg, split.train.channels, None if goes_on else notes, given.encoder)
     with launch.session(cfg.device) as device:
         if watch is None or distributed.rank() > 0:
             watch = Silent()

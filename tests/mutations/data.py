@@ -5,6 +5,7 @@ LOADER = "tests/data/test_loader.py"
 DALI = "tests/data/test_dali.py"
 
 TESTS = {
+    "data/sources/given": ("tests/test_given.py", "kind or wrongly or bad"),
     "data/datasets": (
         "tests/data/test_datasets.py tests/data/test_same_data.py",
         "split or run or labels",
@@ -29,6 +30,14 @@ TESTS = {
 }
 
 MUTATIONS = {  # function: (what stands in it or below, what it becomes)
+    "data/sources/given.item": [("len(x) != self.channels", "len(x) < self.channels")],
+    "data/sources/given.as_item": [
+        ("x.transpose(2, 0, 1)", "x.transpose(2, 1, 0)"),
+        ("(255 * x).round()", "(255 * x).floor()"),
+        ("low >= 0 and high <= 1", "low >= 0 or high <= 1"),
+        ("x.shape[0] not in (1, 3)", "x.shape[0] in (2, 4)"),
+    ],
+    "data/sources/given._labels": [("values.shape != (count,)", "values.ndim != 1")],
     "data/sources/webdataset._image": [
         ("if not plain]", "if plain]"),
         ("len(images) > 1", "len(images) > 2"),
