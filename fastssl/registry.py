@@ -44,7 +44,8 @@ class Entry:
 class Registry(Mapping[str, T], Generic[T]):
     """kind: what a name is of, in the singular.  key: of a configuration, as errors name it."""
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # one that has equal names is another
+    __eq__ = object.__eq__  # one that has equal names is another
+    __hash__: Any = object.__hash__
 
     def __init__(self, kind: str, key: str):
         self.kind, self.key, self.group = kind, key, f"fastssl.{kind}s"

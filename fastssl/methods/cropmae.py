@@ -35,7 +35,8 @@ class CropMAE(MaskedMethod):
         self.criterion = MAELoss(self.masked.patch, norm_pix=cfg.norm_pix)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Masking]:
-        return self.predict(*batch["views"], batch["seeds"])
+        whole, crop = batch["views"]
+        return self.predict(whole, crop, batch["seeds"])
 
     def loss(self, encoded: tuple[Tensor, Masking], batch: Batch) -> dict[str, Tensor]:
         prediction, masking = encoded

@@ -61,7 +61,8 @@ class IJEPA(Method):
         return self.predictor(context, places.context, places.targets).float()
 
     def targets(self, batch: Batch) -> Tensor:
-        return self.teach(*batch["views"], self.mask(batch["seeds"]).targets)
+        (images,) = batch["views"]
+        return self.teach(images, self.mask(batch["seeds"]).targets)
 
     def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:
         wanted = batch["targets"]

@@ -36,12 +36,14 @@ class MoCoV3(Method):
 
     def targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's features of every view."""
-        return [self.teacher.model[0](self.cast(view)) for view in batch["views"]]
+        encoder, _ = self.teacher.model.children()
+        return [encoder(self.cast(view)) for view in batch["views"]]
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         q_0, q_1 = (self.predictor(self.student[1](features)) for features in encoded)
+        _, head = self.teacher.model.children()
         with torch.no_grad():
-            k_0, k_1 = map(self.teacher.model[1], batch["targets"])
+            k_0, k_1 = map(head, batch["targets"])
         return {"loss": self.criterion(q_0, k_1) + self.criterion(q_1, k_0)}
 
     def on_step(self, keep: Any, progress: float) -> None:

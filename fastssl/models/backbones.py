@@ -112,7 +112,7 @@ def check_features(model: nn.Module, shape: tuple[int, ...], what: str) -> None:
             "the like as they are"
         )
     if not hasattr(model, "num_features"):  # as timm's models say it
-        model.num_features = features.shape[1]
+        model.num_features = features.shape[1]  # type: ignore[assignment]
 
 
 def _not_taken(what: str, shape: tuple[int, ...], error: Exception) -> ValueError:

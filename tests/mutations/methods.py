@@ -31,7 +31,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/clip.on_step": [("clamp_(max", "clamp(max")],
     "methods/nnclr.loss": [('"keep": z_1', '"keep": z_0'), ("update=False", "update=True")],
     "methods/mocov3.loss": [("self.criterion(q_0, k_1)", "self.criterion(q_0, k_0)")],
-    "methods/mocov3.targets": [("self.teacher.model[0]", "self.student[0]")],
+    "methods/mocov3.targets": [("self.teacher.model.children()", "self.student.children()")],
     "methods/mocov3.on_step": [("momentum, 1.0", "momentum, 0.9")],
     "methods/sie.__init__": [("if min(inv) < 1:", "if min(inv) < 0:")],
     "methods/sie.loss": [("parts[0][1], relation", "parts[1][1], relation")],
