@@ -90,6 +90,8 @@ def test_items_of_every_kind_are_read_alike():
     kinds = [Image.fromarray(pixels), pixels, wanted, floats, floats.permute(1, 2, 0).numpy()]
     for kind in (*kinds, *((kind, 3) for kind in kinds)):
         assert torch.equal(DatasetItems([kind]).item(0), wanted)
+    near = DatasetItems([torch.full((1, 8, 8), 0.999)]).item(0)
+    assert (near == 255).all()
     gray = DatasetItems([pixels[:, :, 0]]).item(0)
     assert torch.equal(gray, wanted[:1])
     signal = torch.randn(2, 50, dtype=torch.float64)

@@ -125,4 +125,4 @@ def lse(
     same = q is k and mask.symmetric
     other = None if same else k.view_as(k) if k is q else k  # the compiler wants no tensor twice
     options = dims, normalize, mask.key, both
-    return _NestedLSE.apply(q, other, scale, *mask.ids(), *options)  # pyright: ignore
+    return _NestedLSE.call(q, other, scale, *mask.ids(), *options)  # pyright: ignore

@@ -30,7 +30,6 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
             "if not found:\n                raise",
         )
     ],
-    "registry.unknown": [("cutoff=0.5", "cutoff=1.0")],
     "registry.plugins_of": [("if not entry.is_ours", "if entry.is_ours")],
     "registry.import_plugin": [
         ("part.isidentifier()", "part"),
@@ -39,7 +38,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "tree.count_rows": [("elif len(leaf) != first[1]:", "elif len(leaf) > first[1]:")],
     "models/weights.load_weights": [
         ("or faults and not partial", "or faults and partial"),
-        ('or ("head.", "fc.")', 'or ("none.",)'),
+        ('_names(model, "classifier")', '_names(model, "first_conv")'),
         ("if not loaded or", "if"),
         ("weights[k].shape != loaded[k].shape", "weights[k].shape == loaded[k].shape"),
     ],
