@@ -375,15 +375,21 @@ def _try_weigh(nested: Nested, both: bool) -> Any:
     """What the tuner times: a block."""
     rows, cols = (torch.ones(2, len(z.dims), len(z), device=z.x.device) for z in nested[:2])
     made, sides = _Pass(WEIGH, nested, both), [nested.q.side(rows), nested.k.side(cols)]
-    area = slice(0, 2048), slice(0, 4096)
-    factor = fp16_scale([rows, cols], rows.sum()) if nested.q.x.dtype == torch.float16 else None
-    return [x.float() for x in weigh(made, nested, sides, factor, *area)]
+    one = rows.new_ones(())
+    factor = fp16_scale([rows, cols], one) if nested.q.x.dtype == torch.float16 else None
+    return [x.float() for x in weigh(made, nested, sides, factor, *_try_block(nested))]
+
+
+def _try_block(nested: Nested) -> tuple[slice, slice]:
+    """Of 8192 rows, 2048 x 4096 pairs."""
+    return slice(0, len(nested.q) // 4), slice(0, len(nested.k) // 2)
 
 
 def _try_gather(nested: Nested, both: bool) -> Any:
     """The same of the sums over prefixes."""
-    w = nested.q.x.new_ones(len(nested.q.dims), 2048, 4096)
-    _gathered(w, nested, slice(0, 2048), slice(0, 4096))
+    i, j = _try_block(nested)
+    w = nested.q.x.new_ones(len(nested.q.dims), i.stop, j.stop)
+    _gathered(w, nested, i, j)
     return w
 
 

@@ -12,6 +12,7 @@ from fastssl.kernels.common.tuning import Config, Kernel, Variant
 from fastssl.kernels.correlation import configs as correlation_configs
 from fastssl.kernels.correlation import moments_configs
 from fastssl.kernels.pairwise import lse_configs as pairwise_configs
+from fastssl.kernels.pairwise import nested_configs
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import sigmoid_configs, symmetric_configs, topk_configs
 from fastssl.kernels.patches import patches_configs
@@ -168,6 +169,9 @@ OURS = {  # a class of each kernel
     "pairwise_lse_fwd": "float16-D64-full",
     "pairwise_lse_bwd": "float16-D64-both",
     "pairwise_lse_half": "float16-D64-half",
+    "pairwise_nested_summarize": "float16-rows",
+    "pairwise_nested_weigh": "float16-both",
+    "pairwise_nested_gather": "float16",
     "pairwise_summarize": "float16-full",
     "pairwise_weigh": "float16-plain",
     "pairwise_sigmoid_tiles": "float16-D64-rows",
@@ -202,7 +206,8 @@ def test_every_kernel_has_a_class_here():
 
 @pytest.mark.parametrize("name, variant", OURS.items(), ids=OURS)
 def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
-    for configs in (pairwise_configs, sigmoid_configs, symmetric_configs):
+    monkeypatch.setattr(nested_configs, "DIMS", (5, 12))
+    for configs in (pairwise_configs, sigmoid_configs, symmetric_configs, nested_configs):
         monkeypatch.setattr(configs, "TRIAL_ROWS", 20)
     monkeypatch.setattr(sigmoid_configs, "TRIAL_BLOCK", (10, 20))
     monkeypatch.setattr(pairwise_products, "TRIAL", (20, 10))
