@@ -12,9 +12,13 @@ from fastssl.kernels.common.tuning import Config, Kernel, Variant
 from fastssl.kernels.correlation import configs as correlation_configs
 from fastssl.kernels.correlation import moments_configs
 from fastssl.kernels.pairwise import lse_configs as pairwise_configs
-from fastssl.kernels.pairwise import nested_configs
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
-from fastssl.kernels.pairwise import sigmoid_configs, symmetric_configs, topk_configs
+from fastssl.kernels.pairwise import (
+    nested_configs,
+    sigmoid_configs,
+    symmetric_configs,
+    topk_configs,
+)
 from fastssl.kernels.patches import patches_configs
 from fastssl.kernels.regression import chamfer_triton, cosine_triton
 from fastssl.kernels.tokens import bias_triton, tokens_configs
