@@ -330,7 +330,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "kernels/pairwise/lse_torch._reference": [("high - low <= SAFE", "high - low <= 1e9")],
     "kernels/pairwise/lse_torch._weigh_tile": [
         ("(tile.ref - side[0])", "(side[0] - tile.ref)"),
-        ("factor(row)[:, None] + factor(col)", "factor(row)[:, None] - factor(col)"),
+        ("rows[i, None] + cols", "rows[i, None] - cols"),
     ],
     "kernels/pairwise/masks._dropped_line": [
         ("return s.diagonal(offset)", "return s.diagonal(-offset)"),

@@ -185,7 +185,7 @@ MUTATIONS = {
     "losses/_checks.check_positive": [("value > 0", "value >= 0")],
     "losses/_checks.check_not_negative": [("value >= 0", "value >= -1")],
     "losses/_checks.is_finite": [("isfinite(value)", "isnan(value) is False")],
-    "losses/_checks.check_embeddings": [("or 0 in x.shape", "or False"), ("> 1:", "> 9:")],
+    "losses/_checks.check_embeddings": [("0 not in shape and", ""), ("x.dtype == dtype and", "")],
     "losses/_checks.check_batch": [("images < least", "images < 1")],
     "losses/_loss.Loss": [("!= LOCAL", "== LOCAL"), ("def _slow_forward", "def slow_forward")],
     "losses/_loss.by_group": [("given != read(self)", "False")],
@@ -271,7 +271,7 @@ MUTATIONS = {
     "losses/_nested_pairs.mean": [("[w * m for", "[m for")],
     "losses/_nested_pairs.nt_xent": [("z[::2], z[1::2]", "z[::2], z[::2]")],
     "losses/_nested_pairs.clip": [("info_nce(own, cols)]", "info_nce(own, rows)]")],
-    "losses/_nested.nested_loss": [("type(loss) not in", "0 in")],
+    "losses/_nested.nested_loss": [("type(loss) not in", "0 in"), ("rest[1:] or", "")],
     "losses/_nested._is_plain": [("x.ndim == 2 and", "")],
     "losses/_nested.value": [("share = self.weights / short", "share = 1 / short")],
     "losses/_nested._nt_xent": [
@@ -294,7 +294,6 @@ MUTATIONS = {
     ],
     "losses/_nested._clip": [
         ("fresh.pop() if fresh else", "fresh.pop() or"),
-        ("if rest or", "if"),
         ("fits_in and 0 <", "0 <"),
         ("0 < most <= SAFE", "0 < most"),
         ("0 < most", "0 <= most"),
