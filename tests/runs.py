@@ -27,6 +27,12 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"name": "mixed_barlow_twins", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
     },
     "vicreg": {"name": "vicreg", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
+    "ssl_ey": {"name": "ssl_ey", "hidden_dim": 32, "projection_dim": 16, "layers": 2},
+    "groco": {"name": "groco", "hidden_dim": 32, "projection_dim": 16, "negatives": 3},
+    "mochi": {
+        **{"name": "mochi", "hidden_dim": 32, "projection_dim": 16, "queue_size": 64},
+        **{"top_n": 8, "synthetic": 6, "from_query": 3, "momentum": 0.9},
+    },
     "sie": {"name": "sie", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
     "mae": {"name": "mae", **_DECODER},
     "simmim": {"name": "simmim", "mask_ratio": 0.5},

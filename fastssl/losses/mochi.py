@@ -81,9 +81,13 @@ class MoCHiLoss(ContrastiveLoss):
             scores = torch.einsum("bd,bsd->bs", q, self._mix_negatives(q, keys)) / t
             negative = torch.logaddexp(negative, scores.logsumexp(1))
         if self.training and update:
-            self.queue.push(key, self.process_group, check=False)
-            self.steps.add_(1)
+            self.remember(key)
         return info_nce(positive, negative).mean()
+
+    def remember(self, key: Tensor) -> None:
+        """Every rank's keys (B, dim) take the oldest ones' place; the next step draws anew."""
+        self.queue.push(key, self.process_group, check=False)
+        self.steps.add_(1)
 
     @torch.no_grad()
     def _mix_negatives(self, q: Tensor, keys: Tensor) -> Tensor:

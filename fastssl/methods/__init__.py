@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from .data2vec import Data2Vec
     from .dcl import DCL
     from .gmml import GMML
+    from .groco import GroCo
     from .ijepa import IJEPA
     from .mae import MAE
     from .mixed_barlow_twins import MixedBarlowTwins
+    from .mochi import MoCHi
     from .mocov3 import MoCoV3
     from .nnclr import NNCLR
     from .point_mae import PointMAE
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .signal_mae import SignalMAE
     from .simclr import SimCLR
     from .simmim import SimMIM
+    from .ssl_ey import SSLEY
     from .tjepa import TJEPA
     from .vicreg import VICReg
     from .videomae import VideoMAE
@@ -36,6 +39,7 @@ __all__ = [
     "CLIP",
     "DCL",
     "GMML",
+    "GroCo",
     "IJEPA",
     "MAE",
     "METHODS",
@@ -48,10 +52,12 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MixedBarlowTwins",
+    "MoCHi",
     "MoCoV3",
     "NNCLR",
     "PointMAE",
     "SIE",
+    "SSLEY",
     "TJEPA",
     "SimCLR",
     "SignalMAE",

@@ -57,6 +57,12 @@ class SimCLRConfig(MethodConfig):
     layers: int = Field(2, ge=1, description="Linear layers of the projection head.")
 
 
+class GroCoConfig(SimCLRConfig):
+    name: Literal["groco"] = "groco"  # type: ignore[assignment]
+    negatives: int = Field(10, ge=1, description="Most alike views of others that are sorted.")
+    steepness: float = Field(1.0, gt=0, description="Of an exchange: greater is harder.")
+
+
 class DCLConfig(SimCLRConfig):
     name: Literal["dcl"] = "dcl"  # type: ignore[assignment]
     weighted: bool = Field(False, description="Weigh positives by how unlike they are (DCLW).")
@@ -69,6 +75,18 @@ class MoCoV3Config(MethodConfig):
     hidden_dim: int = Field(4096, ge=1, description="Width inside both heads.")
     projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+
+
+class MoCHiConfig(MethodConfig):
+    name: Literal["mochi"] = "mochi"
+    temperature: float = Field(0.2, gt=0, description="Divides the cosine similarities.")
+    momentum: float = Field(0.999, ge=0, le=1, description="Of the teacher.")
+    queue_size: int = Field(65536, ge=1, description="Past keys kept as negatives.")
+    top_n: int = Field(1024, ge=1, description="Nearest keys of the queue that are mixed.")
+    synthetic: int = Field(1024, ge=0, description="Negatives mixed of two keys; 0: none.")
+    from_query: int = Field(128, ge=0, description="Negatives mixed of the query and a key.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
 
 
 class NNCLRConfig(MethodConfig):
@@ -119,6 +137,13 @@ class VICRegConfig(MethodConfig):
     lambda_param: float = Field(25.0, ge=0, description="Weight of the views' agreement.")
     mu_param: float = Field(25.0, ge=0, description="Weight of the variances' hinge.")
     nu_param: float = Field(1.0, ge=0, description="Weight of the squared covariances.")
+    hidden_dim: int = Field(8192, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(8192, ge=1, description="Width D of the embeddings.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+
+
+class SSLEYConfig(MethodConfig):
+    name: Literal["ssl_ey"] = "ssl_ey"
     hidden_dim: int = Field(8192, ge=1, description="Width inside the projection head.")
     projection_dim: int = Field(8192, ge=1, description="Width D of the embeddings.")
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
@@ -258,12 +283,15 @@ METHODS: Registry[type["Method"]] = Registry("method", "method.name")
 for _config, _made in (
     (SimCLRConfig, "simclr:SimCLR"),
     (DCLConfig, "dcl:DCL"),
+    (GroCoConfig, "groco:GroCo"),
+    (MoCHiConfig, "mochi:MoCHi"),
     (MoCoV3Config, "mocov3:MoCoV3"),
     (NNCLRConfig, "nnclr:NNCLR"),
     (CLIPConfig, "clip:CLIP"),
     (BarlowTwinsConfig, "barlow_twins:BarlowTwins"),
     (MixedBarlowTwinsConfig, "mixed_barlow_twins:MixedBarlowTwins"),
     (VICRegConfig, "vicreg:VICReg"),
+    (SSLEYConfig, "ssl_ey:SSLEY"),
     (SIEConfig, "sie:SIE"),
     (MAEConfig, "mae:MAE"),
     (SimMIMConfig, "simmim:SimMIM"),

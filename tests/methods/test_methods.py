@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastssl.config import ConfigError
-from fastssl.losses import NNCLRLoss
+from fastssl.losses import GroCoLoss, NNCLRLoss, SSLEYLoss
 from fastssl.losses.sie import SIELoss
 from fastssl.methods import METHODS, SIE, build_method
 from fastssl.methods.base import PARAMETERS
@@ -58,6 +58,8 @@ def learns(method, batch):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_few_steps_learn(name, tmp_path):
     ours, _ = method(name, tmp_path)
+    if name == "mochi":  # of one batch, its queue would fill with what it is to find
+        ours.on_step = lambda keep, progress: None
     params = torch.rand(2, 16, len(PARAMETERS), generator=torch.Generator().manual_seed(0)) + 0.5
     learns(ours, {**batch(ours.views, 16), "params": list(params)})
 
@@ -71,6 +73,8 @@ def test_a_few_steps_learn(name, tmp_path):
         ("vicreg", lightly.loss.VICRegLoss()),
         ("dcl", lightly.loss.DCLLoss(temperature=0.1)),
         ("dcl, weighted", lightly.loss.DCLWLoss(temperature=0.1)),
+        ("groco", GroCoLoss(3)),
+        ("ssl_ey", lambda *z: SSLEYLoss()(z)),
     ],
 )
 def test_joint_methods(name, rival, tmp_path):
@@ -140,6 +144,29 @@ def test_nnclr_contrasts_neighbors_with_predictions(tmp_path):
         assert queue.next == filled  # once a step, by the second view's projections
         torch.testing.assert_close(queue.bank[filled - 6 : filled], F.normalize(z[1].detach()))
     assert_gradients_reach(ours, out["loss"])
+
+
+def test_mochi_meets_the_queue_with_the_teachers_key(tmp_path):
+    ours, cfg = method("mochi", tmp_path, method__synthetic=0, method__from_query=0)
+    with torch.no_grad():  # a teacher that has fallen behind
+        for p in ours.student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    data, queue = batch(2), ours.criterion.queue
+    before = {n: p.clone() for n, p in ours.teacher.model.named_parameters()}
+    out = ours(data)
+    q = F.normalize(ours.student(data["views"][0]), dim=1)
+    key = ours.teacher.model(data["views"][1])
+    logits = torch.cat([(q * F.normalize(key, dim=1)).sum(1, keepdim=True), q @ queue.keys.T], 1)
+    want = F.cross_entropy(logits / cfg.method.temperature, torch.zeros(6, dtype=torch.int64))
+    torch.testing.assert_close(out["loss"], want)
+    assert_gradients_reach(ours, out["loss"])
+    assert queue.next == 0 and ours.criterion.steps == 0
+    ours.on_step(out["keep"], 0.5)
+    torch.testing.assert_close(queue.keys[:6], F.normalize(key.detach(), dim=1))
+    assert queue.next == 6 and ours.criterion.steps == 1
+    for name, student in ours.student.named_parameters():
+        now = dict(ours.teacher.model.named_parameters())[name]
+        torch.testing.assert_close(now, before[name].lerp(student.detach(), 0.1))
 
 
 def test_clip_matches_images_with_their_captions(tmp_path):
