@@ -60,7 +60,7 @@ class Engine:
         batch_size: int,
         monitor: Path | None = None,
     ):
-        self.cfg, self.device = cfg, device
+        self.cfg, self.optim, self.device = cfg, optim, device
         shares = distributed.world_size() * cfg.accumulation
         if batch_size % shares:
             raise EngineError(
@@ -102,8 +102,7 @@ class Engine:
         stop: this rank was asked to stop; the answer tells whether any rank was.
         Raises ValueError, naming the leaf, for a batch whose leaves do not share their rows.
         """
-        for group in self.ds.optimizer.param_groups:
-            group["lr"] = lr
+        self.optim.set_rates(self.ds.optimizer.param_groups, lr, progress)
         if not self.method.training:
             self.method.train()
         undo = self.cfg.on_nonfinite == "skip"

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from fastssl.registry import OneOf, Registry
-from fastssl.schedules import infinite, warmup_cosine
+from fastssl.schedules import cosine, infinite, warmup_cosine
 from fastssl.section import Section
 
 from .layerwise import LAMB, LARS, bind_fragments
@@ -153,6 +153,15 @@ class OptimConfig(Section):
         ge=0,
         description="Not applied to biases, norms, tokens and position embeddings.",
     )
+    weight_decay_end: float | None = Field(
+        default=None, ge=0, description="What it comes to, by half a cosine; null: it stays."
+    )
+    layer_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="A layer of the encoder learns by so much less than the one above it.",
+    )
     betas: tuple[float, ...] | None = Field(
         default=None, description="Averaging rates (Adam's kind)."
     )
@@ -199,6 +208,16 @@ class OptimConfig(Section):
     def _beta_count(self) -> int:
         return 2 if self.name in _OURS else _timm().get_optimizer_info(self.name).num_betas
 
+    def set_rates(self, groups: list[dict[str, Any]], lr: float, progress: float) -> None:
+        """Give parameter groups their learning rates, and their decay at `progress` of the run."""
+        decay = self.weight_decay
+        if self.weight_decay_end is not None:
+            decay = cosine(progress, decay, self.weight_decay_end)
+        for group in groups:
+            group["lr"] = lr * group["lr_scale"]
+            if group["adapt"]:
+                group["weight_decay"] = decay
+
     def options(self) -> dict[str, Any]:
         """The options that were set, as keyword arguments of the optimizer."""
         names = ("betas", "momentum", "eps", "trust_coefficient")
@@ -229,31 +248,55 @@ def check_optimizer(name: str, zero_stage: int) -> None:
         )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Two groups for an optimizer: parameters that decay, and those that neither decay nor adapt.
 
+    layer_decay: below 1, two for each layer of model.encoder, as timm counts them, with `lr_scale`
+    layer_decay ** (layers above it); what is not the encoder's has the scale 1.
     The second holds biases and all of one dimension (norms), cls, mask and register tokens,
     position embeddings, and what a submodule's `no_weight_decay()` names (timm's convention;
     wildcards allowed).  `adapt` is read by LARS and LAMB.  Frozen parameters are in no group and
-    an empty group is left out, as DeepSpeed asks.  Raises ValueError when nothing is trainable.
+    an empty group is left out, as DeepSpeed asks.  Raises ValueError when nothing is trainable,
+    and for layer_decay with an encoder whose layers timm does not know.
     """
     spared = []
     for prefix, module in model.named_modules():
         names = getattr(module, "no_weight_decay", None)
         if callable(names):
             spared += [f"{prefix}.{name}" if prefix else name for name in names()]  # type: ignore
-    decayed, plain = [], []
+    scales = _layer_scales(model, layer_decay) if layer_decay < 1 else {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for scale in sorted({1.0, *scales.values()}, reverse=True):
+        groups[scale, True] = {"weight_decay": weight_decay, "adapt": True}
+        groups[scale, False] = {"weight_decay": 0.0, "adapt": False}
+    for (scale, _), group in groups.items():
+        group |= {"params": [], "lr_scale": scale}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            (plain if _is_plain(name, param, spared) else decayed).append(param)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "adapt": True},
-        {"params": plain, "weight_decay": 0.0, "adapt": False},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+            decays = not _is_plain(name, param, spared)
+            groups[scales.get(id(param), 1.0), decays]["params"].append(param)
+    filled = [group for group in groups.values() if group["params"]]
+    if not filled:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    return groups
+    return filled
+
+
+def _layer_scales(model: Any, layer_decay: float) -> dict[int, float]:
+    """The scale of each parameter of the encoder, by its id()."""
+    from timm.models import group_parameters
+
+    encoder = model.encoder
+    if not hasattr(encoder, "group_matcher"):
+        raise ValueError(
+            f"optim.layer_decay={layer_decay} wants an encoder whose layers timm knows "
+            f"(group_matcher), which {type(encoder).__name__} is not"
+        )
+    layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    named = dict(encoder.named_parameters())
+    return {id(named[name]): layer_decay ** (last - k) for name, k in layers.items()}
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
@@ -261,7 +304,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer
 
     Under DeepSpeed call `after_initialize` as well, and set each group's lr before each step.
     """
-    groups = parameter_groups(model, cfg.weight_decay)
+    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay)
     if cfg.name == "lars":
         return LARS(groups, cfg.lr, **cfg.options())
     if cfg.name == "lamb":

@@ -172,6 +172,28 @@ def test_micro_batches_are_the_batch_and_labels_go_along():
     torch.testing.assert_close(join(parts), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (3, "fp32"), (1, "bf16")])
+def test_lower_layers_move_less(stage, precision):
+    moved = []
+    cut = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    cfg = EngineConfig(zero_stage=stage, precision=precision, deepspeed=cut)
+    with launch.session("cpu"):
+        for decay in (1.0, 0.5):
+            optim = OptimConfig(name="momentum", momentum=0.0, weight_decay=0, layer_decay=decay)
+            e = Engine(method(), optim, cfg, device=torch.device("cpu"), batch_size=8)
+            before = e.encoder_state()
+            e.step(batch(), 1e-2)
+            after = e.encoder_state()
+            moved.append({n: (after[n] - before[n]).norm() for n in before})
+    for layer, scale in {
+        "blocks.1.mlp.fc1": 1.0,
+        "blocks.0.mlp.fc1": 0.5,
+        "patch_embed.proj": 0.25,
+    }.items():
+        share = moved[1][f"{layer}.weight"] / moved[0][f"{layer}.weight"]
+        torch.testing.assert_close(share.item(), scale, rtol=1e-3, atol=0)
+
+
 def test_activation_checkpointing_changes_nothing_but_memory():
     results = []
     with launch.session("cpu"):

@@ -65,6 +65,35 @@ def test_groups_agree_with_timms_on_a_vit():
         assert {id(p) for p in ours["params"]} == {id(p) for p in match["params"]}
 
 
+def test_layers_decay_as_timms_do_and_the_head_does_not():
+    model = nn.Module()
+    model.encoder, model.head = Backbone().vit, nn.Linear(3, 3)
+    theirs = timm.optim.param_groups_layer_decay(
+        model.encoder, 0.1, layer_decay=0.5, no_weight_decay_list=("*_token", "pos_embed")
+    )
+    wanted = {id(p): (g["lr_scale"], g["weight_decay"]) for g in theirs for p in g["params"]}
+    wanted |= {id(model.head.weight): (1.0, 0.1), id(model.head.bias): (1.0, 0.0)}
+    ours = parameter_groups(model, 0.1, 0.5)
+    assert {id(p): (g["lr_scale"], g["weight_decay"]) for g in ours for p in g["params"]} == wanted
+    assert len({g["lr_scale"] for g in ours}) > 2
+    model.encoder = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"optim.layer_decay=0.5 wants .* which Linear is not"):
+        parameter_groups(model, 0.1, 0.5)
+
+
+def test_rates_and_decay_go_with_the_progress():
+    groups = [
+        {"lr_scale": scale, "adapt": adapt, "weight_decay": 0.04 * adapt}
+        for scale, adapt in ((1.0, True), (0.5, False))
+    ]
+    for progress, decay in ((0.0, 0.04), (0.5, 0.22), (1.0, 0.4)):
+        OptimConfig(weight_decay=0.04, weight_decay_end=0.4).set_rates(groups, 0.1, progress)
+        assert [g["lr"] for g in groups] == [0.1, 0.05]
+        assert groups[0]["weight_decay"] == pytest.approx(decay) and groups[1]["weight_decay"] == 0
+    OptimConfig(weight_decay=0.04).set_rates(groups, 0.1, 1.0)
+    assert groups[0]["weight_decay"] == 0.04
+
+
 def test_submodules_name_their_own_exceptions():
     inner = nn.Linear(3, 3, bias=False)
     inner.no_weight_decay = lambda: ["weight"]  # pyright: ignore[reportAttributeAccessIssue]

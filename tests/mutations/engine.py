@@ -79,6 +79,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/peers._watch": [("!= _BYE", "== _BYE"), ("lost.append(rank)", "lost.append(0)")],
     "engine/optim._is_plain": [("param.ndim <= 1", "param.ndim <= 0"), ('"_token"', '"token_"')],
     "engine/optim._options_fit_the_name": [("0 <= beta < 1", "0 <= beta <= 1")],
+    "engine/optim._layer_scales": [("(last - k)", "(last - k + 1)")],
+    "engine/optim.set_rates": [
+        ('lr * group["lr_scale"]', "lr"),
+        ('if group["adapt"]:', 'if not group["adapt"]:'),
+    ],
     "engine/optim.parameter_groups": [
         ("if param.requires_grad", "if param is not None"),
         ('"weight_decay": 0.0', '"weight_decay": weight_decay'),
