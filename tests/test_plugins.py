@@ -27,7 +27,7 @@ method: {name: agree, pull: 10.0}
 model: {name: dot_mlp, kwargs: {width: 12}}
 data: {source: {name: dots, count: 160}, workers: 1, overrides: {noise: 0.2}}
 optim: {lr: 1.0e-2, schedule: {name: halving}}
-log: {every: 1}
+log: {every: 1, tensorboard: false}
 checkpoint: {every: 1}
 plugins: [dots_ssl]
 """
