@@ -12,7 +12,7 @@ from fastssl.data.synthetic.clips import ClipsSource
 from fastssl.data.synthetic.clouds import CloudsSource
 from fastssl.data.synthetic.signals import SignalsSource
 from fastssl.data.synthetic.volumes import VolumesSource
-from fastssl.data.views.spec import KINDS, view_spec
+from fastssl.data.views.spec import VIEWS, view_spec
 
 SOURCES = {
     "clips": ClipsSource(classes=2, per_class=12, frames=4, size=16),
@@ -31,10 +31,10 @@ def parts(kind):
 
 
 def test_every_preset_has_a_source_here():
-    assert set(KINDS) == set(SOURCES)
+    assert set(VIEWS) == set(SOURCES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIEWS)
 def test_batches_do_not_depend_on_ranks_or_workers(kind):
     (train, _), spec = parts(kind)
     (whole,) = PretrainLoader(train, spec, batch_size=8, seed=3).stream(1, 2)
@@ -49,7 +49,7 @@ def test_batches_do_not_depend_on_ranks_or_workers(kind):
     assert torch.equal(torch.cat([b["views"][0] for b in ranks]), view)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIEWS)
 def test_evaluation_reads_every_item_once(kind):
     (_, test), spec = parts(kind)
     batches = list(EvalLoader(test, spec, 3))
@@ -58,7 +58,7 @@ def test_evaluation_reads_every_item_once(kind):
     assert torch.equal(batches[0]["view"][1], plain.apply(test.item(1), 0)[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIEWS)
 def test_sources_and_specs_can_be_sent_to_workers(kind):
     (train, _), spec = parts(kind)
     again, same = pickle.loads(pickle.dumps((train, spec)))
