@@ -293,7 +293,8 @@ def _layer_scales(model: Any, layer_decay: float) -> dict[int, float]:
             f"optim.layer_decay={layer_decay} wants an encoder whose layers timm knows "
             f"(group_matcher), which {type(encoder).__name__} is not"
         )
-    layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+    matcher = encoder.group_matcher(coarse=False)
+    layers: Any = group_parameters(encoder, matcher, reverse=True)
     last = max(layers.values())
     named = dict(encoder.named_parameters())
     return {id(named[name]): layer_decay ** (last - k) for name, k in layers.items()}
