@@ -139,7 +139,10 @@ class OneOf:
 
     def validate(self, value: Any) -> BaseModel:
         if isinstance(value, BaseModel):
-            return value
+            if any(type(value) is entry.config for entry in self.registry.entries.values()):
+                return value
+            kind = {"kind": self.registry.kind}
+            raise PydanticCustomError("value_error", "it must be a {kind}'s section", kind)
         if not isinstance(value, Mapping):
             raise PydanticCustomError("dict_type", "it must be a mapping of keys")
         if "name" not in value:

@@ -3,17 +3,20 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from fastssl import cli
 from fastssl.config import ConfigError, load, resolve
 from fastssl.data.datasets import SOURCES
 from fastssl.data.views.spec import VIEWS
-from fastssl.engine.optim import SCHEDULES
+from fastssl.engine.optim import SCHEDULES, CosineSchedule, ScheduleConfig
 from fastssl.methods import METHODS
+from fastssl.methods.configs import SimCLRConfig
 from fastssl.models import MODELS
 from fastssl.registry import PluginError, Registry, import_plugin
 from fastssl.run.train import pretrain
@@ -124,6 +127,12 @@ def test_two_of_one_name_are_refused():
     registry.add("mine", "here:Anew")  # a module that is read again
     with pytest.raises(PluginError, match="two methods are named 'mine', of here and of there"):
         registry.add("mine", "there:Mine")
+    from fastssl.registry import OneOf
+
+    schedules = TypeAdapter(Annotated[ScheduleConfig, OneOf(SCHEDULES)])
+    assert schedules.validate_python(CosineSchedule()) == CosineSchedule()
+    with pytest.raises(ValueError, match="it must be a schedule's section"):
+        schedules.validate_python(SimCLRConfig())
     import fastssl
 
     def resnet18():

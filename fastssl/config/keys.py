@@ -97,17 +97,23 @@ def check_model(mapping: dict[str, Any]) -> None:
 
 def _no_model(name: str) -> str:
     """Why timm and we have no model of that name, or nothing."""
-    timm = find_spec("timm")
-    if timm is None or timm.origin is None:
-        return ""
-    folders = Path(timm.origin).parent / "models", Path(__file__).parents[1] / "models"
-    text = "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.py")))
-    if re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text) or _is_added(name):
+    text = _models_text()
+    if not text or re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text) or _is_added(name):
         return ""
     known = re.findall(r"@register_model(?:\(.+\))?\s+def (\w+)", text)
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"model.name={name!r} is not a timm model{hint}"
+
+
+@lru_cache
+def _models_text() -> str:
+    """The source of timm's models and ours; nothing where there is no timm."""
+    timm = find_spec("timm")
+    if timm is None or timm.origin is None:
+        return ""
+    folders = Path(timm.origin).parent / "models", Path(__file__).parents[1] / "models"
+    return "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.py")))
 
 
 def _is_added(name: str) -> bool:

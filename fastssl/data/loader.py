@@ -301,15 +301,18 @@ class PretrainLoader:
 
         The ranks have as many of a short batch, or one more.
         """
-        left = len(self.source) - step % self.steps_per_epoch * self.batch_size
-        count = min(self.batch_size, left)
+        count = self._count(step)
         return count * self.rank // self.world, count * (self.rank + 1) // self.world
 
     def even_rows(self, step: int) -> int:
         """How many samples of a step every rank has, its first ones: all, or of a short batch what
         divides among the ranks."""
+        return self._count(step) // self.world
+
+    def _count(self, step: int) -> int:
+        """How many samples of a step, over all ranks, are no padding."""
         left = len(self.source) - step % self.steps_per_epoch * self.batch_size
-        return min(self.batch_size, left) // self.world
+        return min(self.batch_size, left)
 
     def _padding(self, step: int) -> torch.Tensor:
         """(b,) bool: which of this rank's samples of a step only fill up the epoch's last batch."""

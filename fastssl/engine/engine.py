@@ -116,6 +116,10 @@ class Engine:
             batch = self.method.prepare(self._move(batch))
         for i, (micro, share) in enumerate(self._split(batch)):
             out = self.ds(micro, prepared=prepared)
+            loss = out.get("loss") if isinstance(out, dict) else None
+            if not isinstance(loss, Tensor) or loss.ndim:
+                name = type(self.method).__name__
+                raise EngineError(f"{name}.loss must return {{'loss': a 0-d tensor, ...}}")
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
             finite = finite & torch.isfinite(out["loss"].detach())

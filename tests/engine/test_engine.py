@@ -194,6 +194,13 @@ def test_lower_layers_move_less(stage, precision):
         torch.testing.assert_close(share.item(), scale, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("out", [{}, torch.zeros(()), {"loss": torch.zeros(3)}], ids=str)
+def test_a_method_without_a_loss_is_named(out, monkeypatch):
+    monkeypatch.setattr(MAE, "loss", lambda *args: out)
+    with launch.session("cpu"), pytest.raises(EngineError, match="MAE.loss must return {'loss': "):
+        engine(0, "fp32").step(batch(), 1e-3)
+
+
 def test_activation_checkpointing_changes_nothing_but_memory():
     results = []
     with launch.session("cpu"):

@@ -30,6 +30,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
             "if not found:\n                raise",
         )
     ],
+    "registry.validate": [("is entry.config for", "is not None for")],
     "registry.plugins_of": [("if not entry.is_ours", "if entry.is_ours")],
     "registry.import_plugin": [
         ("part.isidentifier()", "part"),

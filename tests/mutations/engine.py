@@ -11,7 +11,7 @@ TESTS = {
     "engine/engine": (
         f"{ENGINE} tests/train/test_train.py",
         "not_finite or merged_last or one_process or as_one or of_one or divide or micro"
-        " or moves_the or padding",
+        " or moves_the or padding or without_a_loss",
     ),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
@@ -54,6 +54,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),
         ("finite & torch.isfinite", "finite | torch.isfinite"),
         ("join(kept) if kept", "kept[0] if kept"),
+        ("or loss.ndim:", "or False:"),
         ("prepared=prepared)", "prepared=False)"),
         ("not self.method.couples_batch", "self.method.couples_batch"),
     ],
