@@ -53,6 +53,9 @@ Overrides = Annotated[
 Plugins = Annotated[
     list[str] | None, typer.Option(help="A module whose methods, sources ... can be named.")
 ]
+Encoder = Annotated[
+    str, typer.Option(help="Which of the run's networks, as teacher; by default the primary one.")
+]
 RunPath = Annotated[Path, typer.Argument(help="A run's directory, runs/NAME.")]
 
 
@@ -103,15 +106,15 @@ def pretrain(
 
 
 @app.command(name="eval")
-def evaluate(run: RunPath) -> None:
+def evaluate(run: RunPath, encoder: Encoder = "") -> None:
     """Measure a run's encoder again: kNN, linear probe, RankMe, alignment, uniformity."""
     from fastssl.data.datasets import open_source
     from fastssl.export import load_encoder
     from fastssl.run.evaluation import evaluate_on, scores
 
-    encoder, cfg, _ = load_encoder(run)
+    network, cfg, _ = load_encoder(run, encoder)
     split = open_source(cfg.data.source, cfg.seed)
-    measured, parts = evaluate_on(cfg, split, cfg.views(), encoder)
+    measured, parts = evaluate_on(cfg, split, cfg.views(), network)
     table = Table("measure", "value")
     for name, value in scores(measured).items():
         table.add_row(name, _number(name, value))
@@ -131,11 +134,12 @@ def embed(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The .npz file to write.")] = Path("features.npz"),
+    encoder: Encoder = "",
 ) -> None:
     """Write features, labels, names and split of every image of DATA to an .npz file."""
     from fastssl.export import embed_to_file
 
-    count, bad = embed_to_file(run, data, out)
+    count, bad = embed_to_file(run, data, out, encoder)
     console.print(f"{count} items -> {out}", markup=False)
     for name, reason in bad:
         console.print(f"skipped {name}: {reason}", markup=False)
@@ -148,12 +152,14 @@ def export(
     format: Annotated[
         str, typer.Option(help="timm (a directory) or safetensors (a file).")
     ] = "timm",
+    encoder: Encoder = "",
 ) -> None:
     """Write a run's encoder for use elsewhere, and read it back to be sure."""
     from fastssl.export import export as write
 
-    default = {"timm": run / "encoder-timm", "safetensors": run / "encoder.safetensors"}
-    written = write(run, out or default.get(format, run), format)
+    named = f"encoder-{encoder}" if encoder else "encoder"
+    default = {"timm": run / f"{named}-timm", "safetensors": run / f"{named}.safetensors"}
+    written = write(run, out or default.get(format, run), format, encoder)
     console.print(f"{written}", markup=False)
     if format == "timm":
         console.print(f'timm.create_model("local-dir:{written}", pretrained=True)', markup=False)

@@ -24,7 +24,8 @@ from fastssl.data.datasets import (
 )
 from fastssl.data.errors import DataError
 from fastssl.data.views.image import Views
-from fastssl.engine.checkpoint import CheckpointError, encoder_weights
+from fastssl.engine.checkpoint import CheckpointError
+from fastssl.engine.encoders import encoder_weights
 from fastssl.evaluate.embed import EmbedConfig, embed
 from fastssl.files import write_atomically
 from fastssl.models import MODELS, backbone_arguments, build_backbone, channels_of, feature_dim
@@ -43,18 +44,21 @@ class Encoder(nn.Module):
         return self.backbone(images.to(device)).float()
 
 
-def load_encoder(run: Path, *, device: str = "auto") -> tuple[Encoder, RunConfig, int]:
-    """The encoder of a run's newest intact checkpoint, its configuration, and its channels.
+def load_encoder(
+    run: Path, name: str = "", *, device: str = "auto"
+) -> tuple[Encoder, RunConfig, int]:
+    """An encoder of a run's newest intact checkpoint, its configuration, and its channels.
 
-    Raises ConfigError when `run` is none, CheckpointError when it has no intact checkpoint, or a
-    single tensor is missing or does not fit.
+    name: of one of the method's networks, such as "teacher"; the primary one by default.
+    Raises ConfigError when `run` is none, EngineError when it has no encoder of that name,
+    CheckpointError when it has no intact checkpoint, or a single tensor is missing or does not fit.
     """
-    cfg, (weights, channels) = config.load(run), encoder_weights(run)
-    name, kwargs = cfg.model.name, cfg.model.kwargs
+    cfg, (weights, channels) = config.load(run), encoder_weights(run, name)
+    model, kwargs = cfg.model.name, cfg.model.kwargs
     if channels is None:  # of a run before it was written down
-        channels = channels_of(name, kwargs, weights, lambda c: cfg.views().shapes(c)[0])
+        channels = channels_of(model, kwargs, weights, lambda c: cfg.views().shapes(c)[0])
     try:
-        backbone = build_backbone(name, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
+        backbone = build_backbone(model, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
@@ -66,12 +70,13 @@ def load_encoder(run: Path, *, device: str = "auto") -> tuple[Encoder, RunConfig
     return Encoder(backbone.eval().to(device)), cfg, channels
 
 
-def export(run: Path, out: Path, fmt: str) -> Path:
-    """Write the encoder to `out` and read it back: every tensor must be there and equal.
+def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
+    """Write an encoder to `out` and read it back: every tensor must be there and equal.
 
     fmt "safetensors": one file.  fmt "timm": a directory that
     `timm.create_model("local-dir:OUT", pretrained=True)` loads, with timm's own key names; with
     num_classes=10 it gets a fresh classifier, and in_chans=4 adapts what reads 3 channels.
+    name: of the encoder, as `load_encoder` takes it.
     Raises ConfigError for another fmt, "timm" of a model that timm has not, or an `out` that exists
     and is something else.
     """
@@ -80,7 +85,7 @@ def export(run: Path, out: Path, fmt: str) -> Path:
     if out.is_dir() if fmt == "safetensors" else out.is_file():
         wanted = "file" if fmt == "safetensors" else "directory"
         raise ConfigError(f"--out {out} is there and no {wanted}, which {fmt} wants")
-    encoder, cfg, channels = load_encoder(run, device="cpu")
+    encoder, cfg, channels = load_encoder(run, name, device="cpu")
     if fmt == "timm" and cfg.model.name in MODELS:
         raise ConfigError(f"--format timm is for timm's models, not {cfg.model.name}: safetensors")
     backbone = encoder.backbone
@@ -113,15 +118,18 @@ def _writing(out: Path) -> Iterator[None]:
         raise ConfigError(f"--out {out} cannot be written: {error}") from error
 
 
-def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str, str]]]:
+def embed_to_file(
+    run: Path, data: str, out: Path, name: str = ""
+) -> tuple[int, list[tuple[str, str]]]:
     """Features of every item of `data`, to `out`; how many, and the ones that could not be read.
 
     data: digits, fractals, a folder (class folders or flat), or the name of the run's own source.
+    name: of the encoder, as `load_encoder` takes it.
     The .npz holds features (N, F) float32, names (N,), split (N,) "train" or "test" as a run with
     this seed splits them, and where there are labels: labels (N,) int64 and classes.
     Raises DataError for data that cannot be used, and where its images have other channels.
     """
-    encoder, cfg, channels = load_encoder(run)
+    encoder, cfg, channels = load_encoder(run, name)
     views = cfg.views()
     how = EmbedConfig(views=views, batch_size=cfg.evaluate.batch_size, workers=cfg.data.workers)
     split = open_source(_source(data, cfg), cfg.seed)
@@ -129,12 +137,12 @@ def embed_to_file(run: Path, data: str, out: Path) -> tuple[int, list[tuple[str,
         raise DataError(
             f"the encoder of {run} reads {channels} channels; {data} has {split.train.channels}"
         )
-    parts = [(name, part) for name, part in zip(split._fields, split, strict=True) if len(part)]
-    done = [(name, part, embed(encoder, part, how)) for name, part in parts]
+    parts = [(which, part) for which, part in zip(split._fields, split, strict=True) if len(part)]
+    done = [(which, part, embed(encoder, part, how)) for which, part in parts]
     columns = {
         "features": np.concatenate([e.features.numpy() for _, _, e in done]),
         "names": np.array([part.name(i) for _, part, e in done for i in e.index.tolist()]),
-        "split": np.concatenate([np.full(len(e.index), name) for name, _, e in done]),
+        "split": np.concatenate([np.full(len(e.index), which) for which, _, e in done]),
     }
     if all(e.labels is not None for _, _, e in done):
         columns["labels"] = np.concatenate([e.labels.numpy() for _, _, e in done])  # type: ignore

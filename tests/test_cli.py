@@ -15,6 +15,8 @@ import fastssl
 from fastssl import cli
 from fastssl.config import ConfigError, dump, recipes
 from fastssl.data.errors import DataError
+from fastssl.engine.config import EngineError
+from fastssl.run.build import build
 from fastssl.run.train import pretrain
 from tests.ranks import start
 from tests.runs import tiny
@@ -105,7 +107,7 @@ def test_exports_load_whole(run, tmp_path):
     torch.testing.assert_close(mine[0], torch.from_numpy(first), rtol=1e-4, atol=1e-5)
 
 
-def test_of_a_student_and_a_teacher_the_students_encoder_is_exported(tmp_path):
+def test_of_a_student_and_a_teacher_each_encoder_is_exported_by_its_name(tmp_path):
     cfg = tiny("mocov3", tmp_path, epochs=1, method__momentum=0.9)
     pretrain(cfg)
     call("export", cfg.directory, "--format", "safetensors", "--out", tmp_path / "e.safetensors")
@@ -113,8 +115,23 @@ def test_of_a_student_and_a_teacher_the_students_encoder_is_exported(tmp_path):
     saved = torch.load(file, weights_only=False)["module"]
     weights = load_file(tmp_path / "e.safetensors")
     assert weights and all(torch.equal(saved[f"student.0.{k}"], v) for k, v in weights.items())
-    name = "blocks.0.attn.qkv.weight"
-    assert not torch.equal(saved[f"teacher.model.0.{name}"], weights[name])
+    call("export", cfg.directory, "--format", "safetensors", "--encoder", "teacher")
+    teacher = load_file(cfg.directory / "encoder-teacher.safetensors")
+    assert all(torch.equal(saved[f"teacher.model.0.{k}"], teacher[k]) for k in weights)
+    assert not all(torch.equal(teacher[k], weights[k]) for k in weights)
+    by = ("--encoder", "teacher", "--out", tmp_path / "f.npz")
+    call("embed", cfg.directory, cfg.data.source.name, *by)
+    assert len(np.load(tmp_path / "f.npz")["features"]) == 140
+    for words in (["eval"], ["export"], ["embed"]):
+        with pytest.raises(EngineError, match="no encoder of the name 'x'; there are: encoder, te"):
+            words += [cfg.directory] + ["digits"] * (words == ["embed"])
+            call(*words, "--encoder", "x")
+    start = {"name": "next", "epochs": 1, "model__weights": f"{cfg.directory}:teacher"}
+    begun = build(tiny("mae", tmp_path, **start), 1, []).encoder.state_dict()
+    torch.testing.assert_close(begun, teacher, rtol=0, atol=0)
+    start["model__weights"] = f"{cfg.directory}:x"
+    with pytest.raises(ConfigError, match="model.weights=.*run:x: .*there are: encoder, teacher"):
+        build(tiny("mae", tmp_path, **start), 1, [])
     row = json.loads((cfg.directory / "results.json").read_text())["rows"][0]
     assert f"{100 * row['knn']:.1f} %" in call("eval", cfg.directory)
 

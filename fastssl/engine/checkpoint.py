@@ -2,7 +2,8 @@
 
     checkpoints/
       step-00000123/     manifest.json (sha256 of every file), trainer.json, rng-0.pt ...,
-                         encoder.safetensors (float32, timm's names), deepspeed/ (its own state)
+                         encoder.safetensors (float32, timm's names), encoder-NAME.safetensors of
+                         each other network of the method, deepspeed/ (its own state)
       latest             the newest name, moved last;  best: the best one's name
 A file is opened only where the manifest names it and nothing else lies there; what is unpickled are
 tensors and plain values alone, so that a stranger's checkpoint cannot run code.
@@ -17,7 +18,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fastssl import distributed
 from fastssl.files import sync, write_atomically
@@ -108,17 +109,16 @@ class Checkpoints:
         if distributed.rank() == 0:
             _try(errors, lambda: _fresh_directory(aside))
         self._all_ok(errors, aside)
-        encoder = engine.encoder_state()
-        if not all(torch.isfinite(value).all() for value in encoder.values()):
-            errors.append("the encoder's weights are not finite")
+        networks = list(engine.method.networks())
+        for network, file in encoder_files(networks).items():  # one after another: each is whole
+            _write_encoder(engine, network, aside / file, errors)
         self._all_ok(errors, aside)
         with _recording(engine, errors):
             engine.ds.save_checkpoint(str(aside), tag=TAG, save_latest=False)
         _try(errors, lambda: torch.save(_rng_state(), aside / f"rng-{distributed.rank()}.pt"))
         if distributed.rank() == 0:
-            _try(errors, lambda: save_file(encoder, aside / "encoder.safetensors"))
             kept = {"format": FORMAT, "step": step, "world": distributed.world_size()}
-            text = json.dumps(kept | trainer)
+            text = json.dumps(kept | {"networks": networks} | trainer)
             _try(errors, lambda: write_atomically(aside / "trainer.json", text))
         self._all_ok(errors, aside)
         self._seal(aside, name, errors, best)
@@ -227,7 +227,7 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())["files"]
         trainer = json.loads((path / "trainer.json").read_text())
-        step, world = trainer["step"], trainer["world"]
+        step, world, encoders = trainer["step"], trainer["world"], networks_of(trainer)
         sums = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or trainer.json: {type(error).__name__} {error}"
@@ -235,7 +235,8 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
         return f"trainer.json is of step {step!r} and {world!r} processes"
     there = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_symlink() or not f.is_dir()}
     strange = sorted(there - {"manifest.json", *sums})
-    wanted = {"trainer.json", "encoder.safetensors", *(f"rng-{rank}.pt" for rank in range(world))}
+    wanted = {"trainer.json", *(f"rng-{rank}.pt" for rank in range(world))}
+    wanted |= {*encoder_files(encoders).values()}
     if strange:
         return f"the manifest does not name {strange[0]}"
     if wanted - sums.keys() or not any(name.endswith("model_states.pt") for name in sums):
@@ -288,32 +289,34 @@ def _unpickling_plain_values(engine: Engine) -> Iterator[None]:
         del reader.load
 
 
-def encoder_file(run: Path) -> Path:
-    """Where the encoder's weights in a run's newest intact checkpoint are.
+def networks_of(trainer: dict[str, Any]) -> list[str]:
+    """The names of a checkpoint's encoders, the primary first, as its trainer.json has them.
 
-    Raises CheckpointError when there is none.
+    Raises ValueError for what are no names: files are opened by them.
     """
-    checkpoints = Checkpoints(run, CheckpointConfig())  # type: ignore[call-arg]
-    reasons = []
-    for name in checkpoints.names():
-        reason = damaged(checkpoints.folder / name)
-        if reason is None:
-            return checkpoints.folder / name / "encoder.safetensors"
-        reasons.append(f"{name}: {reason}")
-    raise CheckpointError(f"{run} holds no intact checkpoint {reasons or ''}".rstrip())
+    names = trainer.get("networks", ["encoder"])  # of before there were several
+    if not isinstance(names, list) or not names or not all(map(is_network, names)):
+        raise ValueError(f"networks {names!r}")
+    return names
 
 
-def encoder_weights(run: Path) -> tuple[dict[str, torch.Tensor], int | None]:
-    """The encoder's weights in a run's newest intact checkpoint, and its channels if they are told.
+def is_network(name: object) -> bool:
+    return isinstance(name, str) and name.isidentifier() and name.isascii()
 
-    Raises CheckpointError when there is none, or the file is no safetensors.
-    """
-    path = encoder_file(run)
-    channels = json.loads(path.with_name("trainer.json").read_text()).get("channels")
-    try:
-        return load_file(path), channels if type(channels) is int and channels > 0 else None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} holds no weights: {error}") from error
+
+def encoder_files(names: Sequence[str]) -> dict[str, str]:
+    """The file of each encoder, by name."""
+    first, *others = names
+    return {first: "encoder.safetensors"} | {n: f"encoder-{n}.safetensors" for n in others}
+
+
+def _write_encoder(engine: Engine, name: str, path: Path, errors: list[str]) -> None:
+    """Rank 0 writes what is finite.  Collective."""
+    weights = engine.encoder_state(name, kept=distributed.rank() == 0)
+    if not all(torch.isfinite(value).all() for value in weights.values()):
+        errors.append(f"the weights of the network {name} are not finite")
+    elif distributed.rank() == 0:
+        _try(errors, lambda: save_file(weights, path))
 
 
 @contextlib.contextmanager

@@ -154,16 +154,22 @@ class Engine:
         parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
         return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
 
-    def encoder_state(self) -> dict[str, Tensor]:
-        """The encoder's whole tensors on the CPU, float32 masters where there are any.
+    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
+        """An encoder's whole tensors on the CPU, float32 masters where there are any.
 
-        Collective: call it on every rank; every rank gets the result.
+        name: among the method's networks; the first of them by default.
+        Collective: call it on every rank; one that has kept=False takes part, and gets nothing.
         """
-        encoder = self.method.encoder
+        networks = self.method.networks()
+        encoder = networks[name or next(iter(networks))]
         every = {"remove_duplicate": False}  # what two modules share has both names in a state_dict
         tensors = [*encoder.named_buffers(**every), *encoder.named_parameters(**every)]
-        state = {name: self._whole(tensor).cpu().clone() for name, tensor in tensors}
-        return {name: state[name] for name in encoder.state_dict()}
+        state: dict[str, Tensor] = {}
+        for key, tensor in tensors:
+            whole = self._whole(tensor)
+            if kept:
+                state[key] = whole.cpu().clone()
+        return {key: state[key] for key in encoder.state_dict() if kept}
 
     def write_scalars(self, scalars: dict[str, float], step: int) -> None:
         """To TensorBoard, on rank 0, through DeepSpeed's monitor."""

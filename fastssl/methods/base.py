@@ -84,6 +84,14 @@ class Method(nn.Module):
             targets = self.targets(batch)
         return self.loss(encoded, batch if targets is None else {**batch, "targets": targets})
 
+    def networks(self) -> dict[str, nn.Module]:
+        """What can be evaluated and exported, by name, the primary one first.
+
+        Each maps views to features (B, F), and stands in every checkpoint.  A method with a teacher
+        gives its encoder too, as "teacher".
+        """
+        return {"encoder": self.encoder}
+
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> pooled features (B, F) float32: what evaluation and users read."""
         return self.encoder(self.cast(images)).float()

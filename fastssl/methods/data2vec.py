@@ -46,6 +46,10 @@ class Data2Vec(Method):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.student.vit
 
+    def networks(self) -> dict[str, nn.Module]:
+        teacher = self.teacher.model.get_submodule("masked.vit")
+        return {"encoder": self.encoder, "teacher": teacher}
+
     def mask(self, seeds: Tensor, keep: int) -> Masking:
         """M masks of each sample, one after another: B M rows.  seeds (B,) int64."""
         drawn = hashes(seeds, self.cfg.masks).flatten()

@@ -47,6 +47,10 @@ class IJEPA(Method):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.student.vit
 
+    def networks(self) -> dict[str, nn.Module]:
+        teacher = self.teacher.model.get_submodule("vit")
+        return {"encoder": self.encoder, "teacher": teacher}
+
     def mask(self, seeds: Tensor) -> Blocks:
         """Each sample's context and targets; seeds (B,) int64."""
         context, target = self.counts

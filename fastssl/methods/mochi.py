@@ -36,6 +36,10 @@ class MoCHi(Method):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.student[0]
 
+    def networks(self) -> dict[str, nn.Module]:
+        teacher = self.teacher.model.get_submodule("0")
+        return {"encoder": self.encoder, "teacher": teacher}
+
     def encode(self, batch: Batch) -> Tensor:
         return self.encoder(self.cast(batch["views"][0]))
 

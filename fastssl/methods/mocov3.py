@@ -34,6 +34,10 @@ class MoCoV3(Method):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.student[0]
 
+    def networks(self) -> dict[str, nn.Module]:
+        teacher = self.teacher.model.get_submodule("0")
+        return {"encoder": self.encoder, "teacher": teacher}
+
     def targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's features of every view."""
         encoder, _ = self.teacher.model.children()

@@ -65,6 +65,10 @@ class TJEPA(Method):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.student.table
 
+    def networks(self) -> dict[str, nn.Module]:
+        teacher = self.teacher.model.get_submodule("table")
+        return {"encoder": self.encoder, "teacher": teacher}
+
     def mask(self, seeds: Tensor) -> Blocks:
         """Each row's context (B, C) and targets (B, M, T), ascending; seeds (B,) int64."""
         M, T, columns = self.cfg.blocks, self.target, self.student.table.columns

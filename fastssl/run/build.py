@@ -12,7 +12,9 @@ from fastssl.data.batch.ops import check_batch_ops
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.render.backend import Rendering, choose_backend
 from fastssl.data.sources.base import Source, Split
-from fastssl.engine.checkpoint import CheckpointError, encoder_weights
+from fastssl.engine.checkpoint import CheckpointError, is_network
+from fastssl.engine.config import EngineError
+from fastssl.engine.encoders import encoder_weights
 from fastssl.methods import Method, build_method
 from fastssl.models import (
     build_backbone,
@@ -59,6 +61,7 @@ def build(
         for side in check_batch_ops(cfg.data.batch_ops, shapes):
             check_side(encoder, channels, side)
         method = build_method(encoder, cfg.method)
+        check_networks(method)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:
@@ -73,13 +76,24 @@ def read_start(model: ModelConfig) -> dict[str, torch.Tensor]:
     """The weights that model.weights names.  Raises ValueError, naming it, where there are none."""
     if model.weights == "timm":
         return timm_weights(model.name)
-    path = Path(model.weights).expanduser()
+    path, network = Path(model.weights).expanduser(), ""
+    if not path.exists() and ":" in path.name:
+        run, _, network = str(path).rpartition(":")
+        path = Path(run)
     if not path.is_dir():
-        return read_weights(path)
+        return read_weights(Path(model.weights).expanduser())
     try:
-        return encoder_weights(path)[0]
-    except CheckpointError as error:
-        raise ValueError(f"model.weights={path}: {error}") from error
+        return encoder_weights(path, network)[0]
+    except (CheckpointError, EngineError) as error:
+        raise ValueError(f"model.weights={model.weights}: {error}") from error
+
+
+def check_networks(method: Method) -> None:
+    """Raise ValueError where the method's networks cannot be kept by their names."""
+    networks = method.networks()
+    if not networks or not all(map(is_network, networks)):
+        what = f"{type(method).__name__}.networks()"
+        raise ValueError(f"{what} must be modules by name, as 'teacher': got {list(networks)}")
 
 
 def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:

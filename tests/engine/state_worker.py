@@ -93,6 +93,14 @@ def skipped(rank: int, world: int) -> list[str]:
     return changed
 
 
+def teachers(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """The student's and the teacher's encoder after a step at stage 3, on the first rank alone."""
+    e = engine("mocov3", "vit_tiny_patch16_224", 8, zero_stage=3, deepspeed=CUT)
+    assert e.step(batch(rank, world, 2, 16), 1e-1, progress=0.1).applied
+    names = ("", "teacher")
+    return [e.encoder_state(name, kept=rank == 0) for name in names]
+
+
 def _everything(e: Engine) -> list[tuple[str, Tensor]]:
     return [*e.method.named_buffers(), *e.method.named_parameters()]
 

@@ -74,6 +74,7 @@ def steps(rank, world, folder):
         found["norms"] = state_worker.norms(rank, world)
         found["halves"] = state_worker.halves(rank, world)
         found["skipped"] = state_worker.skipped(rank, world)
+        found["teachers"] = state_worker.teachers(rank, world)
         found["moved once"] = state_worker.moved_once(rank, world)
         for name in ("ijepa", "data2vec"):
             found[f"resumed {name}"] = state_worker.resumed(rank, world, folder, name)
@@ -219,6 +220,15 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     (plain, a), (lean, b) = results
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert lean < 0.7 * plain
+
+
+def test_a_teacher_that_is_cut_is_given_whole_to_the_rank_that_keeps_it(ran):
+    (one,), (first, second) = ran
+    torch.testing.assert_close(first["teachers"], one["teachers"], rtol=1e-4, atol=1e-6)
+    student, teacher = first["teachers"]
+    assert student.keys() == teacher.keys() == method().encoder.state_dict().keys()
+    moved = [(student[k] - teacher[k]).abs().max() > 1e-5 for k in student]
+    assert sum(moved) > len(moved) / 2 and second["teachers"] == [{}, {}]
 
 
 def test_what_modules_share_has_both_names():

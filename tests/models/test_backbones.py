@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastssl.data.datasets import open_source
-from fastssl.engine.checkpoint import encoder_file
+from fastssl.engine.encoders import encoder_file
 from fastssl.export import embed_to_file, export, load_encoder
 from fastssl.models import MODELS, build_backbone, channels_of, feature_dim
 from fastssl.run.train import pretrain

@@ -8,10 +8,11 @@ TESTS = {
         "executes or whole_and_of or is_code or newest_and_the_best or directory_in"
         " or reader_that_dies",
     ),
+    "engine/encoders": ("tests/test_cli.py", "by_its_name"),
     "engine/engine": (
         f"{ENGINE} tests/train/test_train.py",
         "not_finite or merged_last or one_process or as_one or of_one or divide or micro"
-        " or moves_the or padding or without_a_loss",
+        " or moves_the or padding or to_the_rank or without_a_loss",
     ),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
@@ -36,7 +37,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('path.name != f"step', 'path.name == f"step'),
         ("if f.is_symlink() or not f.is_dir()", "if f.is_file()"),
         ('- {"manifest.json", *sums}', '- {"manifest.json", *there}'),
-        ('"encoder.safetensors", *(', "*("),
+        ("encoder_files(encoders).values()}", "encoder_files(encoders[:1]).values()}"),
         ("if wanted - sums.keys() or", "if"),
         ('or not any(name.endswith("model', 'or any(name.endswith("xmodel'),
         ("if name not in there:", "if name in ():"),
@@ -45,8 +46,14 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("st_size != size", "st_size < 0"),
         ("_sha256(file) != checksum", "_sha256(file) is checksum"),
     ],
+    "engine/checkpoint.networks_of": [("or not all(map(is_network, names))", "or False")],
+    "engine/encoders.encoder_file": [
+        ("if name and name not in files", "if name in files"),
+        ("files[name or next", "files[next"),
+    ],
     "engine/checkpoint._unreadable": [("if _STATES.fullmatch(name)", "if 'rng' in name")],
     "engine/checkpoint._load_state": [("weights_only=True", "weights_only=False")],
+    "engine/engine.encoder_state": [("name or next(", "next("), ("if kept:", "if True:")],
     "engine/engine.__init__": [("if batch_size % shares:", "if batch_size < shares:")],
     "engine/engine.step": [
         ('float("nan"))', "1.0)"),

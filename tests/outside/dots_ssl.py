@@ -101,6 +101,9 @@ class Agree(Method):
         self.slow = EMA(encoder)
         self.criterion = VICRegLoss(cfg.pull)
 
+    def networks(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "teacher": self.slow.model}
+
     def loss(self, encoded: Any, batch: dict[str, Any]) -> dict[str, Any]:
         lag = F.mse_loss(self.slow(batch["views"][0]), encoded[0].detach())
         return {"loss": self.criterion(*map(self.head, encoded)), "lag": lag}

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,11 @@ def adds_a_state(checkpoint):
     sign(checkpoint)
 
 
+def adds_an_encoder(checkpoint):
+    shutil.copy(checkpoint / "encoder.safetensors", checkpoint / "encoder-x.safetensors")
+    sign(checkpoint)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """As `save` leaves one, of step 10 by one process, its states small."""
@@ -132,6 +138,10 @@ def checkpoint(tmp_path):
         ("[" * 100_000, "manifest"),
         (lambda c: forged_step(c, "x"), "trainer.json is of step 'x'"),
         (lambda c: forged_step(c, 5), "trainer.json is of step 5"),
+        (lambda c: forged_step(c, 10, networks=["a", "../x"]), "networks ['a', '../x']"),
+        (lambda c: forged_step(c, 10, networks=[]), "networks []"),
+        (lambda c: forged_step(c, 10, networks=["image", "depth"]), "encoder-depth.safetensors"),
+        (adds_an_encoder, "encoder-x.safetensors is no file of a checkpoint"),
         (lambda c: (c / ".hidden").write_text(""), "does not name .hidden"),
         (lambda c: os.mkfifo(c / "fifo"), "does not name fifo"),
         (lists_too_little, "does not name rng-0.pt"),
@@ -172,9 +182,9 @@ def test_the_newest_and_the_best_are_kept_and_the_newest_is_first(checkpoint):
     assert checkpoints.names() == ["step-00000100", "step-00000004"]
 
 
-def forged_step(checkpoint, step):
+def forged_step(checkpoint, step, **more):
     said = json.loads((checkpoint / "trainer.json").read_text())
-    (checkpoint / "trainer.json").write_text(json.dumps(said | {"step": step}))
+    (checkpoint / "trainer.json").write_text(json.dumps(said | {"step": step} | more))
     sign(checkpoint)
 
 
@@ -194,7 +204,9 @@ def test_a_reader_that_dies_meanwhile_fails_no_checkpoint(tmp_path):
         pass
 
     class Stub:
-        def encoder_state(self):
+        method = SimpleNamespace(networks=lambda: {"encoder": None})
+
+        def encoder_state(self, name, kept):
             os.kill(os.getpid(), signal.SIGCHLD)
             raise Reached
 

@@ -178,10 +178,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     save, handler = Engine.encoder_state, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill_the_disk(self):
+    def fill_the_disk(self, name, kept):
         if self.ds.global_steps == 10:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        return save(self)
+        return save(self, name, kept=kept)
 
     monkeypatch.setattr(Engine, "encoder_state", fill_the_disk)
     try:
