@@ -26,7 +26,7 @@ from fastssl.schedules import linear
 
 from .base import Batch, Method
 from .configs import Data2VecConfig
-from .places import MaskSchedule, draw_mask
+from .places import MaskSchedule, draw_mask, of_one_size
 
 
 class Data2Vec(Method):
@@ -35,7 +35,7 @@ class Data2Vec(Method):
     def __init__(self, encoder: nn.Module, cfg: Data2VecConfig):
         super().__init__()
         self.cfg = cfg
-        self.student = MaskedViT(encoder)
+        self.student = of_one_size(encoder, cfg.name)
         self.teacher = EMA(LayerMean(self.student, cfg.layers))
         L, width = self.student.num_patches, self.student.width
         self.schedule = MaskSchedule(cfg.mask_ratio, L)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens
 from fastssl.masking import Blocks, multi_block_masking
-from fastssl.models import EMA, LatentPredictor, MaskedViT
+from fastssl.models import EMA, LatentPredictor
 from fastssl.schedules import linear
 
 from .base import Batch, Method
 from .configs import IJEPAConfig
+from .places import of_one_size
 
 
 class IJEPA(Method):
@@ -32,7 +33,7 @@ class IJEPA(Method):
     def __init__(self, encoder: nn.Module, cfg: IJEPAConfig):
         super().__init__()
         self.cfg = cfg
-        self.student = MaskedViT(encoder)
+        self.student = of_one_size(encoder, cfg.name)
         self.teacher = EMA(self.student)
         L, width = self.student.num_patches, self.student.width
         self.predictor = LatentPredictor(width, **cfg.decoder, patches=L, values=width)

@@ -48,6 +48,20 @@ def patch_values(masked: MaskedViT) -> int:
     return prod(masked.patch) * masked.vit.patch_embed.proj.in_channels  # type: ignore
 
 
+def of_one_size(encoder: nn.Module, method: str) -> MaskedViT:
+    """`MaskedViT` for a method whose masks are drawn for the grid of one image size.
+
+    Raises ValueError for an encoder that is to read several.
+    """
+    masked = MaskedViT(encoder)
+    if masked.vit.dynamic_img_size:
+        raise ValueError(
+            f"method.name={method} hides patches of a fixed image size: give views of one size, "
+            "and model.kwargs.dynamic_img_size=false"
+        )
+    return masked
+
+
 class MaskedMethod(Method):
     """A method whose encoder is a ViT that reads some patches of an input, or all.
 
@@ -59,7 +73,7 @@ class MaskedMethod(Method):
 
     def __init__(self, encoder: nn.Module, cfg: Any):
         super().__init__()
-        self.cfg, self.masked = cfg, MaskedViT(encoder)
+        self.cfg, self.masked = cfg, of_one_size(encoder, cfg.name)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]

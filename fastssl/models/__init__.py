@@ -5,6 +5,7 @@ from .backbones import backbone_arguments as backbone_arguments
 from .backbones import build_backbone as build_backbone
 from .backbones import channels_of as channels_of
 from .backbones import check_features as check_features
+from .backbones import check_sizes as check_sizes
 from .backbones import feature_dim as feature_dim
 from .backbones import is_vit as is_vit
 from .backbones import probe as probe

@@ -5,7 +5,7 @@ signals, clouds of points or rows of a table.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -20,6 +20,9 @@ from fastssl.registry import PluginError, Registry
 # Norm before the mean over tokens, so that every layer of a pretrained encoder has been trained,
 # whichever tokens the pretext task read.
 _VIT_DEFAULTS = {"global_pool": "avg", "fc_norm": False}
+
+# Classes of timm's whose positions are interpolated to the size of an image, if they are told so.
+_INTERPOLATING = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 
 Arguments = Callable[[tuple[int, ...]], dict[str, Any]]
 GIVEN = "given"  # the name of a module from Python
@@ -66,13 +69,21 @@ _REFUSED = {
 }
 
 
-def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any]):
+def build_backbone(
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    kwargs: dict[str, Any],
+    others: Iterable[tuple[int, ...]] = (),
+):
     """The timm model `name`, randomly initialized, `num_classes=0`.
 
     shape: of what it reads, without the batch: (C, H, W) of images, which are square.
     kwargs: anything the timm model takes (embed_dim, depth, patch_size, drop_path_rate ...).
+    others: what else it is to read.  A ViT has its parameters for `shape`, and interpolates its
+    positions for other sizes.
     Raises ValueError for a name timm does not know (with the closest), for arguments it refuses,
-    and for patches that leave a part of each view unread.
+    for patches that leave a part of each view unread, and for a model of one size alone.
     """
     if name not in (*MODELS, GIVEN) and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -88,11 +99,15 @@ def build_backbone(name: str, *, shape: tuple[int, ...], kwargs: dict[str, Any])
         )
     what = f"{name} with model.kwargs={kwargs}"
     arguments = backbone_arguments(name, shape, kwargs)
+    shapes = list(dict.fromkeys([shape, *others]))
+    if len(shapes) > 1 and name not in MODELS and _returns(name) in _INTERPOLATING:
+        arguments = {"dynamic_img_size": True, **arguments}
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError, RuntimeError, ValueError, LookupError, OSError) as error:
         raise _not_taken(what, shape, error) from error
     check_features(model, shape, what)
+    check_sizes(model, shapes, what)
     return model
 
 
@@ -115,6 +130,20 @@ def check_features(model: nn.Module, shape: tuple[int, ...], what: str) -> None:
         model.num_features = features.shape[1]  # type: ignore[assignment]
 
 
+def check_sizes(model: nn.Module, shapes: Iterable[tuple[int, ...]], what: str) -> None:
+    """Raise ValueError for a model that takes the first of these shapes, but not all of them."""
+    first, *others = dict.fromkeys(shapes)
+    for shape in others:
+        try:
+            check_features(model, shape, what)
+        except ValueError as error:
+            sides = f"{first[-1]} and {shape[-1]}"
+            raise ValueError(
+                f"views have sizes of {sides}, and {error}: take a convolutional network or a timm "
+                "ViT, or views of other sizes"
+            ) from error
+
+
 def _not_taken(what: str, shape: tuple[int, ...], error: Exception) -> ValueError:
     first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
     read = f"{shape[-1]}-pixel images" if len(shape) == 3 else f"a view of shape {shape}"
@@ -134,8 +163,8 @@ def probe(model: nn.Module, shape: tuple[int, ...]) -> Any:
             fits = max(side // patch, 1) * patch
             raise ValueError(
                 f"{side} is not a multiple of the patches' {patch}, and {side % patch} pixels of "
-                f"each side would never be read: give data.image_size={fits} or "
-                "model.kwargs.dynamic_img_pad=true"
+                f"each side would never be read: give {fits} (data.image_size, or of local views "
+                "data.overrides.local_size) or model.kwargs.dynamic_img_pad=true"
             )
     training = model.training
     with torch.no_grad():
@@ -183,8 +212,13 @@ def channels_of(
 
 def is_vit(name: str) -> bool:
     """Whether `name` is built by timm's VisionTransformer, the family `MaskedViT` wraps."""
-    entry = timm.model_entrypoint(name)
-    return entry.__annotations__.get("return") in (VisionTransformer, "VisionTransformer")
+    return _returns(name) == VisionTransformer.__name__
+
+
+def _returns(name: str) -> str:
+    """The class of what timm builds under that name."""
+    made = timm.model_entrypoint(name).__annotations__.get("return")
+    return getattr(made, "__name__", str(made))
 
 
 def feature_dim(backbone: nn.Module) -> int:

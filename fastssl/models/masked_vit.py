@@ -6,16 +6,18 @@
 Gathering comes before embedding: raw patches are read straight from pixels, so at a mask ratio of
 75 % three quarters of the patch embedding are never computed.  Absolute positions and rotary
 angles are gathered by the same ids.  The transformer's own parameters are used in place: a
-checkpoint of `vit` is a plain timm checkpoint.
+checkpoint of `vit` is a plain timm checkpoint.  With `vit.dynamic_img_size` images may have any
+sides that patches fill: positions are interpolated to their grid, as timm does it, then gathered.
 Memory: the K patches and tokens; never all L of them.
 Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377, part 3;
 rotary positions, Heo et al. 2024, RoPE-ViT, arXiv:2403.13298.
 """
 
+from math import prod
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import checkpoint, checkpoint_seq
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -36,9 +38,9 @@ class MaskedViT(nn.Module):
     Exact: equal to embedding every patch, adding positions, then dropping the hidden ones, under
     the norm that ends `vit.forward_features` (none where a model norms after pooling).  Noise of
     timm's own in training (dropout, drop path, jittered rotary coordinates) stays as timm draws it.
-    Raises ValueError for a model that would not be exact: other classes, positions of a flexible
-    image size or none, an embedding that is not one plain convolution, tokens but class and
-    registers, patches dropped by the model itself, and an image size that its patches do not fill.
+    Raises ValueError for a model that would not be exact: other classes, no positions, an
+    embedding that is not one plain convolution, tokens but class and registers, patches dropped by
+    the model itself, and an image size that its patches do not fill.
     """
 
     def __init__(self, vit: nn.Module):
@@ -48,9 +50,8 @@ class MaskedViT(nn.Module):
                 f"masked modeling needs a timm VisionTransformer (vit_* or deit*) or Eva, "
                 f"got {type(vit).__name__}"
             )
-        rope = getattr(vit, "rope", None)
-        if (vit.pos_embed is None and rope is None) or vit.dynamic_img_size:
-            raise ValueError("MaskedViT needs learned positions of a fixed image size, or rotary")
+        if vit.pos_embed is None and getattr(vit, "rope", None) is None:
+            raise ValueError("MaskedViT needs learned positions, or rotary")
         _check_embedding(vit)
         self.vit = vit
 
@@ -61,8 +62,26 @@ class MaskedViT(nn.Module):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """How many patches along each side."""
+        """How many patches along each side, of the images it was made for."""
         return self.vit.patch_embed.grid_size  # type: ignore[return-value]
+
+    def grid_of(self, images: Tensor) -> tuple[int, ...]:
+        """How many patches of images (B, C, *S) lie along each side.
+
+        Raises ValueError for images of other channels or sides than the model's.
+        """
+        embed: Any = self.vit.patch_embed
+        channels, sides = embed.proj.in_channels, tuple(images.shape[2:])
+        if self.vit.dynamic_img_size:
+            whole = all(s and s % p == 0 for s, p in zip(sides, self.patch, strict=False))
+            fits = whole and len(sides) == len(self.patch)
+            want = f"(B, {channels}, h, w) with multiples of {self.patch}"
+        else:
+            fits = sides == embed.img_size
+            want = f"(B, {', '.join(map(str, (channels, *embed.img_size)))})"
+        if images.shape[1] != channels or not fits:
+            raise ValueError(f"images must be {want}, got {tuple(images.shape)}")
+        return tuple(s // p for s, p in zip(sides, self.patch, strict=True))
 
     @property
     def num_patches(self) -> int:
@@ -80,8 +99,9 @@ class MaskedViT(nn.Module):
         return self.vit.num_prefix_tokens  # type: ignore[return-value]
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """`encode(tokens(images, ids), ids)`: (B, P + K, E)."""
-        return self.encode(self.tokens(images, ids), ids)
+        """`encode(tokens(images, ids), ids)` of the images' grid: (B, P + K, E)."""
+        grid = self.grid_of(_pixels(images))
+        return self.encode(self.tokens(images, ids), ids, grid)
 
     def tokens(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """The chosen patches embedded, without positions: (B, K, E), in the weights' dtype.
@@ -89,45 +109,51 @@ class MaskedViT(nn.Module):
         images (B, C, *S), any strides, float or integer, or `Normalized`; ids None: all patches.
         Raises ValueError for images of other channels or sides than the model's, and bad ids.
         """
-        pixels: Tensor = images if isinstance(images, Tensor) else images.images
+        pixels = _pixels(images)
         embed: Any = self.vit.patch_embed
-        conv, want = embed.proj, (embed.proj.in_channels, *embed.img_size)
-        if pixels.shape[1:] != want:
-            raise ValueError(
-                f"images must be (B, {', '.join(map(str, want))}), got {tuple(pixels.shape)}"
-            )
+        conv, grid = embed.proj, self.grid_of(pixels)
         if ids is None:
-            places = torch.arange(self.num_patches, device=pixels.device)
-            ids = places.expand(len(pixels), -1)
+            ids = torch.arange(prod(grid), device=pixels.device).expand(len(pixels), -1)
         # As a matrix, the convolution reads patches in their order: sides, then channel.
         weight = conv.weight.movedim(1, -1).flatten(1)
         patches = gather_patches(images, ids, self.patch, dtype=weight.dtype)
         x = nn.functional.linear(patches, weight, conv.bias)
         return embed.norm(x)
 
-    def encode(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, ids: Tensor | None = None, grid: tuple[int, ...] | None = None
+    ) -> Tensor:
         """The transformer on embedded patches: positions, prefix tokens, blocks, final norm.
 
         tokens (B, K, E) of the places ids (B, K), or of all L in order with ids None; they need
-        not be `tokens`' own (mask tokens, say).  Returns (B, P + K, E).
-        Raises ValueError for tokens without ids that are not L.
+        not be `tokens`' own (mask tokens, say).  grid: in which the places lie (`grid_of`); None:
+        the model's own.  Returns (B, P + K, E).
+        Raises ValueError for tokens without ids that are not L, and for another grid than the
+        model's where its positions are not to be interpolated.
         """
         vit: Any = self.vit
-        if ids is None and tokens.shape[1] != self.num_patches:
-            raise ValueError(f"want {self.num_patches} tokens without ids, got {tokens.shape[1]}")
-        x = vit.norm_pre(vit.pos_drop(self._with_prefix(tokens, ids)))
+        grid = self.grid if grid is None else grid
+        if grid != self.grid and not vit.dynamic_img_size:
+            raise ValueError(f"positions are of a grid {self.grid}, got {grid}: dynamic_img_size")
+        if ids is None and tokens.shape[1] != prod(grid):
+            raise ValueError(f"want {prod(grid)} tokens without ids, got {tokens.shape[1]}")
+        x = vit.norm_pre(vit.pos_drop(self._with_prefix(tokens, ids, grid)))
         if isinstance(vit, Eva):
-            x = self._rotary_blocks(x, ids)
+            x = self._rotary_blocks(x, ids, grid)
         elif vit.grad_checkpointing:
             x = checkpoint_seq(vit.blocks, x)
         else:
             x = vit.blocks(x)
         return vit.norm(x)
 
-    def _with_prefix(self, x: Tensor, ids: Tensor | None) -> Tensor:
+    def _with_prefix(self, x: Tensor, ids: Tensor | None, grid: tuple[int, ...]) -> Tensor:
         """Tokens with their positions, behind class token and registers with theirs."""
         vit: Any = self.vit
-        P, pos = self.prefix, None if vit.pos_embed is None else vit.pos_embed[0]
+        P, pos = self.prefix, vit.pos_embed
+        if pos is not None and grid != self.grid:
+            kept = 0 if vit.no_embed_class else P
+            pos = resample_abs_pos_embed(pos, list(grid), list(self.grid), num_prefix_tokens=kept)
+        pos = None if pos is None else pos[0]
         own = None if pos is None or vit.no_embed_class else pos[:P]
         if pos is not None:
             places = pos if own is None else pos[P:]
@@ -139,20 +165,25 @@ class MaskedViT(nn.Module):
         first = first if own is None else first + own
         return torch.cat([first.expand(len(x), -1, -1), x], 1)
 
-    def _rotary_blocks(self, x: Tensor, ids: Tensor | None) -> Tensor:
+    def _rotary_blocks(self, x: Tensor, ids: Tensor | None, grid: tuple[int, ...]) -> Tensor:
         """Eva's blocks, each with its rotary angles of the chosen places."""
         vit: Any = self.vit
         rope = vit.rope
         angles: Any = None
         if rope is not None:
-            kept = hasattr(rope, "feat_shape")  # timm's rule: others are asked for a grid
-            angles = rope.get_embed() if kept else rope.get_embed(shape=self.grid)
+            # timm's rule: those of one size keep their angles, others are asked for a grid
+            kept = hasattr(rope, "feat_shape") and not vit.dynamic_img_size
+            angles = rope.get_embed() if kept else rope.get_embed(shape=grid)
             if not vit.rope_mixed:
                 angles = _gathered(angles, ids)
         for i, block in enumerate(vit.blocks):
             turn = _gathered(angles[i], ids) if vit.rope_mixed else angles
             x = checkpoint(block, x, rope=turn) if vit.grad_checkpointing else block(x, rope=turn)
         return x
+
+
+def _pixels(images: Any) -> Tensor:
+    return images if isinstance(images, Tensor) else images.images  # of `Normalized`
 
 
 def _gathered(angles: Tensor, ids: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from fastssl.methods import Method, build_method
 from fastssl.models import (
     build_backbone,
     check_features,
+    check_sizes,
     load_weights,
     probe,
     read_weights,
@@ -52,9 +53,12 @@ def build(
     shapes = cfg.views().shapes(channels)
     try:
         if encoder is None:
-            encoder = build_backbone(cfg.model.name, shape=shapes[0], kwargs=cfg.model.kwargs)
+            model = {"shape": shapes[0], "kwargs": cfg.model.kwargs, "others": shapes[1:]}
+            encoder = build_backbone(cfg.model.name, **model)
         else:
-            check_features(encoder, shapes[0], f"model={type(encoder).__name__}")
+            what = f"model={type(encoder).__name__}"
+            check_features(encoder, shapes[0], what)
+            check_sizes(encoder, shapes, what)
         if notes is not None and cfg.model.weights != "none":
             weights, partial = read_start(cfg.model), cfg.model.partial
             notes.append(load_weights(encoder, weights, cfg.model.weights, partial=partial))

@@ -325,6 +325,14 @@ def test_the_flag_says_whether_accumulation_changes_the_loss(name, tmp_path):
     assert apart > 1e-4 if method.couples_batch else apart < 1e-5
 
 
+@pytest.mark.parametrize("name", ["cropmae", "ijepa", "data2vec"])
+def test_masks_of_one_size_want_views_of_one_size(name, tmp_path):
+    views = {"data__augment": "crop_mae", "data__overrides": {"view1": {"size": 8}}}
+    views = views if name == "cropmae" else {"model__kwargs": {**VIT, "dynamic_img_size": True}}
+    with pytest.raises(ConfigError, match=f"method.name={name} hides .* fixed image size"):
+        build(tiny(name, tmp_path, **views), 1)
+
+
 # fault 14
 def test_micro_batches_of_one_image_are_refused_where_images_are_compared(tmp_path):
     one_each = {"batch_size": 8, "engine__accumulation": 8}

@@ -18,6 +18,13 @@ TESTS = {
 }
 
 MUTATIONS = {
+    "models/masked_vit.grid_of": [("s and s % p", "s % p"), (" and len(sides)", " or len(sides)")],
+    "models/masked_vit.encode": [("grid != self.grid and", "grid == self.grid and")],
+    "models/masked_vit._with_prefix": [
+        ("grid != self.grid", "grid == self.grid"),
+        ("0 if vit.no_embed_class else P", "0"),
+    ],
+    "models/masked_vit._rotary_blocks": [("(shape=grid)", "(shape=self.grid)")],
     # faults 1 and 15
     "models/backbones.channels_of": [("== shapes", "!= shapes")],
     "models/backbones.build_backbone": [
