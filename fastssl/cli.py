@@ -109,12 +109,14 @@ def pretrain(
 def evaluate(run: RunPath, encoder: Encoder = "") -> None:
     """Measure a run's encoder again: kNN, linear probe, RankMe, alignment, uniformity."""
     from fastssl.data.datasets import open_source
+    from fastssl.data.streams import split_of_stream
+    from fastssl.data.views.streams import of_stream
     from fastssl.export import load_encoder
     from fastssl.run.evaluation import evaluate_on, scores
 
     network, cfg, _ = load_encoder(run, encoder)
-    split = open_source(cfg.data.source, cfg.seed)
-    measured, parts = evaluate_on(cfg, split, cfg.views(), network)
+    split = open_source(cfg.data.source, cfg.seed, cfg.data.streams)
+    measured, parts = evaluate_on(cfg, split_of_stream(split), of_stream(cfg.views()), network)
     table = Table("measure", "value")
     for name, value in scores(measured).items():
         table.add_row(name, _number(name, value))
@@ -294,7 +296,7 @@ def _print_plan(cfg: Any) -> None:
     from fastssl.diagnose.plan import NOT_COUNTED, make_plan
     from fastssl.run.build import check_source, check_steps
 
-    split = open_source(cfg.data.source, cfg.seed)
+    split = open_source(cfg.data.source, cfg.seed, cfg.data.streams)
     check_source(cfg, split.train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plan = make_plan(cfg, split.train.channels, world)
@@ -332,7 +334,8 @@ def _print_bottleneck(recipe: str, overrides: list[str] | None, seconds: float) 
     console.print(f"{how}; alone: by one process", markup=False)
     found = verdict(ranks)
     console.print(found.sentence(), markup=False)
-    for line in advice(cfg, ranks, open_source(cfg.data.source, cfg.seed).train):
+    train = open_source(cfg.data.source, cfg.seed, cfg.data.streams).train
+    for line in advice(cfg, ranks, train):
         console.print(f"- {line}", markup=False)
     if on_cpu(cfg):
         console.print("the model trains on the cores that make views: a run is slower than either")

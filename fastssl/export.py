@@ -23,7 +23,9 @@ from fastssl.data.datasets import (
     open_source,
 )
 from fastssl.data.errors import DataError
+from fastssl.data.streams import split_of_stream
 from fastssl.data.views.image import Views
+from fastssl.data.views.streams import of_stream
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.encoders import encoder_weights
 from fastssl.evaluate.embed import EmbedConfig, embed
@@ -54,11 +56,11 @@ def load_encoder(
     CheckpointError when it has no intact checkpoint, or a single tensor is missing or does not fit.
     """
     cfg, (weights, channels) = config.load(run), encoder_weights(run, name)
-    model, kwargs = cfg.model.name, cfg.model.kwargs
+    model, kwargs, views = cfg.model.name, cfg.model.kwargs, of_stream(cfg.views())
     if channels is None:  # of a run before it was written down
-        channels = channels_of(model, kwargs, weights, lambda c: cfg.views().shapes(c)[0])
+        channels = channels_of(model, kwargs, weights, lambda c: views.shapes(c)[0])
     try:
-        backbone = build_backbone(model, shape=cfg.views().shapes(channels)[0], kwargs=kwargs)
+        backbone = build_backbone(model, shape=views.shapes(channels)[0], kwargs=kwargs)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
@@ -130,9 +132,11 @@ def embed_to_file(
     Raises DataError for data that cannot be used, and where its images have other channels.
     """
     encoder, cfg, channels = load_encoder(run, name)
-    views = cfg.views()
+    views = of_stream(cfg.views())
     how = EmbedConfig(views=views, batch_size=cfg.evaluate.batch_size, workers=cfg.data.workers)
-    split = open_source(_source(data, cfg), cfg.seed)
+    source = _source(data, cfg)
+    own = source is cfg.data.source
+    split = split_of_stream(open_source(source, cfg.seed, cfg.data.streams if own else ()))
     if split.train.channels != channels:
         raise DataError(
             f"the encoder of {run} reads {channels} channels; {data} has {split.train.channels}"
@@ -167,7 +171,7 @@ def _source(data: str, cfg: RunConfig) -> SourceConfig:
 
 def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
     """The config.json beside timm's weights: how to build the model, how to prepare its images."""
-    views = cfg.views()
+    views = of_stream(cfg.views())
     shape = views.shapes(channels)[0]
     known = timm.models.get_pretrained_cfg(cfg.model.name)
     prepared: dict[str, Any] = {"num_classes": 0, "input_size": list(shape)}

@@ -2,7 +2,8 @@
 
     python -c "from fastssl.config.keys import write; write()"     after a key has come or gone
 
-keys.json: {"optim": [its keys], "method": {"simclr": [its keys], ...}, ...}, "" for the run itself.
+keys.json: {"optim": [its keys], "method": {"simclr": [its keys], ...}, ...}, "" for the run itself,
+"data.streams.*" for each section of a mapping by names of one's own.
 """
 
 import difflib
@@ -14,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from .errors import ConfigError, closest
 
@@ -62,6 +63,9 @@ def check_keys(mapping: dict[str, Any], path: str = "", shown: str = "") -> None
         for place, part in (parts or {seen: value}).items():
             if isinstance(part, dict) and at in known_keys():
                 check_keys(part, at, place)
+            for name, own in part.items() if isinstance(part, dict) else ():
+                if isinstance(own, dict) and f"{at}.*" in known_keys():
+                    check_keys(own, f"{at}.*", f"{place}.{name}")
 
 
 def _added_keys(path: str, shown: str, name: str) -> list[str]:
@@ -136,6 +140,9 @@ def names_of(model: Any, path: str = "") -> dict[str, Any]:
             found[at] = {one: list(config.model_fields) for one, config in ours.items()}
         elif section is not None:
             found |= names_of(section, at)
+        for part in get_args(field.annotation):  # of a mapping by names of one's own
+            if get_origin(field.annotation) is dict and hasattr(part, "model_fields"):
+                found |= names_of(part, f"{at}.*")
     return found
 
 

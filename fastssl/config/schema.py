@@ -11,6 +11,7 @@ from fastssl.data.batch.ops import BATCH_OPS, AnyBatchOp
 from fastssl.data.datasets import SOURCES, SourceConfig
 from fastssl.data.render.backend import Backend
 from fastssl.data.views.spec import VIEWS, ViewSpec, view_spec
+from fastssl.data.views.streams import StreamViews, specs_of
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import SCHEDULES, OptimConfig, check_optimizer
 from fastssl.methods.configs import METHODS, AnyMethodConfig
@@ -36,6 +37,21 @@ class ModelConfig(Section):
     )
 
 
+class StreamConfig(Section):
+    augment: str | None = Field(
+        None, description="Augmentation preset of this stream; default: data.augment."
+    )
+    image_size: int | None = Field(
+        None, ge=1, description="Side of this stream's views; default: data.image_size."
+    )
+    overrides: dict[str, Any] = Field(
+        {}, description="Fields of this stream's views, over data.overrides."
+    )
+    shares: str | None = Field(
+        None, description="The stream whose crop, flips, turn and move it has; its colors stay own."
+    )
+
+
 class DataConfig(Section):
     source: SourceConfig = Field(
         description="Where the data come from: digits, fractals, folder ..."
@@ -47,6 +63,9 @@ class DataConfig(Section):
     )
     augment: str | None = Field(None, description="Augmentation preset; default: the method's own.")
     overrides: dict[str, Any] = Field({}, description="Fields of every view, over the preset's.")
+    streams: dict[str, StreamConfig] = Field(
+        {}, description="Of a source with several streams: those to read, the primary one first."
+    )
     batch_ops: tuple[AnyBatchOp, ...] = Field(
         (), description="Done to a batch of views, in order: mixup, noise, style, fields ..."
     )
@@ -123,12 +142,31 @@ class RunConfig(Section):
     def method_class(self) -> "type[Method]":
         return METHODS[self.method.name]  # imports timm, which takes seconds
 
-    def views(self) -> ViewSpec:
-        """The augmentation: the method's preset or the one named, with the overrides."""
-        name = self.data.augment or self.method_class.preset
-        if "size" in self.data.overrides:
-            raise ValueError("data.overrides has a size: give it as data.image_size")
-        return view_spec(name, self.data.image_size, **self.data.overrides)
+    def views(self) -> ViewSpec | StreamViews:
+        """The augmentation: the method's preset or the one named, with the overrides; of several
+        streams, each one's own."""
+        data, streams = self.data, self.data.streams
+        if not streams:
+            return self._spec("data", data.augment, data.image_size, data.overrides)
+        specs = {
+            name: self._spec(
+                f"data.streams.{name}",
+                own.augment or data.augment,
+                own.image_size or data.image_size,
+                {**data.overrides, **own.overrides},
+            )
+            for name, own in streams.items()
+        }
+        shares = {name: own.shares for name, own in streams.items() if own.shares is not None}
+        made = StreamViews(specs, shares)
+        return made if len(specs) > 1 else made.stream(made.primary)
+
+    def _spec(
+        self, key: str, augment: str | None, size: int, overrides: dict[str, Any]
+    ) -> ViewSpec:
+        if "size" in overrides:
+            raise ValueError(f"{key}.overrides has a size: give it as {key}.image_size")
+        return view_spec(augment or self.method_class.preset, size, **overrides)
 
     def plugins_used(self) -> tuple[str, ...]:
         """The modules that a reader of this configuration must have, beside this package."""
@@ -136,7 +174,8 @@ class RunConfig(Section):
 
         chosen = [(METHODS, self.method.name), (SOURCES, self.data.source.name)]
         chosen += [(SCHEDULES, self.optim.schedule.name), (MODELS, self.model.name)]
-        chosen += [(VIEWS, self.data.augment or self.method_class.preset)]
+        presets = [self.data.augment, *(own.augment for own in self.data.streams.values())]
+        chosen += [(VIEWS, name or self.method_class.preset) for name in presets]
         chosen += [(BATCH_OPS, op.name) for op in self.data.batch_ops]
         return tuple(sorted({*self.plugins, *plugins_of(chosen)}))
 
@@ -154,14 +193,16 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         check_optimizer(self.optim.name, self.engine.zero_stage)
-        views, wanted = self.views(), self.method_class.views
-        if views.count != wanted:
-            raise ValueError(
-                f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
-                f"data.augment={self.data.augment} makes {views.count}"
-            )
-        if self.method_class.needs_view_params and views.kind != "image":
-            raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
+        self._check_streams()
+        wanted = self.method_class.views
+        for views in specs_of(self.views()):
+            if views.count != wanted:
+                raise ValueError(
+                    f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
+                    f"data.augment={self.data.augment} makes {views.count}"
+                )
+            if self.method_class.needs_view_params and views.kind != "image":
+                raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
         if self.batch_size % self.engine.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
@@ -170,6 +211,19 @@ class RunConfig(Section):
         if Path(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name:
             raise ValueError(f"name={self.name!r} must be a plain directory name")
         return self
+
+    def _check_streams(self) -> None:
+        """Raise ValueError where the method reads other streams than data.streams names."""
+        names, wanted = tuple(self.data.streams), self.method_class.streams
+        reads, got = f"method.name={self.method.name} reads", f"{', '.join(names) or 'none'}"
+        if wanted == () and len(names) > 1:
+            raise ValueError(f"{reads} one stream of an item, and data.streams are {got}: give one")
+        if wanted and set(wanted) != set(names):
+            raise ValueError(f"{reads} the streams {', '.join(wanted)}, and data.streams are {got}")
+        if wanted is None and len(names) < 2:
+            raise ValueError(f"{reads} two streams or more, and data.streams are {got}")
+        if len(names) > 1 and self.data.batch_ops:
+            raise ValueError(f"data.batch_ops are for one stream, and data.streams are {got}")
 
 
 def described(cfg: RunConfig) -> str:

@@ -23,6 +23,7 @@ says which; `open_source` opens it:
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from fastssl.data.sources.tables import TableSource
 from fastssl.data.sources.tfrecord import TFRecordSource
 from fastssl.data.sources.wavs import WavsSource
 from fastssl.data.sources.webdataset import WebDatasetSource
+from fastssl.data.streams import chosen, each_part
 from fastssl.data.synthetic.clips import ClipsSource
 from fastssl.data.synthetic.clouds import CloudsSource
 from fastssl.data.synthetic.fractals import FractalsSource
@@ -103,14 +105,17 @@ def split_indices(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def open_source(cfg: SourceConfig, seed: int) -> Split:
+def open_source(cfg: SourceConfig, seed: int, streams: Iterable[str] = ()) -> Split:
     """The train and test parts of a source, fixed by `seed` and stratified by class.
+
+    streams: of a source with several those to read, in that order; of one alone items are plain.
 
     A folder with its own train/ and val/ keeps them.  A source with `fitted(train)` (a table, which
     is standardized by its training rows) is given the training part's indices.
     Raises DataError, saying what to do, for data that cannot be used.
     """
-    return divided(cfg.open(), cfg, seed)
+    names = tuple(streams)
+    return each_part(divided(cfg.open(), cfg, seed), lambda part: chosen(part, names))
 
 
 def divided(found: tuple[Source, ...], cfg: SourceConfig, seed: int) -> Split:

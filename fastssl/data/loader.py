@@ -25,6 +25,7 @@ from fastssl.data.render.backend import Rendering
 from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec
+from fastssl.data.views.streams import AnyViews
 from fastssl.data.worker import (
     FEW_FILES,
     Batch,
@@ -263,7 +264,7 @@ class PretrainLoader:
     """
 
     source: Source
-    views: ViewSpec
+    views: AnyViews
     _: KW_ONLY
     batch_size: int
     seed: int
@@ -331,7 +332,8 @@ class PretrainLoader:
         source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
         "label": (b,) int64 where the source has labels.  With `parameters`, "params": [(b, P)
         float32 for each view], one column for each of PARAMETERS.  With last="pad",
-        "padding": (b,) bool.  A bad item is replaced by another, that (seed, epoch, index) names;
+        "padding": (b,) bool.  Of several streams "views" and "params" are dictionaries of such
+        lists, by stream.  A bad item is replaced by another, that (seed, epoch, index) names;
         "index" has the replacement, "seeds" the place's own, "bad" every item that could not be
         read.  DALI's views are on the device of `rendering`.
         Raises DataError when the data are mostly bad; ValueError for an impossible range.

@@ -7,7 +7,7 @@ worker holds no state.
 import errno
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
@@ -20,10 +20,12 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.render.encoded import Encoded, drawn_columns, encoded_item, packed, union
+from fastssl.data.render.streams import apply_streams, stream_parameters
 from fastssl.data.render.torchvision import draw_views, drawn_parameters
 from fastssl.data.sources.base import Source
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec, apply, blank
+from fastssl.data.views.streams import AnyViews, StreamViews
 from fastssl.random import REPLACE, mix, sample_seeds
 
 _REPLACEMENTS = 16  # items tried in the place of one bad one
@@ -46,7 +48,7 @@ def _one_thread() -> Iterator[None]:
 class Fetch(Dataset):
     """A batch of items, read and augmented; runs in the workers."""
 
-    def __init__(self, source: Source, views: ViewSpec):
+    def __init__(self, source: Source, views: AnyViews):
         self.source, self.views = source, views
 
     def __getitems__(self, items: Items) -> Batch:
@@ -137,7 +139,7 @@ def sent(batch: Any) -> Batch | Parcel:
 class _TrainFetch(Fetch):
     """Items for training: bad ones are replaced by others."""
 
-    def __init__(self, source: Source, views: ViewSpec, seed: int, parameters: bool):
+    def __init__(self, source: Source, views: AnyViews, seed: int, parameters: bool):
         super().__init__(source, views)
         self.seed, self.parameters = seed, parameters
 
@@ -150,16 +152,20 @@ class _TrainFetch(Fetch):
             "bad": bad,
         }
 
-    def told(self, shapes: list[tuple[int, ...]], seeds: np.ndarray) -> Batch:
+    def told(self, shapes: list[Any], seeds: np.ndarray) -> Batch:
         """What the views are drawn with, for a method that asks."""
         if not self.parameters:
             return {}
-        assert isinstance(self.views, Views), "the configuration refuses other kinds"
         drawn = [
-            drawn_parameters(self.views, shape, seed)
-            for shape, seed in zip(shapes, seeds.tolist(), strict=True)
+            self._drawn(shape, seed) for shape, seed in zip(shapes, seeds.tolist(), strict=True)
         ]
-        return {"params": list(torch.stack(drawn, 1))}
+        return {"params": _stacked(drawn)}
+
+    def _drawn(self, shape: Any, seed: int) -> Any:
+        if isinstance(self.views, StreamViews):
+            return stream_parameters(self.views, shape, seed)
+        assert isinstance(self.views, Views), "the configuration refuses other kinds"
+        return drawn_parameters(self.views, shape, seed)
 
     def readable(
         self, items: Items, read: Callable[[int], T]
@@ -202,12 +208,32 @@ class PretrainFetch(_TrainFetch):
     def batch(self, items: Items) -> Batch:
         seeds = sample_seeds(self.seed, *np.array(items).T)
         used, got, bad = self.readable(items, self.source.item)
-        samples = [apply(self.views, x, s) for x, s in zip(got, seeds.tolist(), strict=True)]
+        samples = [_views(self.views, x, s) for x, s in zip(got, seeds.tolist(), strict=True)]
         return {
             **self.described(seeds, used, bad),
-            **self.told([x.shape for x in got], seeds),
-            "views": [torch.stack(view) for view in zip(*samples, strict=True)],
+            **self.told([_shapes(x) for x in got], seeds),
+            "views": _stacked(samples),
         }
+
+
+def _views(spec: AnyViews, item: Any, seed: int) -> Any:
+    """Every view of one item: a list, by stream where it has several."""
+    if isinstance(spec, StreamViews):
+        return apply_streams(spec, item, seed)
+    return apply(spec, item, seed)
+
+
+def _shapes(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {name: tuple(x.shape) for name, x in item.items()}
+    return item.shape
+
+
+def _stacked(samples: Sequence[Any]) -> Any:
+    """A tensor (b, ...) each view, of the views of b samples; by stream where these are."""
+    if isinstance(samples[0], dict):
+        return {name: _stacked([sample[name] for sample in samples]) for name in samples[0]}
+    return [torch.stack(view) for view in zip(*samples, strict=True)]
 
 
 class EncodedFetch(_TrainFetch):
@@ -250,6 +276,8 @@ class EncodedFetch(_TrainFetch):
 
 class EvalFetch(Fetch):
     """Items as evaluation sees them: bad ones are left out."""
+
+    views: ViewSpec
 
     def batch(self, items: Items) -> Batch:
         bad, used, views = [], [], []

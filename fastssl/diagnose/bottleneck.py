@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fastssl import distributed
 from fastssl.config import RunConfig
@@ -108,7 +109,7 @@ def examine(cfg: RunConfig, seconds: float = 5.0) -> tuple[RunConfig, list[Measu
     """
     if not seconds > 0:
         raise ValueError(f"seconds: want more than 0, got {seconds}")
-    source = open_source(cfg.data.source, cfg.seed).train
+    source = open_source(cfg.data.source, cfg.seed, cfg.data.streams).train
     check_source(cfg, source)
     cfg, _ = with_backend(cfg, source)
     method = build(cfg, source.channels)
@@ -140,7 +141,7 @@ def _pipeline(stream: Any, seconds: float) -> tuple[float, float, Batch]:
 def _model(cfg: RunConfig, engine: Engine, batch: Batch, channels: int, seconds: float) -> float:
     """Images a second of training steps on one batch, at a learning rate of 0."""
     views = cfg.views()
-    norm = views.normalization(channels) if isinstance(views, Views) else None
+    norm = views.normalization(channels) if isinstance(views, Views) else None  # of one stream
     rows = {key: value for key, value in batch.items() if key != "bad"}
     held = map_leaves(lambda leaf: leaf.to(engine.device), rows)
 
@@ -169,9 +170,9 @@ def _ceilings(source: Source, seconds: float) -> tuple[float, float, int]:
     sides: list[int] = []
 
     def item(i: int) -> None:
-        pixels = source.item(i)
-        if pixels.ndim == 3:
-            sides.append(min(pixels.shape[-2:]))
+        for pixels in tree_leaves(source.item(i)):
+            if pixels.ndim == 3:
+                sides.append(min(pixels.shape[-2:]))
 
     return read, _rate(item, samples, seconds), median_low(sides) if sides else 0
 

@@ -7,7 +7,9 @@ that autograd keeps for backward is added up.  On a CPU the process itself comes
 and the libraries take before a model is there, measured in the process that plans.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,7 +47,7 @@ class Plan:
         return held + self.activations + self.process
 
 
-def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
+def make_plan(cfg: RunConfig, channels: int | dict[str, int], world: int) -> Plan:
     """The plan of `cfg` on `world` devices, for items of `channels` channels."""
     device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
     process = peak_memory() if device == "cpu" else 0
@@ -72,7 +74,7 @@ def make_plan(cfg: RunConfig, channels: int, world: int) -> Plan:
 
 
 def _activations(
-    method: torch.nn.Module, cfg: RunConfig, channels: int, world: int, device: str
+    method: torch.nn.Module, cfg: RunConfig, channels: int | dict[str, int], world: int, device: str
 ) -> int:
     """Bytes kept for backward on a micro-batch: linear in its size, measured at 4 and 8 images."""
     micro = cfg.batch_size // (world * cfg.engine.accumulation)
@@ -83,7 +85,9 @@ def _activations(
     return int(max(0, small - 4 * slope) + slope * micro)
 
 
-def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int, device: str) -> int:
+def _kept(
+    method: torch.nn.Module, cfg: RunConfig, channels: int | dict[str, int], n: int, device: str
+) -> int:
     own = {p.untyped_storage()._cdata for p in method.parameters()}
     kept: dict[int, int] = {}
     alive = []  # a storage freed in mid-pass would lend its address to another
@@ -95,11 +99,18 @@ def _kept(method: torch.nn.Module, cfg: RunConfig, channels: int, n: int, device
             alive.append(x)
         return x
 
-    shapes = cfg.views().shapes(channels)
-    views = [torch.empty(n, *shape, device=device) for shape in shapes]
+    shapes = cfg.views().shapes(channels)  # type: ignore[arg-type]
     index = torch.zeros(n, dtype=torch.int64, device=device)
-    batch = {"views": views, "index": index, "seeds": index, "label": index}
-    batch["params"] = [torch.ones(n, len(PARAMETERS), device=device) for _ in views]
+    batch: dict[str, Any] = {"index": index, "seeds": index, "label": index}
+    batch["views"] = _each(shapes, lambda shape: torch.empty(n, *shape, device=device))
+    batch["params"] = _each(shapes, lambda _: torch.ones(n, len(PARAMETERS), device=device))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         method(batch)["loss"]
     return sum(kept.values())
+
+
+def _each(shapes: Any, made: Callable[[tuple[int, ...]], torch.Tensor]) -> Any:
+    """A tensor each view; by stream where the shapes are."""
+    if isinstance(shapes, dict):
+        return {name: _each(own, made) for name, own in shapes.items()}
+    return [made(shape) for shape in shapes]

@@ -69,8 +69,11 @@ __all__ = [
 ]
 
 
-def build_method(encoder: "nn.Module", cfg: MethodConfig) -> "Method":
-    """The method `cfg.name` over `encoder`.  Raises ValueError for an encoder it cannot train."""
+def build_method(encoder: "nn.Module | dict[str, nn.Module]", cfg: MethodConfig) -> "Method":
+    """The method `cfg.name` over `encoder`, or one a stream by name where it reads several.
+
+    Raises ValueError for an encoder it cannot train.
+    """
     return METHODS[cfg.name](encoder, cfg)  # type: ignore[call-arg]
 
 

@@ -31,12 +31,16 @@ class Method(nn.Module):
     preset: the augmentation preset of the method's paper.  views: how many views it reads.
     couples_batch: a sample's loss depends on the others of its batch, so accumulation changes it.
     needs_view_params: it reads "params", which batches have only where they are asked for.
+    streams: (): one stream, whatever its name; names: these, and `encoder` is built of a dictionary
+    by them; None: two or more, as data.streams names them.  Of several, "views" and "params" are
+    dictionaries of lists, by stream.
     """
 
     preset: ClassVar[str]
     views: ClassVar[int]
     couples_batch: bool
     needs_view_params: ClassVar[bool] = False
+    streams: ClassVar[tuple[str, ...] | None] = ()
     encoder: nn.Module
 
     def prepare(self, batch: Batch) -> Batch:

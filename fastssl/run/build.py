@@ -12,6 +12,7 @@ from fastssl.data.batch.ops import check_batch_ops
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.render.backend import Rendering, choose_backend
 from fastssl.data.sources.base import Source, Split
+from fastssl.data.views.streams import StreamViews, of_stream
 from fastssl.engine.checkpoint import CheckpointError, is_network
 from fastssl.engine.config import EngineError
 from fastssl.engine.encoders import encoder_weights
@@ -39,32 +40,27 @@ NOTHING = Given()
 
 def build(
     cfg: RunConfig,
-    channels: int,
+    channels: int | dict[str, int],
     notes: list[str] | None = None,
     encoder: torch.nn.Module | None = None,
 ) -> Method:
     """The method of `cfg` over its encoder, initialized from the run's seed.
 
+    channels: of the data, by stream where there are several: then each has an encoder of its own.
     encoder: the one that was given from Python, as it is.
     notes: receives what a user should know of model.weights; without it they are not loaded.
     Raises ConfigError for a model, weights or options that do not fit.
     """
     torch.manual_seed(cfg.seed)
-    shapes = cfg.views().shapes(channels)
     try:
-        if encoder is None:
-            model = {"shape": shapes[0], "kwargs": cfg.model.kwargs, "others": shapes[1:]}
-            encoder = build_backbone(cfg.model.name, **model)
+        if isinstance(channels, dict):
+            method = build_method(stream_encoders(cfg, channels, notes, encoder), cfg.method)
         else:
-            what = f"model={type(encoder).__name__}"
-            check_features(encoder, shapes[0], what)
-            check_sizes(encoder, shapes, what)
-        if notes is not None and cfg.model.weights != "none":
-            weights, partial = read_start(cfg.model), cfg.model.partial
-            notes.append(load_weights(encoder, weights, cfg.model.weights, partial=partial))
-        for side in check_batch_ops(cfg.data.batch_ops, shapes):
-            check_side(encoder, channels, side)
-        method = build_method(encoder, cfg.method)
+            shapes = of_stream(cfg.views()).shapes(channels)
+            encoder = start_encoder(cfg, shapes, notes, encoder)
+            for side in check_batch_ops(cfg.data.batch_ops, shapes):
+                check_side(encoder, channels, side)
+            method = build_method(encoder, cfg.method)
         check_networks(method)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -74,6 +70,42 @@ def build(
             f"micro-batches of one image, and {cfg.method.name} needs two or more to compare"
         )
     return method
+
+
+def start_encoder(
+    cfg: RunConfig,
+    shapes: list[tuple[int, ...]],
+    notes: list[str] | None,
+    given: torch.nn.Module | None,
+) -> torch.nn.Module:
+    """The encoder of views of these shapes, with the weights that it starts from."""
+    if given is None:
+        model = {"shape": shapes[0], "kwargs": cfg.model.kwargs, "others": shapes[1:]}
+        encoder = build_backbone(cfg.model.name, **model)
+    else:
+        what = f"model={type(given).__name__}"
+        check_features(given, shapes[0], what)
+        check_sizes(given, shapes, what)
+        encoder = given
+    if notes is not None and cfg.model.weights != "none":
+        weights, partial = read_start(cfg.model), cfg.model.partial
+        notes.append(load_weights(encoder, weights, cfg.model.weights, partial=partial))
+    return encoder
+
+
+def stream_encoders(
+    cfg: RunConfig,
+    channels: dict[str, int],
+    notes: list[str] | None,
+    given: torch.nn.Module | None,
+) -> dict[str, torch.nn.Module]:
+    """An encoder for each stream, by name."""
+    if given is not None:
+        raise ValueError("model is one module, and each stream has an encoder: give a model's name")
+    views = cfg.views()
+    assert isinstance(views, StreamViews), "the source is opened with the configuration's streams"
+    shapes = views.shapes(channels)
+    return {name: start_encoder(cfg, made, notes, None) for name, made in shapes.items()}
 
 
 def read_start(model: ModelConfig) -> dict[str, torch.Tensor]:

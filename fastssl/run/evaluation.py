@@ -10,8 +10,11 @@ from torch import Tensor
 from fastssl import distributed
 from fastssl.config import RunConfig
 from fastssl.data.errors import BadItem, DataError
+from fastssl.data.render.streams import apply_streams
 from fastssl.data.sources.base import Source, Split
+from fastssl.data.streams import split_of_stream
 from fastssl.data.views.spec import ViewSpec, apply
+from fastssl.data.views.streams import AnyViews, StreamViews, of_stream
 from fastssl.data.worker import mostly_bad
 from fastssl.engine.engine import Engine
 from fastssl.evaluate import Evaluation, evaluate_features
@@ -38,10 +41,12 @@ class EvaluationError(ValueError):
 
 
 class Evaluator:
-    """Measures the engine's encoder on a run's data.  Every method is collective."""
+    """Measures the engine's encoder on a run's data, of several streams on the primary one.  Every
+    method is collective."""
 
-    def __init__(self, cfg: RunConfig, split: Split, views: ViewSpec, engine: Engine):
-        self.cfg, self.split, self.views, self.engine = cfg, split, views, engine
+    def __init__(self, cfg: RunConfig, split: Split, views: AnyViews, engine: Engine):
+        self.cfg, self.items, self.whole, self.engine = cfg, split.train, views, engine
+        self.split, self.views = split_of_stream(split), of_stream(views)
         self.test: Embedded | None = None
         self.bad: list[tuple[str, str]] = []
 
@@ -58,12 +63,14 @@ class Evaluator:
     def pictures_before(self, directory: Path) -> None:
         """What the run trains on: a contact sheet of the first images and their views."""
         with first_rank_writes("views.png cannot be written"):
-            sheet: list[Tensor] = []
+            sheets: dict[str, list[Tensor]] = {}
             if distributed.rank() == 0:
-                sheet = contact_sheet(self.split.train, self.views, self.cfg.seed)
-            if sheet and self.views.kind in PICTURED:
-                shown = [self.views.shown(view) for view in sheet]
-                plot_views(shown, directory / "views.png", kind=self.views.kind)
+                sheets = contact_sheets(self.items, self.whole, self.cfg.seed)
+            for name, sheet in sheets.items():
+                views = of_stream(self.whole, name or None)
+                path = directory / (f"views-{name}.png" if name else "views.png")
+                if sheet and views.kind in PICTURED:
+                    plot_views([views.shown(view) for view in sheet], path, kind=views.kind)
 
     def pictures_after(self, directory: Path, baselines: list[dict[str, Any]]) -> None:
         """Curves, the map of the test images, and reconstructions where the method has them."""
@@ -156,17 +163,34 @@ def scores(measured: Evaluation | None) -> dict[str, float]:
     return {name: v for name in MEASURES if (v := getattr(measured, name)) is not None}
 
 
-def contact_sheet(source: Source, views: ViewSpec, seed: int, count: int = 8) -> list[Tensor]:
-    """Every view of up to `count` readable items spread over the source, drawn as in training.
+def contact_sheet(source: Source, views: ViewSpec, seed: int) -> list[Tensor]:
+    """Every view of up to 8 readable items spread over the source, drawn as in training.
 
     One tensor (n, ...) a view, normalized; none where no item can be read.
     """
-    drawn: list[list[Tensor]] = []
+    return contact_sheets(source, views, seed)[""]
+
+
+def contact_sheets(
+    source: Source, views: AnyViews, seed: int, count: int = 8
+) -> dict[str, list[Tensor]]:
+    """The contact sheet of each stream by name, of the primary one as ""."""
+    drawn: list[dict[str, list[Tensor]]] = []
     for i in range(0, len(source), max(1, len(source) // (2 * count))):
         try:
-            drawn.append(apply(views, source.item(i), sample_seed(seed, 0, i)))
+            drawn.append(_by_stream(views, source.item(i), sample_seed(seed, 0, i)))
         except BadItem:  # training counts and names it
             continue
         if len(drawn) == count:
             break
-    return [torch.stack(view) for view in zip(*drawn, strict=True)]
+    return {
+        name: [torch.stack(view) for view in zip(*(made[name] for made in drawn), strict=True)]
+        for name in (drawn[0] if drawn else [""])
+    }
+
+
+def _by_stream(views: AnyViews, item: Any, seed: int) -> dict[str, list[Tensor]]:
+    if not isinstance(views, StreamViews):
+        return {"": apply(views, item, seed)}
+    made = apply_streams(views, item, seed)
+    return {"" if name == views.primary else name: own for name, own in made.items()}

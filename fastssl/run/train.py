@@ -82,7 +82,7 @@ def pretrain(
     Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted,
     and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
     """
-    split = given.split or open_source(cfg.data.source, cfg.seed)
+    split = given.split or open_source(cfg.data.source, cfg.seed, cfg.data.streams)
     check_source(cfg, split.train)
     cfg, note = with_backend(cfg, split.train)
     notes: list[str] = []
@@ -121,7 +121,7 @@ class Run:
         self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
         self.evaluator = Evaluator(cfg, split, loader.views, engine)
         self.progress, self.waits = Progress(), _Waits(iter(()))
-        views, channels = loader.views, split.train.channels
+        views, channels = self.evaluator.views, self.evaluator.split.train.channels
         self.norm = views.normalization(channels) if isinstance(views, Views) else None
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
@@ -238,7 +238,7 @@ class Run:
         self.log_bad()
         self.log.sync(step)
         if best or step > self.saved_step:
-            known = {**vars(self.progress), "channels": self.split.train.channels}
+            known = {**vars(self.progress), "channels": self.evaluator.split.train.channels}
             self.checkpoints.save(self.engine, step, known, best=best)
             self.saved_step = step
 

@@ -10,7 +10,7 @@ import torch
 from fastssl.data.errors import DataError
 from fastssl.data.sources.base import EncodedSource, Source
 from fastssl.data.views.image import Views
-from fastssl.data.views.spec import ViewSpec
+from fastssl.data.views.streams import AnyViews, StreamViews
 
 Backend = Literal["auto", "torch", "dali"]
 
@@ -43,8 +43,10 @@ def _not_installed() -> str:
     return "" if found else "nvidia-dali is not installed: pip install 'fastssl-torch[dali]'"
 
 
-def _unfit(views: ViewSpec, source: Source) -> str:
+def _unfit(views: AnyViews, source: Source) -> str:
     """Why DALI has no part in these data, or ""."""
+    if isinstance(views, StreamViews):
+        return "views of several streams are torch's alone"
     if not isinstance(views, Views):
         return f"views of {views.kind}s are torch's alone"
     if source.channels != 3:
@@ -55,7 +57,7 @@ def _unfit(views: ViewSpec, source: Source) -> str:
 
 
 def choose_backend(
-    asked: Backend, views: ViewSpec, source: Source, missing: Callable[[], str] = _not_installed
+    asked: Backend, views: AnyViews, source: Source, missing: Callable[[], str] = _not_installed
 ) -> Choice:
     """The back end for these views of this source.
 

@@ -272,12 +272,22 @@ def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
     so the same seed gives the same views, and torch's global generator is not touched.
     Raises ValueError for an image of another shape or dtype.
     """
+    _check_image(image)
+    _, height, width = image.shape
+    return render_views(views, image, draw_views(views, height, width, seed))
+
+
+def _check_image(image: Tensor) -> None:
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
         raise ValueError(f"image: want uint8 (1 or 3, H, W), got {image.dtype} {list(image.shape)}")
-    channels, height, width = image.shape
-    mean, std = map(_column, views.normalization(channels))
+
+
+def render_views(views: Views, image: Tensor, drawn: Sequence[Drawn]) -> list[Tensor]:
+    """`apply`, with the parameters of each view as they are given."""
+    _check_image(image)
+    mean, std = map(_column, views.normalization(image.shape[0]))
     out = []
-    for view, p in zip(views.crops, draw_views(views, height, width, seed), strict=True):
+    for view, p in zip(views.crops, drawn, strict=True):
         out.append(erased((render(view, image, p) - mean).div_(std), p))
     return out
 
