@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from fastssl.config import ConfigError
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources.given import DatasetItems
 from fastssl.export import load_encoder
-from tests.runs import few_digits
+from fastssl.methods import METHODS, Method, MethodConfig
+from fastssl.run.evaluation import Evaluator
+from tests.runs import few_digits, without_pictures
 
 README = Path(__file__).parents[1] / "README.md"
 KEYS = ["epochs=1", "batch_size=32", "data.image_size=16", "data.workers=0", "device=cpu"]
@@ -141,4 +144,71 @@ def test_what_is_no_encoder_or_no_method_is_refused(tmp_path):
         fastssl.pretrain(3, encoder(), data, name="x")
     with pytest.raises(ConfigError, match="labels and test are of a data set"):
         fastssl.pretrain("simclr", encoder(), "digits", *KEYS, output, name="x", labels=[1])
+    assert not (tmp_path / "x").exists()
+
+
+class Wrong(MethodConfig):
+    name: Literal["wrong"] = "wrong"
+    how: str = ""
+
+
+class WrongMethod(Method):
+    """As its configuration says."""
+
+    preset, views, couples_batch = "simclr", 2, True
+
+    def __init__(self, encoder, cfg):
+        super().__init__()
+        self.encoder, self.how = encoder, cfg.how
+        self.register_buffer("seen", torch.zeros(()))
+
+    def encode(self, batch):
+        x = self.encoder(batch["views"][0])
+        return {"x": x, "mean": x.mean(0)} if self.how == "rows" else x
+
+    def loss(self, encoded, batch):
+        self.seen += 1
+        if self.how == "key":
+            return batch["text"]
+        if self.how == "few" and len(encoded) < 32:
+            raise ValueError("wants 32")
+        if self.how == "first":
+            assert len(encoded) < 32, "too many"
+        loss = encoded.square().mean()
+        other = {"none": {}, "fixed": {"loss": loss.detach()}, "log": {"loss": loss, "n": 3.0}}
+        return other.get(self.how, {"loss": loss, "keep": encoded})
+
+    def on_step(self, keep, progress):
+        if self.how == "step":
+            keep["keys"]
+
+
+@pytest.mark.parametrize(
+    "how, refusal",
+    [
+        ("rows", r"WrongMethod.encode\(batch\)\['mean'\] has 16 rows, and .*\['x'\] has 2: every"),
+        ("key", "WrongMethod.loss fails on 2 samples: KeyError: 'text'"),
+        ("none", "WrongMethod.loss must return {'loss': a 0-d tensor"),
+        ("fixed", "WrongMethod.loss: its 'loss' depends on no parameter that is trained"),
+        ("log", "WrongMethod.loss: 'n' must be a 0-d tensor, to be logged"),
+        ("first", "WrongMethod fails in the run's first step: AssertionError: too many"),
+        ("step", "WrongMethod fails in the run's first step: IndexError"),
+        ("few", None),
+    ],
+)
+def test_a_method_that_is_wrong_is_told_and_nothing_is_written(how, refusal, tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))
+    fastssl.register_method(Wrong)(WrongMethod)
+    monkeypatch.setattr(Evaluator, "metrics", lambda self: {})
+    without_pictures(monkeypatch.setattr)
+    method = {"name": "wrong", "how": how}
+    given = (method, encoder(), Shapes(), *KEYS[:-1], f"output={tmp_path}")
+    if refusal is None:  # two samples were too few for it, and the run's batch is not
+        fastssl.pretrain(*given, name="x")
+        saved = next((tmp_path / "x/checkpoints").glob("step-*/deepspeed/*model_states.pt"))
+        assert torch.load(saved, weights_only=False)["module"]["seen"] == 3
+        return
+    with pytest.raises(Exception, match=refusal) as error:
+        fastssl.pretrain(*given, name="x")
+    assert error.value.exit_code == 2  # type: ignore[attr-defined]
     assert not (tmp_path / "x").exists()

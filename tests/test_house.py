@@ -20,6 +20,7 @@ ROOMS = {
     "files": "",
     "section": "pydantic pydantic_core",
     "tree": "",
+    "pieces": "",
     "registry": "pydantic pydantic_core",
     "masking": "random",
     "kernels": "kernels.* distributed triton",
@@ -30,17 +31,17 @@ ROOMS = {
     "kernels.tokens": "kernels.common triton",
     "kernels.regression": "kernels.common triton",
     "losses": "kernels distributed random",
-    "models": "kernels masking distributed registry timm",
+    "models": "kernels masking distributed pieces registry timm",
     "methods": "models losses kernels masking random schedules section registry pydantic",
     "data": "random distributed files section registry *",
-    "engine": "models distributed schedules section files tree registry "
+    "engine": "models distributed pieces schedules section files tree registry "
     "deepspeed timm pydantic safetensors numpy",
     "evaluate": "data kernels random distributed sklearn numpy",
     "report": "files *",
     "config": "methods models engine data schedules section registry pydantic yaml",
     "export": "config engine data evaluate models files safetensors timm numpy",
-    "run": "random tree section config engine data methods evaluate report models distributed "
-    "export files *",
+    "run": "random tree pieces section config engine data methods evaluate report models "
+    "distributed export files *",
     "diagnose": "random tree run config engine data methods kernels models distributed *",
     "bench": "methods models losses kernels masking engine data report files *",
     "cli": "config run diagnose data export files bench *",
@@ -126,6 +127,18 @@ def test_no_name_with_an_underscore_leaves_its_package():
             private = re.match(r"fastssl\.(.*\.)?_[a-z]", dotted)
             if private and not fits(name, [(private[1] or name).rstrip(".")]):
                 wrong.append(f"{name} imports {dotted}")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_no_attribute_of_deepspeed_is_read_outside_of_the_engine():
+    wrong = []
+    for name in FILES:
+        if fits(name, ["engine"]):
+            continue
+        for node in ast.walk(ast.parse(FILES[name].read_text())):
+            read = getattr(node, "attr", getattr(node, "value", None))
+            if isinstance(read, str) and re.fullmatch(r"ds|ds_[a-z_]+", read):
+                wrong.append(f"{name} reads {read}")
     assert not wrong, "\n".join(sorted(wrong))
 
 

@@ -348,6 +348,11 @@ class PretrainLoader:
         steps = enumerate(batches, start_step)
         return ({**batch, "padding": self._padding(step)} for step, batch in steps)
 
+    def first(self, count: int) -> Batch:
+        """A batch of the first `count` items, its views made here, by torchvision."""
+        fetch = PretrainFetch(self.source, self.views, self.seed, self.parameters)
+        return fetch.batch([(0, i) for i in range(count)])
+
     def _made(self, steps: _Steps, should_stop: ShouldStop) -> Generator[Batch, None, None]:
         given: Any = (self.source, self.views, self.seed, self.parameters)
         if self.rendering is None:

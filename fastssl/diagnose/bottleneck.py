@@ -30,6 +30,7 @@ from fastssl.data.sources.base import EncodedSource, Source
 from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.engine import Engine
+from fastssl.engine.verbs import Verbs
 from fastssl.random import REPLACE, mix
 from fastssl.run.build import build, build_loader, check_source, with_backend
 from fastssl.tree import map_leaves
@@ -138,7 +139,7 @@ def _pipeline(stream: Any, seconds: float) -> tuple[float, float, Batch]:
     return first, images / spent, batch
 
 
-def _model(cfg: RunConfig, engine: Engine, batch: Batch, channels: int, seconds: float) -> float:
+def _model(cfg: RunConfig, engine: Verbs, batch: Batch, channels: int, seconds: float) -> float:
     """Images a second of training steps on one batch, at a learning rate of 0."""
     views = cfg.views()
     norm = views.normalization(channels) if isinstance(views, Views) else None  # of one stream

@@ -25,24 +25,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastssl import distributed
 from fastssl.files import sync, write_atomically
 
 from .config import CheckpointConfig
-from .engine import Engine
-from .launch import deepspeed
+from .states import TAG, attempt, holds_weights, is_state, is_swapped, load_state
+from .verbs import Verbs
 
-# A full disk is an OSError to Python, and these to torch.save and safetensors.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-TAG = "deepspeed"
 FORMAT = 2  # of what a method keeps: 1 had it under other names
-_STATES = re.compile(
-    rf"{TAG}/((bf16_)?zero_pp_rank_\d+_)?mp_rank_00_(model|optim)_states\.pt|rng-\d+\.pt"
-)
-_SWAPPED = re.compile(rf"{TAG}/offloaded_tensors/[^\0]+")  # with NVMe offload; never unpickled
+_RNG = re.compile(r"rng-\d+\.pt")
 T = TypeVar("T")
 
 
@@ -97,7 +90,7 @@ class Checkpoints:
                 raise IsADirectoryError(f"{self.folder / name} is a directory")
 
     @_undisturbed()
-    def save(self, engine: Engine, step: int, trainer: dict[str, Any], *, best: bool) -> Path:
+    def save(self, engine: Verbs, step: int, trainer: dict[str, Any], *, best: bool) -> Path:
         """Write the state after `step` steps; collective.  trainer: what resume needs, JSON.
 
         Raises CheckpointError on every rank when any rank could not write (full disk, read-only):
@@ -107,26 +100,25 @@ class Checkpoints:
         aside = self.folder / f".{name}.partial"
         errors: list[str] = []
         if distributed.rank() == 0:
-            _try(errors, lambda: _fresh_directory(aside))
+            attempt(errors, lambda: _fresh_directory(aside))
         self._all_ok(errors, aside)
         networks = list(engine.method.networks())
         for network, file in encoder_files(networks).items():  # one after another: each is whole
             _write_encoder(engine, network, aside / file, errors)
         self._all_ok(errors, aside)
-        with _recording(engine, errors):
-            engine.ds.save_checkpoint(str(aside), tag=TAG, save_latest=False)
-        _try(errors, lambda: torch.save(_rng_state(), aside / f"rng-{distributed.rank()}.pt"))
+        errors += engine.state(aside)
+        attempt(errors, lambda: torch.save(_rng_state(), aside / f"rng-{distributed.rank()}.pt"))
         if distributed.rank() == 0:
             kept = {"format": FORMAT, "step": step, "world": distributed.world_size()}
             text = json.dumps(kept | {"networks": networks} | trainer)
-            _try(errors, lambda: write_atomically(aside / "trainer.json", text))
+            attempt(errors, lambda: write_atomically(aside / "trainer.json", text))
         self._all_ok(errors, aside)
         self._seal(aside, name, errors, best)
         self._all_ok(errors, aside)
         return self.folder / name
 
     def load(
-        self, engine: Engine, notes: list[str], parse: Callable[[dict[str, Any]], T]
+        self, engine: Verbs, notes: list[str], parse: Callable[[dict[str, Any]], T]
     ) -> T | None:
         """Restore the newest intact checkpoint, RNG included; None when there is none; collective.
 
@@ -165,9 +157,8 @@ class Checkpoints:
                     f"resume=never with another name"
                 )
             try:
-                with _unpickling_plain_values(engine):
-                    engine.ds.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
-                _set_rng_state(_load_state(path / f"rng-{distributed.rank()}.pt"))
+                engine.load(path)
+                _set_rng_state(load_state(path / f"rng-{distributed.rank()}.pt"))
             except Exception as error:  # whole and harmless, and yet of something else
                 refusal = CheckpointError(
                     f"checkpoint {path} does not fit this run ({type(error).__name__}: "
@@ -182,7 +173,7 @@ class Checkpoints:
     def _seal(self, aside: Path, name: str, errors: list[str], best: bool) -> None:
         """Checksums by all ranks; then on rank 0: manifest, rename, pointers, old ones go."""
         sums: dict[str, Any] = {}
-        _try(errors, lambda: sums.update(_checksums(_files(aside)[_my_share()], aside)))
+        attempt(errors, lambda: sums.update(_checksums(_files(aside)[_my_share()], aside)))
         merged = {k: v for part in distributed.gather_objects(sums) for k, v in part.items()}
 
         def finish() -> None:
@@ -199,7 +190,7 @@ class Checkpoints:
             self._prune()
 
         if distributed.rank() == 0 and not errors:
-            _try(errors, finish)
+            attempt(errors, finish)
 
     def _prune(self) -> None:
         keep = set(self.names()[: self.cfg.keep])
@@ -239,13 +230,13 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
     wanted |= {*encoder_files(encoders).values()}
     if strange:
         return f"the manifest does not name {strange[0]}"
-    if wanted - sums.keys() or not any(name.endswith("model_states.pt") for name in sums):
+    if wanted - sums.keys() or not any(map(holds_weights, sums)):
         return f"the manifest does not name {min(wanted - sums.keys(), default='any weights')}"
     for name in sorted(sums)[_my_share()] if share else sorted(sums):
         file, (size, checksum) = path / name, sums[name]
         if name not in there:
             return f"{name} is missing"
-        if name not in wanted and not (_STATES.fullmatch(name) or _SWAPPED.fullmatch(name)):
+        if name not in wanted and not (is_state(name) or is_swapped(name)):
             return f"{name} is no file of a checkpoint"
         if file.is_symlink() or not file.is_file():
             return f"{name} is no plain file"
@@ -258,35 +249,13 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
 
 def _unreadable(path: Path, *, share: bool) -> str | None:
     """Which state of an undamaged checkpoint holds more than tensors and plain values, or None."""
-    states = [name for name in _files(path) if _STATES.fullmatch(name)]
+    states = [name for name in _files(path) if is_state(name) or _RNG.fullmatch(name)]
     for name in states[_my_share()] if share else states:
         try:
-            _load_state(path / name)
+            load_state(path / name)
         except Exception as error:  # torch's unpickler raises what the bytes bring about
             return f"{name} holds more than tensors and plain values ({type(error).__name__})"
     return None
-
-
-def _load_state(path: str | Path, map_location: Any = "cpu") -> Any:
-    """Unpickle tensors, plain values, and the few classes that DeepSpeed saves; nothing else."""
-    deepspeed()
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
-@contextlib.contextmanager
-def _unpickling_plain_values(engine: Engine) -> Iterator[None]:
-    """DeepSpeed reads its states by `_load_state`; its own way runs what they say."""
-    reader = engine.ds.checkpoint_engine
-    reader.load = _load_state
-    try:
-        yield
-    finally:
-        del reader.load
 
 
 def networks_of(trainer: dict[str, Any]) -> list[str]:
@@ -310,34 +279,13 @@ def encoder_files(names: Sequence[str]) -> dict[str, str]:
     return {first: "encoder.safetensors"} | {n: f"encoder-{n}.safetensors" for n in others}
 
 
-def _write_encoder(engine: Engine, name: str, path: Path, errors: list[str]) -> None:
+def _write_encoder(engine: Verbs, name: str, path: Path, errors: list[str]) -> None:
     """Rank 0 writes what is finite.  Collective."""
     weights = engine.encoder_state(name, kept=distributed.rank() == 0)
     if not all(torch.isfinite(value).all() for value in weights.values()):
         errors.append(f"the weights of the network {name} are not finite")
     elif distributed.rank() == 0:
-        _try(errors, lambda: save_file(weights, path))
-
-
-@contextlib.contextmanager
-def _recording(engine: Engine, errors: list[str]):
-    """DeepSpeed has barriers between its writes: a rank whose write failed must reach them too."""
-    writer, ds = engine.ds.checkpoint_engine, engine.ds
-    save = writer.save
-    writer.save = lambda state_dict, path: _try(errors, lambda: save(state_dict, path))
-    ds._copy_recovery_script = lambda path: None  # scripts that nobody here needs
-    try:
-        yield
-    finally:
-        writer.save = save
-        del ds._copy_recovery_script
-
-
-def _try(errors: list[str], action) -> None:
-    try:
-        action()
-    except WRITE_ERRORS as error:
-        errors.append(str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
+        attempt(errors, lambda: save_file(weights, path))
 
 
 def _fresh_directory(path: Path) -> None:

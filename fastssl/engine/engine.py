@@ -8,7 +8,7 @@ finite is never applied, at any stage, and leaves no trace in the method.
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,25 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fastssl import distributed
+from fastssl import distributed, pieces
 from fastssl.models import average_running_statistics, synchronize_batch_norms, widen_batch_norms
 from fastssl.tree import count_rows, cut, join, map_leaves
 
 from .config import EngineConfig, EngineError
+from .fragments import ZeroPieces
 from .launch import deepspeed
 from .optim import OptimConfig, after_initialize, build_optimizer
+from .scalars import MONITORS
+from .states import read_states, write_states
+from .verbs import Step, Verbs
 
 NEVER = 2**62  # DeepSpeed's own progress lines: ours are better
 
 
-@dataclass
-class Step:
-    """What a step did: metrics as 0-d tensors on the device, and whether parameters moved.
-
-    finite: loss and gradients of all ranks.  stop: some rank was asked to stop.
-    """
-
-    metrics: dict[str, Tensor]
-    applied: bool
-    finite: bool
-    stop: bool
-
-
-class Engine:
+class Engine(Verbs):
     """`method` on `device` under ZeRO `cfg.zero_stage`, stepped by `optim`.
 
     batch_size: images in an optimizer step over all ranks and micro-batches.
-    monitor: directory of TensorBoard events, or None.
-    notes: sentences that the user of a run should read.
     Raises EngineError when the batch does not divide among ranks and micro-batches,
     for activation checkpointing of an encoder without it, and for what DeepSpeed refuses.
     """
@@ -58,7 +47,6 @@ class Engine:
         *,
         device: torch.device,
         batch_size: int,
-        monitor: Path | None = None,
     ):
         self.cfg, self.optim, self.device = cfg, optim, device
         shares = distributed.world_size() * cfg.accumulation
@@ -78,7 +66,7 @@ class Engine:
             self.ds, *_ = deepspeed().initialize(
                 model=method,
                 optimizer=build_optimizer(method, optim),
-                config=self._deepspeed_config(optim.clip, batch_size // shares, monitor),
+                config=self._deepspeed_config(optim.clip, batch_size // shares),
                 dist_init_required=False,
             )
         except ValidationError as error:
@@ -86,6 +74,8 @@ class Engine:
         except (AssertionError, ValueError, TypeError, KeyError) as error:
             raise EngineError(f"DeepSpeed or the optimizer refuses this: {error}") from error
         after_initialize(self.ds)
+        pieces.cut_by(ZeroPieces())
+        self._parameters = list(method.parameters())  # to walk through a model takes its time
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
 
     @property
@@ -95,13 +85,6 @@ class Engine:
     def step(
         self, batch: dict[str, Any], lr: float, *, progress: float = 0.0, stop: bool = False
     ) -> Step:
-        """One optimizer step on this rank's share of the batch, at learning rate `lr`.
-
-        batch: a tree of tensors with a row for each of the rank's samples, on any device.
-        progress: of the run in [0, 1], once the step is done.
-        stop: this rank was asked to stop; the answer tells whether any rank was.
-        Raises ValueError, naming the leaf, for a batch whose leaves do not share their rows.
-        """
         self.optim.set_rates(self.ds.optimizer.param_groups, lr, progress)
         if not self.method.training:
             self.method.train()
@@ -116,19 +99,16 @@ class Engine:
             batch = self.method.prepare(self._move(batch))
         for i, (micro, share) in enumerate(self._split(batch)):
             out = self.ds(micro, prepared=prepared)
-            loss = out.get("loss") if isinstance(out, dict) else None
-            if not isinstance(loss, Tensor) or loss.ndim:
-                name = type(self.method).__name__
-                raise EngineError(f"{name}.loss must return {{'loss': a 0-d tensor, ...}}")
+            loss = loss_of(self.method, out)
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
-            finite = finite & torch.isfinite(out["loss"].detach())
+            finite = finite & torch.isfinite(loss.detach())
             last = i == self.cfg.accumulation - 1
             if last:
                 event = self._agree(finite, stop)
             # A loss of infinity may have finite gradients: make sure that the step is refused.
             weight = torch.where(finite, share * self.cfg.accumulation, float("nan"))
-            self.ds.backward(out["loss"] * weight)
+            self.ds.backward(loss * weight)
             for key, value in out.items():
                 part = value.detach().float() * share
                 sums[key] = sums[key] + part if key in sums else part
@@ -144,25 +124,25 @@ class Engine:
         return step
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode."""
         self.method.eval()
         with torch.no_grad():
             return self.method.features(images.to(self.device, non_blocking=True))
 
-    def whole_parameters(self):
-        """A context in which every rank sees whole parameters, also at stage 3.  Collective."""
+    def state(self, folder: Path) -> list[str]:
+        return write_states(self.ds, folder)
+
+    def load(self, folder: Path) -> None:
+        read_states(self.ds, folder)
+
+    def whole_parameters(self) -> AbstractContextManager[Any]:
         parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
         return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
 
     def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
-        """An encoder's whole tensors on the CPU, float32 masters where there are any.
-
-        name: among the method's networks; the first of them by default.
-        Collective: call it on every rank; one that has kept=False takes part, and gets nothing.
-        """
         networks = self.method.networks()
         encoder = networks[name or next(iter(networks))]
-        every = {"remove_duplicate": False}  # what two modules share has both names in a state_dict
+        # What two modules share has both names in a state_dict.
+        every: dict[str, Any] = {"remove_duplicate": False}
         tensors = [*encoder.named_buffers(**every), *encoder.named_parameters(**every)]
         state: dict[str, Tensor] = {}
         for key, tensor in tensors:
@@ -170,11 +150,6 @@ class Engine:
             if kept:
                 state[key] = whole.cpu().clone()
         return {key: state[key] for key in encoder.state_dict() if kept}
-
-    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """To TensorBoard, on rank 0, through DeepSpeed's monitor."""
-        if self.ds.monitor.enabled and distributed.rank() == 0:
-            self.ds.monitor.write_events([(name, v, step) for name, v in scalars.items()])
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """A parameter in full and float32, wherever ZeRO keeps it; a buffer as it is."""
@@ -215,7 +190,7 @@ class Engine:
                 "statistics of its own images; the running ones are averaged"
             )
 
-    def _deepspeed_config(self, clip: float, micro: int, monitor: Path | None) -> dict[str, Any]:
+    def _deepspeed_config(self, clip: float, micro: int) -> dict[str, Any]:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": self.cfg.accumulation,
@@ -229,13 +204,8 @@ class Engine:
         if self.cfg.zero_stage == 3:
             # DeepSpeed's own linear rounds twice in bf16, once more after the bias: another loss.
             config["zero_optimization"]["memory_efficient_linear"] = False
-        if monitor is not None:
-            config["tensorboard"] = {
-                "enabled": True,
-                "output_path": str(monitor.parent),
-                "job_name": monitor.name,
-            }
-        return _merge(config, self.cfg.deepspeed)
+        given = {k: v for k, v in self.cfg.deepspeed.items() if k not in MONITORS}
+        return _merge(config, given)
 
     def _split(self, batch: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float]]:
         """The batch in `accumulation` micro-batches, each moved to the device in its turn, with its
@@ -273,7 +243,7 @@ class Engine:
         finite, stop = bool(self._flags[0] == 0), bool(self._flags[1] > 0)
         plain = self.cfg.zero_stage == 0 and self.cfg.precision == "fp32"
         if plain:  # nothing in DeepSpeed looks at these gradients before they are applied
-            grads = [p.grad for p in self.method.parameters() if p.grad is not None]
+            grads = [p.grad for p in self._parameters if p.grad is not None]
             metrics["grad_norm"] = torch.nn.utils.get_total_norm(grads)
             finite = finite and bool(torch.isfinite(metrics["grad_norm"]))
         if plain and not finite:
@@ -287,6 +257,23 @@ class Engine:
         if norm is not None and not plain:
             metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
         return Step(metrics, applied=applied, finite=finite and applied, stop=stop)
+
+
+def loss_of(method: nn.Module, out: Any) -> Tensor:
+    """The loss in what a method's `loss` returned.
+
+    Raises EngineError where there is none to train by, and for an entry that cannot be logged.
+    """
+    name = f"{type(method).__name__}.loss"
+    loss = out.get("loss") if isinstance(out, dict) else None
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise EngineError(f"{name} must return {{'loss': a 0-d tensor, ...}}")
+    if not loss.requires_grad:
+        raise EngineError(f"{name}: its 'loss' depends on no parameter that is trained")
+    for key, value in out.items():
+        if key != "keep" and (not isinstance(value, Tensor) or value.ndim):
+            raise EngineError(f"{name}: {key!r} must be a 0-d tensor, to be logged")
+    return loss
 
 
 def _checkpoint_activations(encoder: nn.Module) -> None:

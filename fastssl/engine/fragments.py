@@ -1,15 +1,41 @@
-"""Where the parameters of a model lie in the flat tensors that ZeRO gives its optimizer.
+"""What ZeRO has made of a model's parameters: pieces, and flat tensors for the optimizer.
 
-All that is known here of DeepSpeed's layouts; `bind_fragments` in layerwise.py is its user.
+All that is known here of DeepSpeed's layouts.  `bind_fragments` in layerwise.py asks where
+parameters lie in flat tensors; models ask for the pieces through fastssl.pieces.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from fastssl.pieces import Pieces
+
+
+class ZeroPieces(Pieces):
+    """The pieces of parameters at stage 3, each parameter telling of its own; of others, all."""
+
+    def piece(self, parameter: Tensor) -> Tensor:
+        return getattr(parameter, "ds_tensor", parameter).data
+
+    def size(self, parameter: Tensor) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())
+
+    def renew(self, parameters: Sequence[Any]) -> None:
+        """Gather anew the parameters that ZeRO-3 keeps whole beside their pieces.
+
+        They must not be left cut: DeepSpeed has recorded in which order it fetches parameters, and
+        raises an error where one that it takes for whole has to be fetched.
+        """
+        whole = [p for p in parameters if hasattr(p, "ds_numel") and p.numel() == p.ds_numel]
+        for parameter in whole:
+            parameter.partition()
+        kept = [parameter for parameter in whole if parameter.ds_persist]
+        if kept:
+            kept[0].all_gather(kept)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastssl import pieces
+
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -17,7 +19,7 @@ class EMA(nn.Module):
     The copy computes without gradients, and its parameters ask for none.  Where they have 16 bits
     the mean is kept in float32 beside them, and saved with them: in bfloat16 a step of
     1 - m = 0.004 rounds to none.  Buffers, such as running statistics, are the student's.
-    Under ZeRO-3 each rank moves the piece of every parameter that it holds, without communication:
+    Where an engine cuts parameters each rank moves the pieces that it holds, without communication:
     both models are cut alike.
     """
 
@@ -38,22 +40,20 @@ class EMA(nn.Module):
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-        halves = [_piece(p) for p in self.model.parameters() if p.dtype in _HALVES]
+        halves = [pieces.piece(p) for p in self.model.parameters() if p.dtype in _HALVES]
         if not self._means:
             self._means = [half.float() for half in halves]
-        means, whole = iter(self._means), []
+        means = iter(self._means)
         for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
-            piece = _piece(mine)
+            piece = pieces.piece(mine)
             if piece.dtype in _HALVES:
                 mean = next(means)
-                piece.copy_(mean.lerp_(_piece(theirs).float(), 1 - momentum))
+                piece.copy_(mean.lerp_(pieces.piece(theirs).float(), 1 - momentum))
             else:
-                piece.lerp_(_piece(theirs), 1 - momentum)
-            if mine.numel() == getattr(mine, "ds_numel", None):
-                whole.append(mine)
+                piece.lerp_(pieces.piece(theirs), 1 - momentum)
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
-        _renew(whole)
+        pieces.renew(list(self.model.parameters()))
 
     def get_extra_state(self) -> list[Tensor]:
         return self._means
@@ -61,21 +61,3 @@ class EMA(nn.Module):
     def set_extra_state(self, state: list[Tensor]) -> None:
         device = next(self.model.parameters()).device
         self._means = [mean.to(device, copy=True) for mean in state]
-
-
-def _piece(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: all of it, or under ZeRO-3 its piece."""
-    return getattr(parameter, "ds_tensor", parameter).data
-
-
-def _renew(parameters: list[Any]) -> None:
-    """Gather anew the parameters that ZeRO-3 keeps whole beside their pieces.
-
-    They must not be left cut: DeepSpeed has recorded in which order it fetches parameters, and
-    raises an error where one that it takes for whole has to be fetched.
-    """
-    for parameter in parameters:
-        parameter.partition()
-    kept = [parameter for parameter in parameters if parameter.ds_persist]
-    if kept:
-        kept[0].all_gather(kept)

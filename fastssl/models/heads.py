@@ -120,6 +120,8 @@ def average_running_statistics(model: nn.Module) -> None:
 
     They are moving averages, so that to average after each step or once at the end is the same.
     """
+    if world_size() == 1:
+        return
     statistics = [
         buffer
         for module in model.modules()
@@ -127,7 +129,7 @@ def average_running_statistics(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False)
         if name.startswith("running_")
     ]
-    if statistics and world_size() > 1:
+    if statistics:
         mean = all_reduce_sum(torch.cat([b.flatten().float() for b in statistics])) / world_size()
         parts = mean.split([b.numel() for b in statistics])
         for buffer, part in zip(statistics, parts, strict=True):

@@ -11,25 +11,53 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastssl import config, distributed
 from fastssl.config import ConfigError, RunConfig
 from fastssl.engine.checkpoint import Checkpoints
-from fastssl.engine.config import EngineError
 from fastssl.files import sync, write_atomically
 
 
+@dataclass
+class Place:
+    """A run's directory until the run has something to keep.
+
+    made: it was not there before.  begun: a step has been taken, or an earlier one taken up.
+    """
+
+    cfg: RunConfig
+    made: bool = False
+    begun: bool = False
+
+    def begin(self) -> None:
+        """From now on it stays, and the run that it replaces goes."""
+        if not self.begun and distributed.rank() == 0:
+            shutil.rmtree(_replaced(self.cfg), ignore_errors=True)
+        self.begun = True
+
+    def undo(self) -> None:
+        """Unless it has begun: it goes, and the run that it was to replace comes back."""
+        if self.begun or not self.made:
+            return
+        shutil.rmtree(self.cfg.directory, ignore_errors=True)
+        if _replaced(self.cfg).is_dir():
+            _replaced(self.cfg).rename(self.cfg.directory)
+
+
 @contextlib.contextmanager
-def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator[Path]:
+def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator["Place"]:
     """The run's directory, new, replaced or taken up, with its configuration in it, and locked.
 
     data: the fingerprint of the run's data, kept in RUN/data.json.
     Raises ConfigError when a run of that name is going on, or exists and neither resume nor
     overwrite is asked for, and when the configuration or the data differ from what is resumed,
     naming each difference.  Data that are the same may lie elsewhere.
+    A mistake of the user's that comes out before the place has begun leaves things as they were.
     """
+    place = Place(cfg)
     with contextlib.ExitStack() as stack:
         problem = None
         if distributed.rank() == 0:
@@ -37,7 +65,7 @@ def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator[Pat
                 output = cfg.directory.parent
                 output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(output / f".{cfg.name}.lock"))
-                problem = _prepare(cfg, data)
+                problem = _prepare(place, data)
             except ConfigError as error:
                 problem = str(error)
             except BlockingIOError:
@@ -48,11 +76,10 @@ def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator[Pat
         if problem:
             raise ConfigError(problem)
         try:
-            yield cfg.directory
-        except EngineError:  # nothing has been trained: what was there comes back
-            if distributed.rank() == 0 and _replaced(cfg).is_dir():
-                shutil.rmtree(cfg.directory)
-                _replaced(cfg).rename(cfg.directory)
+            yield place
+        except Exception as error:
+            if distributed.rank() == 0 and getattr(error, "exit_code", 2) == 2:
+                place.undo()
             raise
 
 
@@ -93,11 +120,6 @@ def _replaced(cfg: RunConfig) -> Path:
     return cfg.directory.with_name(f".{cfg.name}.replaced")
 
 
-def forget_replaced(cfg: RunConfig) -> None:
-    """The new run can start: the one it replaces goes."""
-    shutil.rmtree(_replaced(cfg), ignore_errors=True)
-
-
 def _saved_data(directory: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads((directory / "data.json").read_text()))
@@ -125,7 +147,8 @@ def _changed(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
     )
 
 
-def _prepare(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
+def _prepare(place: "Place", data: dict[str, Any] | None) -> str | None:
+    cfg = place.cfg
     directory, saved = cfg.directory, cfg.directory / "config.yaml"
     if saved.is_file() and cfg.resume == "auto":
         changed = _changed(cfg, data)
@@ -139,6 +162,7 @@ def _prepare(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
     elif saved.is_file():
         shutil.rmtree(_replaced(cfg), ignore_errors=True)
         directory.rename(_replaced(cfg))
+    place.made = not directory.exists()
     directory.mkdir(exist_ok=True)
     sync(directory.parent)
     Checkpoints(directory, cfg.checkpoint).check()

@@ -16,7 +16,7 @@ from fastssl.data.streams import split_of_stream
 from fastssl.data.views.spec import ViewSpec, apply
 from fastssl.data.views.streams import AnyViews, StreamViews, of_stream
 from fastssl.data.worker import mostly_bad
-from fastssl.engine.engine import Engine
+from fastssl.engine.verbs import Verbs
 from fastssl.evaluate import Evaluation, evaluate_features
 from fastssl.evaluate.embed import EmbedConfig, Embedded, Features, embed, raw_input, two_views
 from fastssl.files import printable
@@ -44,7 +44,7 @@ class Evaluator:
     """Measures the engine's encoder on a run's data, of several streams on the primary one.  Every
     method is collective."""
 
-    def __init__(self, cfg: RunConfig, split: Split, views: AnyViews, engine: Engine):
+    def __init__(self, cfg: RunConfig, split: Split, views: AnyViews, engine: Verbs):
         self.cfg, self.items, self.whole, self.engine = cfg, split.train, views, engine
         self.split, self.views = split_of_stream(split), of_stream(views)
         self.test: Embedded | None = None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastssl import __version__, distributed
+from fastssl import __version__, distributed, pieces
 from fastssl.config import RunConfig
 from fastssl.files import write_atomically
 from fastssl.report import write_report
@@ -78,8 +78,8 @@ def write_summary(
 
 
 def count_parameters(module: torch.nn.Module) -> int:
-    """Parameters of the whole module, also while ZeRO-3 keeps only slices here."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    """Parameters of the whole module, also while an engine keeps only pieces here."""
+    return sum(map(pieces.size, module.parameters()))
 
 
 def peak_memory() -> int:

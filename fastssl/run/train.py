@@ -28,7 +28,9 @@ from fastssl.data.sources.base import Split
 from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.checkpoint import Checkpoints
-from fastssl.engine.engine import Engine, Step
+from fastssl.engine.engine import Engine
+from fastssl.engine.scalars import Scalars
+from fastssl.engine.verbs import Step, Verbs
 from fastssl.run.build import (
     NOTHING,
     Given,
@@ -38,9 +40,10 @@ from fastssl.run.build import (
     check_steps,
     with_backend,
 )
-from fastssl.run.directory import forget_replaced, prepared
+from fastssl.run.directory import Place, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
+from fastssl.run.rehearsal import rehearse
 from fastssl.run.summary import count_parameters, summarize, write_summary
 from fastssl.tree import count_rows, map_leaves
 
@@ -49,6 +52,12 @@ class NonFinite(RuntimeError):
     """The loss or a gradient was not finite: says where, on which images, what is still good."""
 
     exit_code, on_every_rank = 3, True
+
+
+class FirstStepError(RuntimeError):
+    """A run's first step failed, on this rank at least: nothing of the run is left."""
+
+    exit_code, on_every_rank = 2, False
 
 
 class Interrupted(RuntimeError):
@@ -96,27 +105,30 @@ def pretrain(
                 watch.say(said)
         loader = build_loader(cfg, split.train, device, parameters=method.needs_view_params)
         check_steps(cfg, loader)
-        with prepared(cfg, fingerprint(split)) as directory:
-            engine = Engine(
-                method,
-                cfg.optim,
-                cfg.engine,
-                device=device,
-                batch_size=cfg.batch_size,
-                monitor=directory / "tensorboard" if cfg.log.tensorboard else None,
-            )
-            forget_replaced(cfg)
-            return Run(cfg, split, loader, engine, watch).go(command)
+        if not goes_on:
+            rehearse(method, loader)
+        with prepared(cfg, fingerprint(split)) as place:
+            size = cfg.batch_size
+            engine = Engine(method, cfg.optim, cfg.engine, device=device, batch_size=size)
+            return Run(cfg, split, loader, engine, watch, place).go(command)
 
 
 class Run:
     """One run's parts, and the loop over them."""
 
     def __init__(
-        self, cfg: RunConfig, split: Split, loader: PretrainLoader, engine: Engine, watch: Watch
+        self,
+        cfg: RunConfig,
+        split: Split,
+        loader: PretrainLoader,
+        engine: Verbs,
+        watch: Watch,
+        place: Place,
     ):
         self.cfg, self.split, self.loader, self.engine = cfg, split, loader, engine
-        self.watch, self.directory = watch, cfg.directory
+        self.watch, self.place, self.directory = watch, place, cfg.directory
+        board = self.directory / "tensorboard" if cfg.log.tensorboard else None
+        self.scalars = Scalars(board, cfg.engine.deepspeed)
         self.log = RunLog(self.directory, watch, writing=distributed.rank() == 0)
         self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
         self.evaluator = Evaluator(cfg, split, loader.views, engine)
@@ -160,8 +172,9 @@ class Run:
             batch = self.without_padding(batch)
             batch = apply_batch_ops(self.cfg.data.batch_ops, batch, at, self.norm, engine.device)
             done = (state.step + 1) / self.total
-            step = engine.step(batch, lr, progress=done, stop=self.asked_to_stop)
+            step = self.step(batch, lr, done)
             state.step += 1
+            self.place.begin()
             images += count_rows(batch) * distributed.world_size()
             if step.finite:
                 state.skipped_in_row = 0
@@ -177,11 +190,22 @@ class Run:
             if row is not None:
                 images, since, batches.seconds = 0, time.perf_counter(), 0.0
 
+    def step(self, batch: dict[str, Any], lr: float, done: float) -> Step:
+        """One step of the engine; in a run's first one what fails is told in a sentence."""
+        try:
+            return self.engine.step(batch, lr, progress=done, stop=self.asked_to_stop)
+        except Exception as error:
+            if self.progress.step or hasattr(error, "exit_code"):
+                raise
+            name, said = type(self.engine.method).__name__, str(error).strip().splitlines()
+            what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+            raise FirstStepError(f"{name} fails in the run's first step: {what}") from error
+
     def agreed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, until some rank that is asked to stop has none: then all save and leave."""
         while self.progress.step < self.total:
             batch = next(batches, None)
-            if not distributed.all_agree(batch is not None):
+            if not self.engine.agree(batch is not None):
                 self.save(best=False)
                 raise self.interrupted()
             assert batch is not None
@@ -212,7 +236,7 @@ class Run:
         row = {**metrics, "lr": lr, "images_per_s": images / seconds}
         row["data_wait"] = min(waited / seconds, 1.0)
         epoch = state.step / self.steps_per_epoch
-        self.engine.write_scalars({f"train/{k}": v for k, v in row.items()}, state.step)
+        self.scalars.write({f"train/{k}": v for k, v in row.items()}, state.step)
         return self.log.row("train", state.step, epoch=round(epoch, 4), **row)
 
     def after(self, ends_epoch: bool, stop: bool) -> None:
@@ -268,7 +292,7 @@ class Run:
         self.log.bad_images(step, self.evaluator.bad)
         epoch = round(step / self.steps_per_epoch, 4)
         self.log.row("eval", step, epoch=epoch, **metrics)
-        self.engine.write_scalars({f"eval/{k}": v for k, v in metrics.items()}, step)
+        self.scalars.write({f"eval/{k}": v for k, v in metrics.items()}, step)
         return metrics
 
     def refuse(self, batch: dict[str, Any]) -> None:
@@ -341,6 +365,7 @@ class Run:
                 f"{saved.step} already: give more epochs"
             )
         self.progress, self.saved_step = saved, saved.step
+        self.place.begin()
         self.log.cut(self.progress.step)
         for note in notes:
             self.log.event(self.progress.step, "damaged", note)

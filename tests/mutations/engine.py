@@ -9,6 +9,11 @@ TESTS = {
         " or reader_that_dies",
     ),
     "engine/encoders": ("tests/test_cli.py", "by_its_name"),
+    "engine/states": (
+        "tests/train/test_damage.py tests/train/test_train.py",
+        "executes or is_code or full_disk",
+    ),
+    "engine/fragments": (ENGINE, "zero_3_keeps_whole"),
     "engine/engine": (
         f"{ENGINE} tests/train/test_train.py",
         "not_finite or merged_last or one_process or as_one or of_one or divide or micro"
@@ -41,7 +46,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if wanted - sums.keys() or", "if"),
         ('or not any(name.endswith("model', 'or any(name.endswith("xmodel'),
         ("if name not in there:", "if name in ():"),
-        ("_STATES.fullmatch(name)", "_STATES.search(name[-2:]) or True"),
+        ("not (is_state(name) or", "not (name or"),
         ("if file.is_symlink() or not", "if not"),
         ("st_size != size", "st_size < 0"),
         ("_sha256(file) != checksum", "_sha256(file) is checksum"),
@@ -51,9 +56,16 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if name and name not in files", "if name in files"),
         ("files[name or next", "files[next"),
     ],
-    "engine/checkpoint._unreadable": [("if _STATES.fullmatch(name)", "if 'rng' in name")],
-    "engine/checkpoint._load_state": [("weights_only=True", "weights_only=False")],
     "engine/engine.encoder_state": [("name or next(", "next("), ("if kept:", "if True:")],
+    "engine/checkpoint._unreadable": [("if is_state(name) or", "if")],
+    "engine/states.load_state": [("weights_only=True", "weights_only=False")],
+    "engine/states.read_states": [("reader.load = load_state", "reader.load = reader.load")],
+    "engine/states.attempt": [("errors.append(", "str(")],
+    "engine/fragments.ZeroPieces": [
+        ('getattr(parameter, "ds_tensor", parameter)', "parameter"),
+        ("if parameter.ds_persist", "if not parameter.ds_persist"),
+        ("            parameter.partition()", "            parameter"),
+    ],
     "engine/engine.__init__": [("if batch_size % shares:", "if batch_size < shares:")],
     "engine/engine.step": [
         ('float("nan"))', "1.0)"),

@@ -3,11 +3,11 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastssl import distributed
 from fastssl.config import load
 from fastssl.data.sources.arrays import ArrayImages
 from fastssl.engine.checkpoint import damaged
@@ -98,12 +98,13 @@ def test_a_run_that_waits_for_data_saves_and_leaves(tmp_path, monkeypatch):
     assert damaged(cfg.directory / "checkpoints/step-00000003") is None
 
 
-def test_a_rank_leaves_with_another_that_was_asked_to_stop(monkeypatch):
+def test_a_rank_leaves_with_another_that_was_asked_to_stop():
     """Fault 11: it has a batch, and the other, which waits for data, has none."""
     saved = []
 
     class Stub:
         total, progress = 10, Progress(step=4)
+        engine = SimpleNamespace(agree=lambda has_batch: False)
 
         def save(self, *, best):
             saved.append(best)
@@ -111,7 +112,6 @@ def test_a_rank_leaves_with_another_that_was_asked_to_stop(monkeypatch):
         def interrupted(self):
             return Interrupted("together")
 
-    monkeypatch.setattr(distributed, "all_agree", lambda has_batch: False)
     with pytest.raises(Interrupted, match="together"):
         next(Run.agreed(Stub(), iter([{}])))
     assert saved == [False]

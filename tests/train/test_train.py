@@ -211,7 +211,8 @@ def test_a_place_that_takes_no_checkpoint_stops_the_run(tmp_path):
 @pytest.mark.parametrize("board, said", [(False, "cannot write .*at step 3"), (True, "has gone")])
 def test_a_run_whose_directory_goes_ends_in_a_sentence(board, said, tmp_path, monkeypatch):
     """Fault 34: it is not begun anew, without its configuration and its log."""
-    cfg = tiny("mae", tmp_path, log__every=100, checkpoint__every_steps=3, log__tensorboard=board)
+    every = {"log__every": 1 if board else 100, "checkpoint__every_steps": 3}
+    cfg = tiny("mae", tmp_path, log__tensorboard=board, **every)
     step, others = Engine.step, set(threading.enumerate())
 
     def delete(self, *args, **options):

@@ -1,0 +1,94 @@
+"""What a run asks of an engine, in eight verbs: all that is known of one outside of engine/.
+
+    build             Engine(method, optim, cfg, device=..., batch_size=...)
+    step              one optimizer step, or none where something is not finite
+    features          what the encoder makes of images
+    state, load       all that a run needs to go on, into a folder and from it
+    full parameters   whole tensors: as copies, or in place for as long as a context lasts
+    piece             what this process holds of a parameter: fastssl.pieces, which the engine fills
+    agree             whether all ranks say yes
+
+B: a rank's samples.  Every verb but `features` is collective: all ranks call it, in one order.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import distributed
+
+
+@dataclass
+class Step:
+    """What a step did: metrics as 0-d tensors on the device, and whether parameters moved.
+
+    finite: loss and gradients of all ranks.  stop: some rank was asked to stop.
+    """
+
+    metrics: dict[str, Tensor]
+    applied: bool
+    finite: bool
+    stop: bool
+
+
+class Verbs(ABC):
+    """An engine that trains `method`, a fastssl.methods.Method, on `device`.
+
+    notes: sentences that the user of a run should read.
+    Building it raises EngineError for what it cannot do, before anything is written.
+    """
+
+    method: Any
+    device: torch.device
+    notes: Sequence[str]
+
+    @abstractmethod
+    def step(
+        self, batch: dict[str, Any], lr: float, *, progress: float = 0.0, stop: bool = False
+    ) -> Step:
+        """One optimizer step on this rank's share of the batch, at learning rate `lr`.
+
+        batch: a tree of tensors with B rows, on any device.
+        progress: of the run in [0, 1], once the step is done.
+        stop: this rank was asked to stop; the answer tells whether any rank was.
+        Raises ValueError, naming the leaf, for a batch whose leaves do not share their rows, and
+        EngineError for a method that makes of it what is no loss.
+        """
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode."""
+
+    @abstractmethod
+    def state(self, folder: Path) -> list[str]:
+        """Write this rank's share of the state into a folder that is there.
+
+        Returns what could not be written and why, a sentence each, and raises nothing for it, so
+        that no rank waits for another.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Take the state that as many ranks have written; raises whatever its files bring about."""
+
+    @abstractmethod
+    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
+        """An encoder's state_dict on the CPU: whole tensors, float32 masters where there are any.
+
+        name: among the method's networks; the first of them by default.
+        One rank that has kept=False takes part, and gets nothing.
+        """
+
+    @abstractmethod
+    def whole_parameters(self) -> AbstractContextManager[Any]:
+        """A context in which every rank sees the method's parameters whole, to be read."""
+
+    def agree(self, flag: bool) -> bool:
+        """True on every rank where all ranks say so, without waiting for the device."""
+        return distributed.all_agree(flag)

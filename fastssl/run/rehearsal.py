@@ -1,0 +1,84 @@
+"""A method shown two samples before anything is written, so that what it does wrongly is named.
+
+It runs once on the data's first two items, on the CPU, forward alone, and is left as it was.  Only
+what is wrong of any batch is refused: a name that is not there, leaves that do not share their
+rows, a loss that is none.  What else fails may do so for want of samples, or of a GPU: the run's
+first step will tell, and leaves nothing behind either.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl.config import ConfigError
+from fastssl.data.loader import PretrainLoader
+from fastssl.engine.engine import loss_of
+from fastssl.methods import Method
+from fastssl.run.summary import count_parameters
+from fastssl.tree import count_rows
+
+ROWS = 2
+LARGEST = 300_000_000  # parameters: beyond, a CPU would take its time
+_MISTAKES = (AttributeError, KeyError, NameError, TypeError)
+
+
+class _Unknown(Exception):
+    """It failed, and may not in the run."""
+
+
+def rehearse(method: Method, loader: PretrainLoader) -> None:
+    """Raise ConfigError or EngineError where `method` cannot train on these data whatever comes."""
+    if count_parameters(method) > LARGEST or len(loader.source) < ROWS:
+        return
+    batch = loader.first(ROWS)
+    del batch["bad"]
+    before = [(m, n, b, b.clone()) for m, n, b in _buffers(method)]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _once(method.train(), batch)
+    except _Unknown:
+        pass
+    finally:
+        for module, name, buffer, value in before:
+            buffer.copy_(value)
+            module._buffers[name] = buffer  # it may have been given another
+
+
+def _buffers(method: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    return [(m, n, b) for m in method.modules() for n, b in m._buffers.items() if b is not None]
+
+
+def _once(method: Method, batch: Any) -> None:
+    batch = _called(method.prepare, batch)
+    encoded = _called(method.encode, batch)
+    _check_rows(method, "encode", encoded)
+    with torch.no_grad():
+        targets = _called(method.targets, batch)
+    if targets is not None:
+        _check_rows(method, "targets", targets)
+        batch = {**batch, "targets": targets}
+    loss_of(method, _called(method.loss, encoded, batch))
+
+
+def _called(half: Callable[..., Any], *given: Any) -> Any:
+    try:
+        return half(*given)
+    except _MISTAKES as error:
+        owner: Any = half.__self__  # type: ignore[attr-defined]
+        name = f"{type(owner).__name__}.{half.__name__}"
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"{name} fails on {ROWS} samples: {said}") from error
+    except Exception as error:
+        raise _Unknown from error
+
+
+def _check_rows(method: Method, half: str, tree: Any) -> None:
+    name = f"{type(method).__name__}.{half}(batch)"
+    try:
+        rows = count_rows(tree, name)
+    except ValueError as error:
+        raise ConfigError(f"{error}: every leaf has a row for each sample") from error
+    if rows != ROWS:
+        raise ConfigError(f"{name} has {rows} rows for {ROWS} samples: give one for each")
