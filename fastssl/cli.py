@@ -294,10 +294,10 @@ def _print_plan(cfg: Any) -> None:
     from fastssl.data.datasets import open_source
     from fastssl.data.loader import PretrainLoader
     from fastssl.diagnose.plan import NOT_COUNTED, make_plan
-    from fastssl.run.build import check_source, check_steps
+    from fastssl.run.build import check_steps, fitted
 
     split = open_source(cfg.data.source, cfg.seed, cfg.data.streams)
-    check_source(cfg, split.train)
+    cfg = fitted(cfg, split.train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plan = make_plan(cfg, split.train.channels, world)
     table = Table("per device", "MiB")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .gmml import GMML
     from .groco import GroCo
     from .ijepa import IJEPA
+    from .isogclr import ISogCLR
     from .mae import MAE
     from .mixed_barlow_twins import MixedBarlowTwins
     from .mochi import MoCHi
@@ -49,6 +50,7 @@ __all__ = [
     "CropMAE",
     "Data2Vec",
     "Encoded",
+    "ISogCLR",
     "Method",
     "MethodConfig",
     "MixedBarlowTwins",

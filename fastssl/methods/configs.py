@@ -45,8 +45,12 @@ class MethodConfig(Section):
         options = {"width": "dim", "depth": "depth", "heads": "heads"}
         return {name: getattr(self, f"decoder_{key}") for name, key in options.items()}
 
-    def check_source(self, classes: int | None) -> None:
-        """Raise ValueError for images that do not serve; classes: their number, None unlabeled."""
+    def fitted(self, items: int, classes: int | None) -> "MethodConfig":
+        """These options with what they leave to the training data: how many, of how many classes.
+
+        classes: None where there are no labels.  Raises ValueError for data that do not serve.
+        """
+        return self
 
 
 class SimCLRConfig(MethodConfig):
@@ -61,6 +65,39 @@ class GroCoConfig(SimCLRConfig):
     name: Literal["groco"] = "groco"  # type: ignore[assignment]
     negatives: int = Field(10, ge=1, description="Most alike views of others that are sorted.")
     steepness: float = Field(1.0, gt=0, description="Of an exchange: greater is harder.")
+
+
+class ISogCLRConfig(SimCLRConfig):
+    name: Literal["isogclr"] = "isogclr"  # type: ignore[assignment]
+    temperature: float = Field(0.1, gt=0, description="Of each sample at first.")
+    temperature_range: tuple[float, float] = Field(
+        (0.05, 1.0), description="Least and greatest temperature of a sample."
+    )
+    rho: float = Field(0.4, ge=0, description="Greater: higher temperatures.")
+    eta: float = Field(0.03, ge=0, description="Learning rate of the temperatures.")
+    size: int | None = Field(
+        None, ge=1, description="Samples that have a temperature; null: the training data's."
+    )
+
+    @model_validator(mode="after")
+    def _check_temperatures(self) -> "ISogCLRConfig":
+        low, high = self.temperature_range
+        if not 0 < low <= self.temperature <= high < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} must lie in temperature_range, above 0, "
+                f"got {low} to {high}"
+            )
+        return self
+
+    def fitted(self, items: int, classes: int | None) -> "MethodConfig":
+        if self.size is None:
+            return self.model_copy(update={"size": items})
+        if self.size < items:
+            raise ValueError(
+                f"method.size={self.size} leaves some of the {items} training samples of this "
+                "data.source without a temperature: give method.size=null"
+            )
+        return self
 
 
 class DCLConfig(SimCLRConfig):
@@ -106,7 +143,7 @@ class CLIPConfig(MethodConfig):
     projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
     hidden_dim: int = Field(256, ge=1, description="Width inside the caption tower.")
 
-    def check_source(self, classes: int | None) -> None:
+    def fitted(self, items: int, classes: int | None) -> "MethodConfig":
         if classes is None:
             raise ValueError(
                 "method.name=clip captions images with their classes, and this data.source has "
@@ -117,6 +154,7 @@ class CLIPConfig(MethodConfig):
                 f"method.captions={self.captions} leaves some of the {classes} classes of "
                 f"this data.source without a caption: give method.captions={classes}"
             )
+        return self
 
 
 class BarlowTwinsConfig(MethodConfig):
@@ -284,6 +322,7 @@ for _config, _made in (
     (SimCLRConfig, "simclr:SimCLR"),
     (DCLConfig, "dcl:DCL"),
     (GroCoConfig, "groco:GroCo"),
+    (ISogCLRConfig, "isogclr:ISogCLR"),
     (MoCHiConfig, "mochi:MoCHi"),
     (MoCoV3Config, "mocov3:MoCoV3"),
     (NNCLRConfig, "nnclr:NNCLR"),

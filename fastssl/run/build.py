@@ -186,13 +186,17 @@ def build_loader(
     )
 
 
-def check_source(cfg: RunConfig, source: Source) -> None:
-    """Raise ConfigError where the method needs other data than those of `source`."""
+def fitted(cfg: RunConfig, source: Source) -> RunConfig:
+    """`cfg` with what its method leaves to the training data of `source`.
+
+    Raises ConfigError where the method needs other data.
+    """
     names = source.classes if source.labels is not None else None
     try:
-        cfg.method.check_source(None if names is None else len(names))
+        method = cfg.method.fitted(len(source), None if names is None else len(names))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return cfg.model_copy(update={"method": method})
 
 
 def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:

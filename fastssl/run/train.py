@@ -36,8 +36,8 @@ from fastssl.run.build import (
     Given,
     build,
     build_loader,
-    check_source,
     check_steps,
+    fitted,
     with_backend,
 )
 from fastssl.run.directory import Place, prepared
@@ -92,7 +92,7 @@ def pretrain(
     and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
     """
     split = given.split or open_source(cfg.data.source, cfg.seed, cfg.data.streams)
-    check_source(cfg, split.train)
+    cfg = fitted(cfg, split.train)
     cfg, note = with_backend(cfg, split.train)
     notes: list[str] = []
     goes_on = cfg.resume == "auto" and Checkpoints(cfg.directory, cfg.checkpoint).latest()

@@ -118,6 +118,8 @@ ONE_WAY = {  # those in which no rank's rows meet another's
 }
 CASES = {**{f"{n} {s}": (*STRATEGIES[n], s) for n in STRATEGIES for s in ("gather", "ring")}}
 CASES |= {name: (*ONE_WAY[name], None) for name in ONE_WAY}
+_WHOLE = {"rho": 0.3, "eta": 0.05, "sharded": False}
+CASES["isogclr whole"] = (lambda **o: ISogCLRLoss(SIZE, 0.2, **_WHOLE, **o), indexed, "gather")
 # DDP averages gradients, as the test of the mean does: one loss of each way through the ranks.
 IN_DDP = [
     "ntxent labeled gather",
@@ -234,7 +236,7 @@ def test_every_rank_keeps_the_queue_of_one_process(ranks, name):
             close(seen[name]["state"][key], truth.double())
 
 
-@pytest.mark.parametrize("name", ["isogclr gather", "isogclr ring"])
+@pytest.mark.parametrize("name", ["isogclr gather", "isogclr ring", "isogclr whole"])
 def test_temperatures_are_those_of_one_process(ranks, name):
     want = one_process(*CASES[name][:2], len(ranks))["state"]
     assert len(want[:, 0].unique()) > B * len(ranks) // 2

@@ -125,6 +125,24 @@ def test_state_is_saved_and_given_back():
     assert torch.equal(saved["_extra_state"]["values"], other.gather_state().cpu().to(DEVICE))
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_the_halves_of_a_call_are_the_call(sharded):
+    whole, halves = ISogCLRLoss(SIZE).to(DEVICE), ISogCLRLoss(SIZE, sharded=sharded).to(DEVICE)
+    for (a, b), index in steps(3):
+        index[1], before = index[0], halves.gather_state()  # an image twice: the last one stays
+        want = whole(a, b, index)
+        loss, state = halves.measure(a, b, index)
+        assert torch.equal(loss, want) and torch.equal(halves(a, b, index, update=False), want)
+        assert torch.equal(halves.gather_state(), before)
+        halves.remember(index, state)
+        assert torch.equal(halves.gather_state()[index[1:]], state[1:])
+        assert torch.equal(halves.gather_state(), whole.gather_state())
+    again = ISogCLRLoss(SIZE, sharded=sharded).to(DEVICE)
+    again.load_state_dict(halves.state_dict())
+    assert torch.equal(again.gather_state(), whole.gather_state())
+    assert len(list(halves.buffers())) == (not sharded)
+
+
 def test_refuses_a_state_of_another_size():
     with pytest.raises(ValueError, match=r"state must be \(20, 3\), got \(19, 3\)"):
         ISogCLRLoss(SIZE).load_state(torch.zeros(19, 3))

@@ -11,13 +11,15 @@ from torch import nn
 
 from fastssl.config import ConfigError
 from fastssl.losses import GroCoLoss, NNCLRLoss, SSLEYLoss
+from fastssl.losses.isogclr import isogclr_reference
 from fastssl.losses.sie import SIELoss
 from fastssl.methods import METHODS, SIE, build_method
 from fastssl.methods.base import PARAMETERS
 from fastssl.methods.clip import CLIPConfig
 from fastssl.methods.sie import SIEConfig, relation
 from fastssl.models import build_backbone
-from fastssl.run.build import build
+from fastssl.run.build import build, fitted
+from fastssl.run.train import open_source
 from fastssl.tree import cut
 from tests.runs import METHODS as OPTIONS
 from tests.runs import OTHERS, VIT, tiny
@@ -146,6 +148,31 @@ def test_nnclr_contrasts_neighbors_with_predictions(tmp_path):
     assert_gradients_reach(ours, out["loss"])
 
 
+def test_isogclr_learns_a_temperature_for_each_sample(tmp_path):
+    ours, cfg = method("isogclr", tmp_path)
+    data, each, told = batch(2), ours.criterion.samples.values, cfg.method
+    data["index"] = torch.tensor([7, 0, 129, 3, 5, 4])
+    tau, u = torch.full((6,), told.temperature).double(), torch.zeros(6).double()
+    for _ in range(2):  # the first visit, and one that remembers
+        before, out = each.clone(), ours(data)
+        z = [ours.head(ours.encoder(view)).double() for view in data["views"]]
+        value, linear, u, slope = isogclr_reference(*z, tau, u, told.rho, 0.8)
+        torch.testing.assert_close(out["loss"], value.float())
+        wants, gots = (
+            torch.autograd.grad(loss, list(ours.parameters()), retain_graph=True)
+            for loss in (linear, out["loss"])
+        )
+        for want, got in zip(wants, gots, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+        assert torch.equal(each, before)  # forward remembers nothing
+        ours.on_step(out["keep"], 0.5)
+        tau = tau - told.eta * 0.9 * slope if before.std(0)[0] == 0 else each[data["index"], 0]
+        torch.testing.assert_close(each[data["index"], 0], tau.float())
+        torch.testing.assert_close(each[data["index"], 1], u.log().float())
+        others = [i for i in range(130) if i not in data["index"]]
+        assert torch.equal(each[others], before[others])
+
+
 def test_mochi_meets_the_queue_with_the_teachers_key(tmp_path):
     ours, cfg = method("mochi", tmp_path, method__synthetic=0, method__from_query=0)
     with torch.no_grad():  # a teacher that has fallen behind
@@ -198,13 +225,25 @@ def test_clips_scale_stops_at_100_and_comes_down_again(tmp_path):  # fault 6
     torch.testing.assert_close(ours.log_scale.exp().item(), 100.0)
 
 
+def test_isogclr_has_its_size_from_the_training_data(tmp_path):
+    source = open_source(tiny("isogclr", tmp_path).data.source, 3).train
+    waits = tiny("isogclr", tmp_path, method__size=None)
+    with pytest.raises(ConfigError, match="method.size=null waits"):
+        build(waits, 1)
+    told = fitted(waits, source)
+    assert told.method.size == len(source) and fitted(told, source) == told
+    assert build(told, 1).criterion.size == len(source)
+    with pytest.raises(ConfigError, match=r"method.size=9 leaves some of the \d+ training"):
+        fitted(tiny("isogclr", tmp_path, method__size=9), source)
+
+
 def test_clip_asks_for_a_caption_for_every_class():
     ten = CLIPConfig(captions=10)
-    ten.check_source(10)
+    assert ten.fitted(9, 10) is ten
     with pytest.raises(ValueError, match="no labels"):
-        ten.check_source(None)
+        ten.fitted(9, None)
     with pytest.raises(ValueError, match=r"method.captions=10 .* 11 classes"):
-        ten.check_source(11)
+        ten.fitted(9, 11)
 
 
 def test_mae_is_the_mean_error_over_hidden_patches(tmp_path):

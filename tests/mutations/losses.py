@@ -256,11 +256,13 @@ MUTATIONS = {
     "losses/dense._ImageLSE": [("k[i], w.mT @ q[i]", "k[i], w @ k[i]"), ("total > 0", "total > 1")],
     "losses/dense.forward": [("(match >= 0) &", "(match >= 1) &")],
     "losses/groco._order_loss": [(".flip(1)", ""), ("1 - mass[:, :-1]", "mass[:, :-1]")],
-    "losses/isogclr.forward": [
+    "losses/isogclr._measure": [
         ("log1p(-self.gamma)", "log(self.gamma)"),
         ("- log_n - now", "- now"),
     ],
-    "losses/isogclr._update": [("(1 - self.beta)", "(0 + self.beta)")],
+    "losses/isogclr.forward": [("and update:", "and True:")],
+    "losses/isogclr.write": [("right=True) - 1", "right=False)")],
+    "losses/isogclr._moved": [("(1 - self.beta)", "(0 + self.beta)")],
     "losses/latents.ScaledCosineLoss": [("gamma < 1", "gamma < 0")],
     "losses/matryoshka._prefix": [("unit(x[..., :m])", "x[..., :m]"), ("..., :m", "..., -m:")],
     "losses/_nested_pairs.others": [
