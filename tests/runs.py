@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ssl_ey": {"name": "ssl_ey", "hidden_dim": 32, "projection_dim": 16, "layers": 2},
     "groco": {"name": "groco", "hidden_dim": 32, "projection_dim": 16, "negatives": 3},
     "isogclr": {"name": "isogclr", "hidden_dim": 32, "projection_dim": 16, "size": 130},
+    "matryoshka": {"name": "matryoshka", "dims": [4, 16, 32], "weights": [1.0, 0.5, 2.0]},
     "mochi": {
         **{"name": "mochi", "hidden_dim": 32, "projection_dim": 16, "queue_size": 64},
         **{"top_n": 8, "synthetic": 6, "from_query": 3, "momentum": 0.9},

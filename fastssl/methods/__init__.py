@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ijepa import IJEPA
     from .isogclr import ISogCLR
     from .mae import MAE
+    from .matryoshka import Matryoshka
     from .mixed_barlow_twins import MixedBarlowTwins
     from .mochi import MoCHi
     from .mocov3 import MoCoV3
@@ -51,6 +52,7 @@ __all__ = [
     "Data2Vec",
     "Encoded",
     "ISogCLR",
+    "Matryoshka",
     "Method",
     "MethodConfig",
     "MixedBarlowTwins",

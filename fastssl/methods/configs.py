@@ -100,6 +100,15 @@ class ISogCLRConfig(SimCLRConfig):
         return self
 
 
+class MatryoshkaConfig(MethodConfig):
+    name: Literal["matryoshka"] = "matryoshka"
+    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
+    dims: tuple[int, ...] = Field(
+        (), description="Prefixes of the features, rising; none: 8, 16, 32 ... and all of them."
+    )
+    weights: tuple[float, ...] = Field((), description="Of each prefix's loss; none: all 1.")
+
+
 class DCLConfig(SimCLRConfig):
     name: Literal["dcl"] = "dcl"  # type: ignore[assignment]
     weighted: bool = Field(False, description="Weigh positives by how unlike they are (DCLW).")
@@ -323,6 +332,7 @@ for _config, _made in (
     (DCLConfig, "dcl:DCL"),
     (GroCoConfig, "groco:GroCo"),
     (ISogCLRConfig, "isogclr:ISogCLR"),
+    (MatryoshkaConfig, "matryoshka:Matryoshka"),
     (MoCHiConfig, "mochi:MoCHi"),
     (MoCoV3Config, "mocov3:MoCoV3"),
     (NNCLRConfig, "nnclr:NNCLR"),

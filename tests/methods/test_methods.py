@@ -12,6 +12,7 @@ from torch import nn
 from fastssl.config import ConfigError
 from fastssl.losses import GroCoLoss, NNCLRLoss, SSLEYLoss
 from fastssl.losses.isogclr import isogclr_reference
+from fastssl.losses.ntxent import ntxent_reference
 from fastssl.losses.sie import SIELoss
 from fastssl.methods import METHODS, SIE, build_method
 from fastssl.methods.base import PARAMETERS
@@ -146,6 +147,23 @@ def test_nnclr_contrasts_neighbors_with_predictions(tmp_path):
         assert queue.next == filled  # once a step, by the second view's projections
         torch.testing.assert_close(queue.bank[filled - 6 : filled], F.normalize(z[1].detach()))
     assert_gradients_reach(ours, out["loss"])
+
+
+def test_matryoshka_contrasts_prefixes_of_the_features(tmp_path):
+    ours, cfg = method("matryoshka", tmp_path)
+    data, told = batch(2), cfg.method
+    f_0, f_1 = (ours.features(view).double() for view in data["views"])
+    want = sum(
+        w * ntxent_reference(f_0[:, :m], f_1[:, :m], told.temperature)
+        for m, w in zip(told.dims, told.weights, strict=True)
+    )
+    loss = ours(data)["loss"]
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    assert_gradients_reach(ours, loss)
+    plain, _ = method("matryoshka", tmp_path, method__dims=[], method__weights=[])
+    assert plain.criterion.dims == (8, 16, 32) and plain.criterion.weights == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"method.dims=\(8, 33\) reach past .* 32 features"):
+        method("matryoshka", tmp_path, method__dims=[8, 33], method__weights=[])
 
 
 def test_isogclr_learns_a_temperature_for_each_sample(tmp_path):
