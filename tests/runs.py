@@ -88,6 +88,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "image_size": 48,
     },
 }
+OTHERS["point_cmae"] = {**OTHERS["point_mae"], "method": {"name": "point_cmae", **_DECODER}}
 
 
 def few_digits(count: int = 140) -> dict[str, Any]:

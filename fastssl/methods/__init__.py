@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .mochi import MoCHi
     from .mocov3 import MoCoV3
     from .nnclr import NNCLR
+    from .point_cmae import PointCMAE
     from .point_mae import PointMAE
     from .sie import SIE
     from .signal_mae import SignalMAE
@@ -59,6 +60,7 @@ __all__ = [
     "MoCHi",
     "MoCoV3",
     "NNCLR",
+    "PointCMAE",
     "PointMAE",
     "SIE",
     "SSLEY",

@@ -326,6 +326,13 @@ class PointMAEConfig(MethodConfig):
     decoder_heads: int = Field(6, ge=1, description="Attention heads of the decoder.")
 
 
+class PointCMAEConfig(PointMAEConfig):
+    name: Literal["point_cmae"] = "point_cmae"  # type: ignore[assignment]
+    contrast: float = Field(
+        1e-3, ge=0, description="Weight of the descriptions' agreement, beside the points' errors."
+    )
+
+
 METHODS: Registry[type["Method"]] = Registry("method", "method.name")
 for _config, _made in (
     (SimCLRConfig, "simclr:SimCLR"),
@@ -352,6 +359,7 @@ for _config, _made in (
     (SignalMAEConfig, "signal_mae:SignalMAE"),
     (TJEPAConfig, "tjepa:TJEPA"),
     (PointMAEConfig, "point_mae:PointMAE"),
+    (PointCMAEConfig, "point_cmae:PointCMAE"),
 ):
     METHODS.add(_config.model_fields["name"].default, f"fastssl.methods.{_made}", _config)
 AnyMethodConfig = Annotated[MethodConfig, OneOf(METHODS)]

@@ -40,7 +40,7 @@ class PointMAE(Method):
         """The predicted points of the hidden groups, and their own: (B, G - K, k, 3) each."""
         (clouds,) = batch["views"]
         prediction, masking, groups = self.predict(clouds, batch["seeds"])
-        return prediction, _chosen(groups.points, masking.masked)
+        return prediction, chosen(groups.points, masking.masked)
 
     def loss(self, encoded: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Tensor]:
         prediction, hidden = encoded
@@ -52,11 +52,15 @@ class PointMAE(Method):
         clouds (B, N, 3) float32; a 16-bit coordinate would move its point.
         """
         groups = self.encoder.group(clouds)  # type: ignore[operator]
+        x, masking = self.encode_visible(groups, seeds)
+        return self.decoder(x, groups.centers, masking)[0], masking, groups
+
+    def encode_visible(self, groups: Groups, seeds: Tensor) -> tuple[Tensor, Masking]:
+        """Tokens (B, K, E) of the groups that the seeds' masks leave visible, and the masks."""
         masking = random_masking(seeds, groups.centers.shape[1], self.schedule.keep)
-        tokens = self.encoder.tokens(_chosen(groups.points, masking.visible))  # type: ignore
+        tokens = self.encoder.tokens(chosen(groups.points, masking.visible))  # type: ignore
         seen = gather_tokens(groups.centers, masking.visible)
-        x = self.encoder.encode(tokens, seen)  # type: ignore[operator]
-        return self.decoder(x, groups.centers, masking), masking, groups
+        return self.encoder.encode(tokens, seen), masking  # type: ignore[operator]
 
     def features(self, clouds: Tensor) -> Tensor:
         """Clouds (B, N, 3) -> features (B, 2 E) float32: the mean and the maximum over groups."""
@@ -67,7 +71,7 @@ class PointMAE(Method):
         """The visible groups' points (B, K k, 3), and with them the predicted ones (B, G k, 3)."""
         prediction, masking, (points, centers) = self.predict(clouds, seeds)
         whole = points + centers[:, :, None]
-        seen = _chosen(whole, masking.visible).flatten(1, 2)
+        seen = chosen(whole, masking.visible).flatten(1, 2)
         hidden = prediction.float() + gather_tokens(centers, masking.masked)[:, :, None]
         return seen, torch.cat([seen, hidden.flatten(1, 2)], 1)
 
@@ -75,6 +79,6 @@ class PointMAE(Method):
         self.schedule.progress = progress
 
 
-def _chosen(points: Tensor, ids: Tensor) -> Tensor:
+def chosen(points: Tensor, ids: Tensor) -> Tensor:
     """The groups ids (B, K) of points (B, G, k, 3): (B, K, k, 3)."""
     return gather_tokens(points.flatten(2), ids).unflatten(2, points.shape[2:])

@@ -171,7 +171,8 @@ class PointDecoder(nn.Module):
     """Predicts the points of hidden groups from the encoder's tokens of the visible ones.
 
     tokens (B, K, dim), all centers (B, G, 3), masking of G groups -> (B, G - K, size, 3), less the
-    centers, in the order of `masking.masked`.  width: the decoder's own; heads divide it.
+    centers, in the order of `masking.masked`; and (B, G, width), what is read as points, of every
+    group in its place.  width: the decoder's own; heads divide it.
     Source: arXiv:2203.06604, section 3.2: positions of its own in every block, one linear layer
     to the points.  There the decoder is as wide as the encoder.
     """
@@ -189,10 +190,10 @@ class PointDecoder(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"mask_token"}
 
-    def forward(self, tokens: Tensor, centers: Tensor, masking: Masking) -> Tensor:
+    def forward(self, tokens: Tensor, centers: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
         x = restore_tokens(self.embed(tokens), masking.restore, self.mask_token)
         x = self.blocks(x, centers)
-        return self.head(gather_tokens(x, masking.masked)).unflatten(-1, (-1, 3))
+        return self.head(gather_tokens(x, masking.masked)).unflatten(-1, (-1, 3)), x
 
 
 @register_model(lambda shape: {})

@@ -13,7 +13,7 @@ from fastssl.run.train import open_source, pretrain
 from tests.methods.test_methods import learns
 from tests.runs import OTHERS, tiny
 
-CHANNELS = {"videomae": 3, "signal_mae": 1, "tjepa": 13, "point_mae": 3}
+CHANNELS = {"videomae": 3, "signal_mae": 1, "tjepa": 13, "point_mae": 3, "point_cmae": 3}
 PICTURES = {"views.png", "reconstructions.png"}
 
 

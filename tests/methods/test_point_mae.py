@@ -1,8 +1,10 @@
-"""Point-MAE: hidden groups are predicted from visible ones, by the Chamfer distance."""
+"""Point-MAE: hidden groups are predicted from visible ones, by the Chamfer distance; Point-CMAE."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fastssl.random import finish
 from tests.methods.test_other_kinds import made
 
 
@@ -55,6 +57,37 @@ def test_the_ratio_may_grow(tmp_path):
         method.on_step(None, progress)
         counts.append(method.predict(batch["views"][0], batch["seeds"])[1].visible.shape[1])
     assert counts == [6, 2]
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.25])  # at 0.25 some clouds have no group hidden twice
+def test_two_decoders_agree_on_what_both_masks_hide(ratio, tmp_path):
+    method, batch = made("point_cmae", tmp_path, method__contrast=0.5, method__mask_ratio=ratio)
+    groups, errors, seen = method.encoder.group(batch["views"][0]), [], []
+    for decoder, seeds in (
+        (method.decoder, batch["seeds"]),
+        (method.second, finish(batch["seeds"])),
+    ):
+        x, masking = method.encode_visible(groups, seeds)
+        points, whole = decoder(x, groups.centers, masking)
+        seen.append((whole, [set(places.tolist()) for places in masking.masked]))
+        truth = groups.points[torch.arange(6)[:, None], masking.masked]
+        pairs = zip(points.flatten(0, 1), truth.flatten(0, 1), strict=True)
+        errors.append(torch.stack([one_way(a, b) + one_way(b, a) for a, b in pairs]).mean())
+    (first, hidden), (second, hidden_too) = seen
+    assert hidden != hidden_too
+    apart = torch.zeros(6, dtype=torch.float64)
+    for b in range(6):
+        both = sorted(hidden[b] & hidden_too[b])
+        if both:
+            cosines = F.cosine_similarity(first[b, both].double(), second[b, both].double(), dim=1)
+            apart[b] = 1 - cosines.mean()
+    assert (apart == 0).any() == (ratio < 0.5)
+    out = method(batch)
+    torch.testing.assert_close(out["apart"], apart.mean().float())
+    want = errors[0] + errors[1] + 0.5 * apart.mean()
+    torch.testing.assert_close(out["loss"], want.float())
+    out["loss"].backward()
+    assert all(p.grad is not None for p in method.parameters())
 
 
 def test_impossible_options_are_refused(tmp_path):

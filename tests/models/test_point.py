@@ -100,7 +100,8 @@ def test_the_decoder_predicts_hidden_groups_in_order():
     )
     x = decoder.blocks(x, centers)
     want = decoder.head(x.gather(1, masking.masked[..., None].expand(-1, -1, 16)))
-    out = decoder(tokens, centers, masking)
+    out, whole = decoder(tokens, centers, masking)
+    torch.testing.assert_close(whole, x)
     assert out.shape == (3, 5, 7, 3)
     torch.testing.assert_close(out, want.view(3, 5, 7, 3))
 

@@ -12,6 +12,7 @@ TESTS = {
     "methods/groco": (JOINT, "groco"),
     "methods/isogclr": (JOINT, "isogclr"),
     "methods/matryoshka": (JOINT, "matryoshka"),
+    "methods/point_cmae": ("tests/methods/test_point_mae.py", "two_decoders"),
     "methods/sie": (JOINT, "split_embeddings or share_that"),
     "methods/mae": (JOINT, "mae"),
     "methods/base": (JOINT, "plain_encoders or flag"),
@@ -42,6 +43,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/isogclr.__init__": [("cfg.eta, sharded=False", "sharded=False")],
     "methods/isogclr.loss": [("z_0, z_1, batch", "z_0, z_0, batch")],
     "methods/matryoshka.__init__": [("cfg.weights or None", "None"), ("range(3,", "range(2,")],
+    "methods/point_cmae.encode": [
+        ("self.second, finish(", "self.decoder, finish("),
+        ("hidden[0] & hidden[1]", "hidden[0] | hidden[1]"),
+    ],
     "methods/mocov3.on_step": [("momentum, 1.0", "momentum, 0.9")],
     "methods/sie.__init__": [("if min(inv) < 1:", "if min(inv) < 0:")],
     "methods/sie.loss": [("parts[0][1], relation", "parts[1][1], relation")],
