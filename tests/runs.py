@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"prediction_hidden_dim": 32, "queue_size": 300},
     },
     "clip": {"name": "clip", "hidden_dim": 32, "projection_dim": 16},
+    "sla": {"name": "sla", "distill": True},
     "barlow_twins": {"name": "barlow_twins", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
     "mixed_barlow_twins": {
         **{"name": "mixed_barlow_twins", "hidden_dim": 32, "projection_dim": 48, "layers": 2},

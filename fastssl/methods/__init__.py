@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .signal_mae import SignalMAE
     from .simclr import SimCLR
     from .simmim import SimMIM
+    from .sla import SLA
     from .ssl_ey import SSLEY
     from .tjepa import TJEPA
     from .vicreg import VICReg
@@ -63,6 +64,7 @@ __all__ = [
     "PointCMAE",
     "PointMAE",
     "SIE",
+    "SLA",
     "SSLEY",
     "TJEPA",
     "SimCLR",

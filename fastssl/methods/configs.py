@@ -166,6 +166,25 @@ class CLIPConfig(MethodConfig):
         return self
 
 
+class SLAConfig(MethodConfig):
+    name: Literal["sla"] = "sla"
+    classes: int = Field(10, ge=2, description="Classes known: at least as many as there are.")
+    distill: bool = Field(False, description="Train a head that needs no turned images (SLA+SD).")
+    beta: float = Field(1.0, ge=0, description="Weight of that head's own cross-entropy.")
+
+    def check_source(self, classes: int | None) -> None:
+        if classes is None:
+            raise ValueError(
+                "method.name=sla augments the images' labels, and this data.source has no "
+                "labels: give it one with labels (of a folder, one folder a class)"
+            )
+        if classes > self.classes:
+            raise ValueError(
+                f"method.classes={self.classes} is less than the {classes} classes of this "
+                f"data.source: give method.classes={classes}"
+            )
+
+
 class BarlowTwinsConfig(MethodConfig):
     name: Literal["barlow_twins"] = "barlow_twins"
     lambda_param: float = Field(5e-3, gt=0, description="Weight of the off-diagonal terms.")
@@ -344,6 +363,7 @@ for _config, _made in (
     (MoCoV3Config, "mocov3:MoCoV3"),
     (NNCLRConfig, "nnclr:NNCLR"),
     (CLIPConfig, "clip:CLIP"),
+    (SLAConfig, "sla:SLA"),
     (BarlowTwinsConfig, "barlow_twins:BarlowTwins"),
     (MixedBarlowTwinsConfig, "mixed_barlow_twins:MixedBarlowTwins"),
     (VICRegConfig, "vicreg:VICReg"),

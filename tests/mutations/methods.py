@@ -2,6 +2,7 @@
 
 JOINT = "tests/methods/test_methods.py"
 MASKED = "tests/methods/test_masked_images.py"
+PRETEXT = "tests/methods/test_pretext.py"
 
 TESTS = {
     "methods/gmml": (JOINT, "gmml"),
@@ -22,6 +23,7 @@ TESTS = {
     "methods/data2vec": (MASKED, "data2vec"),
     "methods/cropmae": (MASKED, "cropmae"),
     "methods/places": (MASKED, "every_sort or resumed_schedule or impossible"),
+    "methods/sla": (PRETEXT, "sla"),
     "methods/tjepa": ("tests/methods/test_tjepa.py", ""),
 }
 
@@ -64,4 +66,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/places.set_extra_state": [("state.item()", "0.0")],
     "methods/places.draw_mask": [("!= prod(grid)", "> prod(grid)")],
     "methods/tjepa.__init__": [("> columns:", "> columns + 2:")],
+    "methods/sla.loss": [
+        ("4 * label[:, None]", "label[:, None]"),
+        ("(logits).detach()", "(logits)"),
+        ("encoded[:, 0]", "encoded[:, 1]"),
+    ],
+    "methods/sla.aggregate": [(".mean(-1)", ".sum(-1)")],
 }
