@@ -15,7 +15,8 @@ from fastssl.data.sources.base import Source, Split
 
 
 class StreamSource(Protocol):
-    """A source whose items have several streams; else as `Source` is.
+    """A source whose items have several streams; else as `Source` is.  `floats`, where it has any,
+    names the streams of float32 images.
 
     One may define `stream(name)` -> that stream alone, where reading it alone is less work, or
     where its items are encoded images (EncodedSource).
@@ -70,7 +71,7 @@ class OneStream:
         self.source, self.stream_name = source, name
         self.channels: int = source.channels[name]
         self.labels, self.classes = source.labels, source.classes
-        self.dtypes = getattr(source, "dtypes", {}).get(name)
+        self.floats: bool = name in getattr(source, "floats", ())
 
     def __len__(self) -> int:
         return len(self.source)
@@ -99,6 +100,7 @@ class Joined:
             told = ", ".join(f"{name!r} {count}" for name, count in lengths.items())
             raise DataError(f"streams have different numbers of items ({told}): pair them")
         self.channels = {name: part.channels for name, part in self.parts.items()}
+        self.floats = tuple(n for n, part in self.parts.items() if getattr(part, "floats", False))
         self.labels, self.classes = self._first.labels, self._first.classes
 
     @property
@@ -129,6 +131,7 @@ class Chosen:
     def __init__(self, source: Any, names: Sequence[str]):
         self.source, self.streams = source, tuple(names)
         self.channels = {name: source.channels[name] for name in names}
+        self.floats = tuple(getattr(source, "floats", ()))
         self.labels, self.classes = source.labels, source.classes
 
     def __len__(self) -> int:

@@ -12,6 +12,8 @@ from fastssl.data.batch.ops import check_batch_ops
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.render.backend import Rendering, choose_backend
 from fastssl.data.sources.base import Source, Split
+from fastssl.data.streams import stream
+from fastssl.data.views.image import Views
 from fastssl.data.views.streams import StreamViews, of_stream
 from fastssl.engine.checkpoint import CheckpointError, is_network
 from fastssl.engine.config import EngineError
@@ -189,14 +191,28 @@ def build_loader(
 def fitted(cfg: RunConfig, source: Source) -> RunConfig:
     """`cfg` with what its method leaves to the training data of `source`.
 
-    Raises ConfigError where the method needs other data.
+    Raises ConfigError where the method, or the views, need other data.
     """
     names = source.classes if source.labels is not None else None
+    views = cfg.views()
+    by_stream = views.streams if isinstance(views, StreamViews) else {"": views}
     try:
+        for name, own in by_stream.items():
+            part = stream(source, name) if name else source
+            if isinstance(own, Views):
+                check_images(own, part, f"data.streams.{name}" if name else "data")
         method = cfg.method.fitted(len(source), None if names is None else len(names))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return cfg.model_copy(update={"method": method})
+
+
+def check_images(views: Views, source: Source, key: str) -> None:
+    """Raise ValueError, naming `key`, where these views are not for the images of `source`."""
+    try:
+        views.check(source.channels, floats=getattr(source, "floats", False))
+    except ValueError as error:
+        raise ValueError(f"{key}.overrides: {error}") from error
 
 
 def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:

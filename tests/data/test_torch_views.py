@@ -191,12 +191,18 @@ def test_the_image_is_not_written_to():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (2, 24, 24), (4, 24, 24)])
-def test_other_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="image: want uint8"):
-        apply(preset("plain", 8), torch.zeros(shape, dtype=torch.uint8), 0)
-    with pytest.raises(ValueError, match="got torch.float32"):
-        apply(preset("plain", 8), torch.zeros(3, 8, 8), 0)
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (torch.zeros(24, 24, dtype=torch.uint8), "image: want uint8 or float32 .C, H, W"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "got torch.int64"),
+        (torch.zeros(4, 8, 8, dtype=torch.uint8), "mean has 3 numbers .* images have 4 channels"),
+        (torch.zeros(3, 8, 8), "images are float32, in units of their own: give mean and std"),
+    ],
+)
+def test_other_images_are_refused(image, words):
+    with pytest.raises(ValueError, match=words):
+        apply(preset("plain", 8), image, 0)
 
 
 N = 6000

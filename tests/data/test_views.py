@@ -89,7 +89,7 @@ def test_overrides_reach_every_view_and_the_normalization():
         ("mae", {"local_count": 2}, "unknown override of preset 'mae' 'local_count'"),
         ("mae", {"flip": 1.5}, "less than or equal to 1"),
         ("mae", {"crop_scale": (0.9, 0.2)}, "the low end 0.9 is above the high end 0.2"),
-        ("mae", {"mean": (0.5, 0.5)}, "want 1 or 3 channels, got 2"),
+        ("mae", {"mean": ()}, "want one number, or one for each channel, got none"),
         ("mae", {"std": (0.0,)}, "greater than 0"),
         ("mae", {"mean": (float("nan"),)}, "finite number"),
     ],

@@ -2,7 +2,7 @@
 
 `draw` turns a seed into the parameters of one view, `render` applies them; the spec in image.py
 states the laws of the first and the meaning of the second.  `drawn_parameters` tells a method what
-was drawn, as numbers in the order of PARAMETERS.  Images: (C, H, W), C = 1 or 3.
+was drawn, as numbers in the order of PARAMETERS.  Images: (C, H, W), uint8 or float32.
 
 After the crop (torchvision's native uint8 path) pixels are float32 in [0, 1], so nothing is
 rounded between operations.  At 32 pixels a view costs its number of tensor operations, not its
@@ -197,18 +197,30 @@ def _recolored(image: Tensor, p: Drawn) -> Tensor:
     b, c = (change.get(what, 1.0) for what in ("brightness", "contrast"))
     saturation = 0.0 if p.grayscale else change.get("saturation", 1.0)
     shift = b * (1 - c) * image.mean((-2, -1), keepdim=True)
-    if image.shape[-3] == 1:
-        return (b * c * image + shift).clamp_(0, 1)
+    if image.shape[-3] != 3:
+        return (b * c * image + shift.mean(-3, keepdim=True)).clamp_(0, 1)
     turned = b * c * color_matrix(saturation, change.get("hue", 0.0))
     shift = (_YIQ[0].float()[:, None, None] * shift).sum(-3, keepdim=True)
     return (turned @ image.flatten(-2)).view_as(image).add_(shift).clamp_(0, 1)
+
+
+def _adjusted(image: Tensor, what: str, factor: float) -> Tensor:
+    """Brightness and contrast of any number of channels, which torchvision's are not for."""
+    if what == "brightness":
+        return (factor * image).clamp_(0, 1)
+    if what == "contrast":
+        mean = image.mean((-3, -2, -1), keepdim=True)
+        return (factor * image + (1 - factor) * mean).clamp_(0, 1)
+    return image
 
 
 def _jittered(image: Tensor, p: Drawn) -> Tensor:
     """The jitter and the grayscale of p, one after the other."""
     color = image.shape[-3] == 3
     for what, factor in p.jitter:
-        if color or what in ("brightness", "contrast"):
+        if image.shape[-3] not in (1, 3):
+            image = _adjusted(image, what, factor)
+        elif color or what in ("brightness", "contrast"):
             image = _ADJUST[what](image, factor)
     if p.grayscale and color:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
@@ -216,7 +228,8 @@ def _jittered(image: Tensor, p: Drawn) -> Tensor:
 
 
 def render(view: View, image: Tensor, p: Drawn) -> Tensor:
-    """One view, (C, size, size) float32 in [0, 1], of a uint8 (C, H, W) image, to be normalized.
+    """One view, (C, size, size) float32 in [0, 1], of a uint8 (C, H, W) image, to be normalized; of
+    a float32 one in its own units.
 
     Images may stand behind other dimensions (..., C, H, W): all are treated alike.
     """
@@ -268,23 +281,26 @@ def draw_views(views: Views, height: int, width: int, seed: int) -> list[Drawn]:
 def apply(views: Views, image: Tensor, seed: int) -> list[Tensor]:
     """Every view of one image: `views.count` tensors, (C, size, size) float32, normalized.
 
-    image: (C, H, W) uint8, C = 1 or 3.  seed: a non-negative integer; view v draws from (seed, v),
-    so the same seed gives the same views, and torch's global generator is not touched.
+    image: (C, H, W) uint8, or float32 as it is.  seed: a non-negative integer; view v draws from
+    (seed, v), so the same seed gives the same views, and torch's global generator is not touched.
     Raises ValueError for an image of another shape or dtype.
     """
-    _check_image(image)
+    _check_image(views, image)
     _, height, width = image.shape
     return render_views(views, image, draw_views(views, height, width, seed))
 
 
-def _check_image(image: Tensor) -> None:
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
-        raise ValueError(f"image: want uint8 (1 or 3, H, W), got {image.dtype} {list(image.shape)}")
+def _check_image(views: Views, image: Tensor) -> None:
+    if image.ndim != 3 or image.dtype not in (torch.uint8, torch.float32):
+        got = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"image: want uint8 or float32 (C, H, W), got {got}")
+    if image.dtype == torch.float32:
+        views.check(image.shape[0], floats=True)
 
 
 def render_views(views: Views, image: Tensor, drawn: Sequence[Drawn]) -> list[Tensor]:
     """`apply`, with the parameters of each view as they are given."""
-    _check_image(image)
+    _check_image(views, image)
     mean, std = map(_column, views.normalization(image.shape[0]))
     out = []
     for view, p in zip(views.crops, drawn, strict=True):

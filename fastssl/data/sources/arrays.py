@@ -114,9 +114,11 @@ def _order(path: Path, images: np.ndarray, layout: str) -> tuple[int, ...]:
     if images.ndim == 3:
         return (0, 1, 2)
     first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
-    if not (first or last) or {"NCHW": not first, "NHWC": not last}.get(layout):
+    denied = {"auto": not (first or last), "NCHW": last and not first, "NHWC": first and not last}
+    if denied[layout]:
         raise DataError(
-            f"{str(path)!r} holds {list(images.shape)} as {layout}: want 1 or 3 channels"
+            f"{str(path)!r} holds {list(images.shape)} as {layout}: want 1 or 3 channels, or for "
+            "others a layout, NHWC or NCHW"
         )
     if layout == "auto" and first and last:
         raise DataError(f"{str(path)!r} holds {list(images.shape)}: set layout to NHWC or NCHW")
@@ -142,7 +144,8 @@ class ArraysSource(SourceOptions):
 
     name: Literal["arrays"] = Field(default="arrays", description="which source this is")
     path: Annotated[Path, AfterValidator(absolute)] = Field(
-        description=".npy, or .npz: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3"
+        description=".npy, or .npz: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 "
+        "or 3, or with a layout any"
     )
     labels: Annotated[Path, AfterValidator(absolute)] | None = Field(
         default=None, description=".npy of labels (N,), whole numbers or texts"

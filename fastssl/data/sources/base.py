@@ -18,9 +18,9 @@ from fastssl.section import Section
 class Source(Protocol):
     """What a loader needs of a set of items.  It must survive pickling: workers hold a copy.
 
-    An item is an image, uint8 (channels, H, W) with 1 or 3 channels; a clip, uint8 (channels, T, H,
-    W); a signal, float32 (channels, W); a cloud, float32 (points, channels); or a table's row,
-    float32 (channels,).
+    An item is an image, uint8 or float32 (channels, H, W); a clip, uint8 (channels, T, H, W); a
+    signal, float32 (channels, W); a cloud, float32 (points, channels); or a table's row, float32
+    (channels,).  A source of float32 images says so by an attribute `floats`, True.
     """
 
     @property

@@ -26,7 +26,11 @@ Operations in order, each a no-op by default:
                 log(width / height) ~ U(log erase_ratio), place uniform; the largest in the middle
                 where 10 tries do not fit
 
-One-channel images pass saturation, hue and grayscale unchanged.
+Images may have any number of channels.  Where these are not three, they pass saturation, hue and
+grayscale unchanged, and contrast is around the mean over all of them; RandAugment is for one or
+three.  Images of float32, as depths in meters, are in units of their own: nothing divides them by
+255, `mean` and `std` are in those units, and what changes colors is refused, for it clamps to
+[0, 1].
 
 Linear color.  Without their clamps, and with the hue turned in the plane of YIQ's I and Q, the
 four changes commute: saturation s and hue h keep the luma and leave grays as they are, contrast c
@@ -60,12 +64,13 @@ def check_order(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
-    if len(values) not in (1, 3):
-        raise ValueError(f"want 1 or 3 channels, got {len(values)}")
+def _some(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not values:
+        raise ValueError("want one number, or one for each channel, got none")
     return values
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=2)]
 Area = Annotated[float, Field(gt=0, le=1)]
@@ -154,12 +159,13 @@ class Views(BaseModel):
     kind: ClassVar[str] = "image"
 
     views: tuple[View, ...] = Field(min_length=1, description="the kinds of view, in order")
-    mean: Annotated[tuple[float, ...], AfterValidator(_one_or_three)] = Field(
-        default=(0.485, 0.456, 0.406),
-        description="subtracted, in [0, 1]; three on a one-channel image: their average",
+    mean: Annotated[tuple[float, ...], AfterValidator(_some)] = Field(
+        default=IMAGENET_MEAN,
+        description="subtracted, in [0, 1]: one number, or one a channel; of one channel three "
+        "stand for their average",
     )
-    std: Annotated[tuple[Spread, ...], AfterValidator(_one_or_three)] = Field(
-        (0.229, 0.224, 0.225), description="divided by, after the mean: 1 or 3 channels"
+    std: Annotated[tuple[Spread, ...], AfterValidator(_some)] = Field(
+        IMAGENET_STD, description="divided by, after the mean: one number, or one a channel"
     )
 
     @model_validator(mode="after")
@@ -187,11 +193,43 @@ class Views(BaseModel):
         return tuple(view for view in self.views for _ in range(view.count))
 
     def normalization(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std, `channels` numbers each: their average for one channel, one repeated."""
+        """Mean and std, `channels` numbers each: their average for one channel, one repeated.
+
+        Raises ValueError where there are others.
+        """
         given = (self.mean, self.std)
+        for name, values in zip(("mean", "std"), given, strict=True):
+            if len(values) not in (1, channels) and (channels, len(values)) != (1, 3):
+                known = " (ImageNet's)" if values in (IMAGENET_MEAN, IMAGENET_STD) else ""
+                raise ValueError(
+                    f"{name} has {len(values)} numbers{known}, and images have {channels} channels:"
+                    f" give one, or {channels}"
+                )
         one = (v if len(v) == channels else (sum(v) / len(v),) for v in given)
         mean, std = (v * channels if len(v) == 1 else v for v in one)
         return mean, std
+
+    def check(self, channels: int, *, floats: bool = False) -> None:
+        """Raise ValueError where these views are not for images of so many channels, or of float32.
+
+        floats: their values are float32, in units of their own.
+        """
+        self.normalization(channels)
+        if channels not in (1, 3) and any(view.rand_augment for view in self.views):
+            raise ValueError(f"rand_augment is for 1 or 3 channels, and images have {channels}")
+        if not floats:
+            return
+        for name in ("rand_augment", "jitter", "grayscale", "solarize"):
+            if any(getattr(view, name) for view in self.views):
+                raise ValueError(
+                    f"{name} is for bytes, and images are float32, in units of their own: set it "
+                    "to 0, or name another preset, as mae"
+                )
+        if (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD):
+            raise ValueError(
+                "images are float32, in units of their own: give mean and std in these, one number "
+                "each or one a channel"
+            )
 
     def shapes(self, channels: int) -> list[tuple[int, ...]]:
         """(channels, size, size) of each view."""
@@ -204,10 +242,16 @@ class Views(BaseModel):
         return Views(views=(plain,), mean=self.mean, std=self.std)
 
     def shown(self, view: Tensor) -> Tensor:
-        """Images (..., C, H, W) in [0, 1]."""
+        """Images (..., C, H, W) in [0, 1]: their first channel, unless they have 1 or 3.  What goes
+        beyond is in units of its own, and stretched by its extremes."""
         norm = self.normalization(view.shape[-3])
         mean, std = (torch.tensor(v)[:, None, None] for v in norm)
-        return (view * std + mean).clamp(0, 1)
+        pixels = view * std + mean
+        pixels = pixels if pixels.shape[-3] in (1, 3) else pixels[..., :1, :, :]
+        low, high = pixels.aminmax()
+        if high > 2:  # of bytes a view is in [0, 1], or by bicubic a little beyond
+            pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+        return pixels.clamp(0, 1)
 
 
 def rename_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
