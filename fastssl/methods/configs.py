@@ -172,7 +172,7 @@ class SLAConfig(MethodConfig):
     distill: bool = Field(False, description="Train a head that needs no turned images (SLA+SD).")
     beta: float = Field(1.0, ge=0, description="Weight of that head's own cross-entropy.")
 
-    def check_source(self, classes: int | None) -> None:
+    def fitted(self, items: int, classes: int | None) -> "MethodConfig":
         if classes is None:
             raise ValueError(
                 "method.name=sla augments the images' labels, and this data.source has no "
@@ -183,6 +183,7 @@ class SLAConfig(MethodConfig):
                 f"method.classes={self.classes} is less than the {classes} classes of this "
                 f"data.source: give method.classes={classes}"
             )
+        return self
 
 
 class BarlowTwinsConfig(MethodConfig):

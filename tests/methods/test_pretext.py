@@ -44,10 +44,10 @@ def test_sla_learns_classes_and_turns_jointly(distill, tmp_path):
 
 
 def test_sla_asks_for_labels_and_a_place_for_every_class():
-    SLAConfig(classes=10).check_source(10)
+    assert SLAConfig(classes=10).fitted(1, 10).classes == 10
     with pytest.raises(ValueError, match="method.name=sla .* no labels"):
-        SLAConfig().check_source(None)
+        SLAConfig().fitted(1, None)
     with pytest.raises(ValueError, match=r"method.classes=10 .* 11 classes"):
-        SLAConfig(classes=10).check_source(11)
+        SLAConfig(classes=10).fitted(1, 11)
     with pytest.raises(ValueError, match=r"must be square, got \(2, 3\)"):
         quarter_turns(torch.zeros(1, 1, 2, 3))
