@@ -4,14 +4,15 @@ fastssl.losses     drop-in losses, memory-lean and exact across ranks (torch alo
 fastssl.kernels    the primitives they are made of
 fastssl pretrain   the engine, from the command line; fastssl.pretrain(...) from Python
 
-fastssl.register_method, register_source, register_views, register_model and register_schedule add
-one's own, which a configuration then names: docs/extend.md.
+fastssl.register_method, register_source, register_views, register_model, register_schedule and
+register_batch_op add one's own, which a configuration then names: docs/extend.md.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastssl.data.batch.ops import register_batch_op as register_batch_op
     from fastssl.data.datasets import register_source as register_source
     from fastssl.data.views.spec import register_views as register_views
     from fastssl.engine.optim import register_schedule as register_schedule
@@ -28,6 +29,7 @@ _FROM = {
     "register_views": "fastssl.data.views.spec",
     "register_model": "fastssl.models",
     "register_schedule": "fastssl.engine.optim",
+    "register_batch_op": "fastssl.data.batch.ops",
 }
 
 

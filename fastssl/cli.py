@@ -187,6 +187,7 @@ def pack(
         bool, typer.Option(help="Decode every image, and leave out what is unreadable.")
     ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace what was packed there.")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Write any source of images as WebDataset shards, with indices and a manifest."""
     from fastssl.data.sources.pack import PackOptions
@@ -194,7 +195,7 @@ def pack(
     from fastssl.run.progress import counted
 
     options = PackOptions(shard_size * 10**6, max_side, check=check, overwrite=overwrite)
-    parts = _parts(source, split)
+    parts = _parts(source, split, plugin)
     with counted(console, sum(map(len, parts)), "images") as watch:
         manifest = write(parts, out, options, watch)
     for name, part in manifest["parts"].items():
@@ -238,12 +239,16 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     seconds: Annotated[float, typer.Option(help="For the data, and for the model.")] = 5.0,
+    plugin: Plugins = None,
 ) -> None:
     """What is installed and will run on what; or, with a recipe, what holds its training up."""
     if recipe is not None:
-        return _print_bottleneck(recipe, overrides, seconds)
+        return _print_bottleneck(recipe, overrides, seconds, plugin)
     from fastssl.diagnose.doctor import findings, primitives
+    from fastssl.registry import import_plugin
 
+    for name in plugin or ():
+        import_plugin(name)
     table = Table("part", "state", "what for", "to do")
     for found in findings():
         table.add_row(found.name, found.state, found.purpose, found.remedy)
@@ -269,7 +274,7 @@ def main() -> None:
         sys.exit(code)
 
 
-def _parts(source: str, fraction: float) -> tuple[Any, ...]:
+def _parts(source: str, fraction: float, plugin: list[str] | None) -> tuple[Any, ...]:
     """The parts to pack: as the source comes, or split by `fraction` (and the seed 0)."""
     from fastssl.config import resolve
     from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
@@ -281,7 +286,7 @@ def _parts(source: str, fraction: float) -> tuple[Any, ...]:
     elif Path(source).is_dir():
         cfg = FolderSource(path=Path(source))
     else:
-        cfg = resolve(source).data.source
+        cfg = resolve(source, plugins=plugin).data.source
     if fraction:
         if not 0 < fraction < 1:
             raise DataError(f"--split {fraction} is no part: give a number between 0 and 1")
@@ -315,12 +320,14 @@ def _print_plan(cfg: Any) -> None:
         console.print(note)
 
 
-def _print_bottleneck(recipe: str, overrides: list[str] | None, seconds: float) -> None:
+def _print_bottleneck(
+    recipe: str, overrides: list[str] | None, seconds: float, plugin: list[str] | None
+) -> None:
     from fastssl.config import resolve
     from fastssl.data.datasets import open_source
     from fastssl.diagnose.bottleneck import advice, examine, on_cpu, verdict
 
-    cfg, ranks = examine(resolve(recipe, overrides), seconds)
+    cfg, ranks = examine(resolve(recipe, overrides, plugin), seconds)
     if os.environ.get("RANK", "0") != "0":
         return
     table = Table("rank", "images/s: data", "model", "reading alone", "decoding alone", "1st batch")

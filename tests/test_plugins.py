@@ -3,7 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fastssl import cli
 from fastssl.config import ConfigError, load, resolve
+from fastssl.data.batch.ops import BatchOp
 from fastssl.data.datasets import SOURCES
 from fastssl.data.views.spec import VIEWS
 from fastssl.engine.optim import SCHEDULES, CosineSchedule, ScheduleConfig
@@ -119,6 +120,9 @@ def test_a_plugin_that_fails_or_is_gone_is_named(tmp_path, monkeypatch):
     (run / "config.yaml").write_text(RECIPE.replace("dots_ssl", "gone_ssl"))
     with pytest.raises(ConfigError, match="config.yaml: there is no plugin gone_ssl"):
         load(run)
+    for words in (["doctor"], ["doctor", "mae-digits"], ["pack", "mae-digits", tmp_path / "x"]):
+        code, out = call(*words, "--plugin", "gone_ssl")
+        assert code == 1 and "there is no plugin gone_ssl" in out, out
 
 
 def test_two_of_one_name_are_refused():
@@ -140,6 +144,12 @@ def test_two_of_one_name_are_refused():
 
     with pytest.raises(PluginError, match="two models are named 'resnet18', of timm.models.resnet"):
         fastssl.register_model(lambda shape: {})(resnet18)
+
+    class Mine(BatchOp):
+        name: Literal["mixup"] = "mixup"
+
+    with pytest.raises(PluginError, match="two batch_ops are named 'mixup', of fastssl.data"):
+        fastssl.register_batch_op(Mine)
     with pytest.raises(PluginError, match="names views 'simclr', as a preset of images is"):
         fastssl.register_views("simclr")(resnet18)
 

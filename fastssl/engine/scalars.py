@@ -36,7 +36,7 @@ class Scalars:
             if package and config.get(key, {}).get("enabled") and find_spec(package) is None:
                 raise EngineError(f"engine.deepspeed.{key} wants {package}: pip install {package}")
         try:
-            self._config = get_monitor_config(config)
+            self._config: Any = get_monitor_config(config)
         except ValidationError as error:
             said = error.errors()[0]
             key = ".".join(map(str, said["loc"]))

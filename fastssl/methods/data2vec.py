@@ -26,7 +26,7 @@ from fastssl.schedules import linear
 
 from .base import Batch, Method
 from .configs import Data2VecConfig
-from .places import MaskSchedule, draw_mask, of_one_size
+from .places import DrawnOnce, MaskSchedule, draw_mask, of_one_size
 
 
 class Data2Vec(Method):
@@ -34,7 +34,7 @@ class Data2Vec(Method):
 
     def __init__(self, encoder: nn.Module, cfg: Data2VecConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.places = cfg, DrawnOnce(self.mask)
         self.student = of_one_size(encoder, cfg.name)
         self.teacher = EMA(LayerMean(self.student, cfg.layers))
         L, width = self.student.num_patches, self.student.width
@@ -58,12 +58,12 @@ class Data2Vec(Method):
     def encode(self, batch: Batch) -> Tensor:
         """Predicted features (B, M (L - K), E) float32, one mask's after another's."""
         (images,) = batch["views"]
-        masking = self.mask(batch["seeds"], self.schedule.keep)
+        masking = self.places(batch["seeds"], self.schedule.keep)
         return self._by_sample(self.predict(images, masking).float())
 
     def targets(self, batch: Batch) -> Tensor:
         (images,) = batch["views"]
-        masking = self.mask(batch["seeds"], self.schedule.keep)
+        masking = self.places(batch["seeds"], self.schedule.keep)
         return self._by_sample(self.teach(images, masking.masked))
 
     def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from fastssl.schedules import linear
 
 from .base import Batch, Method
 from .configs import IJEPAConfig
-from .places import of_one_size
+from .places import DrawnOnce, of_one_size
 
 
 class IJEPA(Method):
@@ -32,7 +32,7 @@ class IJEPA(Method):
 
     def __init__(self, encoder: nn.Module, cfg: IJEPAConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.places = cfg, DrawnOnce(self.mask)
         self.student = of_one_size(encoder, cfg.name)
         self.teacher = EMA(self.student)
         L, width = self.student.num_patches, self.student.width
@@ -61,13 +61,13 @@ class IJEPA(Method):
     def encode(self, batch: Batch) -> Tensor:
         """Predicted features (B, M, T, E) float32."""
         (images,) = batch["views"]
-        places = self.mask(batch["seeds"])
+        places = self.places(batch["seeds"])
         context = self.student(images, places.context)
         return self.predictor(context, places.context, places.targets).float()
 
     def targets(self, batch: Batch) -> Tensor:
         (images,) = batch["views"]
-        return self.teach(images, self.mask(batch["seeds"]).targets)
+        return self.teach(images, self.places(batch["seeds"]).targets)
 
     def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:
         wanted = batch["targets"]

@@ -43,6 +43,19 @@ def draw_mask(kind: Kind, seeds: Tensor, grid: tuple[int, ...], keep: int) -> Ma
     return grid_masking(seeds, grid, every)
 
 
+class DrawnOnce:
+    """What is drawn from a batch's seeds for `encode`, and kept for `targets` of the same batch."""
+
+    def __init__(self, draw: Callable[..., Any]):
+        self.draw, self.last = draw, (None, (), None)
+
+    def __call__(self, seeds: Tensor, *others: Any) -> Any:
+        before, with_, _ = self.last
+        if before is not seeds or with_ != others:
+            self.last = seeds, others, self.draw(seeds, *others)
+        return self.last[2]
+
+
 def patch_values(masked: MaskedViT) -> int:
     """prod(patch) C, the numbers in one patch."""
     return prod(masked.patch) * masked.vit.patch_embed.proj.in_channels  # type: ignore

@@ -27,6 +27,7 @@ from fastssl.schedules import linear
 
 from .base import Batch, Method
 from .configs import TJEPAConfig
+from .places import DrawnOnce
 
 
 class _Columns(nn.Module):
@@ -48,7 +49,7 @@ class TJEPA(Method):
         if not isinstance(encoder, TableTransformer):
             got = type(encoder).__name__
             raise ValueError(f"method.name=tjepa trains a table_transformer, got {got}")
-        self.cfg = cfg
+        self.cfg, self.places = cfg, DrawnOnce(self.mask)
         self.student = _Columns(encoder)
         self.teacher = EMA(self.student)
         columns = encoder.columns
@@ -81,12 +82,12 @@ class TJEPA(Method):
 
     def encode(self, batch: Batch) -> Tensor:
         """Predicted features (B, M, T, E) float32."""
-        sets = self.mask(batch["seeds"])
+        sets = self.places(batch["seeds"])
         context = self.student(self.cast(batch["views"][0]), sets.context)
         return self.predictor(context, sets.context, sets.targets).float()
 
     def targets(self, batch: Batch) -> Tensor:
-        return self.teach(self.cast(batch["views"][0]), self.mask(batch["seeds"]).targets)
+        return self.teach(self.cast(batch["views"][0]), self.places(batch["seeds"]).targets)
 
     def loss(self, encoded: Tensor, batch: Batch) -> dict[str, Tensor]:
         wanted = batch["targets"]

@@ -15,9 +15,9 @@ TESTS = {
     ),
     "engine/fragments": (ENGINE, "zero_3_keeps_whole"),
     "engine/engine": (
-        f"{ENGINE} tests/train/test_train.py",
-        "not_finite or merged_last or one_process or as_one or of_one or divide or micro"
-        " or moves_the or padding or to_the_rank or without_a_loss",
+        f"{ENGINE} tests/train/test_train.py tests/test_given.py",
+        "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
+        " or micro or moves_the or padding or to_the_rank or without_a_loss",
     ),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
@@ -73,9 +73,13 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),
         ("finite & torch.isfinite", "finite | torch.isfinite"),
         ("join(kept) if kept", "kept[0] if kept"),
-        ("or loss.ndim:", "or False:"),
         ("prepared=prepared)", "prepared=False)"),
         ("not self.method.couples_batch", "self.method.couples_batch"),
+    ],
+    "engine/engine.loss_of": [
+        ("or loss.ndim:", "or False:"),
+        ("if not loss.requires_grad", "if loss is None"),
+        ('if key != "keep" and', "if False and"),
     ],
     "engine/engine._split": [("(i < rows % n)", "(i > n - rows % n)"), ("size / rows", "1 / n")],
     "engine/engine._join_batch_norms": [

@@ -26,7 +26,7 @@ from fastssl.engine.engine import Engine
 from fastssl.methods import MAE
 from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
-from fastssl.run import directory
+from fastssl.run import directory, rehearsal
 from fastssl.run.directory import prepared
 from fastssl.run.evaluation import EvaluationError
 from fastssl.run.log import LogError, RunLog, Silent
@@ -115,7 +115,8 @@ def poison(monkeypatch, step):
     loss, seen = MAE.loss, []
 
     def bad(self, encoded, batch):
-        seen.append(1)
+        if len(batch["index"]) > rehearsal.ROWS:
+            seen.append(1)
         out = loss(self, encoded, batch)
         return {"loss": out["loss"] * (float("inf") if len(seen) == step else 1.0)}
 

@@ -172,8 +172,19 @@ class LowFrequency(BatchOp):
 
 
 BATCH_OPS: Registry[type[BatchOp]] = Registry("batch_op", "data.batch_ops.name")
+
+
+def register_batch_op(op: type[BatchOp]) -> type[BatchOp]:
+    """A class decorator: a `BatchOp` that data.batch_ops can name.
+
+    Raises PluginError where there is one of that name.
+    """
+    BATCH_OPS.add(op.model_fields["name"].default, op, op)
+    return op
+
+
 for _op in (Mixup, Noise, Style, Fields, LowFrequency):
-    BATCH_OPS.add(_op.model_fields["name"].default, _op, _op)
+    register_batch_op(_op)
 AnyBatchOp = Annotated[BatchOp, OneOf(BATCH_OPS)]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
