@@ -44,7 +44,7 @@ ROOMS = {
     "distributed export files *",
     "diagnose": "random tree run config engine data methods kernels models distributed *",
     "bench": "methods models losses kernels masking engine data report files *",
-    "cli": "config run diagnose data export files bench *",
+    "cli": "config run diagnose data export files registry bench *",
     "__main__": "cli",
     "__init__": "methods models data engine run",
 }
