@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .signal_mae import SignalMAE
     from .simclr import SimCLR
     from .simmim import SimMIM
+    from .sit import SiT
     from .sla import SLA
     from .ssl_ey import SSLEY
     from .tjepa import TJEPA
@@ -67,6 +68,7 @@ __all__ = [
     "SLA",
     "SSLEY",
     "TJEPA",
+    "SiT",
     "SimCLR",
     "SignalMAE",
     "SimMIM",

@@ -265,6 +265,13 @@ class GMMLConfig(MethodConfig):
     error: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="Of a pixel's prediction.")
 
 
+class SiTConfig(GMMLConfig):
+    name: Literal["sit"] = "sit"  # type: ignore[assignment]
+    everywhere: bool = Field(True, description="Restore all patches, not the replaced ones alone.")
+    temperature: float = Field(0.5, gt=0, description="Divides the cosine similarities.")
+    projection_dim: int = Field(512, ge=1, description="Width of the embeddings compared.")
+
+
 class CropMAEConfig(MethodConfig):
     name: Literal["cropmae"] = "cropmae"
     mask_ratio: Ratio = ratio_field(0.985)
@@ -373,6 +380,7 @@ for _config, _made in (
     (MAEConfig, "mae:MAE"),
     (SimMIMConfig, "simmim:SimMIM"),
     (GMMLConfig, "gmml:GMML"),
+    (SiTConfig, "sit:SiT"),
     (CropMAEConfig, "cropmae:CropMAE"),
     (IJEPAConfig, "ijepa:IJEPA"),
     (Data2VecConfig, "data2vec:Data2Vec"),

@@ -7,7 +7,7 @@ _METHODS = {
     **{"simclr": "SimCLR", "dcl": "DCL", "mocov3": "MoCo v3", "nnclr": "NNCLR", "clip": "CLIP"},
     **{"barlow_twins": "Barlow Twins", "mixed_barlow_twins": "Mixed Barlow Twins"},
     **{"ssl_ey": "SSL-EY", "groco": "GroCo", "mochi": "MoCHi", "isogclr": "iSogCLR"},
-    **{"matryoshka": "Matryoshka", "sla": "SLA"},
+    **{"matryoshka": "Matryoshka", "sla": "SLA", "sit": "SiT"},
     **{"vicreg": "VICReg", "sie": "SIE", "mae": "MAE", "simmim": "SimMIM", "gmml": "GMML"},
     **{"ijepa": "I-JEPA", "tjepa": "T-JEPA", "cropmae": "CropMAE", "videomae": "VideoMAE V2"},
     **{"signal_mae": "MAE of signals", "point_mae": "Point-MAE", "point_cmae": "Point-CMAE"},

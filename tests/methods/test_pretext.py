@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fastssl.methods import SiT
 from fastssl.methods.configs import SLAConfig
 from fastssl.methods.turns import quarter_turns
+from fastssl.models import build_backbone
+from tests.methods.test_masked_images import chosen
 from tests.methods.test_methods import assert_gradients_reach, batch, method
+from tests.runs import VIT, tiny
 
 
 def exact(name, tmp_path, views, **changes):
@@ -51,3 +56,67 @@ def test_sla_asks_for_labels_and_a_place_for_every_class():
         SLAConfig(classes=10).fitted(1, 11)
     with pytest.raises(ValueError, match=r"must be square, got \(2, 3\)"):
         quarter_turns(torch.zeros(1, 1, 2, 3))
+
+
+def sit(tmp_path, **changes):
+    """With a token for each task, and weights that differ."""
+    cfg = tiny("sit", tmp_path, **changes).method
+    torch.manual_seed(0)
+    options = {**VIT, "reg_tokens": 1, "global_pool": "token"}
+    ours = SiT(build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), kwargs=options), cfg)
+    with torch.no_grad():
+        ours.log_variances.copy_(torch.tensor([-0.5, 0.2, 0.7]))
+    return ours.double(), cfg
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_sit_weighs_three_tasks(everywhere, tmp_path):
+    ours, cfg = sit(tmp_path, method__everywhere=everywhere)
+    data = ours.prepare({**batch(2), "views": [view.double() for view in batch(2)["views"]]})
+    clean, corrupted, turns = (data[key] for key in ("clean", "corrupted", "turns"))
+    assert len(turns.unique()) > 2 and not torch.equal(turns[:, 0], turns[:, 1])
+    assert not torch.equal(*data["hidden"].sort(2).values.unbind(1)) or everywhere
+    parts = []
+    for v, view in enumerate(data["views"]):
+        for b in range(6):
+            assert torch.equal(clean[b, v], torch.rot90(view[b], int(turns[b, v]), (1, 2)))
+        changed = (patches(clean[:, v]) != patches(corrupted[:, v])).any(-1)
+        assert (changed.sum(1) == 11).all()  # 0.7 of 16
+        h = ours.encoder.forward_features(corrupted[:, v])
+        error = (ours.head(h[:, 2:]) - patches(clean[:, v])).abs().mean(-1)
+        p = ours.turn(h[:, 1]).softmax(1)[torch.arange(6), turns[:, v]]
+        z = F.normalize(ours.project(h[:, 0]), dim=1)
+        parts.append((error.mean() if everywhere else error[changed].mean(), -p.log().mean(), z))
+    (r_0, t_0, z_0), (r_1, t_1, z_1) = parts
+    scores = (torch.cat([z_0, z_1]) @ torch.cat([z_0, z_1]).T / cfg.temperature).exp()
+    own = scores[torch.arange(12), torch.arange(12).roll(6)]
+    contrast = -(own / (scores.sum(1) - scores.diagonal())).log().mean()
+    tasks = (r_0 + r_1) / 2, (t_0 + t_1) / 2, contrast
+    r, t, c = ours.log_variances
+    want = tasks[0] / (2 * r.exp()) + tasks[1] / t.exp() + tasks[2] / c.exp() + (r + t + c) / 2
+    out = ours(data, prepared=True)
+    torch.testing.assert_close(out["loss"].double(), want, rtol=1e-6, atol=0)
+    for name, task in zip(("restoration", "turn", "contrast"), tasks, strict=True):
+        torch.testing.assert_close(out[name].double(), task.detach(), rtol=1e-6, atol=0)
+    assert_gradients_reach(ours, out["loss"])
+
+
+def patches(images):
+    """All patches (B, 16, 16) of 16 x 16 images of one channel."""
+    return chosen(images, torch.arange(16).expand(len(images), 16))
+
+
+def test_sits_patches_come_from_other_images(tmp_path):
+    ours, _ = sit(tmp_path, method__corruption="swap")
+    data = ours.prepare(batch(2))
+    clean, corrupted = (data[key].transpose(0, 1).flatten(0, 1) for key in ("clean", "corrupted"))
+    kept = patches(clean) == patches(corrupted)
+    assert torch.equal(patches(corrupted)[~kept], patches(clean.roll(-1, 0))[~kept])
+
+
+def test_sit_asks_for_a_class_token(tmp_path):
+    cfg = tiny("sit", tmp_path).method
+    options = {**VIT, "class_token": False}
+    encoder = build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), kwargs=options)
+    with pytest.raises(ValueError, match="method.name=sit tells turns by a class token"):
+        SiT(encoder, cfg)

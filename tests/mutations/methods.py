@@ -24,6 +24,7 @@ TESTS = {
     "methods/cropmae": (MASKED, "cropmae"),
     "methods/places": (MASKED, "every_sort or resumed_schedule or impossible"),
     "methods/sla": (PRETEXT, "sla"),
+    "methods/sit": (PRETEXT, "sit"),
     "methods/tjepa": ("tests/methods/test_tjepa.py", ""),
 }
 
@@ -72,4 +73,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("encoded[:, 0]", "encoded[:, 1]"),
     ],
     "methods/sla.aggregate": [(".mean(-1)", ".sum(-1)")],
+    "methods/sit.prepare": [
+        ("draws[:2].flatten()", "draws[:1].repeat(1, 2).flatten()"),
+        ("unflatten(0, (2, -1)).transpose(0, 1)", "unflatten(0, (-1, 2))"),
+    ],
+    "methods/sit.encode": [("P - 1", "0")],
+    "methods/sit.loss": [("[R / 2,", "[R,"), ("s.sum() / 2", "s.sum()")],
 }
