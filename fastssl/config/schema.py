@@ -194,15 +194,7 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         check_optimizer(self.optim.name, self.engine.zero_stage)
         self._check_streams()
-        wanted = self.method_class.views
-        for views in specs_of(self.views()):
-            if views.count != wanted:
-                raise ValueError(
-                    f"method.name={self.method.name} reads {wanted} view(s) of an item, but "
-                    f"data.augment={self.data.augment} makes {views.count}"
-                )
-            if self.method_class.needs_view_params and views.kind != "image":
-                raise ValueError(f"method.name={self.method.name} is for images, got {views.kind}s")
+        self._check_views()
         if self.batch_size % self.engine.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
@@ -211,6 +203,21 @@ class RunConfig(Section):
         if Path(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name:
             raise ValueError(f"name={self.name!r} must be a plain directory name")
         return self
+
+    def _check_views(self) -> None:
+        """Raise ValueError for views that the method does not read."""
+        wanted, name = self.method_class.views, self.method.name
+        least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
+        for views in specs_of(self.views()):
+            if views.count < least or (most is not None and views.count > most):
+                more = " or more" if most is None else "" if most == least else f" to {most}"
+                named = self.data.augment or self.method_class.preset
+                raise ValueError(
+                    f"method.name={name} reads {least}{more} view(s) of an item, but "
+                    f"data.augment={named} makes {views.count}"
+                )
+            if self.method_class.needs_view_params and views.kind != "image":
+                raise ValueError(f"method.name={name} is for images, got {views.kind}s")
 
     def _check_streams(self) -> None:
         """Raise ValueError where the method reads other streams than data.streams names."""

@@ -10,10 +10,11 @@ from fastssl.models import feature_dim, projection_head
 
 from .base import Batch, Method
 from .configs import BarlowTwinsConfig
+from .views import mean_over_pairs
 
 
 class BarlowTwins(Method):
-    preset, views, couples_batch = "barlow_twins", 2, True
+    preset, views, couples_batch = "barlow_twins", (2, None), True
 
     def __init__(self, encoder: nn.Module, cfg: BarlowTwinsConfig):
         super().__init__()
@@ -24,4 +25,5 @@ class BarlowTwins(Method):
         self.criterion = BarlowTwinsLoss(cfg.lambda_param)
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.criterion(*map(self.head, encoded))}
+        z = [self.head(features) for features in encoded]
+        return {"loss": mean_over_pairs(self.criterion, z, batch["views"])}

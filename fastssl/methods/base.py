@@ -28,7 +28,8 @@ PARAMETERS = (
 class Method(nn.Module):
     """Base of all methods.  A subclass sets `encoder`, and writes `loss` and what else it needs.
 
-    preset: the augmentation preset of the method's paper.  views: how many views it reads.
+    preset: the augmentation preset of the method's paper.
+    views: how many views it reads; a pair: at least, and at most (None: any number).
     couples_batch: a sample's loss depends on the others of its batch, so accumulation changes it.
     needs_view_params: it reads "params", which batches have only where they are asked for.
     streams: (): one stream, whatever its name; names: these, and `encoder` is built of a dictionary
@@ -37,7 +38,7 @@ class Method(nn.Module):
     """
 
     preset: ClassVar[str]
-    views: ClassVar[int]
+    views: ClassVar[int | tuple[int, int | None]]
     couples_batch: bool
     needs_view_params: ClassVar[bool] = False
     streams: ClassVar[tuple[str, ...] | None] = ()

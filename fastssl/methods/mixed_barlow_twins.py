@@ -19,6 +19,8 @@ from .configs import MixedBarlowTwinsConfig
 class MixedBarlowTwins(BarlowTwins):
     """Who is mixed with whom, and how much, come from the samples' seeds."""
 
+    views = 2
+
     def __init__(self, encoder, cfg: MixedBarlowTwinsConfig):
         super().__init__(encoder, cfg)
         self.criterion = MixedBarlowTwinsLoss(cfg.lambda_param, cfg.mixup)

@@ -1,4 +1,7 @@
-"""MoCo v3: a view's query must find the other view's key, made by a slowly moving teacher.
+"""MoCo v3: a view's query must find the other views' keys, made by a slowly moving teacher.
+
+Only global views have keys; of two views the loss is the sum of both directions, of more twice the
+mean of all.
 
 Source: Chen, Xie & He 2021, An Empirical Study of Training Self-Supervised Vision Transformers,
 arXiv:2104.02057, algorithm 1; the momentum rises to 1 over half a cosine (section 4.1).
@@ -15,10 +18,11 @@ from fastssl.schedules import cosine
 
 from .base import Batch, Method
 from .configs import MoCoV3Config
+from .views import global_views, queries
 
 
 class MoCoV3(Method):
-    preset, views, couples_batch = "mocov3", 2, True
+    preset, views, couples_batch = "mocov3", (2, None), True
 
     def __init__(self, encoder: nn.Module, cfg: MoCoV3Config):
         super().__init__()
@@ -39,16 +43,18 @@ class MoCoV3(Method):
         return {"encoder": self.encoder, "teacher": teacher}
 
     def targets(self, batch: Batch) -> list[Tensor]:
-        """The teacher's features of every view."""
+        """The teacher's features of every global view."""
         encoder, _ = self.teacher.model.children()
-        return [encoder(self.cast(view)) for view in batch["views"]]
+        views = batch["views"]
+        return [encoder(self.cast(views[g])) for g in global_views(views)]
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        q_0, q_1 = (self.predictor(self.student[1](features)) for features in encoded)
-        _, head = self.teacher.model.children()
+        views, (_, head) = batch["views"], self.teacher.model.children()
+        q = [self.predictor(self.student[1](features)) for features in encoded]
         with torch.no_grad():
-            k_0, k_1 = map(head, batch["targets"])
-        return {"loss": self.criterion(q_0, k_1) + self.criterion(q_1, k_0)}
+            k = dict(zip(global_views(views), map(head, batch["targets"]), strict=True))
+        losses = [self.criterion(q[v], k[g]) for v, g in queries(views)]
+        return {"loss": torch.stack(losses).sum() * (2 / len(losses))}
 
     def on_step(self, keep: Any, progress: float) -> None:
         self.teacher.update(self.student, cosine(progress, self.cfg.momentum, 1.0))

@@ -12,10 +12,11 @@ from fastssl.models import feature_dim, projection_head
 
 from .base import Batch, Method
 from .configs import NNCLRConfig
+from .views import global_views, mean_over_pairs
 
 
 class NNCLR(Method):
-    preset, views, couples_batch = "simclr", 2, True
+    preset, views, couples_batch = "simclr", (2, None), True
 
     def __init__(self, encoder: nn.Module, cfg: NNCLRConfig):
         super().__init__()
@@ -26,9 +27,14 @@ class NNCLR(Method):
         self.criterion = NNCLRLoss(cfg.queue_size, out, cfg.temperature)
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Any]:
-        z_0, z_1 = map(self.head, encoded)
-        loss = self.criterion(z_0, z_1, self.predictor(z_0), self.predictor(z_1), update=False)
-        return {"loss": loss, "keep": z_1}
+        """The queue is to remember the last global view."""
+        views, z = batch["views"], [self.head(features) for features in encoded]
+        made = [(x, self.predictor(x)) for x in z]
+
+        def loss(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+            return self.criterion(one[0], other[0], one[1], other[1], update=False)
+
+        return {"loss": mean_over_pairs(loss, made, views), "keep": z[global_views(views)[-1]]}
 
     def on_step(self, keep: Tensor, progress: float) -> None:
         self.criterion.queue.push(keep, check=False)

@@ -11,10 +11,11 @@ from fastssl.models import feature_dim, projection_head
 
 from .base import Batch, Method
 from .configs import SimCLRConfig
+from .views import mean_over_pairs
 
 
 class SimCLR(Method):
-    preset, views, couples_batch = "simclr", 2, True
+    preset, views, couples_batch = "simclr", (2, None), True
 
     def __init__(self, encoder: nn.Module, cfg: SimCLRConfig):
         super().__init__()
@@ -25,4 +26,5 @@ class SimCLR(Method):
         self.criterion = NTXentLoss(cfg.temperature)
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.criterion(*map(self.head, encoded))}
+        z = [self.head(features) for features in encoded]
+        return {"loss": mean_over_pairs(self.criterion, z, batch["views"])}

@@ -1,4 +1,4 @@
-"""SSL-EY: two views are drawn to their canonical correlations, by an unconstrained loss.
+"""SSL-EY: views are drawn to their canonical correlations, all at once, by an unconstrained loss.
 
 Source: Chapman, Wells & Lawry Aguila 2023, arXiv:2310.01012, section 4 (views and heads of
 VICReg).
@@ -14,7 +14,7 @@ from .configs import SSLEYConfig
 
 
 class SSLEY(Method):
-    preset, views, couples_batch = "vicreg", 2, True
+    preset, views, couples_batch = "vicreg", (2, None), True
 
     def __init__(self, encoder: nn.Module, cfg: SSLEYConfig):
         super().__init__()

@@ -10,12 +10,13 @@ from fastssl.models import feature_dim, projection_head
 
 from .base import Batch, Method
 from .configs import VICRegConfig
+from .views import mean_over_pairs
 
 
 class VICReg(Method):
     """Its views are BYOL's, whose protocol the paper takes over."""
 
-    preset, views, couples_batch = "vicreg", 2, True
+    preset, views, couples_batch = "vicreg", (2, None), True
 
     def __init__(self, encoder: nn.Module, cfg: VICRegConfig):
         super().__init__()
@@ -26,4 +27,5 @@ class VICReg(Method):
         self.criterion = VICRegLoss(cfg.lambda_param, cfg.mu_param, cfg.nu_param)
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.criterion(*map(self.head, encoded))}
+        z = [self.head(features) for features in encoded]
+        return {"loss": mean_over_pairs(self.criterion, z, batch["views"])}

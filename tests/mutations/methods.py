@@ -1,14 +1,16 @@
 """Methods: which tests look at a file, and the tokens that are changed in it."""
 
 JOINT = "tests/methods/test_methods.py"
+VIEWS = "tests/methods/test_views.py"
 MASKED = "tests/methods/test_masked_images.py"
 PRETEXT = "tests/methods/test_pretext.py"
 
 TESTS = {
     "methods/gmml": (JOINT, "gmml"),
+    "methods/views": (VIEWS, ""),
     "methods/clip": (JOINT, "clip"),
-    "methods/nnclr": (JOINT, "nnclr"),
-    "methods/mocov3": (JOINT, "mocov3 or momentum"),
+    "methods/nnclr": (f"{JOINT} {VIEWS}", "nnclr"),
+    "methods/mocov3": (f"{JOINT} {VIEWS}", "mocov3 or momentum"),
     "methods/mochi": (JOINT, "mochi"),
     "methods/groco": (JOINT, "groco"),
     "methods/isogclr": (JOINT, "isogclr"),
@@ -31,14 +33,21 @@ TESTS = {
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/gmml.prepare": [("masking.masked\n", "masking.visible\n")],
     "methods/mixed_barlow_twins.prepare": [("x_b[perm]", "x_a[perm]")],
+    "methods/views.global_views": [
+        ("or len(views) == 2", "or len(views) == 1"),
+        ("== max(sizes)", "== min(sizes)"),
+    ],
+    "methods/views.pairs": [("range(w)", "range(len(views)) if v != w"), ("& {v, w}", "& {v}")],
+    "methods/views.queries": [("if g != v", "if g > v")],
+    "methods/views.mean_over_pairs": [("/ len(losses)", "/ 1")],
     "methods/clip.*": [("math.log(100)", "math.log(200)")],
     "methods/clip.loss": [
         ("clamp(min=0)", "clamp(max=0)"),
         ('nearest == batch["label"]', 'nearest != batch["label"]'),
     ],
     "methods/clip.on_step": [("clamp_(max", "clamp(max")],
-    "methods/nnclr.loss": [('"keep": z_1', '"keep": z_0'), ("update=False", "update=True")],
-    "methods/mocov3.loss": [("self.criterion(q_0, k_1)", "self.criterion(q_0, k_0)")],
+    "methods/nnclr.loss": [("(views)[-1]", "(views)[0]"), ("update=False", "update=True")],
+    "methods/mocov3.loss": [("q[v], k[g]", "q[g], k[g]"), ("(2 / len(losses))", "(2 / 2)")],
     "methods/mocov3.targets": [("self.teacher.model.children()", "self.student.children()")],
     "methods/mochi.encode": [('["views"][0]', '["views"][1]')],
     "methods/mochi.loss": [("update=False", "update=True"), ('"keep": key', '"keep": encoded')],

@@ -1,0 +1,44 @@
+"""Which views of an image are compared, where a spec makes more than two.
+
+Views of the largest size are global, the others local; of two views both are global.  An image is
+known by its global views: a local one is drawn to each of them, and to no other local one.
+Source: Caron et al. 2020, SwAV, arXiv:2006.09882, section 3.2 (multi-crop).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+Z = TypeVar("Z")
+
+
+def global_views(views: Sequence[Tensor]) -> list[int]:
+    """The numbers of the global ones of views (B, C, *S).
+
+    >>> import torch
+    >>> [global_views([torch.ones(1, 3, s, s) for s in sizes]) for sizes in ((8, 8, 4), (8, 4))]
+    [[0, 1], [0, 1]]
+    """
+    sizes = [view[0].numel() for view in views]
+    return [v for v, size in enumerate(sizes) if size == max(sizes) or len(views) == 2]
+
+
+def pairs(views: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Each global view with each other view, once: numbers (v, w), v < w."""
+    chosen = set(global_views(views))
+    return [(v, w) for w in range(len(views)) for v in range(w) if chosen & {v, w}]
+
+
+def queries(views: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Each view v with each other view g that is global: (v, g)."""
+    chosen = global_views(views)
+    return [(v, g) for v in range(len(views)) for g in chosen if g != v]
+
+
+def mean_over_pairs(
+    loss: Callable[[Z, Z], Tensor], encoded: Sequence[Z], views: Sequence[Tensor]
+) -> Tensor:
+    """The mean of loss(encoded[v], encoded[w]) over `pairs` of views."""
+    losses = [loss(encoded[v], encoded[w]) for v, w in pairs(views)]
+    return sum(losses[1:], losses[0]) / len(losses)
