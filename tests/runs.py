@@ -36,6 +36,10 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"name": "mochi", "hidden_dim": 32, "projection_dim": 16, "queue_size": 64},
         **{"top_n": 8, "synthetic": 6, "from_query": 3, "momentum": 0.9},
     },
+    "global_local": {
+        **{"name": "global_local", "hidden_dim": 32, "projection_dim": 16},
+        **{"upsampled": 1, "local_dim": 8},
+    },
     "sie": {"name": "sie", "hidden_dim": 32, "projection_dim": 48, "layers": 2},
     "mae": {"name": "mae", **_DECODER},
     "simmim": {"name": "simmim", "mask_ratio": 0.5},

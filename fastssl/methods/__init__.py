@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .cropmae import CropMAE
     from .data2vec import Data2Vec
     from .dcl import DCL
+    from .global_local import GlobalLocal
     from .gmml import GMML
     from .groco import GroCo
     from .ijepa import IJEPA
@@ -44,6 +45,7 @@ __all__ = [
     "CLIP",
     "DCL",
     "GMML",
+    "GlobalLocal",
     "GroCo",
     "IJEPA",
     "MAE",

@@ -237,6 +237,25 @@ class SIEConfig(MethodConfig):
     )
 
 
+class GlobalLocalConfig(MethodConfig):
+    name: Literal["global_local"] = "global_local"
+    temperature: float = Field(0.1, gt=0, description="Divides the cosine similarities.")
+    local_weight: float = Field(1.0, ge=0, description="Weight of the contrast between places.")
+    by_label: bool = Field(False, description="Images of one label attract as well.")
+    upsampled: int = Field(2, ge=0, le=6, description="How often the local map's side is doubled.")
+    local_dim: int = Field(64, ge=1, description="Width inside the decoder of the local map.")
+    hidden_dim: int = Field(1024, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
+
+    def fitted(self, items: int, classes: int | None) -> "MethodConfig":
+        if self.by_label and classes is None:
+            raise ValueError(
+                "method.by_label=true draws images of one label together, and this data.source "
+                "has no labels: give method.by_label=false"
+            )
+        return self
+
+
 class MAEConfig(MethodConfig):
     name: Literal["mae"] = "mae"
     mask_ratio: Ratio = ratio_field(0.75)
@@ -377,6 +396,7 @@ for _config, _made in (
     (VICRegConfig, "vicreg:VICReg"),
     (SSLEYConfig, "ssl_ey:SSLEY"),
     (SIEConfig, "sie:SIE"),
+    (GlobalLocalConfig, "global_local:GlobalLocal"),
     (MAEConfig, "mae:MAE"),
     (SimMIMConfig, "simmim:SimMIM"),
     (GMMLConfig, "gmml:GMML"),

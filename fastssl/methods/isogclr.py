@@ -18,6 +18,7 @@ from .simclr import SimCLR
 
 
 class ISogCLR(SimCLR):
+    views = 2
     criterion: ISogCLRLoss  # type: ignore[assignment]
 
     def __init__(self, encoder: nn.Module, cfg: ISogCLRConfig):

@@ -21,6 +21,8 @@ from .heads import projection_head as projection_head
 from .heads import synchronize_batch_norms as synchronize_batch_norms
 from .heads import widen_batch_norms as widen_batch_norms
 from .hypernetwork import HypernetworkPredictor as HypernetworkPredictor
+from .maps import features_and_map as features_and_map
+from .maps import map_decoder as map_decoder
 from .masked_vit import MaskedViT as MaskedViT
 from .patch_embed import PatchEmbed1d as PatchEmbed1d
 from .patch_embed import PatchEmbed3d as PatchEmbed3d

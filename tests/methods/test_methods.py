@@ -403,8 +403,9 @@ def test_micro_batches_of_one_image_are_refused_where_images_are_compared(tmp_pa
     build(tiny("mae", tmp_path, **one_each), 1)
 
 
-def test_only_sie_asks_for_the_parameters():
-    assert [name for name, method in METHODS.items() if method.needs_view_params] == ["sie"]
+def test_who_asks_for_the_parameters():
+    asked = [name for name, method in METHODS.items() if method.needs_view_params]
+    assert asked == ["sie", "global_local"]
 
 
 def test_a_share_that_leaves_no_part_is_refused():

@@ -8,6 +8,7 @@ PRETEXT = "tests/methods/test_pretext.py"
 TESTS = {
     "methods/gmml": (JOINT, "gmml"),
     "methods/views": (VIEWS, ""),
+    "methods/global_local": ("tests/methods/test_global_local.py", ""),
     "methods/clip": (JOINT, "clip"),
     "methods/nnclr": (f"{JOINT} {VIEWS}", "nnclr"),
     "methods/mocov3": (f"{JOINT} {VIEWS}", "mocov3 or momentum"),
@@ -40,6 +41,8 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/views.pairs": [("range(w)", "range(len(views)) if v != w"), ("& {v, w}", "& {v}")],
     "methods/views.queries": [("if g != v", "if g > v")],
     "methods/views.mean_over_pairs": [("/ len(losses)", "/ 1")],
+    "methods/global_local.loss": [("(w, v)", "(v, w)"), ("self.cfg.local_weight *", "0 *")],
+    "methods/global_local.same_places": [("y * m + x", "x * m + y"), ("/ n - 0.5", "/ m - 0.5")],
     "methods/clip.*": [("math.log(100)", "math.log(200)")],
     "methods/clip.loss": [
         ("clamp(min=0)", "clamp(max=0)"),
