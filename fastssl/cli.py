@@ -279,6 +279,7 @@ def _parts(source: str, fraction: float, plugin: list[str] | None) -> tuple[Any,
     from fastssl.config import resolve
     from fastssl.data.datasets import DigitsSource, FolderSource, FractalsSource, open_source
     from fastssl.data.errors import DataError
+    from fastssl.data.streams import streams_of
 
     named = {"digits": DigitsSource, "fractals": FractalsSource}
     if source in named:
@@ -292,7 +293,10 @@ def _parts(source: str, fraction: float, plugin: list[str] | None) -> tuple[Any,
             raise DataError(f"--split {fraction} is no part: give a number between 0 and 1")
         cfg = cfg.model_copy(update={"test_fraction": fraction})
         return tuple(open_source(cfg, 0))
-    return cfg.open()
+    found = cfg.open()
+    if streams_of(found[0]):
+        raise DataError("fastssl pack is for plain images, and these items have several streams")
+    return found
 
 
 def _print_plan(cfg: Any) -> None:

@@ -266,7 +266,7 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         "optim.lr_batch",
     }
     if same_data:
-        free_leaves |= {f"data.source.{key}" for key in ("path", "val", "cache")}
+        free_leaves |= {f"data.source.{key}" for key in ("path", "val", "cache", "root")}
         if now.data.source.name == "arrays":  # where another says whether there are any
             free_leaves.add("data.source.labels")
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand

@@ -19,6 +19,9 @@ says which; `open_source` opens it:
     clouds      generated clouds of points on surfaces (clouds.py)
     volumes     generated volumes of solids (volumes.py)
     npy         .npy files of volumes, in folders as images are (sources/npy.py)
+    paired      folders of files, one a stream, matched by name (sources/paired.py)
+    paths       a .csv file with a column of files for each stream (sources/paths.py)
+    reliefs     generated surfaces: an image and its depth (synthetic/reliefs.py)
     given       a torch Dataset, from Python (sources/given.py)
 """
 
@@ -39,6 +42,8 @@ from fastssl.data.sources.given import GivenSource
 from fastssl.data.sources.hf_datasets import HFDatasetsSource
 from fastssl.data.sources.lmdbs import LmdbSource
 from fastssl.data.sources.npy import NpySource
+from fastssl.data.sources.paired import PairedSource
+from fastssl.data.sources.paths import PathsSource
 from fastssl.data.sources.tables import TableSource
 from fastssl.data.sources.tfrecord import TFRecordSource
 from fastssl.data.sources.wavs import WavsSource
@@ -47,6 +52,7 @@ from fastssl.data.streams import chosen, each_part
 from fastssl.data.synthetic.clips import ClipsSource
 from fastssl.data.synthetic.clouds import CloudsSource
 from fastssl.data.synthetic.fractals import FractalsSource
+from fastssl.data.synthetic.reliefs import ReliefsSource
 from fastssl.data.synthetic.signals import SignalsSource
 from fastssl.data.synthetic.volumes import VolumesSource
 from fastssl.random import SPLIT, mix
@@ -81,6 +87,9 @@ for _source in (
     CloudsSource,
     VolumesSource,
     NpySource,
+    PairedSource,
+    PathsSource,
+    ReliefsSource,
     GivenSource,
 ):
     register_source(_source)

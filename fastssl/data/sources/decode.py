@@ -7,6 +7,7 @@ palettes converted, 16-bit gray scaled to 8, and float images stretched unless t
 import errno
 import os
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -29,6 +30,7 @@ _ORIENTATION = 0x0112  # the EXIF tag
 # the place where the file lies; a disk that fails everywhere shows as mostly bad items.
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _STRIP = 2**22  # pixels
+Convert = Callable[[Image.Image], Tensor]
 MOST_BYTES = 2**31  # of a file: above what any image within Pillow's limit of pixels takes
 
 
@@ -72,7 +74,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _pixels(data: bytes) -> Tensor:
+def _pixels(data: bytes, convert: Convert) -> Tensor:
     with Image.open(BytesIO(data)) as image:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
@@ -81,7 +83,7 @@ def _pixels(data: bytes) -> Tensor:
         if image.format == "EPS":  # Pillow would run Ghostscript on it
             raise ValueError("PostScript is a program, not pixels")
         image.load()
-        return _converted(_upright(image))
+        return convert(_upright(image))
 
 
 def _converted(image: Image.Image) -> Tensor:
@@ -102,8 +104,9 @@ def _reason(error: Exception) -> str:
     return " ".join((what or str(error) or type(error).__name__).split())
 
 
-def decode_bytes(data: bytes, name: str) -> Tensor:
-    """The pixels of an encoded image, uint8 (3, H, W); its first frame if it has several.
+def decode_bytes(data: bytes, name: str, convert: Convert = _converted) -> Tensor:
+    """The pixels of an encoded image, uint8 (3, H, W), or as `convert` has them of a Pillow image;
+    its first frame if it has several.
 
     Raises BadItem(name, reason) for whatever cannot be read as an image.  A failure of
     the machine (no memory or file handle left, a disk's I/O error) is raised as it is.
@@ -111,7 +114,7 @@ def decode_bytes(data: bytes, name: str) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit is checked above, odd metadata is harmless
-            return _pixels(data)
+            return _pixels(data, convert)
     except UnidentifiedImageError as error:
         raise BadItem(name, f"cannot identify an image in its {len(data)} bytes") from error
     except Exception as error:  # decoders raise whatever the bytes lead them to

@@ -213,6 +213,13 @@ def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list
     """
     path, parts = split_folders(path, f"{kind.what}s")
     found = [_scan(path, part, kind) for part in parts]
+    return _labeled(path, parts, found, flat, kind)
+
+
+def _labeled(
+    path: Path, parts: list[Path], found: list[_Found], flat: bool, kind: Format
+) -> list[FolderFiles]:
+    """The files of each part with their labels.  Raises DataError as `scan_folder` does."""
     for part, images in zip(parts, found, strict=True):
         if not images.names:
             kinds = "jpg, png, webp, bmp, tif, ..." if kind is IMAGE else ", ".join(kind.suffixes)

@@ -8,14 +8,14 @@ from beside it, or made and left there: any order costs one read an image.
 
 import json
 import logging
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.sources import tars
-from fastssl.data.sources.base import Source, SourceOptions
+from fastssl.data.sources.base import SourceOptions
 from fastssl.data.sources.decode import SUFFIXES
 from fastssl.data.sources.files import (
     Files,
@@ -25,6 +25,7 @@ from fastssl.data.sources.files import (
     read_all,
     write_beside,
 )
+from fastssl.data.sources.reading import Read, check_read, read_as
 from fastssl.data.sources.records import (
     Found,
     Label,
@@ -36,6 +37,7 @@ from fastssl.data.sources.records import (
 )
 from fastssl.data.sources.remote import Status
 from fastssl.data.sources.tars import Component, Sample
+from fastssl.data.streams import Joined
 
 log = logging.getLogger(__name__)
 
@@ -119,23 +121,44 @@ def _joined(found: list[Sample], images: list[Component | None], last: bool) -> 
             sample.clear()
 
 
-def _shard(files: Files, k: int, cfg: "WebDatasetSource") -> Iterator[tuple[int, Found]]:
+def _complete(found: list[Sample], wanted: Sequence[str], path: str) -> list[Sample]:
+    """The samples that have a member of each of these extensions."""
+    whole = [s for s in found if set(wanted) <= {part.extension for part in s}]
+    lost = sum(map(bool, found)) - len(whole)
+    if lost:
+        told = ", ".join(wanted)
+        log.warning("%d samples of %s have not all of %s, and are left out", lost, path, told)
+    return whole
+
+
+def _shard(
+    files: Files, k: int, cfg: "WebDatasetSource", chosen: str | None
+) -> Iterator[tuple[int, Found]]:
     path, last = files.paths[k], cfg.key == "last"
     told, _ = checked(files, k, "shard")
+    keep = True
     found = tars.read_index(files, k, told, status_or_none(tars.index_path(path)))
     repeated = found and any(len({c.extension for c in s}) < len(s) for s in found)
     if found is None or repeated or (last and not all(c.name for s in found for c in s)):
         found = _scanned(files, k, told)
     found = _by_last_dot(found) if last else found
-    every = [_image(sample, path, cfg.image) for sample in found]
-    if None in every:
+    streams = list(cfg.image.values()) if isinstance(cfg.image, dict) else []
+    every = [_image(sample, path, streams[0] if streams else chosen) for sample in found]
+    if streams:
+        _joined(found, every, last)
+        known, found = len(found), _complete(found, streams, path)
+        every = [_image(sample, path, chosen) for sample in found]
+        keep = len(found) == known
+    elif None in every:
         _joined(found, every, last)
         lost = sum(image is None and bool(s) for s, image in zip(found, every, strict=True))
         if lost:
             log.warning("%d samples of %s have no image", lost, path)
     images = [(n, image) for n, image in enumerate(every) if image is not None]
     labels: list[Label] = [None] * len(images)
-    if cfg.labels:
+    if cfg.labels and not keep:  # what is kept is of other samples
+        labels = [_label(files, k, found[n]) for n, _ in images]
+    elif cfg.labels:
         labels = kept_labels(
             path, len(images), told, lambda: [_label(files, k, found[n]) for n, _ in images]
         )
@@ -144,10 +167,15 @@ def _shard(files: Files, k: int, cfg: "WebDatasetSource") -> Iterator[tuple[int,
         yield k, Found(name, image.offset, image.size, label)
 
 
-def _part(paths: list[str], cfg: "WebDatasetSource") -> Part:
+def _part(paths: list[str], cfg: "WebDatasetSource", chosen: str | None) -> Part:
     files = Files(paths)
     part = Part(files)
-    part.add_all(pair for k in range(len(files)) for pair in _shard(files, k, cfg))
+    part.add_all(pair for k in range(len(files)) for pair in _shard(files, k, cfg, chosen))
+    if not len(part.names) and isinstance(cfg.image, dict):
+        wanted = ", ".join(cfg.image.values())
+        raise DataError(
+            f"no sample of {len(paths)} shards such as {paths[0]!r} has all of {wanted}"
+        )
     if not len(part.names):
         raise DataError(
             f"no image in {len(paths)} shards such as {paths[0]!r}: a sample has a member with an "
@@ -208,12 +236,33 @@ class WebDatasetSource(SourceOptions):
     key: Literal["first", "last"] = Field(
         default="first", description="the dot of a file's name that ends its sample's key"
     )
-    image: str | None = Field(
+    image: str | dict[str, str] | None = Field(
         default=None,
-        description="extension of the image, such as left.jpg, where there are several",
+        description="extension of the image, such as left.jpg, where there are several; or one for "
+        "each stream, as {image: jpg, depth: depth.png}",
+    )
+    read: dict[str, Read] = Field(
+        default={}, description="by stream: color, gray, or values (float32, units of their own)"
     )
 
-    def open(self) -> tuple[Source, ...]:
+    @field_validator("image")
+    @classmethod
+    def _streams(cls, image: Any) -> Any:
+        if isinstance(image, dict) and len(set(image.values())) < max(len(image), 1):
+            raise ValueError(f"want an extension for each stream, each once, got {image}")
+        return image
+
+    def open(self) -> tuple[Any, ...]:
         found = shards(self.path, self.val, (".tar",))
-        parts = [_part(paths, self) for paths in found]
-        return build(parts, _classes(found[0]))
+        classes = _classes(found[0])
+        if not isinstance(self.image, dict):
+            check_read(self.read, {})
+            return build([_part(paths, self, self.image) for paths in found], classes)
+        check_read(self.read, self.image)
+        streams: dict[str, list[Any]] = {}
+        for name, extension in self.image.items():
+            records = build([_part(paths, self, extension) for paths in found], classes)
+            how = self.read.get(name, "color")
+            streams[name] = [read_as(part, how, name) for part in records]
+        parts = range(len(found))
+        return tuple(Joined({name: own[k] for name, own in streams.items()}) for k in parts)

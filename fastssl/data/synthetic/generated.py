@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from fastssl.data.sources.base import Items, Source, SourceOptions
 
@@ -22,11 +21,11 @@ class GeneratedOptions(SourceOptions):
         default=0, ge=0, lt=2**32, description="which items; the split has the run's seed"
     )
 
-    def layout(self) -> tuple[tuple[str, ...], int]:
-        """The names of the classes, and an item's number of channels."""
+    def layout(self) -> tuple[tuple[str, ...], Any]:
+        """The names of the classes, and an item's number of channels, or those of its streams."""
         raise TypeError(f"{type(self).__name__} does not define layout()")
 
-    def draw(self, label: int, instance: int) -> Tensor:
+    def draw(self, label: int, instance: int) -> Any:
         """Instance `instance` of class `label`."""
         raise TypeError(f"{type(self).__name__} does not define draw(label, instance)")
 
@@ -44,7 +43,7 @@ class Generated(Items):
         self.classes, self.channels = options.layout()
         self.labels = torch.from_numpy(members // options.per_class)
 
-    def item(self, i: int) -> Tensor:
+    def item(self, i: int) -> Any:
         label, instance = divmod(int(self.members[i]), self.options.per_class)
         return self.options.draw(label, instance)
 
