@@ -5,7 +5,8 @@
 For each preset of images OUT/PRESET.png: a row a photograph, and for each kind of view up to two,
 side by side as torchvision makes them, as DALI makes the same draws, and, where colors change, as
 torchvision makes them one by one (the others in one linear map).  OUT/batch-ops.png has what is
-done to whole batches, OUT/clips.png and OUT/volumes.png what is no single image.  OUT/README.md
+done to whole batches, OUT/clips.png and OUT/volumes.png what is no single image, OUT/streams.png
+two streams that share their places.  OUT/README.md
 shows them all.  The photographs are the two that come with scikit-learn.
 """
 
@@ -29,11 +30,14 @@ from fastssl.data.loader import PretrainLoader
 from fastssl.data.render.backend import Rendering, choose_backend
 from fastssl.data.sources.base import Source
 from fastssl.data.sources.folder import scan_folder
+from fastssl.data.streams import chosen
 from fastssl.data.synthetic.clips import ClipsSource
+from fastssl.data.synthetic.reliefs import ReliefsSource
 from fastssl.data.synthetic.volumes import VolumesSource
-from fastssl.data.views.image import Views, preset
+from fastssl.data.views.image import View, Views, preset
 from fastssl.data.views.presets import PRESETS
 from fastssl.data.views.spec import ViewSpec, apply, view_spec
+from fastssl.data.views.streams import StreamViews, of_stream
 from fastssl.report.figure import new_figure, png_of
 
 CELL, GAP, HEAD, SIDE = 88, 4, 54, 8  # pixels: of a cell, between them, above and beside all
@@ -44,6 +48,9 @@ OPS = ("mixup", "noise", "style", "fields", "low_frequency")
 OTHERS = {
     "batch-ops": "Operations on a batch, each alone and as it comes.",
     "clips": "Clips: eight frames of each as it is, and of a view of it.",
+    "streams": "Two streams, generated surfaces lit and their depths: two views of each, by both back "
+    "ends. `data.streams.depth.shares=image` gives a depth the places of its image; the colors of "
+    "the image alone change.",
     "volumes": "Volumes: eight slices of each as it is, and of a view of it.",
 }
 
@@ -111,6 +118,27 @@ def batch_op_columns(source: Source) -> list[Column]:
         border = (SIZE - changed.shape[-1]) // 2  # of one that is smaller now
         shown = F.pad(views.shown(changed), 4 * [border], value=1.0)
         columns.append(Column(name, list(shown)))
+    return columns
+
+
+def stream_columns() -> list[Column]:
+    """An image and its depth as they are, and two views of both, by either back end."""
+    (source,) = ReliefsSource(per_class=1, size=160, seed=SEED).open()
+    rows = chosen(source.select(np.array([1, 2, 3, 7])), source.streams)
+    look = {"crop_scale": (0.2, 0.6), "rotate": 30, "color": "linear"}
+    image = preset("simclr", 128, blur=0, grayscale=0, **look)
+    depth = Views(views=(View(size=128, count=2),), mean=(0.5,), std=(0.25,))
+    views = StreamViews({"image": image, "depth": depth}, {"depth": "image"})
+    as_it_is = [rows.item(i) for i in range(len(rows))]
+    columns = [Column(n, [item[n] / 255 for item in as_it_is], "as it is") for n in rows.streams]
+    for how, rendering in (("torchvision", None), ("DALI", Rendering(threads=2))):
+        loader = PretrainLoader(rows, views, batch_size=4, seed=SEED, rendering=rendering)
+        batch = next(loader.stream(0, 1))
+        order = batch["index"].argsort()
+        for v in range(2):
+            for name, own in batch["views"].items():
+                shown = of_stream(views, name).shown(own[v].float())[order]
+                columns.append(Column(name, list(shown), f"view {v + 1}, {how}"))
     return columns
 
 
@@ -218,6 +246,8 @@ def write(out: Path, names: Sequence[str] = (*PRESETS, *OTHERS)) -> list[Path]:
         for name, path in zip(names, written, strict=True):
             if name in PRESETS:
                 draw(preset_columns(source, name), name, path)
+            elif name == "streams":
+                draw(stream_columns(), name, path)
             elif name == "batch-ops":
                 draw(batch_op_columns(source), name, path)
             else:

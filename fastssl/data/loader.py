@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from fastssl.data.errors import DataError
 from fastssl.data.render.backend import Rendering
 from fastssl.data.sources.base import Source
-from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec
 from fastssl.data.views.streams import AnyViews
 from fastssl.data.worker import (
@@ -35,6 +34,7 @@ from fastssl.data.worker import (
     Items,
     Parcel,
     PretrainFetch,
+    images_of,
     mostly_bad,
     sent,
 )
@@ -357,11 +357,13 @@ class PretrainLoader:
         given: Any = (self.source, self.views, self.seed, self.parameters)
         if self.rendering is None:
             return _run(PretrainFetch(*given), steps, self.workers, should_stop)
-        from fastssl.data.render.dali import Renderer  # DALI takes a second to import
+        from fastssl.data.render.dali import Part, Renderer  # DALI takes a second to import
 
-        assert isinstance(self.views, Views), "choose_backend refuses other kinds"
         fetch, share = EncodedFetch(*given), self.batch_size // self.world
-        renderer = Renderer(self.views, self.rendering, share, fetch.again)
+        channels, views = self.source.channels, images_of(self.views)
+        by_stream = channels if isinstance(channels, dict) else {"": channels}
+        parts = {name: Part(own, by_stream[name]) for name, own in views.items()}
+        renderer = Renderer(parts, self.rendering, share, fetch.again)
         return renderer.rendered(_run(fetch, steps, self.rendering.readers, should_stop))
 
 

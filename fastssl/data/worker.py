@@ -20,9 +20,10 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastssl.data.errors import BadItem, DataError
 from fastssl.data.render.encoded import Encoded, drawn_columns, encoded_item, packed, union
-from fastssl.data.render.streams import apply_streams, stream_parameters
-from fastssl.data.render.torchvision import draw_views, drawn_parameters
+from fastssl.data.render.streams import apply_streams, draw_streams, stream_parameters
+from fastssl.data.render.torchvision import Drawn, draw_views, drawn_parameters
 from fastssl.data.sources.base import Source
+from fastssl.data.streams import stream, streams_of
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import ViewSpec, apply, blank
 from fastssl.data.views.streams import AnyViews, StreamViews
@@ -239,31 +240,40 @@ def _stacked(samples: Sequence[Any]) -> Any:
 class EncodedFetch(_TrainFetch):
     """Bytes, and what DALI is to make of them: see encoded.py and dali.py."""
 
-    views: Views
+    views: Views | StreamViews
 
     def batch(self, items: Items, *, careful: bool = False) -> Batch:
         """careful: every image is decoded here."""
+        sources = {name: stream(self.source, name) for name in streams_of(self.source)}
+        sources = sources or {"": self.source}
 
-        def read(i: int) -> Encoded:
-            return encoded_item(self.source, i, careful=careful)
+        def read(i: int) -> dict[str, Encoded]:
+            return {name: encoded_item(own, i, careful=careful) for name, own in sources.items()}
 
         seeds = sample_seeds(self.seed, *np.array(items).T)
         used, got, bad = self.readable(items, read)
-        parts, columns = [], []
-        for item, seed in zip(got, seeds.tolist(), strict=True):
-            drawn = draw_views(self.views, item.height, item.width, seed)
-            parts.append(union(drawn))
-            top, left, *_ = parts[-1]
-            pairs = zip(self.views.crops, drawn, strict=True)
-            columns.append([drawn_columns(view, p, top, left) for view, p in pairs])
-        data, ends = packed(got)
+        sizes = [{name: (x.height, x.width) for name, x in item.items()} for item in got]
+        drawn = [self._places(size, s) for size, s in zip(sizes, seeds.tolist(), strict=True)]
+        channels = {name: own.channels for name, own in sources.items()}
+        shapes: list[Any] = [
+            {name: (channels[name], *size) for name, size in item.items()} for item in sizes
+        ]
+        if "" in sources:
+            shapes = [shape[""] for shape in shapes]
         return {
             **self.described(seeds, used, bad),
-            **self.told([(3, x.height, x.width) for x in got], seeds),
-            **{"data": data, "ends": ends, "part": torch.tensor(parts)},
-            "drawn": torch.tensor(columns, dtype=torch.float32).transpose(0, 1).contiguous(),
+            **self.told(shapes, seeds),
+            "encoded": {
+                name: _encoded(views, [x[name] for x in got], [p[name] for p in drawn])
+                for name, views in images_of(self.views).items()
+            },
             **{"items": items, "careful": careful},
         }
+
+    def _places(self, sizes: dict[str, tuple[int, int]], seed: int) -> dict[str, list[Drawn]]:
+        if isinstance(self.views, StreamViews):
+            return draw_streams(self.views, sizes, seed)
+        return {"": draw_views(self.views, *sizes[""], seed)}
 
     def again(self, batch: Batch) -> Batch:
         """The same batch, every image decoded here; those that cannot be are replaced."""
@@ -272,6 +282,24 @@ class EncodedFetch(_TrainFetch):
             **again,
             "bad": [*batch["bad"], *(b for b in again["bad"] if b not in batch["bad"])],
         }
+
+
+def images_of(views: AnyViews) -> dict[str, Views]:
+    """The views of each stream of images by name; of images without streams by ""."""
+    by_name = views.streams if isinstance(views, StreamViews) else {"": views}
+    return {name: own for name, own in by_name.items() if isinstance(own, Views)}
+
+
+def _encoded(views: Views, items: list[Encoded], drawn: list[list[Drawn]]) -> dict[str, Any]:
+    """What one stream's images are made of: their bytes and where these end, the parts of them
+    that are decoded, and the columns of what each view was drawn with."""
+    parts, columns = [union(own) for own in drawn], []
+    for own, (top, left, *_) in zip(drawn, parts, strict=True):
+        pairs = zip(views.crops, own, strict=True)
+        columns.append([drawn_columns(view, p, top, left) for view, p in pairs])
+    data, ends = packed(items)
+    table = torch.tensor(columns, dtype=torch.float32).transpose(0, 1).contiguous()
+    return {"data": data, "ends": ends, "part": torch.tensor(parts), "drawn": table}
 
 
 class EvalFetch(Fetch):

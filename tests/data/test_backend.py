@@ -46,7 +46,7 @@ def test_torchvision_where_dali_is_not_and_says_so(photos):
 @pytest.mark.parametrize("asked", ["auto", "torch"])
 def test_torchvision_for_what_dali_cannot(photos, asked):
     gray = Images()
-    gray.channels = 1
+    gray.channels = 4
     for views, source in [
         (view_spec("clips", 16), photos),
         (SIMCLR, gray),
@@ -60,7 +60,7 @@ def test_torchvision_for_what_dali_cannot(photos, asked):
     "views, source, words",
     [
         (view_spec("clips", 16), None, "views of clips are torch's alone"),
-        (SIMCLR, 1, r"images of 1 channel\(s\)"),
+        (SIMCLR, 4, r"images of 4 channel\(s\)"),
         (preset("simclr", 32, rand_augment=2), None, "rand_augment"),
     ],
 )

@@ -10,12 +10,14 @@ from fastssl.data.datasets import ArrayImages
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.render import dali
 from fastssl.data.render import torchvision as torch_views
-from fastssl.data.render.backend import Rendering
+from fastssl.data.render.backend import Rendering, choose_backend
 from fastssl.data.render.encoded import encoded_item
 from fastssl.data.render.jpeg import plain_jpeg_size
 from fastssl.data.sources.decode import decode_bytes
 from fastssl.data.sources.folder import scan_folder
+from fastssl.data.streams import OneStream
 from fastssl.data.views.image import View, Views, preset
+from fastssl.data.views.streams import StreamViews
 from tests.data.photos import SHAPES, folder, jpeg, photo
 from tests.data.test_loader import assert_same_stream
 
@@ -294,3 +296,52 @@ def test_draw_views_is_what_both_read(photos):
     seed = int(next(loader(photos, views).stream(0, 1))["seeds"][0])
     (p,) = torch_views.draw_views(views, 90, 120, seed)
     assert 0 <= p.top and p.top + p.height <= 90 and 0 <= p.left and p.left + p.width <= 120
+
+
+class Twins:
+    """The photos twice: in color, and as gray images of their own size; draws are shared."""
+
+    streams, channels = ("image", "gray"), {"image": 3, "gray": 1}
+    classes = labels = None
+
+    def __init__(self, photos):
+        self.photos, self.labels, self.classes = photos, photos.labels, photos.classes
+
+    def __len__(self):
+        return len(self.photos)
+
+    def name(self, i):
+        return self.photos.name(i)
+
+    def item(self, i):
+        image = self.photos.item(i)
+        return {"image": image, "gray": image[1:2].clone()}
+
+    def stream(self, name):
+        return self.photos if name == "image" else OneStream(self, name)
+
+
+def test_streams_share_places_and_each_has_its_look(photos):
+    """A color stream and a gray one that shares its crops, flips and turns, of another size."""
+    look = {"jitter": 1.0, "brightness": 0.5, "contrast": 0.5, "grayscale": 0.5, "blur": 0.5}
+    look["color"] = "linear"
+    moved = {"crop_scale": (0.4, 0.8), "flip": 0.5, "turn": 0.5, "rotate": 20, "translate": 0.1}
+    image = Views(views=(View(size=128, count=2, **moved), View(size=128, within=0)))
+    gray = Views(views=(View(size=144, count=3, **look),), mean=(0.4,), std=(0.2,))
+    views = StreamViews({"image": image, "gray": gray}, {"gray": "image"})
+    source = Twins(photos)
+    assert choose_backend("dali", views, source).backend == "dali"
+    ours, theirs = (
+        PretrainLoader(source, views, batch_size=6, seed=7, parameters=True, rendering=how)
+        for how in (Rendering(threads=2), None)
+    )
+    for a, b in zip(ours.stream(0, 2), theirs.stream(0, 2), strict=True):
+        for name, (side, channels, mean) in {"image": (128, 3, 0.5), "gray": (144, 1, 0.9)}.items():
+            std = 255 * torch.tensor(views.streams[name].std).view(-1, 1, 1)
+            assert len(a["views"][name]) == len(b["views"][name]) == 3
+            for v, (x, y) in enumerate(zip(a["views"][name], b["views"][name], strict=True)):
+                assert x.shape == (6, channels, side, side)
+                far = (x - y).abs() * std
+                assert far.mean() <= mean and far.quantile(0.999) <= 8, (name, v)
+                assert torch.equal(a["params"][name][v], b["params"][name][v])
+                assert torch.equal(a["params"]["image"][v][:, :9], a["params"]["gray"][v][:, :9])

@@ -9,8 +9,9 @@ import torch
 
 from fastssl.data.errors import DataError
 from fastssl.data.sources.base import EncodedSource, Source
+from fastssl.data.streams import stream, streams_of
 from fastssl.data.views.image import Views
-from fastssl.data.views.streams import AnyViews, StreamViews
+from fastssl.data.views.streams import AnyViews, StreamViews, specs_of
 
 Backend = Literal["auto", "torch", "dali"]
 
@@ -46,10 +47,13 @@ def _not_installed() -> str:
 def _unfit(views: AnyViews, source: Source) -> str:
     """Why DALI has no part in these data, or ""."""
     if isinstance(views, StreamViews):
-        return "views of several streams are torch's alone"
+        found = {name: _unfit(own, stream(source, name)) for name, own in views.streams.items()}
+        return next((f"stream {name!r}: {why}" for name, why in found.items() if why), "")
     if not isinstance(views, Views):
         return f"views of {views.kind}s are torch's alone"
-    if source.channels != 3:
+    if getattr(source, "floats", False):
+        return "images of float32 are torch's alone"
+    if source.channels not in (1, 3):
         return f"images of {source.channels} channel(s) are torch's alone"
     if any(view.rand_augment for view in views.views):
         return "rand_augment is torchvision's alone"
@@ -61,20 +65,22 @@ def choose_backend(
 ) -> Choice:
     """The back end for these views of this source.
 
-    "auto" is DALI where it is installed and the source has encoded images in color; where only the
-    installation is wanting, the note says so.  missing() -> why DALI is not there, or "".
+    "auto" is DALI where it is installed and the source has encoded images, in every stream; where
+    only the installation is wanting, the note says so.  missing() -> why DALI is not there, or "".
     Raises DataError where "dali" is asked for and cannot be had.
     """
     unfit = _unfit(views, source)
-    if asked == "torch" or (asked == "auto" and (unfit or not isinstance(source, EncodedSource))):
+    files = [stream(source, name) for name in streams_of(source)] or [source]
+    encoded = all(isinstance(own, EncodedSource) for own in files)
+    if asked == "torch" or (asked == "auto" and (unfit or not encoded)):
         return Choice("torch", "")
     reason = unfit or missing()
     if reason and asked == "dali":
         raise DataError(f"data.backend=dali: {reason}, or give data.backend=torch")
     if reason:
         return Choice("torch", f"views are made by torchvision: {reason}")
-    assert isinstance(views, Views)
-    mixed = any(view.color == "sequential" and view.jitter for view in views.views)
+    kinds = [kind for own in specs_of(views) if isinstance(own, Views) for kind in own.views]
+    mixed = any(view.color == "sequential" and view.jitter for view in kinds)
     return Choice("dali", _LINEAR if mixed else "")
 
 

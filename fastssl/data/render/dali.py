@@ -45,19 +45,34 @@ Norm = tuple[tuple[float, ...], tuple[float, ...]]
 _DEPTH = 2  # batches in the making while one is trained on
 
 
+class Part(NamedTuple):
+    """What is made of the images of one stream, of 1 or 3 channels."""
+
+    views: Views
+    channels: int
+
+
 class Renderer:
     """Host batches (encoded.py) in, batches of views out: {"views": [(b, 3, size, size) ...], ...}.
 
+    parts: by stream; then "views" is a dictionary by them.  One without streams is called "".
     refetch(batch) -> the same batch, every image decoded by Pillow: asked for where DALI could not
     decode one.  A pipeline with an error is of no more use; its successor takes over with that
     batch, and nothing is lost, since a pipeline has no state.
     """
 
     def __init__(
-        self, views: Views, how: Rendering, batch_size: int, refetch: Callable[[Batch], Batch]
+        self,
+        parts: dict[str, Part],
+        how: Rendering,
+        batch_size: int,
+        refetch: Callable[[Batch], Batch],
     ):
-        self.views, self.how, self.batch_size, self.refetch = views, how, batch_size, refetch
-        self.layout = Layout(alone=views.count == 1, gpu=how.device.type == "cuda")
+        self.parts, self.how, self.batch_size, self.refetch = parts, how, batch_size, refetch
+        gpu = how.device.type == "cuda"
+        self.layouts = {
+            n: Layout(part.views.count == 1, gpu, part.channels) for n, part in parts.items()
+        }
 
     def rendered(self, host: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
         """The batches of `host`, in order, with their views."""
@@ -86,7 +101,10 @@ class Renderer:
             pipe.schedule_run()
             if self.how.channels_last:
                 views = [view.permute(0, 3, 1, 2) for view in views]
-            yield {k: v for k, v in batch.items() if k not in ON_THE_WAY} | {"views": views}
+            parts = self.parts.items()
+            made = {name: [views.pop(0) for _ in part.views.crops] for name, part in parts}
+            kept = {k: v for k, v in batch.items() if k not in ON_THE_WAY}
+            yield kept | {"views": made.get("", made)}
 
     def _started(self, flow: "_Flow") -> Any:
         """A pipeline with its first batches under way."""
@@ -118,9 +136,12 @@ class _Flow:
 
     def __call__(self) -> tuple[Any, ...]:
         batch = next(self.host)  # its StopIteration at the end of an epoch ends DALI's, too
-        arrays: list[Any] = [unpacked(batch["data"], batch["ends"]), *_ints(batch["part"].numpy())]
-        for view, drawn in zip(self.to.views.crops, batch["drawn"].numpy(), strict=True):
-            arrays += numbers(view, drawn, self.to.layout).values()
+        arrays: list[Any] = []
+        for name, part in self.to.parts.items():
+            own = batch["encoded"][name]
+            arrays += [unpacked(own["data"], own["ends"]), *_ints(own["part"].numpy())]
+            for view, drawn in zip(part.views.crops, own["drawn"].numpy(), strict=True):
+                arrays += numbers(view, drawn, self.to.layouts[name]).values()
         self.pending.append(_Fed(batch, tuple(arrays)))
         return self.pending[-1].arrays
 
@@ -142,6 +163,7 @@ class Layout(NamedTuple):
 
     alone: bool
     gpu: bool
+    channels: int
 
 
 def numbers(view: View, drawn: np.ndarray, layout: Layout) -> dict[str, Any]:
@@ -161,9 +183,10 @@ def numbers(view: View, drawn: np.ndarray, layout: Layout) -> dict[str, Any]:
         found["matrix"] = column("xx", "xy", "x", "yx", "yy", "y").reshape(-1, 2, 3)
     elif view.flip:
         found["mirror"] = column("flip").astype(np.int32)
-    if view.jitter or view.grayscale:
+    if view.jitter or (view.grayscale and layout.channels == 3):
         brightness, contrast = column("brightness"), column("contrast")
-        found["hue"], found["saturation"] = column("hue"), column("saturation")
+        if layout.channels == 3:
+            found["hue"], found["saturation"] = column("hue"), column("saturation")
         found["gain"], found["shift"] = brightness * contrast, brightness * (1 - contrast)
     if view.blur:
         found |= _gaussian(column("sigma"), view.size, layout.gpu)
@@ -198,11 +221,23 @@ def moves(view: View) -> bool:
 
 @dali.pipeline_def
 def _graph(to: Renderer, flow: _Flow):
-    views, gpu = to.views, to.layout.gpu
     nobody = np.zeros((1, len(COLUMN)), np.float32)
-    names = [list(numbers(view, nobody, to.layout)) for view in views.crops]
-    count = 3 + sum(len(own) for own in names)
-    data, start, shape, *given = fn.external_source(source=flow, num_outputs=count, no_copy=True)
+    names = {
+        name: [list(numbers(view, nobody, to.layouts[name])) for view in part.views.crops]
+        for name, part in to.parts.items()
+    }
+    count = sum(3 + sum(map(len, own)) for own in names.values())
+    given = [*fn.external_source(source=flow, num_outputs=count, no_copy=True)]
+    made = []
+    for name, part in to.parts.items():
+        made += _made(part, to, names[name], given)
+    return tuple(made)
+
+
+def _made(part: Part, to: Renderer, names: list[list[str]], given: list[Node]) -> list[Node]:
+    """The views of one stream, of the first of the nodes `given`, which are taken out."""
+    views, gpu = part.views, to.how.device.type == "cuda"
+    data, start, shape = (given.pop(0) for _ in range(3))
     image = fn.decoders.image_slice(
         data,
         device=_decoder(gpu),
@@ -211,19 +246,21 @@ def _graph(to: Renderer, flow: _Flow):
         axes=(0, 1),
         jpeg_fancy_upsampling=True,
     )
+    if part.channels == 1:
+        image = image[:, :, 0:1]
     made = []
     for view, own in zip(views.crops, names, strict=True):
         at = {name: given.pop(0) for name in own}
         x = _placed(view, image, at)
-        if "hue" in at:
-            x = (_colored_gpu if gpu else _colored_cpu)(x, at)
+        if "gain" in at:
+            x = _colored(part.channels, gpu)(x, at)
         if view.blur:
             x = (_blurred_gpu if gpu else _blurred_cpu)(x, at)
         if "threshold" in at:
             threshold = _gpu(at["threshold"]) if gpu else at["threshold"]
             x = x ^ (types.Constant(255).uint8() * (x >= threshold))
-        made.append(_normalized(x, views.normalization(3), to.how, at))
-    return tuple(made)
+        made.append(_normalized(x, views.normalization(part.channels), to.how, at))
+    return made
 
 
 def _decoder(gpu: bool) -> str:
@@ -249,6 +286,27 @@ def _shift(x: Node, at: Nodes) -> Node:
     """What linear color adds to every value of an image, of 0 to 255: image.py's b (1 - c) mu."""
     mean = fn.reductions.mean(x, axes=(0, 1))
     return at["shift"] * (0.299 * mean[0] + 0.587 * mean[1] + 0.114 * mean[2])
+
+
+def _colored(channels: int, gpu: bool) -> Callable[[Node, Nodes], Node]:
+    if channels == 1:
+        return _grays_gpu if gpu else _grays_cpu
+    return _colored_gpu if gpu else _colored_cpu
+
+
+def _grays_cpu(x: Node, at: Nodes) -> Node:
+    """Brightness and contrast of one channel, which no other color changes.  What is added to bytes
+    is a part of 255."""
+    shift = at["shift"] * fn.reductions.mean(x, axes=(0, 1))[0] / 255.0
+    return fn.brightness_contrast(
+        x, brightness=at["gain"], brightness_shift=shift, dtype=types.UINT8
+    )
+
+
+def _grays_gpu(x: Node, at: Nodes) -> Node:
+    shift = _gpu(at["shift"]) * fn.reductions.mean(x, axes=(0, 1))[0]
+    x = fn.brightness_contrast(x, brightness=at["gain"], dtype=types.FLOAT)
+    return fn.cast(dali_math.clamp(x + shift, 0.0, 255.0), dtype=types.UINT8)
 
 
 def _colored_cpu(x: Node, at: Nodes) -> Node:

@@ -28,8 +28,8 @@ COLUMNS = (
     *("erase_top", "erase_left", "erase_height", "erase_width"),  # output pixels
 )
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
-# Of a host batch: bytes and their ends, the decoded parts, what was drawn, how it was read.
-ON_THE_WAY = ("data", "ends", "part", "drawn", "items", "careful")
+# Of a host batch: by stream ("" where there are none) an `Encoded` batch, and how it was read.
+ON_THE_WAY = ("encoded", "items", "careful")
 _NEVER = 256.0
 
 
@@ -42,12 +42,12 @@ class Encoded(NamedTuple):
 
 
 def encoded_item(source: Source, i: int, *, careful: bool = False) -> Encoded:
-    """Image i of a source, as a plain JPEG file where it is one and else as PPM.
+    """Image i of a source, as a plain JPEG file where it is one in color and else as PPM.
 
     careful: as PPM in any case.  Raises BadItem.
     """
     read = getattr(source, "encoded", None)
-    if read is None:
+    if read is None or source.channels != 3:
         return ppm(source.item(i))
     data = read(i)
     size = None if careful else plain_jpeg_size(data)
