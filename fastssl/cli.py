@@ -93,7 +93,8 @@ def pretrain(
 
         say(described(cfg), markup=False)
         return _print_plan(cfg) if os.environ.get("RANK", "0") == "0" else None
-    what = f"{cfg.method.name} with {cfg.model.name} on {cfg.data.source.name}"
+    models = ", ".join(model.name for model in cfg.models.values())
+    what = f"{cfg.method.name} with {models} on {cfg.data.source.name}"
     say(f"{what} -> {cfg.directory}", markup=False)
     from fastssl.run.progress import RichWatch
     from fastssl.run.train import pretrain as run
@@ -116,7 +117,9 @@ def evaluate(run: RunPath, encoder: Encoder = "") -> None:
 
     network, cfg, _ = load_encoder(run, encoder)
     split = open_source(cfg.data.source, cfg.seed, cfg.data.streams)
-    measured, parts = evaluate_on(cfg, split_of_stream(split), of_stream(cfg.views()), network)
+    stream = cfg.stream_of(encoder)
+    views = of_stream(cfg.views(), stream)
+    measured, parts = evaluate_on(cfg, split_of_stream(split, stream), views, network)
     table = Table("measure", "value")
     for name, value in scores(measured).items():
         table.add_row(name, _number(name, value))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import config
 from fastssl.config import ConfigError, RunConfig
+from fastssl.config.schema import ModelConfig
 from fastssl.data.datasets import (
     DigitsSource,
     FolderSource,
@@ -25,12 +26,24 @@ from fastssl.data.datasets import (
 from fastssl.data.errors import DataError
 from fastssl.data.streams import split_of_stream
 from fastssl.data.views.image import Views
+from fastssl.data.views.spec import ViewSpec
 from fastssl.data.views.streams import of_stream
 from fastssl.engine.checkpoint import CheckpointError
-from fastssl.engine.encoders import encoder_weights
+from fastssl.engine.config import EngineError
+from fastssl.engine.encoders import saved_encoder
 from fastssl.evaluate.embed import EmbedConfig, embed
 from fastssl.files import write_atomically
-from fastssl.models import MODELS, backbone_arguments, build_backbone, channels_of, feature_dim
+from fastssl.models import (
+    MODELS,
+    backbone_arguments,
+    build_backbone,
+    channels_of,
+    feature_dim,
+    fingerprint,
+    load_weights,
+    read_weights,
+    timm_weights,
+)
 
 
 class Encoder(nn.Module):
@@ -55,21 +68,61 @@ def load_encoder(
     Raises ConfigError when `run` is none, EngineError when it has no encoder of that name,
     CheckpointError when it has no intact checkpoint, or a single tensor is missing or does not fit.
     """
-    cfg, (weights, channels) = config.load(run), encoder_weights(run, name)
-    model, kwargs, views = cfg.model.name, cfg.model.kwargs, of_stream(cfg.views())
-    if channels is None:  # of a run before it was written down
-        channels = channels_of(model, kwargs, weights, lambda c: views.shapes(c)[0])
+    cfg, saved = config.load(run), saved_encoder(run, name)
+    stream = cfg.stream_of(saved.name)
+    model, views = cfg.model_of(stream), of_stream(cfg.views(), stream)
+    channels = saved.channels_of(stream)
     try:
-        backbone = build_backbone(model, shape=views.shapes(channels)[0], kwargs=kwargs)
+        if channels is None:  # of a run before it was written down
+            weights, of = saved.weights(), views.shapes
+            channels = channels_of(model.name, model.kwargs, weights, lambda c: of(c)[0])
+        shape = views.shapes(channels)[0]
+        backbone = build_backbone(model.name, shape=shape, kwargs=model.kwargs)
+        if saved.frozen:
+            start(backbone, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
-        backbone.load_state_dict(weights, strict=True)
+        if not saved.frozen:
+            backbone.load_state_dict(saved.weights(), strict=True)
+        elif fingerprint(backbone) != saved.frozen:
+            raise CheckpointError(
+                f"model.weights={model.weights} are not those with which {run} had "
+                f"{saved.name} frozen"
+            )
     except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"the weights of {run} are not of its model: {error}") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(backbone.eval().to(device)), cfg, channels
+
+
+def start(encoder: nn.Module, model: ModelConfig) -> str:
+    """Fill an encoder with model.weights, and return a sentence that says what became of them.
+
+    Raises ValueError, naming them, where there are none or they do not fit.
+    """
+    return load_weights(encoder, _read(model), model.weights, partial=model.partial)
+
+
+def _read(model: ModelConfig) -> dict[str, Tensor]:
+    if model.weights == "timm":
+        return timm_weights(model.name)
+    path, network = Path(model.weights).expanduser(), ""
+    if not path.exists() and ":" in path.name:
+        run, _, network = str(path).rpartition(":")
+        path = Path(run)
+    if not path.is_dir():
+        return read_weights(Path(model.weights).expanduser())
+    try:
+        saved = saved_encoder(path, network)
+        if saved.frozen:  # it has its weights from elsewhere
+            return load_encoder(path, network, device="cpu")[0].backbone.state_dict()
+        return saved.weights()
+    except (CheckpointError, EngineError, ConfigError) as error:
+        raise ValueError(f"model.weights={model.weights}: {error}") from error
 
 
 def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
@@ -88,13 +141,15 @@ def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
         wanted = "file" if fmt == "safetensors" else "directory"
         raise ConfigError(f"--out {out} is there and no {wanted}, which {fmt} wants")
     encoder, cfg, channels = load_encoder(run, name, device="cpu")
-    if fmt == "timm" and cfg.model.name in MODELS:
-        raise ConfigError(f"--format timm is for timm's models, not {cfg.model.name}: safetensors")
+    stream = cfg.stream_of(name)
+    model = cfg.model_of(stream)
+    if fmt == "timm" and model.name in MODELS:
+        raise ConfigError(f"--format timm is for timm's models, not {model.name}: safetensors")
     backbone = encoder.backbone
     # Apart, what two modules share too: safetensors refuses it otherwise.
     apart = {"memory_format": torch.contiguous_format}
     weights = {k: v.clone(**apart) for k, v in backbone.state_dict().items()}
-    facts = {"format": "pt", "architecture": cfg.model.name, "method": cfg.method.name}
+    facts = {"format": "pt", "architecture": model.name, "method": cfg.method.name}
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if fmt == "safetensors":
@@ -103,7 +158,9 @@ def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
         else:
             out.mkdir(exist_ok=True)
             save_file(weights, out / "model.safetensors", metadata=facts)
-            text = json.dumps(_timm_config(cfg, backbone, channels), indent=1)
+            text = json.dumps(
+                _timm_config(model, of_stream(cfg.views(), stream), backbone, channels), indent=1
+            )
             write_atomically(out / "config.json", text)
             back = timm.create_model(f"local-dir:{out}", pretrained=True).state_dict()
     different = [k for k in weights.keys() | back.keys() if not _equal(weights, back, k)]
@@ -132,11 +189,13 @@ def embed_to_file(
     Raises DataError for data that cannot be used, and where its images have other channels.
     """
     encoder, cfg, channels = load_encoder(run, name)
-    views = of_stream(cfg.views())
+    stream = cfg.stream_of(name)
+    views = of_stream(cfg.views(), stream)
     how = EmbedConfig(views=views, batch_size=cfg.evaluate.batch_size, workers=cfg.data.workers)
     source = _source(data, cfg)
     own = source is cfg.data.source
-    split = split_of_stream(open_source(source, cfg.seed, cfg.data.streams if own else ()))
+    opened = open_source(source, cfg.seed, cfg.data.streams if own else ())
+    split = split_of_stream(opened, stream)
     if split.train.channels != channels:
         raise DataError(
             f"the encoder of {run} reads {channels} channels; {data} has {split.train.channels}"
@@ -169,11 +228,10 @@ def _source(data: str, cfg: RunConfig) -> SourceConfig:
     return FolderSource(path=Path(data))
 
 
-def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
+def _timm_config(model: ModelConfig, views: ViewSpec, backbone: nn.Module, channels: int) -> dict:
     """The config.json beside timm's weights: how to build the model, how to prepare its images."""
-    views = of_stream(cfg.views())
     shape = views.shapes(channels)[0]
-    known = timm.models.get_pretrained_cfg(cfg.model.name)
+    known = timm.models.get_pretrained_cfg(model.name)
     prepared: dict[str, Any] = {"num_classes": 0, "input_size": list(shape)}
     for fact in ("classifier", "first_conv"):  # what timm replaces and adapts for fine-tuning
         prepared[fact] = getattr(known, fact, None)
@@ -182,10 +240,10 @@ def _timm_config(cfg: RunConfig, backbone: nn.Module, channels: int) -> dict:
         prepared |= {"mean": list(mean), "std": list(std)}
         prepared |= {"interpolation": "bilinear", "crop_pct": 1.0}
     return {
-        "architecture": cfg.model.name,
+        "architecture": model.name,
         "num_classes": 0,
         "num_features": feature_dim(backbone),
-        "model_args": backbone_arguments(cfg.model.name, shape, cfg.model.kwargs),
+        "model_args": backbone_arguments(model.name, shape, model.kwargs),
         "pretrained_cfg": prepared,
     }
 

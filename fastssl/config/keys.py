@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from .errors import ConfigError, closest
+from .streams import by_stream
 
 FILE = Path(__file__).with_suffix(".json")
 UNNAMED = {"optim.schedule": "cosine"}  # what a section is that has no name
@@ -40,7 +41,11 @@ def known_keys() -> dict[str, Any]:
 
 def tagged() -> dict[str, dict[str, list[str]]]:
     """Of the sections that are one of several: name -> keys."""
-    return {path: keys for path, keys in known_keys().items() if isinstance(keys, dict)}
+    from .models import KINDS
+
+    several = {path: keys for path, keys in known_keys().items() if isinstance(keys, dict)}
+    several["model"] = {kind: [] for kind in KINDS}
+    return several
 
 
 def check_keys(mapping: dict[str, Any], path: str = "", shown: str = "") -> None:
@@ -54,18 +59,37 @@ def check_keys(mapping: dict[str, Any], path: str = "", shown: str = "") -> None
         if name is None:
             return  # the schema says that it is missing
         names = names[name] if name in names else _added_keys(path, shown, str(name))
+    if path == "model" == shown:
+        _check_models(mapping, names)
     for key, value in mapping.items():
         at, seen = (f"{place}.{key}".lstrip(".") for place in (path, shown))
         if key not in names:
             hint = f"{closest(str(key), names)}; there are: {', '.join(names)}"
             raise ConfigError(f"unknown key {seen}={value!r}{hint}")
         parts = {f"{seen}.{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {}
+        if at == "model" and isinstance(value, dict) and by_stream(value, known_keys()[at]):
+            parts = {f"{seen}.{stream}": own for stream, own in value.items()}
         for place, part in (parts or {seen: value}).items():
             if isinstance(part, dict) and at in known_keys():
                 check_keys(part, at, place)
             for name, own in part.items() if isinstance(part, dict) else ():
                 if isinstance(own, dict) and f"{at}.*" in known_keys():
                     check_keys(own, f"{at}.*", f"{place}.{name}")
+
+
+def _check_models(mapping: dict[str, Any], names: list[str]) -> None:
+    """Raise ConfigError where keys of one model and models by stream stand side by side."""
+    streams = [
+        str(key)
+        for key, value in mapping.items()
+        if key not in names and isinstance(value, dict) and not closest(str(key), names)
+    ]
+    others = [key for key in mapping if key not in streams]
+    if streams and others:
+        raise ConfigError(
+            f"model.{others[0]} and model.{streams[0]} are given: model is one, or one for each "
+            f"stream, with keys such as model.{streams[0]}.name"
+        )
 
 
 def _added_keys(path: str, shown: str, name: str) -> list[str]:
@@ -93,10 +117,11 @@ def check_model(mapping: dict[str, Any]) -> None:
 
     Read from their source, since importing timm takes seconds; what passes, timm looks up itself.
     """
-    model = mapping.get("model")
-    name = model.get("name") if isinstance(model, dict) else None
-    if isinstance(name, str) and name != "given" and (problem := _no_model(name)):
-        raise ConfigError(problem)
+    model: Any = mapping.get("model")
+    for one in model.values() if by_stream(model, known_keys()["model"]) else (model,):
+        name = one.get("name") if isinstance(one, dict) else None
+        if isinstance(name, str) and name != "given" and (problem := _no_model(name)):
+            raise ConfigError(problem)
 
 
 def _no_model(name: str) -> str:
@@ -153,7 +178,12 @@ def _below(field: Any) -> tuple[Any, Any]:
         *(note for part in get_args(field.annotation) for note in _notes(part)),
     ]
     registry = next((note.registry for note in notes if hasattr(note, "registry")), None)
-    return getattr(field.annotation, "model_fields", None) and field.annotation, registry
+    parts = (
+        field.annotation,
+        *(part for one in get_args(field.annotation) for part in get_args(one)),
+    )
+    section = next((part for part in parts if hasattr(part, "model_fields")), None)
+    return section, registry
 
 
 def _notes(annotation: Any) -> tuple[Any, ...]:

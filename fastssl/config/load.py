@@ -19,7 +19,8 @@ import yaml
 from fastssl.data.views.presets import OLD_FIELDS
 
 from .errors import ConfigError, closest, sentence
-from .keys import check_keys, check_model, tagged
+from .keys import check_keys, check_model, known_keys, tagged
+from .streams import by_stream
 
 if TYPE_CHECKING:
     from .schema import RunConfig
@@ -171,7 +172,9 @@ def _merged(path: Path, overrides: list[str]) -> dict[str, Any]:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path} with {overrides} does not read as YAML: {first}") from None
     read, chosen = _renamed(read), _renamed(chosen)
-    for section in SWITCHED:  # another method, source ... has nothing of the recipe's options
+    models = read.get("model") if by_stream(read.get("model"), known_keys()["model"]) else {}
+    of_streams = [f"model.{stream}" for stream in models]
+    for section in (*SWITCHED, *of_streams):  # another method ... has nothing of the recipe's
         name = _at(chosen, f"{section}.name")
         if name is not None and name != _at(read, f"{section}.name"):
             *above, last = section.split(".")
@@ -202,7 +205,8 @@ def _put(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section} was given as a value before")
-    tree[last] = text if key in VERBATIM else yaml.load(text, _Reader)
+    of_stream = re.fullmatch(r"model\.(?!kwargs\.)[^.]+\.(name|weights)", key)
+    tree[last] = text if key in VERBATIM or of_stream else yaml.load(text, _Reader)
 
 
 def _over(below: Any, above: Any) -> Any:

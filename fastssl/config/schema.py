@@ -18,23 +18,10 @@ from fastssl.methods.configs import METHODS, AnyMethodConfig
 from fastssl.registry import plugins_of
 from fastssl.section import Section
 
+from .models import ModelConfig, Models
+
 if TYPE_CHECKING:
     from fastssl.methods import Method
-
-
-class ModelConfig(Section):
-    name: str = Field(
-        "vit_small_patch16_224", description="Any timm model; masked methods need a vit_*."
-    )
-    kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model (depth=4 ...).")
-    weights: str = Field(
-        "none",
-        description="What it starts from: none, timm (its own), a file, or a run's directory, its "
-        "primary encoder or another: RUN:NAME.",
-    )
-    partial: bool = Field(
-        False, description="Start from weights that fill a part of the model, or are used in part."
-    )
 
 
 class StreamConfig(Section):
@@ -126,7 +113,10 @@ class RunConfig(Section):
         (), description="Modules imported first, whose methods, sources ... can then be named."
     )
     method: AnyMethodConfig = Field(description="The method and its options.")
-    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    model: Models = Field(
+        ModelConfig(),  # type: ignore[call-arg]
+        description="The encoder; or one a stream by its name, the primary first.",
+    )
     data: DataConfig
     optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
     engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
@@ -141,6 +131,24 @@ class RunConfig(Section):
     @property
     def method_class(self) -> "type[Method]":
         return METHODS[self.method.name]  # imports timm, which takes seconds
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The models by stream, the primary one first; of a single one the name is empty."""
+        return {"": self.model} if isinstance(self.model, ModelConfig) else self.model
+
+    def model_of(self, stream: str) -> ModelConfig:
+        """What the encoder of a stream is."""
+        return self.model if isinstance(self.model, ModelConfig) else self.model[stream]
+
+    def stream_of(self, network: str) -> str:
+        """The stream that a network reads: STREAM, or STREAM_x; any other the primary one.
+
+        Empty where the items have no streams.
+        """
+        streams = list(self.data.streams)
+        own = [name for name in streams if network == name or network.startswith(f"{name}_")]
+        return max(own, key=len) if own else next(iter(streams), "")
 
     def views(self) -> ViewSpec | StreamViews:
         """The augmentation: the method's preset or the one named, with the overrides; of several
@@ -173,7 +181,8 @@ class RunConfig(Section):
         from fastssl.models import MODELS
 
         chosen = [(METHODS, self.method.name), (SOURCES, self.data.source.name)]
-        chosen += [(SCHEDULES, self.optim.schedule.name), (MODELS, self.model.name)]
+        chosen += [(SCHEDULES, self.optim.schedule.name)]
+        chosen += [(MODELS, model.name) for model in self.models.values()]
         presets = [self.data.augment, *(own.augment for own in self.data.streams.values())]
         chosen += [(VIEWS, name or self.method_class.preset) for name in presets]
         chosen += [(BATCH_OPS, op.name) for op in self.data.batch_ops]
@@ -229,6 +238,12 @@ class RunConfig(Section):
             raise ValueError(f"{reads} the streams {', '.join(wanted)}, and data.streams are {got}")
         if wanted is None and len(names) < 2:
             raise ValueError(f"{reads} two streams or more, and data.streams are {got}")
+        models = names if isinstance(self.model, ModelConfig) else tuple(self.model)
+        if models[:1] != names[:1] or set(models) != set(names):
+            raise ValueError(
+                f"model has {', '.join(models)}, and data.streams are {got}: name the same "
+                "streams, the primary one first"
+            )
         if len(names) > 1 and self.data.batch_ops:
             raise ValueError(f"data.batch_ops are for one stream, and data.streams are {got}")
 
@@ -241,9 +256,15 @@ def described(cfg: RunConfig) -> str:
 def _described(section: BaseModel, indent: str) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        own = value if isinstance(value, dict) else {}
         if isinstance(value, BaseModel):
             yield f"{indent}{name}:"
             yield from _described(value, indent + "  ")
+        elif own and all(isinstance(part, BaseModel) for part in own.values()):
+            yield f"{indent}{name}:"
+            for key, part in own.items():
+                yield f"{indent}  {json.dumps(key, ensure_ascii=False)}:"
+                yield from _described(part, indent + "    ")
         else:
             plain = section.model_dump(mode="json", include={name})[name]
             note = f"  # {field.description}" if field.description else ""

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
 from fastssl.methods.base import PARAMETERS
+from fastssl.models import frozen_in
 from fastssl.run.build import build
 from fastssl.run.summary import count_parameters, peak_memory
 
@@ -57,10 +58,12 @@ def make_plan(cfg: RunConfig, channels: int | dict[str, int], world: int) -> Pla
     T = sum(p.numel() for p in method.parameters() if p.requires_grad)
     if half:
         method.to(torch.bfloat16)
-    if cfg.engine.activation_checkpointing:
-        method.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+    F = sum(p.numel() for network in frozen_in(method) for p in network.parameters())
+    for network in method.networks().values() if cfg.engine.activation_checkpointing else ():
+        if any(p.requires_grad for p in network.parameters()):
+            network.set_grad_checkpointing(True)  # type: ignore[operator]
     width = 2 if half else 4
-    means = 4 * (P - T) if half else 0  # of a teacher
+    means = 4 * (P - T - F) if half else 0  # of a teacher
     states = 4 * STATES.get(cfg.optim.name, 2)
     masters = 4 if half or stage > 0 else 0
     return Plan(

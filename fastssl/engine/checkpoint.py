@@ -3,7 +3,7 @@
     checkpoints/
       step-00000123/     manifest.json (sha256 of every file), trainer.json, rng-0.pt ...,
                          encoder.safetensors (float32, timm's names), encoder-NAME.safetensors of
-                         each other network of the method, deepspeed/ (its own state)
+                         each other network that is not frozen, deepspeed/ (its own state)
       latest             the newest name, moved last;  best: the best one's name
 A file is opened only where the manifest names it and nothing else lies there; what is unpickled are
 tensors and plain values alone, so that a stranger's checkpoint cannot run code.
@@ -18,7 +18,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from fastssl import distributed
 from fastssl.files import sync, write_atomically
 
 from .config import CheckpointConfig
+from .networks import described, encoder_files, networks_of, other_frozen
 from .states import TAG, attempt, holds_weights, is_state, is_swapped, load_state
 from .verbs import Verbs
 
@@ -102,7 +103,7 @@ class Checkpoints:
         if distributed.rank() == 0:
             attempt(errors, lambda: _fresh_directory(aside))
         self._all_ok(errors, aside)
-        networks = list(engine.method.networks())
+        networks = described(engine.method.networks())
         for network, file in encoder_files(networks).items():  # one after another: each is whole
             _write_encoder(engine, network, aside / file, errors)
         self._all_ok(errors, aside)
@@ -155,6 +156,12 @@ class Checkpoints:
                     f"checkpoint {name} was written by {trainer['world']} processes and this run "
                     f"has {world}: start {trainer['world']} (torchrun --nproc-per-node), or "
                     f"resume=never with another name"
+                )
+            other = other_frozen(networks_of(trainer), described(engine.method.networks()))
+            if other:
+                raise CheckpointError(
+                    f"checkpoint {name} was made with other frozen weights of {other} than "
+                    "model.weights has now: give those that the run began with"
                 )
             try:
                 engine.load(path)
@@ -256,27 +263,6 @@ def _unreadable(path: Path, *, share: bool) -> str | None:
         except Exception as error:  # torch's unpickler raises what the bytes bring about
             return f"{name} holds more than tensors and plain values ({type(error).__name__})"
     return None
-
-
-def networks_of(trainer: dict[str, Any]) -> list[str]:
-    """The names of a checkpoint's encoders, the primary first, as its trainer.json has them.
-
-    Raises ValueError for what are no names: files are opened by them.
-    """
-    names = trainer.get("networks", ["encoder"])  # of before there were several
-    if not isinstance(names, list) or not names or not all(map(is_network, names)):
-        raise ValueError(f"networks {names!r}")
-    return names
-
-
-def is_network(name: object) -> bool:
-    return isinstance(name, str) and name.isidentifier() and name.isascii()
-
-
-def encoder_files(names: Sequence[str]) -> dict[str, str]:
-    """The file of each encoder, by name."""
-    first, *others = names
-    return {first: "encoder.safetensors"} | {n: f"encoder-{n}.safetensors" for n in others}
 
 
 def _write_encoder(engine: Verbs, name: str, path: Path, errors: list[str]) -> None:

@@ -2,17 +2,42 @@
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoint import CheckpointError, Checkpoints, damaged, encoder_files, networks_of
+from .checkpoint import CheckpointError, Checkpoints, damaged
 from .config import CheckpointConfig, EngineError
+from .networks import encoder_files, networks_of
 
 
-def encoder_file(run: Path, name: str = "") -> Path:
-    """Where an encoder's weights are: the primary one's, or those of the network of that name.
+class Saved(NamedTuple):
+    """An encoder of a run: its name; its file, or of a frozen one what it is frozen as; and the
+    channels of the data, by stream where there are several, as trainer.json has them."""
+
+    name: str
+    path: Path | None
+    frozen: str
+    channels: Any
+
+    def channels_of(self, stream: str) -> int | None:
+        """How many channels a stream has, where that is told."""
+        told = self.channels.get(stream) if isinstance(self.channels, dict) else self.channels
+        return told if type(told) is int and told > 0 else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """Raises CheckpointError for a file that is no safetensors."""
+        assert self.path is not None, f"{self.name} is frozen"
+        try:
+            return load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} holds no weights: {error}") from error
+
+
+def saved_encoder(run: Path, name: str = "") -> Saved:
+    """An encoder in a run's newest intact checkpoint: the primary one, or that of the name.
 
     Raises CheckpointError where there is no intact checkpoint, and EngineError for another name.
     """
@@ -22,24 +47,17 @@ def encoder_file(run: Path, name: str = "") -> Path:
         path = checkpoints.folder / step
         reason = damaged(path)
         if reason is None:
-            files = encoder_files(networks_of(json.loads((path / "trainer.json").read_text())))
-            if name and name not in files:
-                there = ", ".join(files)
-                raise EngineError(f"{run} has no encoder of the name {name!r}; there are: {there}")
-            return path / files[name or next(iter(files))]
+            return _saved(run, path, name)
         reasons.append(f"{step}: {reason}")
     raise CheckpointError(f"{run} holds no intact checkpoint {reasons or ''}".rstrip())
 
 
-def encoder_weights(run: Path, name: str = "") -> tuple[dict[str, Tensor], int | None]:
-    """An encoder's weights in a run's newest intact checkpoint, and its channels if they are told.
-
-    name: as of `encoder_file`, which says what is raised; and CheckpointError for a file that is no
-    safetensors.
-    """
-    path = encoder_file(run, name)
-    channels = json.loads(path.with_name("trainer.json").read_text()).get("channels")
-    try:
-        return load_file(path), channels if type(channels) is int and channels > 0 else None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} holds no weights: {error}") from error
+def _saved(run: Path, path: Path, name: str) -> Saved:
+    trainer = json.loads((path / "trainer.json").read_text())
+    networks, channels = networks_of(trainer), trainer.get("channels")
+    if name and name not in networks:
+        there = ", ".join(networks)
+        raise EngineError(f"{run} has no encoder of the name {name!r}; there are: {there}")
+    name = name or next(iter(networks))
+    file = encoder_files(networks).get(name)
+    return Saved(name, path / file if file else None, networks[name], channels)

@@ -17,7 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastssl import distributed, pieces
-from fastssl.models import average_running_statistics, synchronize_batch_norms, widen_batch_norms
+from fastssl.models import (
+    average_running_statistics,
+    frozen_as,
+    synchronize_batch_norms,
+    widen_batch_norms,
+)
 from fastssl.tree import count_rows, cut, join, map_leaves
 
 from .config import EngineConfig, EngineError
@@ -55,8 +60,10 @@ class Engine(Verbs):
                 f"batch_size={batch_size} does not divide into {distributed.world_size()} ranks x "
                 f"engine.accumulation={cfg.accumulation}"
             )
-        if cfg.activation_checkpointing:
-            _checkpoint_activations(method.encoder)  # type: ignore[arg-type]
+        networks = list(method.networks().values())  # type: ignore[operator]
+        for network in networks if cfg.activation_checkpointing else ():
+            if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
+                _checkpoint_activations(network)
         self.notes: list[str] = []
         if distributed.world_size() > 1:
             self._join_batch_norms(method, batch_size // shares)
@@ -179,7 +186,11 @@ class Engine(Verbs):
         if self.cfg.sync_batchnorm:
             if count := synchronize_batch_norms(method):
                 self.notes.append(f"{count} batch norms share their statistics over {W} processes")
-        elif any(name.endswith("running_mean") for name, _ in method.encoder.named_buffers()):  # type: ignore
+            return
+        networks = method.networks().values()  # type: ignore[operator]
+        moving = [network for network in networks if frozen_as(network) is None]
+        names = [name for network in moving for name, _ in network.named_buffers()]
+        if any(name.endswith("running_mean") for name in names):
             if micro < 2:
                 raise EngineError(
                     "engine.sync_batchnorm=false, but a process has micro-batches of one image to "

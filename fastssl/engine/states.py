@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from fastssl.models import set_aside
+
 from .launch import deepspeed
 
 # A full disk is an OSError to Python, and these to torch.save and safetensors.
@@ -41,9 +43,10 @@ def write_states(ds: Any, folder: Path) -> list[str]:
     """Into folder/TAG, collective; what could not be written.
 
     DeepSpeed has barriers between its writes: a rank whose write failed must reach them too.
+    Frozen networks are in none of it.
     """
     errors: list[str] = []
-    with _recording(ds, errors):
+    with _recording(ds, errors), set_aside(ds.module):
         ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     return errors
 
@@ -53,7 +56,8 @@ def read_states(ds: Any, folder: Path) -> None:
     reader = ds.checkpoint_engine
     reader.load = load_state
     try:
-        ds.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        with set_aside(ds.module):
+            ds.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
     finally:
         del reader.load
 

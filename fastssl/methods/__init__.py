@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .barlow_twins import BarlowTwins
     from .base import Batch, Encoded, Method
     from .clip import CLIP
+    from .cmc import CMC
     from .cropmae import CropMAE
     from .data2vec import Data2Vec
     from .dcl import DCL
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLIP",
+    "CMC",
     "DCL",
     "GMML",
     "GlobalLocal",

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastssl.models import frozen_in
+
 Batch = dict[str, Any]
 Encoded = Any  # a tree whose leaves have a row for each sample
 PARAMETERS = (
@@ -96,6 +98,13 @@ class Method(nn.Module):
         gives its encoder too, as "teacher".
         """
         return {"encoder": self.encoder}
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module; but a frozen network stays in evaluation mode."""
+        super().train(mode)
+        for network in frozen_in(self):
+            network.eval()
+        return self
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> pooled features (B, F) float32: what evaluation and users read."""

@@ -186,6 +186,14 @@ class SLAConfig(MethodConfig):
         return self
 
 
+class CMCConfig(MethodConfig):
+    name: Literal["cmc"] = "cmc"
+    temperature: float = Field(0.07, gt=0, description="Divides the cosine similarities.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside each stream's projection head.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
+    layers: int = Field(2, ge=1, description="Linear layers of each projection head.")
+
+
 class BarlowTwinsConfig(MethodConfig):
     name: Literal["barlow_twins"] = "barlow_twins"
     lambda_param: float = Field(5e-3, gt=0, description="Weight of the off-diagonal terms.")
@@ -391,6 +399,7 @@ for _config, _made in (
     (NNCLRConfig, "nnclr:NNCLR"),
     (CLIPConfig, "clip:CLIP"),
     (SLAConfig, "sla:SLA"),
+    (CMCConfig, "cmc:CMC"),
     (BarlowTwinsConfig, "barlow_twins:BarlowTwins"),
     (MixedBarlowTwinsConfig, "mixed_barlow_twins:MixedBarlowTwins"),
     (VICRegConfig, "vicreg:VICReg"),

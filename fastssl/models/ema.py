@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastssl import pieces
 
+from .frozen import shared_copies
+
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -18,14 +20,15 @@ class EMA(nn.Module):
 
     The copy computes without gradients, and its parameters ask for none.  Where they have 16 bits
     the mean is kept in float32 beside them, and saved with them: in bfloat16 a step of
-    1 - m = 0.004 rounds to none.  Buffers, such as running statistics, are the student's.
+    1 - m = 0.004 rounds to none.  Buffers, such as running statistics, are the student's, and so
+    is a frozen network, of which there is no copy.
     Where an engine cuts parameters each rank moves the pieces that it holds, without communication:
     both models are cut alike.
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(student).requires_grad_(False)
+        self.model = copy.deepcopy(student, shared_copies(student)).requires_grad_(False)
         self._means: list[Tensor] = []  # float32, of 16-bit pieces; begun at the first update
 
     @torch.no_grad()
@@ -40,11 +43,13 @@ class EMA(nn.Module):
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-        halves = [pieces.piece(p) for p in self.model.parameters() if p.dtype in _HALVES]
+        pairs = zip(self.model.parameters(), student.parameters(), strict=True)
+        moving = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]
+        halves = [pieces.piece(mine) for mine, _ in moving if mine.dtype in _HALVES]
         if not self._means:
             self._means = [half.float() for half in halves]
         means = iter(self._means)
-        for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
+        for mine, theirs in moving:
             piece = pieces.piece(mine)
             if piece.dtype in _HALVES:
                 mean = next(means)
@@ -53,7 +58,7 @@ class EMA(nn.Module):
                 piece.lerp_(pieces.piece(theirs), 1 - momentum)
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
-        pieces.renew(list(self.model.parameters()))
+        pieces.renew([mine for mine, _ in moving])
 
     def get_extra_state(self) -> list[Tensor]:
         return self._means

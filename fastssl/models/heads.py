@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastssl.distributed import all_gather_nograd, all_reduce_sum, world_size
 from fastssl.kernels.common import FirstOrder, first_order
 
+from .frozen import moving_in
+
 
 class _GlobalNorm(FirstOrder):
     """x (N, C, ...) normalized by the joined batch's statistics, and those: (C,), biased variance.
@@ -90,7 +92,7 @@ def synchronize_batch_norms(model: nn.Module) -> int:
 
     Names, parameters and state_dict stay as they are.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not is_global(m)]
+    norms = [m for m in moving_in(model) if isinstance(m, _BatchNorm) and not is_global(m)]
     for norm in norms:
         plain = type(norm).forward is _BatchNorm.forward
         if plain or hasattr(norm, "act"):  # else it computes something of its own
@@ -124,7 +126,7 @@ def average_running_statistics(model: nn.Module) -> None:
         return
     statistics = [
         buffer
-        for module in model.modules()
+        for module in moving_in(model)
         if not is_global(module)
         for name, buffer in module.named_buffers(recurse=False)
         if name.startswith("running_")

@@ -5,6 +5,7 @@ from typing import Any
 
 _METHODS = {
     **{"simclr": "SimCLR", "dcl": "DCL", "mocov3": "MoCo v3", "nnclr": "NNCLR", "clip": "CLIP"},
+    **{"cmc": "CMC"},
     **{"barlow_twins": "Barlow Twins", "mixed_barlow_twins": "Mixed Barlow Twins"},
     **{"ssl_ey": "SSL-EY", "groco": "GroCo", "mochi": "MoCHi", "isogclr": "iSogCLR"},
     **{"matryoshka": "Matryoshka", "sla": "SLA", "sit": "SiT"},

@@ -1,13 +1,13 @@
 """The parts of a run, made from its configuration: the method, the data, the checks."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig, load
-from fastssl.config.schema import ModelConfig
+from fastssl.config.models import ModelConfig
 from fastssl.data.batch.ops import check_batch_ops
 from fastssl.data.loader import PretrainLoader
 from fastssl.data.render.backend import Rendering, choose_backend
@@ -15,25 +15,21 @@ from fastssl.data.sources.base import Source, Split
 from fastssl.data.streams import stream
 from fastssl.data.views.image import Views
 from fastssl.data.views.streams import StreamViews, of_stream
-from fastssl.engine.checkpoint import CheckpointError, is_network
-from fastssl.engine.config import EngineError
-from fastssl.engine.encoders import encoder_weights
+from fastssl.engine.networks import is_network
+from fastssl.export import start
 from fastssl.methods import Method, build_method
-from fastssl.models import (
-    build_backbone,
-    check_features,
-    check_sizes,
-    load_weights,
-    probe,
-    read_weights,
-    timm_weights,
-)
+from fastssl.models import build_backbone, check_features, check_sizes, freeze, probe
+
+Encoders = torch.nn.Module | Mapping[str, torch.nn.Module] | None
 
 
 class Given(NamedTuple):
-    """What a run has of its caller, as objects: None where its configuration says it."""
+    """What a run has of its caller, as objects: None where its configuration says it.
 
-    encoder: torch.nn.Module | None = None
+    encoder: a module, or one for each stream by its name.
+    """
+
+    encoder: Encoders = None
     split: Split | None = None
 
 
@@ -44,26 +40,41 @@ def build(
     cfg: RunConfig,
     channels: int | dict[str, int],
     notes: list[str] | None = None,
-    encoder: torch.nn.Module | None = None,
+    encoder: Encoders = None,
+    *,
+    resumed: bool = False,
 ) -> Method:
     """The method of `cfg` over its encoder, initialized from the run's seed.
 
     channels: of the data, by stream where there are several: then each has an encoder of its own.
     encoder: the one that was given from Python, as it is.
     notes: receives what a user should know of model.weights; without it they are not loaded.
+    resumed: the weights are those of a checkpoint, which has none of a frozen network.
     Raises ConfigError for a model, weights or options that do not fit.
     """
     torch.manual_seed(cfg.seed)
     try:
         if isinstance(channels, dict):
-            method = build_method(stream_encoders(cfg, channels, notes, encoder), cfg.method)
+            encoders = stream_encoders(cfg, channels, encoder, resumed, notes)
+            method = build_method(encoders, cfg.method)
         else:
+            if isinstance(encoder, Mapping):
+                raise ValueError(
+                    f"model has a module for each of {', '.join(encoder)}, and the data have one "
+                    "stream: give one module"
+                )
             shapes = of_stream(cfg.views()).shapes(channels)
-            encoder = start_encoder(cfg, shapes, notes, encoder)
+            model = cfg.model_of(cfg.stream_of(""))
+            begun = start_encoder(model, shapes, encoder, resumed, notes)
             for side in check_batch_ops(cfg.data.batch_ops, shapes):
-                check_side(encoder, channels, side)
-            method = build_method(encoder, cfg.method)
+                check_side(begun, channels, side)
+            method = build_method(begun, cfg.method)
         check_networks(method)
+        if not any(p.requires_grad for p in method.parameters()):
+            raise ValueError(
+                f"method.name={cfg.method.name} has nothing left to train: what it has is "
+                "frozen, and it has no head"
+            )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:
@@ -75,55 +86,63 @@ def build(
 
 
 def start_encoder(
-    cfg: RunConfig,
+    model: ModelConfig,
     shapes: list[tuple[int, ...]],
-    notes: list[str] | None,
     given: torch.nn.Module | None,
+    resumed: bool,
+    notes: list[str] | None,
 ) -> torch.nn.Module:
-    """The encoder of views of these shapes, with the weights that it starts from."""
+    """The encoder of views of these shapes, with the weights that it starts from, and frozen if it
+    is to be.
+
+    given: the module itself, where it is not to be built.
+    """
     if given is None:
-        model = {"shape": shapes[0], "kwargs": cfg.model.kwargs, "others": shapes[1:]}
-        encoder = build_backbone(cfg.model.name, **model)
+        how = {"shape": shapes[0], "kwargs": model.kwargs, "others": shapes[1:]}
+        encoder = build_backbone(model.name, **how)
     else:
         what = f"model={type(given).__name__}"
         check_features(given, shapes[0], what)
         check_sizes(given, shapes, what)
         encoder = given
-    if notes is not None and cfg.model.weights != "none":
-        weights, partial = read_start(cfg.model), cfg.model.partial
-        notes.append(load_weights(encoder, weights, cfg.model.weights, partial=partial))
+    if notes is not None and model.weights != "none" and (model.frozen or not resumed):
+        notes.append(start(encoder, model))
+    if model.frozen:
+        freeze(encoder)
+        count = sum(p.numel() for p in encoder.parameters())
+        if notes is not None:
+            notes.append(f"model.frozen=true: its {count:,} parameters stay as they are")
     return encoder
 
 
 def stream_encoders(
     cfg: RunConfig,
     channels: dict[str, int],
+    given: Encoders,
+    resumed: bool,
     notes: list[str] | None,
-    given: torch.nn.Module | None,
 ) -> dict[str, torch.nn.Module]:
     """An encoder for each stream, by name."""
-    if given is not None:
-        raise ValueError("model is one module, and each stream has an encoder: give a model's name")
     views = cfg.views()
     assert isinstance(views, StreamViews), "the source is opened with the configuration's streams"
-    shapes = views.shapes(channels)
-    return {name: start_encoder(cfg, made, notes, None) for name, made in shapes.items()}
-
-
-def read_start(model: ModelConfig) -> dict[str, torch.Tensor]:
-    """The weights that model.weights names.  Raises ValueError, naming it, where there are none."""
-    if model.weights == "timm":
-        return timm_weights(model.name)
-    path, network = Path(model.weights).expanduser(), ""
-    if not path.exists() and ":" in path.name:
-        run, _, network = str(path).rpartition(":")
-        path = Path(run)
-    if not path.is_dir():
-        return read_weights(Path(model.weights).expanduser())
-    try:
-        return encoder_weights(path, network)[0]
-    except (CheckpointError, EngineError) as error:
-        raise ValueError(f"model.weights={model.weights}: {error}") from error
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(
+            f"model is one module, and each of the streams {', '.join(channels)} has an encoder: "
+            "give a dictionary of modules by stream, or a model's name"
+        )
+    found: dict[str, torch.nn.Module] = {}
+    for name, made in views.shapes(channels).items():
+        if not is_network(name) or hasattr(torch.nn.ModuleDict(), name):
+            raise ValueError(f"a stream cannot be named {name!r}: give it another name")
+        own = None if given is None else given.get(name)
+        said: list[str] | None = None if notes is None else []
+        try:
+            found[name] = start_encoder(cfg.model_of(name), made, own, resumed, said)
+        except ValueError as error:
+            raise ValueError(f"the encoder of {name}: {error}") from error
+        if notes is not None and said:
+            notes += [f"the encoder of {name}: {sentence}" for sentence in said]
+    return found
 
 
 def check_networks(method: Method) -> None:

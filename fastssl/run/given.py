@@ -13,7 +13,7 @@ from fastssl.config.load import overridden
 from fastssl.data.datasets import divided
 from fastssl.data.errors import DataError
 from fastssl.data.sources.given import DatasetItems
-from fastssl.run.build import Given
+from fastssl.run.build import Encoders, Given
 from fastssl.section import Section
 
 
@@ -32,7 +32,7 @@ def pretrain(
     method: a method's name, or its keys: {"name": "simclr", "temperature": 0.2}; one's own is
     registered first (`fastssl.register_method`).
     model: any module from views (B, ...) to features (B, F), trained in place; or the name or keys
-    of one (timm's).
+    of one (timm's); for a method that reads several streams also {"image": module, "depth": ...}.
     data: any torch Dataset of images (PIL, arrays, tensors) or other items, alone or in a tuple
     (x, ...); or the name or keys of a source.  labels: of its items, for the evaluation alone; a
     data set's own `targets` are taken.  test: another data set to evaluate on, of which a fifth of
@@ -44,12 +44,8 @@ def pretrain(
     """
     from fastssl.run.train import pretrain as run
 
-    encoder = model if isinstance(model, nn.Module) else None
-    mapping: dict[str, Any] = {
-        "name": name,
-        "method": _keys("method", method),
-        "model": {"name": "given"} if encoder is not None else _keys("model", model),
-    }
+    encoder, keys = _model(model)
+    mapping: dict[str, Any] = {"name": name, "method": _keys("method", method), "model": keys}
     items = None
     if isinstance(data, str | Mapping | Section):
         mapping["data"] = {"source": _keys("data", data)}
@@ -65,6 +61,19 @@ def pretrain(
     elif labels is not None or test is not None:
         raise ConfigError("labels and test are of a data set; a source has its own")
     return run(cfg, given=Given(encoder, split))
+
+
+def _model(model: Any) -> tuple[Encoders, dict[str, Any]]:
+    """The modules in what was given as a model, and the keys that stand for it."""
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleDict):
+        return model, {"name": "given"}
+    streams = dict(model.items()) if isinstance(model, nn.ModuleDict | Mapping) else {}
+    modules = {key: own for key, own in streams.items() if isinstance(own, nn.Module)}
+    if not modules:
+        return None, _keys("model", model)
+    others = {key: own for key, own in streams.items() if key not in modules}
+    named = {key: _keys(f"model[{key!r}]", own) for key, own in others.items()}
+    return modules, {key: named.get(key, {"name": "given"}) for key in streams}
 
 
 def _keys(what: str, value: Any) -> dict[str, Any]:

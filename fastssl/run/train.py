@@ -96,7 +96,8 @@ def pretrain(
     cfg, note = with_backend(cfg, split.train)
     notes: list[str] = []
     goes_on = cfg.resume == "auto" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
-    method = build(cfg, split.train.channels, None if goes_on else notes, given.encoder)
+    channels, resumed = split.train.channels, goes_on is not None
+    method = build(cfg, channels, notes, given.encoder, resumed=resumed)
     with launch.session(cfg.device) as device:
         if watch is None or distributed.rank() > 0:
             watch = Silent()
@@ -262,7 +263,7 @@ class Run:
         self.log_bad()
         self.log.sync(step)
         if best or step > self.saved_step:
-            known = {**vars(self.progress), "channels": self.evaluator.split.train.channels}
+            known = {**vars(self.progress), "channels": self.split.train.channels}
             self.checkpoints.save(self.engine, step, known, best=best)
             self.saved_step = step
 

@@ -1,5 +1,6 @@
 """What ranks share and what a step leaves behind, for test_engine: run on one rank and on two."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fastssl import distributed
-from fastssl.engine.config import EngineConfig
+from fastssl.engine.checkpoint import Checkpoints
+from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.engine import Engine
 from fastssl.engine.optim import OptimConfig
 from fastssl.methods import build_method
-from fastssl.models import build_backbone
+from fastssl.models import build_backbone, freeze
 from tests.runs import VIT, tiny
 
 # (encoder, stage, precision, synchronized); the second encoder has timm's BatchNormAct2d
@@ -25,15 +27,17 @@ NORMED = [
 CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
-def engine(name: str, encoder: str, batch: int, **options: Any) -> Engine:
+def engine(name: str, encoder: str, batch: int, freezing: bool = False, **options: Any) -> Engine:
     """Method `name` over a small encoder, by plain SGD: weights differ by what gradients do."""
     torch.manual_seed(0)
     kwargs = VIT if encoder.startswith("vit") else {}
     side = 16 if kwargs else 32
     backbone = build_backbone(encoder, shape=(1, side, side), kwargs=kwargs)
+    if freezing:
+        freeze(backbone)
     method = build_method(backbone, tiny(name, ".").method)  # type: ignore[arg-type]
     for key, parameter in method.named_parameters():
-        if key.endswith("bias"):  # else adding it would never round
+        if key.endswith("bias") and parameter.requires_grad:  # else adding it would never round
             torch.nn.init.normal_(parameter, std=0.5)
     return Engine(
         method,
@@ -101,6 +105,43 @@ def teachers(rank: int, world: int) -> list[dict[str, Tensor]]:
     assert e.step(batch(rank, world, 2, 16), 1e-1, progress=0.1).applied
     names = ("", "teacher")
     return [e.encoder_state(name, kept=rank == 0) for name in names]
+
+
+def frozen(rank: int, world: int, folder: str) -> dict[str, list[Any]]:
+    """Of a frozen encoder, at stages 2 and 3: what moved, the files and losses of a checkpoint."""
+    found: dict[str, list[Any]] = {}
+    for stage, precision, options in ((2, "fp32", CUT), (3, "bf16", CUT), (3, "fp32", {})):
+        how = {"zero_stage": stage, "precision": precision, "deepspeed": options}
+        begun = partial(engine, "mocov3", "test_resnet", 8, freezing=True, **how)
+        first, run = begun(), Path(folder) / f"{stage}-{precision}"
+        if rank == 0:
+            run.mkdir()
+        before = first.encoder_state()
+        _steps(first, rank, world, 0)
+        moved = [k for k, v in first.encoder_state("teacher").items() if not v.equal(before[k])]
+        checkpoints = Checkpoints(run, CheckpointConfig())  # type: ignore[call-arg]
+        path = checkpoints.save(first, 2, {}, best=False)
+        saved = [key for file in path.glob("deepspeed/*") for key in _keys(file)]
+        second = begun()
+        assert checkpoints.load(second, [], dict) is not None
+        after = [_steps(e, rank, world, 2) for e in (first, second)]
+        names = [file.name for file in path.glob("*.safetensors")]
+        found[f"{stage}-{precision}-{len(options)}"] = [moved, names, saved, *after]
+    return found
+
+
+def _steps(e: Engine, rank: int, world: int, start: int) -> list[float]:
+    return [
+        e.step(batch(rank, world, 2, 32, s), 1e-1, progress=s / 8).metrics["loss"].item()
+        for s in range(start, start + 2)
+    ]
+
+
+def _keys(file: Path) -> list[str]:
+    """The names in a state of DeepSpeed's that are of the encoder, or its elements."""
+    state = torch.load(file, weights_only=False)
+    parts = [state.get("module"), state.get("frozen_param_fragments")]
+    return [key for part in parts for key in part or () if "student.0." in key or "model.0." in key]
 
 
 def _everything(e: Engine) -> list[tuple[str, Tensor]]:

@@ -75,6 +75,7 @@ def steps(rank, world, folder):
         found["halves"] = state_worker.halves(rank, world)
         found["skipped"] = state_worker.skipped(rank, world)
         found["teachers"] = state_worker.teachers(rank, world)
+        found["frozen"] = state_worker.frozen(rank, world, folder)
         found["moved once"] = state_worker.moved_once(rank, world)
         for name in ("ijepa", "data2vec"):
             found[f"resumed {name}"] = state_worker.resumed(rank, world, folder, name)
@@ -229,6 +230,13 @@ def test_a_teacher_that_is_cut_is_given_whole_to_the_rank_that_keeps_it(ran):
     assert student.keys() == teacher.keys() == method().encoder.state_dict().keys()
     moved = [(student[k] - teacher[k]).abs().max() > 1e-5 for k in student]
     assert sum(moved) > len(moved) / 2 and second["teachers"] == [{}, {}]
+
+
+def test_a_frozen_encoder_moves_in_nothing_and_is_in_no_checkpoint(ran):
+    for ranks in ran:
+        for kind, (moved, files, saved, whole, parted) in ranks[0]["frozen"].items():
+            assert (moved, files, saved) == ([], [], []), kind
+            assert whole == parted and len(set(whole)) == 2, kind
 
 
 def test_what_modules_share_has_both_names():

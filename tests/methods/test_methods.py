@@ -46,7 +46,7 @@ def least(method):
 
 
 def test_every_method_has_options_here():
-    assert set(METHODS) == set(OPTIONS) | set(OTHERS)
+    assert set(METHODS) == set(OPTIONS) | set(OTHERS) | {"cmc"}  # which has streams: test_cmc
 
 
 def learns(method, batch):

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 
 from fastssl.data.datasets import open_source
-from fastssl.engine.encoders import encoder_file
+from fastssl.engine.encoders import saved_encoder
 from fastssl.export import embed_to_file, export, load_encoder
 from fastssl.models import MODELS, build_backbone, channels_of, feature_dim
 from fastssl.run.train import pretrain
@@ -61,7 +60,7 @@ def test_every_family_goes_all_the_way(family, tmp_path, monkeypatch):
     )
     pretrain(cfg)
     encoder, _, channels = load_encoder(cfg.directory, device="cpu")
-    split, weights = open_source(cfg.data.source, cfg.seed), load_file(encoder_file(cfg.directory))
+    split, weights = open_source(cfg.data.source, cfg.seed), saved_encoder(cfg.directory).weights()
     assert channels == split.train.channels == 3
     # of a run that has not written its channels down
     assert channels_of(family, {}, weights, lambda c: (c, side, side)) == 3

@@ -10,7 +10,7 @@ TESTS = {
         "hostile or broken_files or another_choice or trap or old_names or rate_chosen or leaves_to"
         " or as_they_are",
     ),
-    "config/keys": (CONFIG, "refusals or names_of"),
+    "config/keys": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or names_of or checked_like"),
     "config/schema": (CONFIG, "rate_chosen or refus or difference or annealed or more_views"),
     "config/errors": (CONFIG, "refusals or missing"),
     "section": (CONFIG, "refusals"),
@@ -59,6 +59,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('read.get("batch_size")', 'merged.get("batch_size")'),
         ("if not isinstance(read, dict):", "if isinstance(read, list):"),
     ],
+    "config/keys._check_models": [("if streams and others", "if False")],
     "config/load._put": [("if key in VERBATIM", "if key not in VERBATIM")],
     "config/load._unset": [('"???"', '"??"')],
     "config/load._renamed": [("if key in tree:", "if new in tree:")],

@@ -14,6 +14,10 @@ TESTS = {
         "executes or is_code or full_disk",
     ),
     "engine/fragments": (ENGINE, "zero_3_keeps_whole"),
+    "engine/networks": (
+        "tests/train/test_frozen.py tests/train/test_damage.py",
+        "stays_as or resumes_and or its_step",
+    ),
     "engine/engine": (
         f"{ENGINE} tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
@@ -42,7 +46,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('path.name != f"step', 'path.name == f"step'),
         ("if f.is_symlink() or not f.is_dir()", "if f.is_file()"),
         ('- {"manifest.json", *sums}', '- {"manifest.json", *there}'),
-        ("encoder_files(encoders).values()}", "encoder_files(encoders[:1]).values()}"),
+        ("|= {*encoder_files(encoders).values()}", "|= set()"),
         ("if wanted - sums.keys() or", "if"),
         ('or not any(name.endswith("model', 'or any(name.endswith("xmodel'),
         ("if name not in there:", "if name in ():"),
@@ -51,10 +55,12 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("st_size != size", "st_size < 0"),
         ("_sha256(file) != checksum", "_sha256(file) is checksum"),
     ],
-    "engine/checkpoint.networks_of": [("or not all(map(is_network, names))", "or False")],
-    "engine/encoders.encoder_file": [
-        ("if name and name not in files", "if name in files"),
-        ("files[name or next", "files[next"),
+    "engine/networks.networks_of": [("or not all(map(is_network, found))", "or False")],
+    "engine/networks.encoder_files": [("if not frozen]", "if True]")],
+    "engine/networks.other_frozen": [("now.get(name, saved[name]) != saved[name]", "False")],
+    "engine/encoders._saved": [
+        ("if name and name not in networks", "if name in networks"),
+        ("name = name or next", "name = next"),
     ],
     "engine/engine.encoder_state": [("name or next(", "next("), ("if kept:", "if True:")],
     "engine/checkpoint._unreadable": [("if is_state(name) or", "if")],

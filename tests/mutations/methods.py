@@ -19,7 +19,8 @@ TESTS = {
     "methods/point_cmae": ("tests/methods/test_point_mae.py", "two_decoders"),
     "methods/sie": (JOINT, "split_embeddings or share_that"),
     "methods/mae": (JOINT, "mae"),
-    "methods/base": (JOINT, "plain_encoders or flag"),
+    "methods/base": (f"{JOINT} tests/train/test_frozen.py", "plain_encoders or flag or leave_a"),
+    "methods/cmc": ("tests/methods/test_cmc.py", "mean_of_all_pairs"),
     "methods/mixed_barlow_twins": ("tests/methods/test_mixed_barlow_twins.py", ""),
     "methods/simmim": (MASKED, "simmim"),
     "methods/ijepa": (MASKED, "ijepa"),
@@ -43,6 +44,8 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/views.mean_over_pairs": [("/ len(losses)", "/ 1")],
     "methods/global_local.loss": [("(w, v)", "(v, w)"), ("self.cfg.local_weight *", "0 *")],
     "methods/global_local.same_places": [("y * m + x", "x * m + y"), ("/ n - 0.5", "/ m - 0.5")],
+    "methods/base.train": [("network.eval()", "network.train(mode)")],
+    "methods/cmc.loss": [("combinations(z, 2)", "zip(z, z[1:])")],
     "methods/clip.*": [("math.log(100)", "math.log(200)")],
     "methods/clip.loss": [
         ("clamp(min=0)", "clamp(max=0)"),

@@ -9,7 +9,8 @@ TESTS = {
         "tests/models/test_heads.py tests/engine/test_engine.py",
         "heads or batch_norms_of_two",
     ),
-    "models/ema": ("tests/models/test_ema.py", ""),
+    "models/ema": ("tests/models/test_ema.py tests/train/test_frozen.py", "ema or leave_a_frozen"),
+    "models/frozen": ("tests/train/test_frozen.py", "leave_a_frozen or resumes_and"),
     "models/directpred": ("tests/models/test_directpred.py", ""),
     "models/masked_vit": ("tests/models/test_masked_vit.py", ""),
     "models/point": ("tests/models/test_point.py", ""),
@@ -52,6 +53,9 @@ MUTATIONS = {
     "models/heads._synchronized": [("self.act(self.drop(y))", "y")],
     "models/heads.average_running_statistics": [("/ world_size()", "/ 1")],
     "models/heads.projection_head": [("affine=not last", "affine=last")],
+    "models/frozen.freeze": [("requires_grad_(False)", "requires_grad_(True)")],
+    "models/frozen.set_aside": [("{part: {} for part in parts}", "{}")],
+    "models/frozen.shared_copies": [("memo[id(part)] = part", "pass")],
     # fault 36
     "models/ema.update": [
         ("_piece(theirs).float(), 1 - momentum", "_piece(theirs).float(), momentum"),
