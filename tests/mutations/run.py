@@ -73,10 +73,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "run/rehearsal.rehearse": [("buffer.copy_(value)", "buffer.copy_(buffer)")],
     "run/rehearsal._called": [("raise _Unknown from error", "raise")],
-    "run/rehearsal._once": [
-        ('_check_rows(method, "encode", encoded)', "None"),
-        ("loss_of(method, ", "tuple(("),
-    ],
+    "run/rehearsal._once": [('_check_rows(method, "encode", encoded)', "None")],
     "run/directory.Place": [("if self.begun or not self.made", "if True or not self.made")],
     "run/log.cut": [('row["step"] <= step', 'row["step"] < step')],
     "run/log.finite": [("None for k", "0 for k")],
