@@ -2,16 +2,18 @@
 
     loss = sum over the prefixes' lengths m of w_m NT-Xent(f_0[:m], f_1[:m])
 
-Nested is what is used: the features, which are compared as they are, by no projection head, each
-prefix normalized on its own.  So the paper has it where it contrasts (ALIGN), and `fastssl embed`
-gives what can be cut.  The prefixes are taken in one sweep over the pairs: see MatryoshkaLoss.
+Nested is what is used: the features themselves, by no projection head, as the paper has it where
+it contrasts (ALIGN); `fastssl embed` gives what can be cut.  Each number is first standardized over
+the batch, as by the last norm of SimCLR's head, which is all that is left of it here and keeps
+prefixes prefixes; then each prefix is normalized on its own.  They are taken in one sweep over the
+pairs: see MatryoshkaLoss.
 Source: Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147, section 3.
 """
 
 from torch import Tensor, nn
 
 from fastssl.losses import MatryoshkaLoss, NTXentLoss
-from fastssl.models import feature_dim
+from fastssl.models import BatchNorm1d, feature_dim
 
 from .base import Batch, Method
 from .configs import MatryoshkaConfig
@@ -26,8 +28,9 @@ class Matryoshka(Method):
         dims = cfg.dims or (*(m for m in (2**i for i in range(3, 31)) if m < width), width)
         if dims[-1] > width:
             raise ValueError(f"method.dims={dims} reach past the encoder's {width} features")
+        self.norm = BatchNorm1d(width, affine=False)
         loss = NTXentLoss(cfg.temperature)
         self.criterion = MatryoshkaLoss(loss, dims, cfg.weights or None)
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.criterion(*encoded)}
+        return {"loss": self.criterion(*map(self.norm, encoded))}
