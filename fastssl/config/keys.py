@@ -172,7 +172,7 @@ def names_of(model: Any, path: str = "") -> dict[str, Any]:
 
 
 def _below(field: Any) -> tuple[Any, Any]:
-    """The section that a field holds, or the registry that it is of."""
+    """The section that a field holds, or a list of it, or the registry that it is of."""
     notes = [
         *field.metadata,
         *(note for part in get_args(field.annotation) for note in _notes(part)),
@@ -180,6 +180,7 @@ def _below(field: Any) -> tuple[Any, Any]:
     registry = next((note.registry for note in notes if hasattr(note, "registry")), None)
     parts = (
         field.annotation,
+        *(get_args(field.annotation) if get_origin(field.annotation) is tuple else ()),
         *(part for one in get_args(field.annotation) for part in get_args(one)),
     )
     section = next((part for part in parts if hasattr(part, "model_fields")), None)

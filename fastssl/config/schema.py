@@ -12,6 +12,7 @@ from fastssl.data.datasets import SOURCES, SourceConfig
 from fastssl.data.render.backend import Backend
 from fastssl.data.views.spec import VIEWS, ViewSpec, view_spec
 from fastssl.data.views.streams import StreamViews, specs_of
+from fastssl.engine.clipping import check_offload
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import SCHEDULES, OptimConfig, check_optimizer
 from fastssl.methods.configs import METHODS, AnyMethodConfig
@@ -202,6 +203,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         check_optimizer(self.optim.name, self.engine.zero_stage)
+        check_offload(self.optim, self.engine)
         self._check_streams()
         self._check_views()
         if self.batch_size % self.engine.accumulation:

@@ -25,6 +25,7 @@ from fastssl.models import (
 )
 from fastssl.tree import count_rows, cut, join, map_leaves
 
+from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError
 from .fragments import ZeroPieces
 from .launch import deepspeed
@@ -70,10 +71,14 @@ class Engine(Verbs):
         if cfg.precision == "bf16":
             widen_batch_norms(method)
         try:
+            optimizer = build_optimizer(method, optim)
+            groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
             self.ds, *_ = deepspeed().initialize(
                 model=method,
-                optimizer=build_optimizer(method, optim),
-                config=self._deepspeed_config(optim.clip, batch_size // shares),
+                optimizer=optimizer,
+                config=self._deepspeed_config(
+                    0.0 if restrains(optim) else optim.clip, batch_size // shares
+                ),
                 dist_init_required=False,
             )
         except ValidationError as error:
@@ -81,6 +86,7 @@ class Engine(Verbs):
         except (AssertionError, ValueError, TypeError, KeyError) as error:
             raise EngineError(f"DeepSpeed or the optimizer refuses this: {error}") from error
         after_initialize(self.ds)
+        self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())
         self._parameters = list(method.parameters())  # to walk through a model takes its time
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
@@ -90,9 +96,17 @@ class Engine(Verbs):
         return self.ds.module
 
     def step(
-        self, batch: dict[str, Any], lr: float, *, progress: float = 0.0, stop: bool = False
+        self,
+        batch: dict[str, Any],
+        lr: float,
+        *,
+        progress: float = 0.0,
+        epoch: float | None = None,
+        stop: bool = False,
     ) -> Step:
         self.optim.set_rates(self.ds.optimizer.param_groups, lr, progress)
+        if self.clipping is not None:
+            self.clipping.begin(epoch)
         if not self.method.training:
             self.method.train()
         undo = self.cfg.on_nonfinite == "skip"
@@ -262,10 +276,14 @@ class Engine(Verbs):
             self.ds.micro_steps += 1
             self.ds.skipped_steps += 1
             return Step(metrics, applied=False, finite=False, stop=stop)
+        if self.clipping is not None:
+            self.clipping.measure()
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
         norm = self.ds.get_global_grad_norm()
-        if norm is not None and not plain:
+        if self.clipping is not None and self.clipping.clips and applied:
+            metrics["grad_norm"] = self.clipping.norm
+        elif norm is not None and not plain:
             metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
         return Step(metrics, applied=applied, finite=finite and applied, stop=stop)
 

@@ -1,6 +1,6 @@
 """What ZeRO has made of a model's parameters: pieces, and flat tensors for the optimizer.
 
-All that is known here of DeepSpeed's layouts.  `bind_fragments` in layerwise.py asks where
+All that is known here of DeepSpeed's layouts.  layerwise.py and clipping.py ask where
 parameters lie in flat tensors; models ask for the pieces through fastssl.pieces.
 """
 
@@ -42,14 +42,14 @@ class ZeroPieces(Pieces):
 class Fragments:
     """The pieces of parameters that one flat tensor holds on this rank.
 
-    count: parameters cut into the flat tensor, over all ranks.
-    spans: (start, length) of every piece here whose parameter adapts; padding is in none.
-    owners: int64 (len(spans),), which of the `count` parameters a piece belongs to.
+    params: the parameters cut into the flat tensor, over all ranks.
+    spans: (start, length) of the pieces here that were asked for; padding is in none.
+    owners: int64 (len(spans),), which of the parameters a piece belongs to.
     process_group, device: the ranks that hold the other pieces, and where its collectives run
         (an offloaded flat tensor is elsewhere).
     """
 
-    count: int
+    params: tuple[Tensor, ...]
     spans: tuple[tuple[int, int], ...]
     owners: Tensor
     process_group: Any
@@ -57,7 +57,7 @@ class Fragments:
 
     def whole_norms(self, norms: Tensor) -> Tensor:
         """(2, pieces) norms of the pieces here -> (2, pieces) norms of their parameters."""
-        squares = norms.new_zeros(2, self.count).index_copy_(1, self.owners, norms.square())
+        squares = norms.new_zeros(2, len(self.params)).index_copy_(1, self.owners, norms.square())
         if dist.get_world_size(self.process_group) > 1:
             shared = squares.to(self.device)
             dist.all_reduce(shared, group=self.process_group)
@@ -65,17 +65,54 @@ class Fragments:
         return squares.index_select(1, self.owners).sqrt()
 
 
-def locate(ds_engine: Any) -> dict[Tensor, Fragments]:
+def locate(ds_engine: Any, least_dims: int = 2) -> dict[Tensor, Fragments]:
     """The flat tensors of a DeepSpeed engine at stage 1, 2 or 3, with what lies in them.
 
+    least_dims: of parameters whose pieces are wanted.
     Collective.  Raises RuntimeError when the pieces of all ranks do not make up every parameter:
     a DeepSpeed that lays out its flat tensors in a way not known here.
     """
     layout = _sub_groups if ds_engine.zero_optimization_stage() == 3 else _flat_groups
     return {
-        flat: _fragments(params, pieces, flat, process_group, ds_engine.device)
+        flat: _fragments(params, pieces, flat, (process_group, ds_engine.device), least_dims)
         for flat, params, pieces, process_group in layout(ds_engine.optimizer)
     }
+
+
+def averaged(ds_engine: Any) -> list[list[Tensor]]:
+    """The gradient of each flat tensor of `locate`, averaged, in parts that lie end to end.
+
+    They are there from the last backward of a step until DeepSpeed's step, where nothing is
+    offloaded.
+    """
+    zero = ds_engine.optimizer
+    if hasattr(zero, "bf16_groups"):  # stage 1 in bfloat16 whose gradients are float32
+        return [[flat] for flat in zero.fp32_groups_gradient_flat_partition]
+    groups = zero.fp16_groups if ds_engine.zero_optimization_stage() == 3 else zero.bit16_groups
+    return [list(zero.averaged_gradients[index]) for index in range(len(groups))]
+
+
+def slices(parts: list[Tensor], spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
+    """Of parts that lie end to end what is in the spans, ascending: (span's number, its elements).
+
+    A span that reaches over several parts comes in several slices.
+
+    >>> parts = [torch.arange(4), torch.arange(4, 6)]
+    >>> [(n, piece.tolist()) for n, piece in slices(parts, [(1, 2), (3, 3)])]
+    [(0, [1, 2]), (1, [3]), (1, [4, 5])]
+    """
+    begin, number = 0, 0
+    for part in parts:
+        end = begin + part.numel()
+        while number < len(spans) and spans[number][0] < end:
+            start, length = spans[number]
+            low, high = max(start, begin), min(start + length, end)
+            if low < high:
+                yield number, part.reshape(-1)[low - begin : high - begin]
+            if start + length > end:
+                break
+            number += 1
+        begin = end
 
 
 # A piece is (parameter's index, start in the flat tensor, length); a flat tensor comes with the
@@ -112,8 +149,13 @@ def _sub_groups(zero: Any) -> _Layout:
 
 
 def _fragments(
-    params: list[Any], pieces: list[_Piece], flat: Tensor, process_group: Any, device: torch.device
+    params: list[Any],
+    pieces: list[_Piece],
+    flat: Tensor,
+    where: tuple[Any, torch.device],
+    least_dims: int,
 ) -> Fragments:
+    process_group, device = where
     shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in params]  # stage 3 empties p itself
     wanted = torch.tensor([torch.Size(shape).numel() for shape in shapes], device=device)
     found = torch.zeros_like(wanted)
@@ -122,14 +164,14 @@ def _fragments(
     dist.all_reduce(found, group=process_group)
     if not torch.equal(found, wanted):
         raise RuntimeError(
-            f"{int((found != wanted).sum())} of {len(params)} parameters are not where LARS and "
-            "LAMB look for them in this DeepSpeed's flat tensors; use ZeRO stage 0 or adamw"
+            f"{int((found != wanted).sum())} of {len(params)} parameters are not where LARS, "
+            "LAMB and clips look for them in this DeepSpeed's flat tensors; use ZeRO stage 0"
         )
-    adapting = [piece for piece in pieces if len(shapes[piece[0]]) > 1]
+    chosen = [piece for piece in pieces if len(shapes[piece[0]]) >= least_dims]
     return Fragments(
-        count=len(params),
-        spans=tuple((start, length) for _, start, length in adapting),
-        owners=torch.tensor([n for n, _, _ in adapting], dtype=torch.int64, device=flat.device),
+        params=tuple(params),
+        spans=tuple((start, length) for _, start, length in chosen),
+        owners=torch.tensor([n for n, _, _ in chosen], dtype=torch.int64, device=flat.device),
         process_group=process_group,
         device=device,
     )

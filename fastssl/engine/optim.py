@@ -7,7 +7,6 @@ has not), but for "lars" and "lamb", which are ours: right under every ZeRO stag
 """
 
 import difflib
-import fnmatch
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from fastssl.registry import OneOf, Registry
 from fastssl.schedules import cosine, infinite, warmup_cosine
 from fastssl.section import Section
 
+from .groups import GroupConfig, parameter_groups
 from .layerwise import LAMB, LARS, bind_fragments
 
 # Those that treat every element alike, so that slices of tensors change nothing.  Not here:
@@ -175,6 +175,12 @@ class OptimConfig(Section):
     clip: float = Field(
         default=0.0, ge=0, description="Gradients' norm is clipped to this; 0: never."
     )
+    clip_each: float = Field(
+        default=0.0, ge=0, description="Each parameter's gradient norm, before clip; 0: never."
+    )
+    groups: tuple[GroupConfig, ...] = Field(
+        default=(), description="Parameters with rates, decay or clipping of their own, by name."
+    )
     schedule: Schedule = CosineSchedule()
 
     @model_validator(mode="before")
@@ -215,7 +221,7 @@ class OptimConfig(Section):
             decay = cosine(progress, decay, self.weight_decay_end)
         for group in groups:
             group["lr"] = lr * group["lr_scale"]
-            if group["adapt"]:
+            if group["adapt"] and group["decay_by"] is None:
                 group["weight_decay"] = decay
 
     def options(self) -> dict[str, Any]:
@@ -248,64 +254,12 @@ def check_optimizer(name: str, zero_stage: int) -> None:
         )
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: parameters that decay, and those that neither decay nor adapt.
-
-    layer_decay: below 1, two for each layer of model.encoder, as timm counts them, with `lr_scale`
-    layer_decay ** (layers above it); what is not the encoder's has the scale 1.
-    The second holds biases and all of one dimension (norms), cls, mask and register tokens,
-    position embeddings, and what a submodule's `no_weight_decay()` names (timm's convention;
-    wildcards allowed).  `adapt` is read by LARS and LAMB.  Frozen parameters are in no group and
-    an empty group is left out, as DeepSpeed asks.  Raises ValueError when nothing is trainable,
-    and for layer_decay with an encoder whose layers timm does not know.
-    """
-    spared = []
-    for prefix, module in model.named_modules():
-        names = getattr(module, "no_weight_decay", None)
-        if callable(names):
-            spared += [f"{prefix}.{name}" if prefix else name for name in names()]  # type: ignore
-    scales = _layer_scales(model, layer_decay) if layer_decay < 1 else {}
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for scale in sorted({1.0, *scales.values()}, reverse=True):
-        groups[scale, True] = {"weight_decay": weight_decay, "adapt": True}
-        groups[scale, False] = {"weight_decay": 0.0, "adapt": False}
-    for (scale, _), group in groups.items():
-        group |= {"params": [], "lr_scale": scale}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            decays = not _is_plain(name, param, spared)
-            groups[scales.get(id(param), 1.0), decays]["params"].append(param)
-    filled = [group for group in groups.values() if group["params"]]
-    if not filled:
-        raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    return filled
-
-
-def _layer_scales(model: Any, layer_decay: float) -> dict[int, float]:
-    """The scale of each parameter of the encoder, by its id()."""
-    from timm.models import group_parameters
-
-    encoder = model.encoder
-    if not hasattr(encoder, "group_matcher"):
-        raise ValueError(
-            f"optim.layer_decay={layer_decay} wants an encoder whose layers timm knows "
-            f"(group_matcher), which {type(encoder).__name__} is not"
-        )
-    matcher = encoder.group_matcher(coarse=False)
-    layers: Any = group_parameters(encoder, matcher, reverse=True)
-    last = max(layers.values())
-    named = dict(encoder.named_parameters())
-    return {id(named[name]): layer_decay ** (last - k) for name, k in layers.items()}
-
-
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of `cfg` over `model`'s parameter groups, at its peak learning rate.
 
     Under DeepSpeed call `after_initialize` as well, and set each group's lr before each step.
     """
-    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay)
+    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, cfg.groups)
     if cfg.name == "lars":
         return LARS(groups, cfg.lr, **cfg.options())
     if cfg.name == "lamb":
@@ -327,16 +281,6 @@ def after_initialize(ds_engine: Any) -> None:
             group.pop("step", None)
         wrapper.refresh_fp32_params()
     bind_fragments(ds_engine)
-
-
-def _is_plain(name: str, param: nn.Parameter, spared: list[str]) -> bool:
-    leaf = name.rpartition(".")[2]
-    return (
-        param.ndim <= 1
-        or leaf == "bias"
-        or any(word in leaf for word in ("_token", "pos_embed", "position"))
-        or any(fnmatch.fnmatchcase(name, pattern) for pattern in spared)
-    )
 
 
 def _options(name: str) -> tuple[str, ...]:

@@ -50,12 +50,19 @@ class Verbs(ABC):
 
     @abstractmethod
     def step(
-        self, batch: dict[str, Any], lr: float, *, progress: float = 0.0, stop: bool = False
+        self,
+        batch: dict[str, Any],
+        lr: float,
+        *,
+        progress: float = 0.0,
+        epoch: float | None = None,
+        stop: bool = False,
     ) -> Step:
         """One optimizer step on this rank's share of the batch, at learning rate `lr`.
 
         batch: a tree of tensors with B rows, on any device.
         progress: of the run in [0, 1], once the step is done.
+        epoch: epochs of the run before this step, for groups that are frozen at first.
         stop: this rank was asked to stop; the answer tells whether any rank was.
         Raises ValueError, naming the leaf, for a batch whose leaves do not share their rows, and
         EngineError for a method that makes of it what is no loss.

@@ -16,6 +16,7 @@ from fastssl.data.streams import stream
 from fastssl.data.views.image import Views
 from fastssl.data.views.streams import StreamViews, of_stream
 from fastssl.engine.networks import is_network
+from fastssl.engine.optim import build_optimizer
 from fastssl.export import start
 from fastssl.methods import Method, build_method
 from fastssl.models import build_backbone, check_features, check_sizes, freeze, probe
@@ -75,6 +76,7 @@ def build(
                 f"method.name={cfg.method.name} has nothing left to train: what it has is "
                 "frozen, and it has no head"
             )
+        build_optimizer(method, cfg.optim)  # for what it refuses, before anything is written
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:

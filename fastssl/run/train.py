@@ -194,7 +194,8 @@ class Run:
     def step(self, batch: dict[str, Any], lr: float, done: float) -> Step:
         """One step of the engine; in a run's first one what fails is told in a sentence."""
         try:
-            return self.engine.step(batch, lr, progress=done, stop=self.asked_to_stop)
+            epoch, stop = self.progress.step / self.steps_per_epoch, self.asked_to_stop
+            return self.engine.step(batch, lr, progress=done, epoch=epoch, stop=stop)
         except Exception as error:
             if self.progress.step or hasattr(error, "exit_code"):
                 raise

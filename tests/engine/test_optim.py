@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from fastssl.engine.groups import GroupConfig, own_rules, parameter_groups
 from fastssl.engine.layerwise import LAMB, LARS
 from fastssl.engine.optim import (
     ELEMENTWISE,
@@ -16,7 +17,6 @@ from fastssl.engine.optim import (
     OptimConfig,
     build_optimizer,
     check_optimizer,
-    parameter_groups,
 )
 
 
@@ -83,7 +83,7 @@ def test_layers_decay_as_timms_do_and_the_head_does_not():
 
 def test_rates_and_decay_go_with_the_progress():
     groups = [
-        {"lr_scale": scale, "adapt": adapt, "weight_decay": 0.04 * adapt}
+        {"lr_scale": scale, "adapt": adapt, "weight_decay": 0.04 * adapt, "decay_by": None}
         for scale, adapt in ((1.0, True), (0.5, False))
     ]
     for progress, decay in ((0.0, 0.04), (0.5, 0.22), (1.0, 0.4)):
@@ -92,6 +92,72 @@ def test_rates_and_decay_go_with_the_progress():
         assert groups[0]["weight_decay"] == pytest.approx(decay) and groups[1]["weight_decay"] == 0
     OptimConfig(weight_decay=0.04).set_rates(groups, 0.1, 1.0)
     assert groups[0]["weight_decay"] == 0.04
+
+
+class Tower(nn.Module):
+    """A method whose encoder is not under that name, and a teacher that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        self.head = nn.Linear(3, 2)
+        self.teacher = nn.Linear(3, 3).requires_grad_(False)
+
+    @property
+    def encoder(self):
+        return self.tower
+
+
+def test_of_each_key_the_last_rule_that_gives_it_holds():
+    model = Tower()
+    rules = (
+        GroupConfig(match="*", weight_decay=0.3, clip=1.0),
+        GroupConfig(match="encoder.0.*", lr_scale=0.5),
+        GroupConfig(match="*.bias", weight_decay=0.0, freeze_epochs=2.5),
+        GroupConfig(match="head.weight", lr_scale=0.25, clip=0.0),
+    )
+    names = {id(p): n for n, p in model.named_parameters()}
+    keys = ("lr_scale", "weight_decay", "adapt", "frozen_for")
+    groups = parameter_groups(model, 0.1, rules=rules)
+    found = {names[id(p)]: tuple(g[k] for k in keys) for g in groups for p in g["params"]}
+    assert found == {
+        "tower.0.weight": (0.5, 0.3, True, 0.0),
+        "tower.0.bias": (0.5, 0.0, False, 2.5),
+        "tower.1.weight": (1.0, 0.3, True, 0.0),
+        "tower.1.bias": (1.0, 0.0, False, 2.5),
+        "head.weight": (0.25, 0.3, True, 0.0),
+        "head.bias": (1.0, 0.0, False, 2.5),
+    }
+    assert {names[key]: own.clip for key, own in own_rules(model, rules).items()} == {
+        name: 3 if name == "head.weight" else 0 for name in found
+    }
+    cfg = OptimConfig(weight_decay=0.04, weight_decay_end=0.4, groups=rules[1:2])
+    groups = parameter_groups(model, 0.04, rules=cfg.groups)
+    cfg.set_rates(groups, 0.1, 1.0)
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [
+        (0.1, 0.4),
+        (0.1, 0.0),
+        (0.05, 0.4),
+        (0.05, 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ([{"match": "haed.*", "clip": 1}], r"groups.0.match='haed.\*' meets no .* names are head"),
+        ([{"match": "tower.2.*", "clip": 1}], "closest names are tower"),
+        ([{"match": "teacher.*", "clip": 1}], "meets frozen parameters alone"),
+        (
+            [{"match": "head.*", "lr_scale": 0.5}, {"match": "*", "lr_scale": 0.1}],
+            "groups.0.match='head.*' changes nothing: later rules",
+        ),
+        ([{"match": "head.*"}], "nothing of its own: give one of lr_scale, weight_decay"),
+    ],
+)
+def test_rules_without_effect_are_refused(rules, words):
+    with pytest.raises(ValueError, match=words):
+        parameter_groups(Tower(), 0.1, rules=tuple(GroupConfig(**rule) for rule in rules))
 
 
 def test_submodules_name_their_own_exceptions():
@@ -161,7 +227,7 @@ def test_a_config_reloads_to_itself():
 
 
 def test_every_field_is_described():
-    for model in (OptimConfig, ConstantSchedule, CosineSchedule, InfiniteSchedule):
+    for model in (GroupConfig, OptimConfig, ConstantSchedule, CosineSchedule, InfiniteSchedule):
         fields = set(model.model_fields) - {"name", "schedule"}
         assert all(model.model_fields[field].description for field in fields)
 

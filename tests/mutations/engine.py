@@ -25,6 +25,9 @@ TESTS = {
     ),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
+    "engine/groups": ("tests/engine/test_optim.py", "not slices and not differ"),
+    "engine/clipping": ("tests/engine/test_clipping.py", ""),
+    "engine/fragments": ("tests/engine/test_clipping.py", ""),
     "engine/optim": ("tests/engine/test_optim.py", "not slices and not differ"),
     "engine/layerwise": ("tests/engine/test_layerwise.py", "not ranks and not resumed"),
 }
@@ -107,17 +110,35 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('not in ("", "1")', 'in ("", "1")'),
     ],
     "engine/peers._watch": [("!= _BYE", "== _BYE"), ("lost.append(rank)", "lost.append(0)")],
-    "engine/optim._is_plain": [("param.ndim <= 1", "param.ndim <= 0"), ('"_token"', '"token_"')],
+    "engine/groups._is_plain": [("param.ndim <= 1", "param.ndim <= 0"), ('"_token"', '"token_"')],
     "engine/optim._options_fit_the_name": [("0 <= beta < 1", "0 <= beta <= 1")],
-    "engine/optim._layer_scales": [("(last - k)", "(last - k + 1)")],
+    "engine/groups._layer_scales": [("(last - k)", "(last - k + 1)")],
     "engine/optim.set_rates": [
         ('lr * group["lr_scale"]', "lr"),
         ('if group["adapt"]:', 'if not group["adapt"]:'),
     ],
-    "engine/optim.parameter_groups": [
-        ("if param.requires_grad", "if param is not None"),
-        ('"weight_decay": 0.0', '"weight_decay": weight_decay'),
+    "engine/groups.parameter_groups": [
+        ("if not param.requires_grad:", "if param is None:"),
+        ("weight_decay if adapts else 0.0", "weight_decay"),
+        ("scale *= rules", "scale = 2 * rules"),
     ],
+    "engine/groups.own_rules": [
+        ("if not trained & set(met):", "if not met:"),
+        (
+            "found[key] |= dict.fromkeys(rule.given, place)",
+            "found[key] = dict.fromkeys(rule.given, place) | found[key]",
+        ),
+        ("if not any(place in", "if False and (place in"),
+    ],
+    "engine/clipping.begin": [("epoch < epochs", "epoch <= epochs")],
+    "engine/clipping.measure": [("dist.all_reduce(squares", "(squares")],
+    "engine/clipping._settle": [
+        ("masked_fill(self.frozen, 0.0)", "clone()"),
+        ("(norms[members] * theirs)", "norms[members]"),
+        ("(norms * scales).norm()", "norms.norm()"),
+    ],
+    "engine/clipping._before_step": [('if not group["frozen"]]', "]")],
+    "engine/fragments.slices": [("max(start, begin)", "begin")],
     "engine/optim.CosineSchedule": [("(step + 0.5)", "(step + 0.0)")],
     "engine/layerwise._scale": [
         ("(norms > 0).all(0)", "(norms >= 0).any(0)"),
