@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from fastssl.data.batch.ops import register_batch_op as register_batch_op
     from fastssl.data.datasets import register_source as register_source
     from fastssl.data.views.spec import register_views as register_views
-    from fastssl.engine.optim import register_schedule as register_schedule
     from fastssl.methods import register_method as register_method
     from fastssl.models import register_model as register_model
     from fastssl.run.given import pretrain as pretrain
+    from fastssl.schedules.config import register_schedule as register_schedule
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _FROM = {
     "register_source": "fastssl.data.datasets",
     "register_views": "fastssl.data.views.spec",
     "register_model": "fastssl.models",
-    "register_schedule": "fastssl.engine.optim",
+    "register_schedule": "fastssl.schedules.config",
     "register_batch_op": "fastssl.data.batch.ops",
 }
 

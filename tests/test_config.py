@@ -16,6 +16,7 @@ from fastssl.config import (
 )
 from fastssl.config.keys import known_keys, names_of
 from fastssl.data.views.spec import view_spec
+from fastssl.schedules.config import at
 from tests.runs import tiny
 
 
@@ -279,3 +280,19 @@ def test_old_names_of_keys_are_read_with_a_warning(monkeypatch):
     assert cfg.data.image_size == 8 and cfg.data.batch_ops[0].alpha == (0, 0.5)
     with pytest.raises(ConfigError, match="data.shape is the old name of"):
         resolve("simclr-digits", ["data.shape=8", "data.image_size=8"])
+
+
+def test_ends_of_numbers_are_read_by_their_old_names():
+    """Runs of before numbers could move by any schedule."""
+    old = ["method.momentum=0.9", "method.momentum_end=0.95", "method.until=0.25"]
+    with pytest.warns(FutureWarning, match="is method.momentum.(end|until) now"):
+        cfg = resolve("data2vec-digits", old)
+    assert [at(cfg.method.momentum, p) for p in (0, 0.125, 1)] == pytest.approx([0.9, 0.925, 0.95])
+    assert resolve("mae-digits", ["optim.weight_decay_end=null"]).optim.weight_decay == 0.05
+    with pytest.warns(FutureWarning, match="optim.weight_decay_end is optim.weight_decay.end now"):
+        cfg = resolve("mae-digits", ["optim.weight_decay_end=0.2"])
+    assert [at(cfg.optim.weight_decay, p) for p in (0, 0.5, 1)] == pytest.approx([0.05, 0.125, 0.2])
+    with pytest.warns(FutureWarning, match="is called optim.schedule.end now"):
+        cfg = resolve("mae-digits", ["optim.schedule.final=0.1"])
+    assert cfg.optim.schedule.factor(999, 1000) == pytest.approx(0.1, abs=1e-5)
+    assert cfg.optim.schedule.warmup == 0.1

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "distributed": "",
     "random": "numpy",
-    "schedules": "pydantic",
+    "schedules": "registry section pydantic pydantic_core",
     "files": "",
     "section": "pydantic pydantic_core",
     "tree": "",
@@ -46,7 +46,7 @@ ROOMS = {
     "bench": "methods models losses kernels masking engine data report files *",
     "cli": "config run diagnose data export files registry bench *",
     "__main__": "cli",
-    "__init__": "methods models data engine run",
+    "__init__": "methods models data engine schedules run",
 }
 ONLY_IN = {"deepspeed": "engine", "timm": "models engine export bench", "nvidia": "data.render"}
 

@@ -15,12 +15,12 @@ from fastssl.config import ConfigError, load, resolve
 from fastssl.data.batch.ops import BatchOp
 from fastssl.data.datasets import SOURCES
 from fastssl.data.views.spec import VIEWS
-from fastssl.engine.optim import SCHEDULES, CosineSchedule, ScheduleConfig
 from fastssl.methods import METHODS
 from fastssl.methods.configs import SimCLRConfig
 from fastssl.models import MODELS
 from fastssl.registry import PluginError, Registry, import_plugin
 from fastssl.run.train import pretrain
+from fastssl.schedules.config import SCHEDULES, CosineSchedule, ScheduleConfig, at
 
 PACKAGE = Path(__file__).parent / "outside" / "dots_ssl.py"
 RECIPE = """
@@ -159,12 +159,12 @@ def test_an_installed_package_needs_no_mention(tmp_path, monkeypatch):
     (tmp_path / "installed_ssl.py").write_text(
         "from typing import Literal\n"
         "import fastssl\n"
-        "from fastssl.engine.optim import ScheduleConfig\n"
+        "from fastssl.schedules.config import ScheduleConfig\n"
         "@fastssl.register_schedule\n"
         "class Flat(ScheduleConfig):\n"
         "    name: Literal['flat'] = 'flat'\n"
-        "    def factor(self, step, total_steps):\n"
-        "        return 1.0\n"
+        "    def at(self, progress):\n"
+        "        return 0.5 + 0.0 * progress\n"
     )
     info = tmp_path / "installed_ssl-1.0.dist-info"
     info.mkdir()
@@ -173,7 +173,9 @@ def test_an_installed_package_needs_no_mention(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
     cfg = resolve("simclr-digits", ["optim.schedule.name=flat"])
-    assert cfg.optim.schedule.factor(3, 7) == 1.0 and cfg.plugins == ("installed_ssl",)
+    assert cfg.optim.schedule.factor(3, 7) == 0.5 and cfg.plugins == ("installed_ssl",)
+    cfg = resolve("mocov3-digits", ["method.momentum.name=flat"])
+    assert at(cfg.method.momentum, 0.3) == 0.5 and cfg.plugins == ("installed_ssl",)
     with pytest.raises(ConfigError, match="entry point fastssl.schedules: lost = .* adds no sched"):
         resolve("simclr-digits", ["optim.schedule.name=lost"])
     with pytest.raises(ConfigError, match="'flta' is not one of .*'lost'.*did you mean flat"):

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from fastssl.config import ConfigError, resolve
 from fastssl.schedules import constant, cosine, infinite, linear, warmup_cosine
+from fastssl.schedules.config import CosineSchedule, LinearSchedule, ScheduleConfig, at
 
 PHASES = dict(warmup=10, cooldown=40, constant=0.25)
 
@@ -91,3 +93,65 @@ def test_schedules_need_nothing_but_python():
     code = "import sys, fastssl.schedules; print('torch' in sys.modules, 'pydantic' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
+
+
+def test_a_schedule_by_name_warms_up_moves_and_stays():
+    falls = LinearSchedule(start=0.8, end=0.2, warmup=0.2, until=0.6)
+    assert [at(falls, p / 10) for p in range(0, 11, 2)] == pytest.approx(
+        [0, 0.8, 0.5, 0.2, 0.2, 0.2]
+    )
+    rises = CosineSchedule(start=0.996, end=1.0)
+    assert [at(rises, p) for p in (0.0, 0.3, 2.0)] == [cosine(p, 0.996, 1.0) for p in (0, 0.3, 1)]
+    stages = LinearSchedule(start=0.5, end=0.8, stages=4)
+    ratios = [at(stages, (i + 0.5) / 1000) for i in range(1000)]
+    assert sorted(set(ratios)) == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    assert {ratios.count(ratio) for ratio in ratios} == {250} and at(stages, 1.0) == 0.8
+    assert at(0.3, 0.9) == 0.3
+
+
+MOMENTA = {  # of mocov3, whose own is {name: cosine, start: 0.99, end: 1}
+    "method.momentum=0.9": ("cosine", 0.9, 0.95, 1.0),
+    "method.momentum.end=0.9": ("cosine", 0.95, 0.925, 0.9),  # the recipe says 0.95
+    "method.momentum=[0.8, 0.9]": ("linear", 0.8, 0.85, 0.9),
+    "method.momentum={name: linear, until: 0.5}": ("linear", 0.99, 1.0, 1.0),
+    "method.momentum={name: constant, start: 0.7}": ("constant", 0.7, 0.7, 0.7),
+}
+
+
+@pytest.mark.parametrize("override", MOMENTA)
+def test_what_a_schedule_leaves_out_is_the_keys_own(override):
+    momentum, (name, *values) = (
+        resolve("mocov3-digits", [override]).method.momentum,
+        MOMENTA[override],
+    )
+    assert isinstance(momentum, ScheduleConfig) and momentum.name == name
+    assert [momentum.at(progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx(values)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "method.momentum=1.5",
+            "method.momentum.* at 0 % of the run it is 1.5, and must be at most 1",
+        ),
+        ("method.momentum=[0.9, 1.1]", "at 51 % of the run it is 1.002, and must be at most 1"),
+        ("method.momentum=fast", "a number is wanted, a pair of numbers, or a schedule"),
+        (
+            "method.momentum.name=infinite",
+            "'infinite' counts steps and is for optim.schedule alone",
+        ),
+        ("method.momentum.name=cosinus", "not one of .* \\(did you mean cosine"),
+        ("method.momentum.untill=0.3", "method.momentum.untill"),
+        ("optim.weight_decay={name: linear, start: 0.1}", "its end is missing"),
+        ("optim.weight_decay={name: linear, ende: 0.1}", "unknown key optim.weight_decay.ende"),
+        ("optim.weight_decay={end: 0.1}", "optim.weight_decay.name is required and missing"),
+        (
+            "optim.schedule.warmup=0.6; optim.schedule.until=0.5",
+            "warmup=0.6 is not before until=0.5",
+        ),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_named(override, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve("mocov3-digits", override.split("; "))

@@ -29,7 +29,9 @@ REGISTRIES = {
     "method": ("method", "fastssl.methods", "METHODS"),
     "data.source": ("source", "fastssl.data.datasets", "SOURCES"),
     "data.batch_ops": ("batch_op", "fastssl.data.batch.ops", "BATCH_OPS"),
-    "optim.schedule": ("schedule", "fastssl.engine.optim", "SCHEDULES"),
+    "optim.schedule": ("schedule", "fastssl.schedules.config", "SCHEDULES"),
+    "optim.weight_decay": ("schedule", "fastssl.schedules.config", "SCHEDULES"),
+    "optim.groups.weight_decay": ("schedule", "fastssl.schedules.config", "SCHEDULES"),
 }
 
 

@@ -34,10 +34,16 @@ RENAMED: dict[str, str] = {
     for old in ("data.overrides.{}", "data.overrides.*.{}")
     for key, new in OLD_FIELDS.items()
 }
+RENAMED["optim.schedule.final"] = "optim.schedule.end"
 RENAMED["evaluate.neighbours"] = "evaluate.neighbors"
 RENAMED_VALUES = {  # (key, its old value) -> its new one
     ("data.source.name", "hub"): "hf_datasets",
     ("method.follows", "colour"): "color",
+}
+MOVED = {  # a key, of sections with this name -> the number and the key of its schedule that it is
+    ("method", "data2vec", "momentum_end"): ("momentum", {}, "end"),
+    ("method", "data2vec", "until"): ("momentum", {}, "until"),
+    ("optim", None, "weight_decay_end"): ("weight_decay", {"name": "cosine"}, "end"),
 }
 
 
@@ -95,6 +101,7 @@ def from_mapping(mapping: dict[str, Any]) -> "RunConfig":
 
     Raises ConfigError.
     """
+    mapping = _moved(mapping)
     if "plugins" in mapping:
         _import_plugins(mapping["plugins"])
     check_keys(mapping)
@@ -210,10 +217,31 @@ def _put(tree: dict[str, Any], override: str) -> None:
 
 
 def _over(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: mappings are merged, all else is replaced."""
+    """`above` laid over `below`: mappings are merged, all else is replaced.
+
+    A number under a mapping without a name is the start of the schedule that it is of.
+    """
+    number = isinstance(below, int | float) and not isinstance(below, bool)
+    if number and isinstance(above, dict) and "name" not in above:
+        return {"start": below, **above}
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     return {**below, **{k: _over(below.get(k), v) for k, v in above.items()}}
+
+
+def _moved(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A run's mapping with the keys of MOVED in the schedules that they are of now."""
+    for (section, name, old), (number, schedule, key) in MOVED.items():
+        keys = mapping.get(section)
+        if not isinstance(keys, dict) or old not in keys or name not in (None, keys.get("name")):
+            continue
+        keys = dict(keys)
+        value, before = keys.pop(old), keys.get(number, {})
+        if value is not None:
+            warnings.warn(f"{section}.{old} is {section}.{number}.{key} now", FutureWarning, 2)
+            keys[number] = {**schedule, **_over(before, {key: value})}
+        mapping = {**mapping, section: keys}
+    return mapping
 
 
 def _at(tree: Any, key: str) -> Any:

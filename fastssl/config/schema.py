@@ -14,9 +14,10 @@ from fastssl.data.views.spec import VIEWS, ViewSpec, view_spec
 from fastssl.data.views.streams import StreamViews, specs_of
 from fastssl.engine.clipping import check_offload
 from fastssl.engine.config import CheckpointConfig, EngineConfig
-from fastssl.engine.optim import SCHEDULES, OptimConfig, check_optimizer
+from fastssl.engine.optim import OptimConfig, check_optimizer
 from fastssl.methods.configs import METHODS, AnyMethodConfig
 from fastssl.registry import plugins_of
+from fastssl.schedules.config import SCHEDULES, schedules_in
 from fastssl.section import Section
 
 from .models import ModelConfig, Models
@@ -182,7 +183,7 @@ class RunConfig(Section):
         from fastssl.models import MODELS
 
         chosen = [(METHODS, self.method.name), (SOURCES, self.data.source.name)]
-        chosen += [(SCHEDULES, self.optim.schedule.name)]
+        chosen += [(SCHEDULES, name) for name in schedules_in(self)]
         chosen += [(MODELS, model.name) for model in self.models.values()]
         presets = [self.data.augment, *(own.augment for own in self.data.streams.values())]
         chosen += [(VIEWS, name or self.method_class.preset) for name in presets]
@@ -293,7 +294,7 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         if now.data.source.name == "arrays":  # where another says whether there are any
             free_leaves.add("data.source.labels")
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
-        free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.final"}
+        free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.end"}
     keys = sorted((old.keys() | new.keys()) - free_leaves)
     return [
         f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}"

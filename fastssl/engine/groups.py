@@ -11,15 +11,15 @@ rules of one parameter give a key, the last of them holds.
 
 import difflib
 import fnmatch
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 from torch import nn
 
-from fastssl.section import Section
+from fastssl.schedules.config import Moves, Moving, Within, at
 
 
-class GroupConfig(Section):
+class GroupConfig(Moves):
     """What some parameters have of their own."""
 
     match: str = Field(
@@ -29,8 +29,8 @@ class GroupConfig(Section):
     lr_scale: float | None = Field(
         default=None, gt=0, description="Multiplies their learning rate, beside layer_decay."
     )
-    weight_decay: float | None = Field(
-        default=None, ge=0, description="Theirs, for biases and norms among them as well."
+    weight_decay: Annotated[Moving, Within(0)] | None = Field(
+        default=None, description="Theirs, for biases and norms among them as well."
     )
     freeze_epochs: float | None = Field(
         default=None, ge=0, description="They do not move in the first so many epochs."
@@ -101,7 +101,7 @@ def _fits(rule: GroupConfig, name: str) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, rules: Rules = ()
+    model: nn.Module, weight_decay: Moving, layer_decay: float = 1.0, rules: Rules = ()
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: parameters that decay, and those that neither decay nor adapt.
 
@@ -135,7 +135,9 @@ def parameter_groups(
         if own.weight_decay is not None:
             decay = rules[own.weight_decay].weight_decay or 0.0
         key = (-scale, not adapts, -1 if own.weight_decay is None else own.weight_decay, frozen)
-        group = groups.setdefault(key, {"weight_decay": decay, "adapt": adapts, "params": []})
+        group = groups.setdefault(
+            key, {"weight_decay": at(decay, 0.0), "adapt": adapts, "params": []}
+        )
         group["params"].append(param)
         group |= {"lr_scale": scale, "decay_by": own.weight_decay, "frozen_for": frozen}
     if not groups:

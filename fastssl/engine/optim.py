@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name, with correct weight-decay groups.
+"""Optimizers by name, with correct weight-decay groups.
 
     build_optimizer(model, OptimConfig(name="lars", lr=0.3, weight_decay=1e-6))
 
@@ -7,15 +7,13 @@ has not), but for "lars" and "lamb", which are ours: right under every ZeRO stag
 """
 
 import difflib
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from fastssl.registry import OneOf, Registry
-from fastssl.schedules import cosine, infinite, warmup_cosine
-from fastssl.section import Section
+from fastssl.schedules.config import CosineSchedule, Moves, Moving, Schedule, Within, at
 
 from .groups import GroupConfig, parameter_groups
 from .layerwise import LAMB, LARS, bind_fragments
@@ -32,111 +30,7 @@ ELEMENTWISE = frozenset(
 _OURS = {"lars": ("momentum", "eps", "trust_coefficient"), "lamb": ("betas", "eps")}
 
 
-class ScheduleConfig(Section):
-    """Base of the schedules.  A subclass has `name`, a Literal with itself as default."""
-
-    if TYPE_CHECKING:
-        name: Any
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """What multiplies the peak rate at update number `step` of `total_steps`, from 0.
-
-        Raises ValueError for options that do not fit a run of so many steps.
-        """
-        raise TypeError(f"{type(self).__name__} does not define factor(step, total_steps)")
-
-
-class ConstantSchedule(ScheduleConfig):
-    """The peak rate, after a warm-up."""
-
-    name: Literal["constant"] = "constant"
-    warmup: float = Field(
-        default=0.0, ge=0, lt=1, description="Fraction of training for the warm-up."
-    )
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """What multiplies the peak rate at update number `step`, counted from 0."""
-        return infinite(step + 0.5, 1.0, warmup=self.warmup * total_steps, cooldown=0, constant=1.0)
-
-
-class CosineSchedule(ScheduleConfig):
-    """A linear warm-up, then half a cosine."""
-
-    name: Literal["cosine"] = "cosine"
-    warmup: float = Field(
-        default=0.1, ge=0, lt=1, description="Fraction of training for the warm-up."
-    )
-    final: float = Field(
-        default=0.0, ge=0, le=1, description="Last rate, as a fraction of the peak."
-    )
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """What multiplies the peak rate at update number `step` of `total_steps`, from 0.
-
-        Taken at the middle of the step: neither the first nor the last one has rate 0.
-        """
-        progress = (step + 0.5) / total_steps
-        return warmup_cosine(progress, 1.0, warmup=self.warmup, final=self.final)
-
-
-class InfiniteSchedule(ScheduleConfig):
-    """No planned end: warm-up, cool-down, constant; annealed only when a finished model is due."""
-
-    name: Literal["infinite"] = "infinite"
-    warmup_steps: int = Field(default=1000, ge=0, description="Steps of linear warm-up.")
-    cooldown_steps: int = Field(
-        default=10000, ge=0, description="Steps of cosine cool-down after it."
-    )
-    constant: float = Field(
-        default=0.25, gt=0, le=1, description="Rate kept, as a fraction of the peak."
-    )
-    anneal_steps: int = Field(
-        default=0, ge=0, description="Last steps of this run that anneal exponentially; 0: none."
-    )
-    final: float = Field(
-        default=0.01, gt=0, le=1, description="Annealed rate, as a fraction of the peak."
-    )
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """What multiplies the peak rate at update number `step`, counted from 0.
-
-        total_steps: where this run ends; it matters to the annealing alone.  Raises ValueError
-        when the annealing would be the whole run.
-        """
-        if self.anneal_steps and self.anneal_steps >= total_steps:
-            raise ValueError(
-                f"schedule.anneal_steps={self.anneal_steps} leaves nothing to anneal from in a "
-                f"run of {total_steps} steps"
-            )
-        anneal = (total_steps - self.anneal_steps, self.anneal_steps, self.final)
-        return infinite(
-            step + 0.5,
-            1.0,
-            warmup=self.warmup_steps,
-            cooldown=self.cooldown_steps,
-            constant=self.constant,
-            anneal=anneal if self.anneal_steps else None,
-        )
-
-
-SCHEDULES: Registry[type[ScheduleConfig]] = Registry("schedule", "optim.schedule.name")
-
-
-def register_schedule(schedule: type[ScheduleConfig]) -> type[ScheduleConfig]:
-    """A class decorator: a `ScheduleConfig` that optim.schedule.name can ask for.
-
-    Raises PluginError where there is a schedule of that name.
-    """
-    SCHEDULES.add(schedule.model_fields["name"].default, schedule, schedule)
-    return schedule
-
-
-for _schedule in (ConstantSchedule, CosineSchedule, InfiniteSchedule):
-    register_schedule(_schedule)
-Schedule = Annotated[ScheduleConfig, OneOf(SCHEDULES)]
-
-
-class OptimConfig(Section):
+class OptimConfig(Moves):
     """How parameters are updated.  An option left null is the optimizer's own default."""
 
     name: str = Field(
@@ -148,13 +42,8 @@ class OptimConfig(Section):
     lr_batch: int | None = Field(
         default=None, ge=1, description="Batch size that lr was chosen for: another one is said."
     )
-    weight_decay: float = Field(
-        default=0.05,
-        ge=0,
-        description="Not applied to biases, norms, tokens and position embeddings.",
-    )
-    weight_decay_end: float | None = Field(
-        default=None, ge=0, description="What it comes to, by half a cosine; null: it stays."
+    weight_decay: Annotated[Moving, Within(0)] = Field(
+        default=0.05, description="Not applied to biases, norms, tokens and position embeddings."
     )
     layer_decay: float = Field(
         default=1.0,
@@ -181,15 +70,7 @@ class OptimConfig(Section):
     groups: tuple[GroupConfig, ...] = Field(
         default=(), description="Parameters with rates, decay or clipping of their own, by name."
     )
-    schedule: Schedule = CosineSchedule()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _cosine_unless_named(cls, values: Any) -> Any:
-        schedule = values.get("schedule") if isinstance(values, dict) else None
-        if isinstance(schedule, dict) and "name" not in schedule:
-            return {**values, "schedule": {"name": "cosine", **schedule}}
-        return values
+    schedule: Schedule = CosineSchedule(warmup=0.1)
 
     @model_validator(mode="after")
     def _options_fit_the_name(self) -> "OptimConfig":
@@ -211,17 +92,29 @@ class OptimConfig(Section):
             raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
         return self
 
+    @model_validator(mode="after")
+    def _rates_are_not_negative(self) -> "OptimConfig":
+        if not self.schedule.counts_steps:
+            for hundredth in range(101):
+                if (factor := self.schedule.at(hundredth / 100)) < 0:
+                    raise ValueError(
+                        f"optim.schedule={self.schedule.name} is {factor:g} at {hundredth} % of "
+                        "the run, and a learning rate may not be negative"
+                    )
+        return self
+
     def _beta_count(self) -> int:
         return 2 if self.name in _OURS else _timm().get_optimizer_info(self.name).num_betas
 
     def set_rates(self, groups: list[dict[str, Any]], lr: float, progress: float) -> None:
         """Give parameter groups their learning rates, and their decay at `progress` of the run."""
-        decay = self.weight_decay
-        if self.weight_decay_end is not None:
-            decay = cosine(progress, decay, self.weight_decay_end)
+        decay = at(self.weight_decay, progress)
         for group in groups:
             group["lr"] = lr * group["lr_scale"]
-            if group["adapt"] and group["decay_by"] is None:
+            own = group["decay_by"]
+            if own is not None:
+                group["weight_decay"] = at(self.groups[own].weight_decay or 0.0, progress)
+            elif group["adapt"]:
                 group["weight_decay"] = decay
 
     def options(self) -> dict[str, Any]:

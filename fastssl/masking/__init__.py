@@ -17,9 +17,7 @@ from .places import grid_masking as grid_masking
 from .places import random_masking as random_masking
 from .places import unit_masking as unit_masking
 from .places import weighted_masking as weighted_masking
-from .schedule import keep_at as keep_at
-from .schedule import keep_of as keep_of
-from .schedule import ratio_schedule as ratio_schedule
+from .share import keep_of as keep_of
 from .spans import span_masking as span_masking
 from .spans import time_frequency_masking as time_frequency_masking
 from .video import Dual as Dual

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastssl.registry import OneOf, Registry
-from fastssl.section import Section
+from fastssl.schedules.config import CosineSchedule, LinearSchedule, Moves, Moving, Within, at
 
 if TYPE_CHECKING:
     from .base import Method
 
-Ratio = float | tuple[float, float]
+Ratio = Annotated[Moving, Within()]
+Momentum = Annotated[Moving, Within(0, 1)]
 Kind = Literal["random", "block", "grid", "noise"]
 
 
@@ -33,7 +34,7 @@ def kind_field() -> Kind:
     )
 
 
-class MethodConfig(Section):
+class MethodConfig(Moves):
     """Base of the methods' options.  A subclass has `name`, a Literal with itself as default."""
 
     if TYPE_CHECKING:
@@ -117,7 +118,9 @@ class DCLConfig(SimCLRConfig):
 class MoCoV3Config(MethodConfig):
     name: Literal["mocov3"] = "mocov3"
     temperature: float = Field(0.2, gt=0, description="Divides the cosine similarities.")
-    momentum: float = Field(0.99, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    momentum: Momentum = Field(
+        CosineSchedule(start=0.99, end=1.0), description="Of the teacher; a number: at first."
+    )
     hidden_dim: int = Field(4096, ge=1, description="Width inside both heads.")
     projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
@@ -126,7 +129,7 @@ class MoCoV3Config(MethodConfig):
 class MoCHiConfig(MethodConfig):
     name: Literal["mochi"] = "mochi"
     temperature: float = Field(0.2, gt=0, description="Divides the cosine similarities.")
-    momentum: float = Field(0.999, ge=0, le=1, description="Of the teacher.")
+    momentum: Momentum = Field(0.999, description="Of the teacher.")
     queue_size: int = Field(65536, ge=1, description="Past keys kept as negatives.")
     top_n: int = Field(1024, ge=1, description="Nearest keys of the queue that are mixed.")
     synthetic: int = Field(1024, ge=0, description="Negatives mixed of two keys; 0: none.")
@@ -313,7 +316,9 @@ class IJEPAConfig(MethodConfig):
     context: float = Field(0.3, gt=0, lt=1, description="Share of patches the student reads.")
     target: float = Field(0.175, gt=0, lt=1, description="Share of patches in a target block.")
     blocks: int = Field(4, ge=1, description="Target blocks of an image.")
-    momentum: float = Field(0.996, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    momentum: Momentum = Field(
+        LinearSchedule(start=0.996, end=1.0), description="Of the teacher; a number: at first."
+    )
     error: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="Of a predicted feature.")
     decoder_dim: int = Field(384, ge=1, description="Width of the predictor.")
     decoder_depth: int = Field(6, ge=1, description="Blocks of the predictor.")
@@ -326,9 +331,10 @@ class Data2VecConfig(MethodConfig):
     masking: Kind = kind_field()
     masks: int = Field(1, ge=1, description="Masks of an image, for one pass of the teacher.")
     layers: int = Field(10, ge=1, description="Of the teacher's last blocks, so many averaged.")
-    momentum: float = Field(0.9998, ge=0, le=1, description="Of the teacher at first.")
-    momentum_end: float = Field(0.99999, ge=0, le=1, description="Of the teacher from `until` on.")
-    until: float = Field(0.3, gt=0, le=1, description="Share of training its momentum rises for.")
+    momentum: Momentum = Field(
+        LinearSchedule(start=0.9998, end=0.99999, until=0.3),
+        description="Of the teacher; a number: at first.",
+    )
     error: Literal["l2", "smooth_l1"] = Field("l2", description="Of a predicted feature.")
     decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
     decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
@@ -336,9 +342,11 @@ class Data2VecConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _rises(self) -> "Data2VecConfig":
-        if self.momentum_end < self.momentum:
-            given = f"momentum_end={self.momentum_end} is below momentum={self.momentum}"
-            raise ValueError(f"the teacher's momentum may not fall, got {given}")
+        first, last = (at(self.momentum, progress) for progress in (0.0, 1.0))
+        if last < first:
+            raise ValueError(
+                f"the teacher's momentum may not fall, got method.momentum from {first} to {last}"
+            )
         return self
 
 
@@ -365,7 +373,9 @@ class TJEPAConfig(MethodConfig):
     context: float = Field(0.4, gt=0, lt=1, description="Share of columns the student reads.")
     target: float = Field(0.2, gt=0, lt=1, description="Share of columns in a target set.")
     blocks: int = Field(4, ge=1, description="Target sets of a row.")
-    momentum: float = Field(0.996, ge=0, le=1, description="Of the teacher at first; 1 at the end.")
+    momentum: Momentum = Field(
+        LinearSchedule(start=0.996, end=1.0), description="Of the teacher; a number: at first."
+    )
     norm_targets: bool = Field(True, description="Layer-norm the teacher's features.")
     decoder_dim: int = Field(64, ge=1, description="Width of the predictor.")
     decoder_depth: int = Field(2, ge=1, description="Blocks of the predictor.")

@@ -22,7 +22,7 @@ from fastssl.kernels import gather_tokens
 from fastssl.masking import Masking
 from fastssl.models import EMA, MAEDecoder, MaskedViT
 from fastssl.random import hashes
-from fastssl.schedules import linear
+from fastssl.schedules.config import at
 
 from .base import Batch, Method
 from .configs import Data2VecConfig
@@ -96,9 +96,7 @@ class Data2Vec(Method):
 
     def on_step(self, keep: Any, progress: float) -> None:
         self.schedule.progress = progress
-        cfg = self.cfg
-        momentum = linear(progress / cfg.until, cfg.momentum, cfg.momentum_end)
-        self.teacher.update(self.student, momentum)
+        self.teacher.update(self.student, at(self.cfg.momentum, progress))
 
 
 class LayerMean(nn.Module):

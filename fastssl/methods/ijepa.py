@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastssl.kernels import gather_tokens
 from fastssl.masking import Blocks, multi_block_masking
 from fastssl.models import EMA, LatentPredictor
-from fastssl.schedules import linear
+from fastssl.schedules.config import at
 
 from .base import Batch, Method
 from .configs import IJEPAConfig
@@ -84,4 +84,4 @@ class IJEPA(Method):
         return gather_tokens(whole, ids.flatten(1)).unflatten(1, ids.shape[1:])
 
     def on_step(self, keep: Any, progress: float) -> None:
-        self.teacher.update(self.student, linear(progress, self.cfg.momentum, 1.0))
+        self.teacher.update(self.student, at(self.cfg.momentum, progress))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastssl.losses import MoCHiLoss
 from fastssl.models import EMA, feature_dim
+from fastssl.schedules.config import at
 
 from .base import Batch, Method
 from .configs import MoCHiConfig
@@ -57,4 +58,4 @@ class MoCHi(Method):
 
     def on_step(self, keep: Tensor, progress: float) -> None:
         self.criterion.remember(keep)
-        self.teacher.update(self.student, self.cfg.momentum)
+        self.teacher.update(self.student, at(self.cfg.momentum, progress))

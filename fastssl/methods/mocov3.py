@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastssl.losses import MoCoV3Loss
 from fastssl.models import EMA, feature_dim, projection_head
-from fastssl.schedules import cosine
+from fastssl.schedules.config import at
 
 from .base import Batch, Method
 from .configs import MoCoV3Config
@@ -57,4 +57,4 @@ class MoCoV3(Method):
         return {"loss": torch.stack(losses).sum() * (2 / len(losses))}
 
     def on_step(self, keep: Any, progress: float) -> None:
-        self.teacher.update(self.student, cosine(progress, self.cfg.momentum, 1.0))
+        self.teacher.update(self.student, at(self.cfg.momentum, progress))

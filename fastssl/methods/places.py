@@ -11,12 +11,12 @@ from fastssl.masking import (
     Masking,
     block_masking,
     grid_masking,
-    keep_at,
     keep_of,
     noise_masking,
     random_masking,
 )
 from fastssl.models import MaskedViT
+from fastssl.schedules.config import at
 
 from .base import Method
 from .configs import Kind, Ratio
@@ -97,7 +97,8 @@ class MaskedMethod(Method):
 
 
 class MaskSchedule(nn.Module):
-    """`keep`, the visible ones of `length` places, at the `progress` in [0, 1] of training.
+    """`keep`, the visible ones of `length` places, at the `progress` in [0, 1] of training, of
+    which `ratio` is the share hidden.
 
     It has no parameters; the progress is saved with a checkpoint, so that a resumed run goes on
     where it was.
@@ -106,9 +107,10 @@ class MaskSchedule(nn.Module):
 
     def __init__(self, ratio: Ratio, length: int):
         super().__init__()
-        self.first, self.last = ratio if isinstance(ratio, tuple) else (ratio, ratio)
-        self.length, self.progress = length, 0.0
-        for share in (self.first, self.last):
+        self.ratio, self.length, self.progress = ratio, length, 0.0
+        shares = {at(ratio, hundredth / 100) for hundredth in range(101)}
+        self.ends = min(shares), max(shares)
+        for share in self.ends:
             try:
                 keep_of(length, share)
             except ValueError as error:
@@ -116,14 +118,14 @@ class MaskSchedule(nn.Module):
 
     @property
     def keep(self) -> int:
-        return keep_at(self.progress, self.length, first=self.first, last=self.last)
+        return keep_of(self.length, at(self.ratio, self.progress))
 
     def check(self, mask: Callable[[Tensor, int], Any]) -> None:
         """Draw mask(seeds, keep) for every number of visible places there will be.
 
         What cannot be drawn is found out before the first step.
         """
-        ends = [keep_of(self.length, share) for share in (self.first, self.last)]
+        ends = [keep_of(self.length, share) for share in self.ends]
         for keep in range(min(ends), max(ends) + 1):
             mask(torch.zeros(1, dtype=torch.int64), keep)
 

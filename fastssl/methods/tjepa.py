@@ -23,7 +23,7 @@ from fastssl.kernels import gather_tokens
 from fastssl.masking import Blocks, random_masking
 from fastssl.models import EMA, LatentPredictor, TableTransformer
 from fastssl.random import hashes
-from fastssl.schedules import linear
+from fastssl.schedules.config import at
 
 from .base import Batch, Method
 from .configs import TJEPAConfig
@@ -103,4 +103,4 @@ class TJEPA(Method):
         return gather_tokens(h, ids.flatten(1)).unflatten(1, ids.shape[1:])
 
     def on_step(self, keep: Any, progress: float) -> None:
-        self.teacher.update(self.student, linear(progress, self.cfg.momentum, 1.0))
+        self.teacher.update(self.student, at(self.cfg.momentum, progress))

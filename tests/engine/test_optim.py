@@ -11,13 +11,11 @@ from fastssl.engine.groups import GroupConfig, own_rules, parameter_groups
 from fastssl.engine.layerwise import LAMB, LARS
 from fastssl.engine.optim import (
     ELEMENTWISE,
-    ConstantSchedule,
-    CosineSchedule,
-    InfiniteSchedule,
     OptimConfig,
     build_optimizer,
     check_optimizer,
 )
+from fastssl.schedules.config import ConstantSchedule, CosineSchedule, InfiniteSchedule
 
 
 class Backbone(nn.Module):
@@ -86,8 +84,9 @@ def test_rates_and_decay_go_with_the_progress():
         {"lr_scale": scale, "adapt": adapt, "weight_decay": 0.04 * adapt, "decay_by": None}
         for scale, adapt in ((1.0, True), (0.5, False))
     ]
+    rising = CosineSchedule(start=0.04, end=0.4)
     for progress, decay in ((0.0, 0.04), (0.5, 0.22), (1.0, 0.4)):
-        OptimConfig(weight_decay=0.04, weight_decay_end=0.4).set_rates(groups, 0.1, progress)
+        OptimConfig(weight_decay=rising).set_rates(groups, 0.1, progress)
         assert [g["lr"] for g in groups] == [0.1, 0.05]
         assert groups[0]["weight_decay"] == pytest.approx(decay) and groups[1]["weight_decay"] == 0
     OptimConfig(weight_decay=0.04).set_rates(groups, 0.1, 1.0)
@@ -131,15 +130,13 @@ def test_of_each_key_the_last_rule_that_gives_it_holds():
     assert {names[key]: own.clip for key, own in own_rules(model, rules).items()} == {
         name: 3 if name == "head.weight" else 0 for name in found
     }
-    cfg = OptimConfig(weight_decay=0.04, weight_decay_end=0.4, groups=rules[1:2])
-    groups = parameter_groups(model, 0.04, rules=cfg.groups)
-    cfg.set_rates(groups, 0.1, 1.0)
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [
-        (0.1, 0.4),
-        (0.1, 0.0),
-        (0.05, 0.4),
-        (0.05, 0.0),
-    ]
+    falling = GroupConfig(match="head.*", weight_decay=(0.2, 0.1))
+    cfg = OptimConfig(weight_decay=0.04, groups=(*rules[1:2], falling))
+    groups = parameter_groups(model, cfg.weight_decay, rules=cfg.groups)
+    cfg.set_rates(groups, 0.1, 0.5)
+    assert {(g["lr"], round(g["weight_decay"], 6)) for g in groups} == {
+        *((0.1, 0.04), (0.1, 0.15), (0.1, 0.0), (0.05, 0.04), (0.05, 0.0))
+    }
 
 
 @pytest.mark.parametrize(
@@ -212,7 +209,9 @@ def test_built_as_asked(options, kind, expected):
         ({"lr": 0.0}, "greater than 0"),
         ({"rate": 1.0}, "Extra inputs are not permitted"),
         ({"schedule": {"name": "cosine", "warmup": 1.0}}, "less than 1"),
-        ({"schedule": {"name": "step"}}, "'constant', 'cosine', 'infinite'"),
+        ({"weight_decay": -1}, "it must be at least 0"),
+        ({"schedule": {"name": "step"}}, "'constant', 'linear', 'cosine', 'infinite'"),
+        ({"schedule": {"end": -0.1}}, "optim.schedule=cosine is -.* at 83 % of the run, and a lea"),
     ],
 )
 def test_wrong_configs_say_what_is_wrong(options, words):
@@ -284,7 +283,7 @@ def test_safe_names_exist():
 
 
 def test_cosine_never_wastes_a_step():
-    factors = [CosineSchedule(warmup=0.2, final=0.1).factor(step, 10) for step in range(10)]
+    factors = [CosineSchedule(warmup=0.2, end=0.1).factor(step, 10) for step in range(10)]
     assert factors[:2] == pytest.approx([0.25, 0.75])
     assert factors[2] == max(factors) and factors[-1] > 0.1
     assert factors[2:] == sorted(factors[2:], reverse=True)
@@ -301,7 +300,7 @@ def test_infinite_knows_the_end_only_to_anneal():
     plain = InfiniteSchedule(**phases)
     assert plain.factor(6, 10) == plain.factor(6, 1000)
     assert plain.factor(0, 10) == pytest.approx(0.125) and plain.factor(10**6, 10) == 0.5
-    annealed = InfiniteSchedule(**phases, anneal_steps=10, final=0.005)
+    annealed = InfiniteSchedule(**phases, anneal_steps=10, end=0.005)
     assert annealed.factor(89, 100) == 0.5
     assert annealed.factor(94, 100) == pytest.approx(0.5 * 0.01**0.45)
     assert annealed.factor(99, 100) == pytest.approx(0.5 * 0.01**0.95)

@@ -268,15 +268,15 @@ def test_data2vecs_masks_share_a_teacher_pass(tmp_path):
 def test_data2vec_refuses_layers_it_has_not_and_a_falling_momentum(tmp_path):
     with pytest.raises(ValueError, match="method.layers=3 is more than the encoder's 2"):
         method("data2vec", tmp_path, method__layers=3)
-    with pytest.raises(ValueError, match="momentum_end=0.9 is below momentum=0.95"):
-        method("data2vec", tmp_path, method__momentum=0.95, method__momentum_end=0.9)
+    with pytest.raises(ValueError, match="may not fall, got method.momentum from 0.95 to 0.9"):
+        method("data2vec", tmp_path, method__momentum=(0.95, 0.9))
 
 
 MOMENTA = [
     ("ijepa", {"method__momentum": 0.8}, {0.0: 0.8, 0.5: 0.9, 1.0: 1.0}),
     (
         "data2vec",
-        {"method__momentum": 0.8, "method__momentum_end": 0.9, "method__until": 0.5},
+        {"method__momentum": {"start": 0.8, "end": 0.9, "until": 0.5}},
         {0.0: 0.8, 0.25: 0.85, 0.5: 0.9, 1.0: 0.9},
     ),
 ]

@@ -27,7 +27,10 @@ TESTS = {
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
     "engine/groups": ("tests/engine/test_optim.py", "not slices and not differ"),
     "engine/clipping": ("tests/engine/test_clipping.py", ""),
-    "engine/fragments": ("tests/engine/test_clipping.py", ""),
+    "schedules/config": (
+        "tests/test_schedules.py tests/engine/test_optim.py",
+        "warms_up or leaves_out or does_not_fit or wastes",
+    ),
     "engine/optim": ("tests/engine/test_optim.py", "not slices and not differ"),
     "engine/layerwise": ("tests/engine/test_layerwise.py", "not ranks and not resumed"),
 }
@@ -115,7 +118,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/groups._layer_scales": [("(last - k)", "(last - k + 1)")],
     "engine/optim.set_rates": [
         ('lr * group["lr_scale"]', "lr"),
-        ('if group["adapt"]:', 'if not group["adapt"]:'),
+        ('elif group["adapt"]:', 'elif not group["adapt"]:'),
     ],
     "engine/groups.parameter_groups": [
         ("if not param.requires_grad:", "if param is None:"),
@@ -138,8 +141,14 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("(norms * scales).norm()", "norms.norm()"),
     ],
     "engine/clipping._before_step": [('if not group["frozen"]]', "]")],
-    "engine/fragments.slices": [("max(start, begin)", "begin")],
-    "engine/optim.CosineSchedule": [("(step + 0.5)", "(step + 0.0)")],
+    "schedules/config.factor": [("(step + 0.5)", "(step + 0.0)")],
+    "schedules/config.after": [("stages - 1)", "stages)")],
+    "schedules/config.share": [("(self.until - self.warmup)", "self.until")],
+    "schedules/config.validate": [("hundredth / 100):g", "1.0):g"), ("range(101)", "range(1)")],
+    "schedules/config._filled": [
+        ('("start", "end") if', '("start",) if'),
+        ("{**whole, **value}", "value"),
+    ],
     "engine/layerwise._scale": [
         ("(norms > 0).all(0)", "(norms >= 0).any(0)"),
     ],

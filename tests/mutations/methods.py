@@ -77,7 +77,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("-self.layers :", "-1 :"),
         ("layers > depth", "layers > depth + 1"),
     ],
-    "methods/data2vec.on_step": [("progress / cfg.until", "progress")],
+    "methods/data2vec.on_step": [("momentum, progress)", "momentum, 0.0)")],
     "methods/cropmae.loss": [('["views"][1]', '["views"][0]')],
     "methods/places.set_extra_state": [("state.item()", "0.0")],
     "methods/places.draw_mask": [("!= prod(grid)", "> prod(grid)")],

@@ -4,7 +4,7 @@ Rows of numbers, each around the center of its class; a view adds noise; two vie
 drawn together, and a slow copy of the encoder remembers.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import fastssl
 from fastssl.data.sources.base import Items, SourceOptions
 from fastssl.data.views.item import ItemViews
-from fastssl.engine.optim import ScheduleConfig
 from fastssl.losses import VICRegLoss
 from fastssl.methods import Method, MethodConfig
 from fastssl.models import EMA, feature_dim
+from fastssl.schedules.config import Moving, ScheduleConfig, Within, at
 
 
 class Dots(Items):
@@ -77,17 +77,18 @@ def dot_mlp(pretrained: bool = False, num_classes: int = 0, *, inputs: int, widt
 
 @fastssl.register_schedule
 class Halving(ScheduleConfig):
-    """The peak rate, halved at the middle of the run."""
+    """One until the middle of the run, and a half from there."""
 
     name: Literal["halving"] = "halving"
 
-    def factor(self, step: int, total_steps: int) -> float:
-        return 1.0 if 2 * step < total_steps else 0.5
+    def at(self, progress: float) -> float:
+        return 1.0 if progress < 0.5 else 0.5
 
 
 class AgreeConfig(MethodConfig):
     name: Literal["agree"] = "agree"
     pull: float = Field(25.0, gt=0, description="Weight of the views' agreement.")
+    momentum: Annotated[Moving, Within(0, 1)] = Field(0.9, description="Of the slow copy.")
 
 
 @fastssl.register_method(AgreeConfig)
@@ -98,7 +99,7 @@ class Agree(Method):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(feature_dim(encoder), 8)
-        self.slow = EMA(encoder)
+        self.slow, self.momentum = EMA(encoder), cfg.momentum
         self.criterion = VICRegLoss(cfg.pull)
 
     def networks(self) -> dict[str, nn.Module]:
@@ -109,4 +110,4 @@ class Agree(Method):
         return {"loss": self.criterion(*map(self.head, encoded)), "lag": lag}
 
     def on_step(self, keep: Any, progress: float) -> None:
-        self.slow.update(self.encoder, 0.9)
+        self.slow.update(self.encoder, at(self.momentum, progress))
