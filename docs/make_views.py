@@ -6,8 +6,8 @@ For each preset of images OUT/PRESET.png: a row a photograph, and for each kind 
 side by side as torchvision makes them, as DALI makes the same draws, and, where colors change, as
 torchvision makes them one by one (the others in one linear map).  OUT/batch-ops.png has what is
 done to whole batches, OUT/clips.png and OUT/volumes.png what is no single image, OUT/streams.png
-two streams that share their places.  OUT/README.md
-shows them all.  The photographs are the two that come with scikit-learn.
+two streams that share their places.  OUT/README.md shows them all.  The photographs are the two
+that come with scikit-learn.
 """
 
 import sys
@@ -48,9 +48,9 @@ OPS = ("mixup", "noise", "style", "fields", "low_frequency")
 OTHERS = {
     "batch-ops": "Operations on a batch, each alone and as it comes.",
     "clips": "Clips: eight frames of each as it is, and of a view of it.",
-    "streams": "Two streams, generated surfaces lit and their depths: two views of each, by both back "
-    "ends. `data.streams.depth.shares=image` gives a depth the places of its image; the colors of "
-    "the image alone change.",
+    "streams": "Two streams, generated surfaces lit and their depths: two views of each by both "
+    "back ends. `data.streams.depth.shares=image` gives a depth the places of its image; the "
+    "colors of the image alone change.",
     "volumes": "Volumes: eight slices of each as it is, and of a view of it.",
 }
 
