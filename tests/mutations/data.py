@@ -29,7 +29,35 @@ TESTS = {
     "data/batch/ops": ("tests/data/test_batch_ops.py", "not run and not network and not vit"),
 }
 
+STREAMS = "tests/data/test_streams.py"
+STREAM_SOURCES = "tests/data/test_stream_sources.py"
+TESTS |= {
+    "data/streams": (STREAMS, ""),
+    "data/render/streams": (STREAMS, ""),
+    "data/views/streams": (STREAMS, ""),
+    "data/sources/paired": (STREAM_SOURCES, "pair"),
+    "data/sources/paths": (STREAM_SOURCES, "table"),
+    "data/sources/reading": (STREAM_SOURCES, "read or pair"),
+}
+
 MUTATIONS = {  # function: (what stands in it or below, what it becomes)
+    "data/render/streams.stream_seed": [("name == spec.primary", "name != spec.primary")],
+    "data/render/streams._span": [("at * side / of", "at * of / side")],
+    "data/render/streams.shared": [
+        ("flip=other.flip", "flip=own.flip"),
+        ("other.shift[0] * scale", "other.shift[0] / scale"),
+    ],
+    "data/views/streams._placed": [("self.root(name)", "name")],
+    "data/streams.chosen": [("has and not names", "not has and not names")],
+    "data/streams.Joined": [("len(set(lengths.values())) > 1", "len(set(lengths.values())) > 2")],
+    "data/sources/paired._part": [("[own[key] for key in order]", "[*own.values()]")],
+    "data/sources/paired.unmatched": [("if not all(", "if not any(")],
+    "data/sources/paths._check_files": [("if not cell or not", "if not cell and not")],
+    "data/sources/reading.decode_values": [("if not torch.isfinite(found).all()", "if False")],
+    "data/sources/reading.read_as": [
+        ("if mode.startswith(_DEEP)", "if False"),
+        ("if not mode", "if False"),
+    ],
     "data/sources/given.item": [("len(x) != self.channels", "len(x) < self.channels")],
     "data/sources/given.as_item": [
         ("x.transpose(2, 0, 1)", "x.transpose(2, 1, 0)"),
@@ -81,7 +109,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("None in images.folders]", "None not in images.folders]"),
         ("0 < len(plain) < len(parts)", "0 < len(plain) > len(parts)"),
     ],
-    "data/sources/folder._scan": [("<= set(folders)", ">= set(folders)")],
+    "data/sources/folder.scan_files": [("<= set(folders)", ">= set(folders)")],
     "data/sources/folder.walk": [
         ("(others is not None and not suffix)", "(others is None and not suffix)"),
         ("(suffix or _is_image", "(suffix and _is_image"),

@@ -69,7 +69,7 @@ class FolderImages(FolderFiles):
         return read_bytes(self.root / name, name)
 
 
-class _Found(NamedTuple):
+class FoundFiles(NamedTuple):
     names: list[str]  # relative to the root, sorted within each folder
     folders: list[str | None]  # the class folder of each, None directly in the scanned folder
 
@@ -83,7 +83,7 @@ def _is_image(path: str) -> bool:
         return False
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
             return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
@@ -92,7 +92,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"cannot list folder {str(folder)!r} ({reason}): mend it first") from error
 
 
-def _leads_to(entry: os.DirEntry[str], *, folder: bool) -> bool:
+def leads_to(entry: os.DirEntry[str], *, folder: bool) -> bool:
     try:
         return entry.is_dir() if folder else entry.is_file()
     except OSError:  # a link to itself
@@ -114,19 +114,19 @@ def walk(
     here = (status.st_dev, status.st_ino)
     if here in ancestors:
         return
-    for entry in _entries(folder):
-        if _leads_to(entry, folder=True):
+    for entry in entries(folder):
+        if leads_to(entry, folder=True):
             yield from walk(Path(entry.path), suffixes, others, (*ancestors, here))
             continue
         suffix = os.path.splitext(entry.name)[1].lower()
         if suffix in suffixes or (others is not None and not suffix):
-            if _leads_to(entry, folder=False) and (suffix or _is_image(entry.path)):
+            if leads_to(entry, folder=False) and (suffix or _is_image(entry.path)):
                 yield entry.path
         elif others is not None and suffix in _OTHER_IMAGES:
             others.append(entry.path)
 
 
-def _scan(root: Path, folder: Path, kind: Format) -> _Found:
+def scan_files(root: Path, folder: Path, kind: Format) -> FoundFiles:
     """Raises DataError for a class folder whose images are all of a kind that is not read."""
     others: list[str] | None = [] if kind is IMAGE else None
     depth = len(folder.relative_to(root).parts)
@@ -143,10 +143,10 @@ def _scan(root: Path, folder: Path, kind: Format) -> _Found:
         if not {class_of(name) for name in lost} <= set(folders):
             raise DataError(f"{told}: convert them to jpg, png or webp, or remove them")
         log.warning("%s: %s, and left out", folder, told)
-    return _Found(names, folders)
+    return FoundFiles(names, folders)
 
 
-def _mixed(path: Path, found: _Found, kind: Format) -> None:
+def _mixed(path: Path, found: FoundFiles, kind: Format) -> None:
     loose = [name for name, folder in zip(*found, strict=True) if folder is None]
     if loose and len(loose) < len(found.names):
         raise DataError(
@@ -156,7 +156,7 @@ def _mixed(path: Path, found: _Found, kind: Format) -> None:
         )
 
 
-def _build(root: Path, found: list[_Found], flat: bool, kind: Format) -> list[FolderFiles]:
+def _build(root: Path, found: list[FoundFiles], flat: bool, kind: Format) -> list[FolderFiles]:
     made = FolderImages if kind is IMAGE else FolderFiles
     folders = [folder for part in found for folder in part.folders]
     if flat or None in folders:
@@ -190,7 +190,7 @@ def split_folders(path: Path, what: str) -> tuple[Path, list[Path]]:
         )
     if not path.is_dir():
         raise DataError(f"{str(path)!r} is a file: give the folder that holds the {what}")
-    folders = [entry.name for entry in _entries(path) if _leads_to(entry, folder=True)]
+    folders = [entry.name for entry in entries(path) if leads_to(entry, folder=True)]
     train, test = _named(folders, _TRAIN_NAMES), _named(folders, _TEST_NAMES)
     if train and test:
         others = [f for f in folders if f.lower() not in (*_TRAIN_NAMES, *_TEST_NAMES)]
@@ -212,12 +212,12 @@ def scan_folder(path: Path, *, flat: bool = False, kind: Format = IMAGE) -> list
     class folders.
     """
     path, parts = split_folders(path, f"{kind.what}s")
-    found = [_scan(path, part, kind) for part in parts]
-    return _labeled(path, parts, found, flat, kind)
+    found = [scan_files(path, part, kind) for part in parts]
+    return labeled_files(path, parts, found, flat, kind)
 
 
-def _labeled(
-    path: Path, parts: list[Path], found: list[_Found], flat: bool, kind: Format
+def labeled_files(
+    path: Path, parts: list[Path], found: list[FoundFiles], flat: bool, kind: Format
 ) -> list[FolderFiles]:
     """The files of each part with their labels.  Raises DataError as `scan_folder` does."""
     for part, images in zip(parts, found, strict=True):

@@ -18,11 +18,11 @@ from fastssl.data.sources.decode import SUFFIXES, decode
 from fastssl.data.sources.folder import (
     IMAGE,
     Format,
-    _entries,
-    _Found,
-    _labeled,
-    _leads_to,
-    _scan,
+    FoundFiles,
+    entries,
+    labeled_files,
+    leads_to,
+    scan_files,
     split_folders,
 )
 from fastssl.data.sources.reading import Read, check_read, read_as
@@ -32,7 +32,7 @@ _FILES = Format("image", SUFFIXES | {".npy"}, 3, decode)
 _NAMED = 3  # names that an error gives
 
 
-def _keys(root: Path, folder: Path, found: _Found) -> dict[str, int]:
+def _keys(root: Path, folder: Path, found: FoundFiles) -> dict[str, int]:
     """The place of each file by its name.  Raises DataError for two of one name."""
     below = os.path.relpath(folder, root)
     places: dict[str, int] = {}
@@ -63,9 +63,9 @@ def unmatched(counts: dict[str, dict[str, int]], where: str) -> None:
         )
 
 
-def _part(root: Path, part: Path, names: tuple[str, ...]) -> dict[str, _Found]:
+def _part(root: Path, part: Path, names: tuple[str, ...]) -> dict[str, FoundFiles]:
     """The files of each stream of a part, in one order."""
-    found = {name: _scan(root, part / name, _FILES) for name in names}
+    found = {name: scan_files(root, part / name, _FILES) for name in names}
     for name, own in found.items():
         if not own.names:
             raise DataError(f"no image and no .npy file in {str(part / name)!r}: put some there")
@@ -74,7 +74,7 @@ def _part(root: Path, part: Path, names: tuple[str, ...]) -> dict[str, _Found]:
     order = list(places[names[0]])
     at = {name: [own[key] for key in order] for name, own in places.items()}
     return {
-        name: _Found([own.names[i] for i in at[name]], [own.folders[i] for i in at[name]])
+        name: FoundFiles([own.names[i] for i in at[name]], [own.folders[i] for i in at[name]])
         for name, own in found.items()
     }
 
@@ -82,7 +82,7 @@ def _part(root: Path, part: Path, names: tuple[str, ...]) -> dict[str, _Found]:
 def _streams(parts: list[Path], given: tuple[str, ...]) -> tuple[str, ...]:
     """The folders that are streams, those given or all.  Raises DataError where one is missing."""
     there = [
-        [entry.name for entry in _entries(part) if _leads_to(entry, folder=True)] for part in parts
+        [entry.name for entry in entries(part) if leads_to(entry, folder=True)] for part in parts
     ]
     names = given or tuple(there[0])
     for part, own in zip(parts, there, strict=True):
@@ -110,7 +110,7 @@ def scan_paired(
     made: dict[str, list[Any]] = {}
     for name in names:
         own = [streams[name] for streams in found]
-        files = _labeled(root, [part / name for part in parts], own, flat, IMAGE)
+        files = labeled_files(root, [part / name for part in parts], own, flat, IMAGE)
         made[name] = [read_as(some, read.get(name, "color"), name) for some in files]  # type: ignore
     return [Joined({name: made[name][k] for name in names}) for k in range(len(parts))]
 

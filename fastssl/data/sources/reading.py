@@ -112,7 +112,10 @@ def read_as(files: EncodedSource, how: Read, stream: str) -> EncodedSource | Rea
             data = files.encoded(i)
             if how == "values":
                 return ReadAs(files, how, len(decode_values(data, files.name(i))))
-            if data.startswith(_NPY) or _mode(data).startswith(_DEEP):
+            mode = "F" if data.startswith(_NPY) else _mode(data)
+            if not mode:  # its item will say why
+                continue
+            if mode.startswith(_DEEP):
                 raise DataError(
                     f"{files.name(i)!r} of stream {stream!r} holds more than 8 bits a pixel: set "
                     f"data.source.read.{stream} to values (its own numbers, float32), or to gray"
@@ -133,7 +136,7 @@ def _mode(data: bytes) -> str:
     try:
         with Image.open(BytesIO(data)) as image:
             return image.mode
-    except Exception as error:  # the item itself will say so
+    except Exception as error:
         if of_the_machine(error):
             raise
         return ""
