@@ -84,7 +84,7 @@ def test_what_cannot_be_frozen_is_refused(tmp_path, monkeypatch):
         tiny("simclr", tmp_path, model__frozen=True, model__weights="timm", model__partial=True)
     monkeypatch.setattr("fastssl.run.build.build_method", lambda encoder, _: Headless(encoder))
     cfg = tiny("simclr", tmp_path, model={"name": "given", "frozen": True})
-    with pytest.raises(ConfigError, match="simclr has nothing left to train: its encoder"):
+    with pytest.raises(ConfigError, match="simclr has nothing left to train: what it has"):
         pretrain(cfg, given=Given(nn.Sequential(nn.Flatten(), nn.Linear(256, 8))))
     assert not cfg.directory.exists()
 
