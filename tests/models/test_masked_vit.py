@@ -83,7 +83,7 @@ def gradients(model, forward, images, ids, upstream):
     return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-OF_ANY_SIZE = {"class token", "registers, no class position", *filter(lambda k: "rot" in k, KINDS)}
+OF_ANY_SIZE = ["class token", "registers, no class position", *(k for k in KINDS if "rot" in k)]
 
 
 @pytest.mark.parametrize(
