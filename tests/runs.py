@@ -45,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "simmim": {"name": "simmim", "mask_ratio": 0.5},
     "gmml": {"name": "gmml"},
     "sit": {"name": "sit", "projection_dim": 16},
+    "cae": {"name": "cae", "regressor_depth": 1, **_DECODER},
+    "selfie": {"name": "selfie", "hidden_dim": 32},
     "cropmae": {"name": "cropmae", "mask_ratio": 0.9, **_DECODER},
     "ijepa": {"name": "ijepa", "target": 0.2, "blocks": 3, **_DECODER},
     "data2vec": {"name": "data2vec", "layers": 2, "masks": 2, "mask_ratio": 0.75, **_DECODER},

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .barlow_twins import BarlowTwins
     from .base import Batch, Encoded, Method
+    from .cae import CAE
     from .clip import CLIP
     from .cmc import CMC
     from .cropmae import CropMAE
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .nnclr import NNCLR
     from .point_cmae import PointCMAE
     from .point_mae import PointMAE
+    from .selfie import Selfie
     from .sie import SIE
     from .signal_mae import SignalMAE
     from .simclr import SimCLR
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .videomae import VideoMAE
 
 __all__ = [
+    "CAE",
     "CLIP",
     "CMC",
     "DCL",
@@ -72,6 +75,7 @@ __all__ = [
     "SLA",
     "SSLEY",
     "TJEPA",
+    "Selfie",
     "SiT",
     "SimCLR",
     "SignalMAE",

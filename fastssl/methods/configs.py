@@ -27,10 +27,10 @@ def ratio_field(default: float) -> Ratio:
     )
 
 
-def kind_field() -> Kind:
+def kind_field(default: Kind = "random") -> Kind:
     """The field `masking` of a method's options."""
     return Field(  # type: ignore[return-value]
-        "random", description="Which are hidden: single patches, blocks, a grid, filtered noise."
+        default, description="Which are hidden: single patches, blocks, a grid, filtered noise."
     )
 
 
@@ -302,6 +302,24 @@ class SiTConfig(GMMLConfig):
     projection_dim: int = Field(512, ge=1, description="Width of the embeddings compared.")
 
 
+class CAEConfig(MAEConfig):
+    name: Literal["cae"] = "cae"  # type: ignore[assignment]
+    mask_ratio: Ratio = ratio_field(0.5)
+    masking: Kind = kind_field("block")
+    alignment: float = Field(2.0, ge=0, description="Weight of the latents' squared error.")
+    regressor_depth: int = Field(4, ge=1, description="Blocks of the regressor.")
+    decoder_dim: int = Field(768, ge=1, description="Width of regressor and decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(12, ge=1, description="Attention heads of both.")
+
+
+class SelfieConfig(MethodConfig):
+    name: Literal["selfie"] = "selfie"
+    mask_ratio: Ratio = ratio_field(0.25)
+    masking: Kind = kind_field()
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the MLPs of place and patch.")
+
+
 class CropMAEConfig(MethodConfig):
     name: Literal["cropmae"] = "cropmae"
     mask_ratio: Ratio = ratio_field(0.985)
@@ -420,6 +438,8 @@ for _config, _made in (
     (SimMIMConfig, "simmim:SimMIM"),
     (GMMLConfig, "gmml:GMML"),
     (SiTConfig, "sit:SiT"),
+    (CAEConfig, "cae:CAE"),
+    (SelfieConfig, "selfie:Selfie"),
     (CropMAEConfig, "cropmae:CropMAE"),
     (IJEPAConfig, "ijepa:IJEPA"),
     (Data2VecConfig, "data2vec:Data2Vec"),

@@ -12,7 +12,9 @@ from .backbones import probe as probe
 from .backbones import register_model as register_model
 from .decoders import CrossDecoder as CrossDecoder
 from .decoders import LatentPredictor as LatentPredictor
+from .decoders import LatentRegressor as LatentRegressor
 from .decoders import MAEDecoder as MAEDecoder
+from .decoders import PlaceDecoder as PlaceDecoder
 from .directpred import DirectPred as DirectPred
 from .ema import EMA as EMA
 from .frozen import fingerprint as fingerprint

@@ -6,7 +6,8 @@
 
 `MAEDecoder` puts all L places in order; `LatentPredictor` takes only the K given and the T asked
 for, and asks several groups of places of one context; `CrossDecoder` also reads the tokens of
-another image.  Positions are learned.
+another image; `LatentRegressor` asks for hidden places and leaves the context as it is, and
+`PlaceDecoder` reads tokens of some places and no others.  Positions are learned.
 """
 
 import torch
@@ -106,6 +107,45 @@ class CrossDecoder(_Decoder):
         for block in self.blocks:
             x = block(x, y)
         return self.head(gather_tokens(self.norm(x)[:, P:], masking.masked))
+
+
+class LatentRegressor(_Decoder):
+    """Predicts latents of hidden patches, by queries that look at the visible ones' over and over.
+
+    tokens (B, P + K, dim) of the visible patches, masking of L -> (B, L - K, values), in the order
+    of `masking.masked`.  Each block attends to the embedded tokens, which no block changes, then
+    among the queries.
+    Source: Chen et al. 2022, Context Autoencoder, arXiv:2202.03026, section 3 (latent contextual
+    regressor).
+    """
+
+    def block(self, width: int, heads: int) -> nn.Module:
+        return CrossBlock(width, heads)
+
+    def forward(self, tokens: Tensor, masking: Masking) -> Tensor:
+        P, y = tokens.shape[1] - masking.visible.shape[1], self.embed(tokens)
+        y = torch.cat([y[:, :P], y[:, P:] + gather_tokens(self.pos_embed, masking.visible)], 1)
+        x = (self.mask_token + gather_tokens(self.pos_embed, masking.masked)).to(y.dtype)
+        for block in self.blocks:
+            x = block(x, y)
+        return self.head(self.norm(x))
+
+
+class PlaceDecoder(_Decoder):
+    """tokens (B, T, dim) of the places ids (B, T), which see one another only: (B, T, values).
+
+    Source: Chen et al. 2022, Context Autoencoder, arXiv:2202.03026, section 3 (decoder).
+    """
+
+    def __init__(self, dim: int, **sizes: int):
+        super().__init__(dim, **sizes)
+        del self.mask_token  # it asks for nothing
+
+    def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        x = self.embed(tokens) + gather_tokens(self.pos_embed, ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
 
 
 class CrossBlock(nn.Module):

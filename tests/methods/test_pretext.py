@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastssl.methods import SiT
 from fastssl.methods.configs import SLAConfig
+from fastssl.methods.paint import paint
 from fastssl.methods.turns import quarter_turns
 from fastssl.models import build_backbone
 from tests.methods.test_masked_images import chosen
@@ -120,3 +121,49 @@ def test_sit_asks_for_a_class_token(tmp_path):
     encoder = build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), kwargs=options)
     with pytest.raises(ValueError, match="method.name=sit tells turns by a class token"):
         SiT(encoder, cfg)
+
+
+def test_cae_aligns_predicted_latents_and_decodes_them_alone(tmp_path):
+    ours, _, data = exact("cae", tmp_path, 1, method__alignment=1.5)
+    (x,) = data["views"]
+    masking = ours.mask(data["seeds"], 8)
+    z = ours.regressor(ours.masked(x, masking.visible), masking)
+    z_hidden = ours.masked(x, masking.masked)[:, 1:].detach()
+    y = ours.decoder(z, masking.masked)
+    truth = chosen(x, masking.masked)
+    truth = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, keepdim=True) + 1e-6).sqrt()
+    want = (y - truth).square().mean() + 1.5 * (z - z_hidden).square().mean()
+    out = ours(data)
+    torch.testing.assert_close(out["loss"].double(), want, rtol=1e-6, atol=0)
+    assert_gradients_reach(ours, out["loss"])
+    for p, g in zip(ours.parameters(), torch.autograd.grad(want, ours.parameters()), strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+    nan = torch.full_like(truth, torch.nan)
+    latents, painted, _ = ours.encode({**data, "views": [paint(x, nan, masking.masked, (4, 4))]})
+    torch.testing.assert_close(latents, z, rtol=0, atol=0)
+    torch.testing.assert_close(painted, y, rtol=0, atol=0)
+    assert torch.equal(ours.predict(x, data["seeds"])[0], y)
+
+
+def test_selfie_finds_the_patch_that_was_there(tmp_path):
+    ours, _, data = exact("selfie", tmp_path, 1)
+    (x,) = data["views"]
+    hidden = ours.mask(data["seeds"], 12)
+    u = ours.masked(x, hidden.visible)[:, 1:].mean(1)
+    v = ours.place(u[:, None] + ours.pos_embed[hidden.masked])
+    embed = ours.encoder.patch_embed(x)
+    c = ours.candidate(embed.gather(1, hidden.masked[..., None].expand(-1, -1, 32)))
+    p = torch.einsum("ble,bme->blm", v, c).softmax(2)
+    out = ours(data)
+    want = -p.diagonal(dim1=1, dim2=2).log().mean()
+    torch.testing.assert_close(out["loss"].double(), want, rtol=1e-6, atol=0)
+    right = p.argmax(2) == torch.arange(4)
+    assert 0 < out["accuracy"] < 1 and out["accuracy"] == right.float().mean()
+    assert_gradients_reach(ours, out["loss"])
+    # Places know nothing of the hidden pixels, and patches nothing of their places.
+    rows = chosen(x, hidden.masked)
+    v_moved, c_moved = ours.encode(
+        {**data, "views": [paint(x, rows.roll(1, 1), hidden.masked, (4, 4))]}
+    )
+    torch.testing.assert_close(v_moved, v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(c_moved, c.roll(1, 1), rtol=0, atol=1e-12)

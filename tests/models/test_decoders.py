@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastssl.masking import random_masking
-from fastssl.models import CrossDecoder, LatentPredictor, MAEDecoder
+from fastssl.masking import Masking, random_masking
+from fastssl.models import CrossDecoder, LatentPredictor, LatentRegressor, MAEDecoder, PlaceDecoder
 
 SIZES = dict(width=12, depth=2, heads=2, patches=9, values=5)
 
@@ -83,6 +83,20 @@ def test_attention_to_the_reference_is_softmax_attention():
     weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 6**0.5).softmax(-1)
     attended = torch.einsum("bhnm,bmhd->bnhd", weights, v).reshape(2, 3, 12)
     torch.testing.assert_close(seen[0], x + block.proj(attended), rtol=1e-5, atol=1e-5)
+
+
+def test_a_regressor_and_a_place_decoder_go_by_places_not_by_order():
+    regressor, (tokens, masking) = decoder(LatentRegressor), given()
+    made = regressor(tokens, masking)
+    assert made.shape == (3, 5, 5) and made.std(1).min() > 1e-2
+    moved = Masking(masking.visible.flip(1), masking.masked.roll(1, 1), masking.restore)
+    other = regressor(torch.cat([tokens[:, :2], tokens[:, 2:].flip(1)], 1), moved)
+    torch.testing.assert_close(other, made.roll(1, 1), rtol=1e-4, atol=1e-5)
+    places, z = decoder(PlaceDecoder), torch.randn(3, 5, 8)
+    made = places(z, masking.masked)
+    assert made.shape == (3, 5, 5)
+    torch.testing.assert_close(places(z.roll(1, 1), moved.masked), made.roll(1, 1))
+    assert (places(z, moved.masked) - made).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", [MAEDecoder, LatentPredictor, CrossDecoder])

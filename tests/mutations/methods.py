@@ -29,6 +29,8 @@ TESTS = {
     "methods/places": (MASKED, "every_sort or resumed_schedule or impossible"),
     "methods/sla": (PRETEXT, "sla"),
     "methods/sit": (PRETEXT, "sit"),
+    "methods/cae": (PRETEXT, "cae"),
+    "methods/selfie": (PRETEXT, "selfie"),
     "methods/tjepa": ("tests/methods/test_tjepa.py", ""),
 }
 
@@ -94,4 +96,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "methods/sit.encode": [("P - 1", "0")],
     "methods/sit.loss": [("[R / 2,", "[R,"), ("s.sum() / 2", "s.sum()")],
+    "methods/cae.targets": [("masking.masked)", "masking.visible)")],
+    "methods/cae.loss": [("self.cfg.alignment * ", "")],
+    "methods/cae.encode": [("self.decoder(latents,", "self.decoder(latents.detach(),")],
+    "methods/selfie.encode": [
+        ("self.masked.tokens(images, hidden.masked)", "self.masked(images, hidden.masked)[:, 1:]"),
+    ],
+    "methods/selfie.loss": [("scores.flatten", "scores.mT.flatten")],
 }
