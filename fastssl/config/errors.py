@@ -21,6 +21,17 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def about_stream(message: str, stream: str) -> str:
+    """What is said of model's keys, said of those of one stream's.
+
+    >>> about_stream("model.frozen=true needs weights: give model.weights=timm", "depth")
+    'model.depth.frozen=true needs weights: give model.depth.weights=timm'
+    """
+    return re.sub(
+        r"\bmodel\.(?=(name|kwargs|weights|partial|frozen)\b)", f"model.{stream}.", message
+    )
+
+
 def sentence(error: "ValidationError", tagged: dict[str, dict[str, list[str]]]) -> str:
     """The first refusal of a validation.  tagged: section -> names of which it is one."""
     first = error.errors()[0]
@@ -29,6 +40,9 @@ def sentence(error: "ValidationError", tagged: dict[str, dict[str, list[str]]]) 
         if part not in tagged.get(key, ()) and not (part.isdigit() and key in tagged):
             key = f"{key}.{part}".lstrip(".")
     message = str(first["msg"]).removeprefix("Value error, ")
+    message = re.sub(r"valid dictionary( or instance of \w+)?", "mapping of keys", message)
+    if key.startswith("model."):
+        message = about_stream(message, key.removeprefix("model."))
     if first["type"] == "value_error" and (not key or re.match(r"[\w.]+=", message)):
         return message
     if first["type"] == "missing":

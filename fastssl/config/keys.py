@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from .errors import ConfigError, closest
+from .errors import ConfigError, about_stream, closest
 from .streams import by_stream
 
 FILE = Path(__file__).with_suffix(".json")
@@ -88,6 +88,11 @@ def _check_models(mapping: dict[str, Any], names: list[str]) -> None:
     ]
     others = [key for key in mapping if key not in streams]
     if streams and others:
+        if others[0] not in names and not closest(others[0], names):
+            value = mapping[others[0]]
+            raise ConfigError(
+                f"model.{others[0]}={value!r} is no model: give keys, as model.{others[0]}.name"
+            )
         raise ConfigError(
             f"model.{others[0]} and model.{streams[0]} are given: model is one, or one for each "
             f"stream, with keys such as model.{streams[0]}.name"
@@ -120,10 +125,11 @@ def check_model(mapping: dict[str, Any]) -> None:
     Read from their source, since importing timm takes seconds; what passes, timm looks up itself.
     """
     model: Any = mapping.get("model")
-    for one in model.values() if by_stream(model, known_keys()["model"]) else (model,):
+    several = by_stream(model, known_keys()["model"])
+    for stream, one in (model if several else {"": model}).items():
         name = one.get("name") if isinstance(one, dict) else None
         if isinstance(name, str) and name != "given" and (problem := _no_model(name)):
-            raise ConfigError(problem)
+            raise ConfigError(about_stream(problem, stream) if several else problem)
 
 
 def _no_model(name: str) -> str:

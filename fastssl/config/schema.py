@@ -11,7 +11,7 @@ from fastssl.data.batch.ops import BATCH_OPS, AnyBatchOp
 from fastssl.data.datasets import SOURCES, SourceConfig
 from fastssl.data.render.backend import Backend
 from fastssl.data.views.spec import VIEWS, ViewSpec, view_spec
-from fastssl.data.views.streams import StreamViews, specs_of
+from fastssl.data.views.streams import StreamViews
 from fastssl.engine.clipping import check_offload
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import OptimConfig, check_optimizer
@@ -220,13 +220,18 @@ class RunConfig(Section):
         """Raise ValueError for views that the method does not read."""
         wanted, name = self.method_class.views, self.method.name
         least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
-        for views in specs_of(self.views()):
+        every = self.views()
+        alone = {self.stream_of(""): every}
+        for stream, views in (every.streams if isinstance(every, StreamViews) else alone).items():
             if views.count < least or (most is not None and views.count > most):
                 more = " or more" if most is None else "" if most == least else f" to {most}"
-                named = self.data.augment or self.method_class.preset
+                key, own = "data", self.data.streams.get(stream)
+                if own is not None and (own.augment or "count" in own.overrides):
+                    key = f"data.streams.{stream}"
+                named = own.augment if own is not None and own.augment else self.data.augment
                 raise ValueError(
                     f"method.name={name} reads {least}{more} view(s) of an item, but "
-                    f"data.augment={named} makes {views.count}"
+                    f"{key}.augment={named or self.method_class.preset} makes {views.count}"
                 )
             if self.method_class.needs_view_params and views.kind != "image":
                 raise ValueError(f"method.name={name} is for images, got {views.kind}s")
@@ -239,6 +244,10 @@ class RunConfig(Section):
             raise ValueError(f"{reads} one stream of an item, and data.streams are {got}: give one")
         if wanted and set(wanted) != set(names):
             raise ValueError(f"{reads} the streams {', '.join(wanted)}, and data.streams are {got}")
+        if wanted and names[0] != wanted[0]:
+            raise ValueError(
+                f"{reads} {wanted[0]} first, and data.streams are {got}: name it first"
+            )
         if wanted is None and len(names) < 2:
             raise ValueError(f"{reads} two streams or more, and data.streams are {got}")
         models = names if isinstance(self.model, ModelConfig) else tuple(self.model)
@@ -295,6 +304,8 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
             free_leaves.add("data.source.labels")
     if now.optim.schedule.name == "infinite":  # made to be carried on, and annealed on demand
         free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.end"}
+    for flat, own in ((old, saved), (new, now)):  # the first is the primary one
+        flat["data.streams"] = ", ".join(own.data.streams)
     keys = sorted((old.keys() | new.keys()) - free_leaves)
     return [
         f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}"

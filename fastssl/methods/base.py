@@ -34,9 +34,9 @@ class Method(nn.Module):
     views: how many views it reads; a pair: at least, and at most (None: any number).
     couples_batch: a sample's loss depends on the others of its batch, so accumulation changes it.
     needs_view_params: it reads "params", which batches have only where they are asked for.
-    streams: (): one stream, whatever its name; names: these, and `encoder` is built of a dictionary
-    by them; None: two or more, as data.streams names them.  Of several, "views" and "params" are
-    dictionaries of lists, by stream.
+    streams: (): one stream, whatever its name; names: these, the first the primary one, and
+    `encoder` is built of a dictionary by them; None: two or more, as data.streams names them.  Of
+    several, "views" and "params" are dictionaries of lists, by stream.
     """
 
     preset: ClassVar[str]

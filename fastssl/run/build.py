@@ -7,6 +7,7 @@ import torch
 
 from fastssl import distributed
 from fastssl.config import ConfigError, RunConfig, load
+from fastssl.config.errors import about_stream
 from fastssl.config.models import ModelConfig
 from fastssl.data.batch.ops import check_batch_ops
 from fastssl.data.loader import PretrainLoader
@@ -133,6 +134,7 @@ def stream_encoders(
             "give a dictionary of modules by stream, or a model's name"
         )
     found: dict[str, torch.nn.Module] = {}
+    several = not isinstance(cfg.model, ModelConfig)
     for name, made in views.shapes(channels).items():
         if not is_network(name) or hasattr(torch.nn.ModuleDict(), name):
             raise ValueError(f"a stream cannot be named {name!r}: give it another name")
@@ -141,9 +143,14 @@ def stream_encoders(
         try:
             found[name] = start_encoder(cfg.model_of(name), made, own, resumed, said)
         except ValueError as error:
-            raise ValueError(f"the encoder of {name}: {error}") from error
+            raise ValueError(
+                f"the encoder of {name}: {about_stream(str(error), name) if several else error}"
+            ) from error
         if notes is not None and said:
-            notes += [f"the encoder of {name}: {sentence}" for sentence in said]
+            notes += [
+                f"the encoder of {name}: {about_stream(sentence, name) if several else sentence}"
+                for sentence in said
+            ]
     return found
 
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fastssl
-from fastssl.config import ConfigError, from_mapping, load, resolve
+from fastssl.config import ConfigError, differences, from_mapping, load, resolve
 from fastssl.data.datasets import SOURCES, register_source
 from fastssl.methods import build_method
 from fastssl.methods.configs import CMCConfig
+from fastssl.run.build import build
 from fastssl.run.train import pretrain
 from tests.methods.test_methods import learns
 from tests.runs import VIT, final
@@ -133,12 +134,24 @@ def test_models_by_stream_are_checked_like_one(recipe):
         "model.depth.nmae=x": "unknown key model.depth.nmae='x' .did you mean name",
         "model.depth.name=resnet19": "'resnet19' is not a timm model; did you mean resnet18",
         "model.depth.frozen=3": "model.depth.frozen=3 is refused: input should be a valid boolean",
-        "model.depth.frozen=true": "model.frozen=true would keep random weights",
+        "model.depth.frozen=true": "model.depth.frozen=true .* give model.depth.weights=timm",
+        "model.depth=resnet18": "model.depth='resnet18' is no model: give keys, as model.d",
+        "data.streams.depth=3": "data.streams.depth=3 is refused: input should be a mapping",
         "model.weights=timm": "model.weights and model.image are given: model is one, or one for",
         "model.sound.name=resnet18": "model has image, depth, sound, and data.streams are image, d",
     }.items():
         with pytest.raises(ConfigError, match=refusal):
             resolve(str(path), [override])
+    mapping = resolve(str(path)).model_dump(mode="json")
+    mapping["model"]["depth"]["weights"] = "nowhere"
+    with pytest.raises(ConfigError, match="of depth: model.depth.weights=nowhere: there is no"):
+        build(from_mapping(mapping), {"image": 3, "depth": 1}, [])
+    mapping["data"]["streams"]["depth"]["shares"] = None
+    turned = {**mapping, "model": dict(reversed(mapping["model"].items()))}
+    turned["data"] = {**mapping["data"]}
+    turned["data"]["streams"] = dict(reversed(mapping["data"]["streams"].items()))
+    changed = differences(from_mapping(mapping), from_mapping(turned))
+    assert changed == ["data.streams: image, depth -> depth, image"]  # another is the primary one
     other = resolve(str(path), ["model.depth.name=resnet18"]).model["depth"]
     assert other.name == "resnet18" and other.kwargs == {}
     assert resolve(str(path), ["model.name=resnet18"]).model.name == "resnet18"

@@ -11,8 +11,11 @@ TESTS = {
         " or as_they_are",
     ),
     "config/keys": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or names_of or checked_like"),
-    "config/schema": (CONFIG, "rate_chosen or refus or difference or annealed or more_views"),
-    "config/errors": (CONFIG, "refusals or missing"),
+    "config/schema": (
+        f"{CONFIG} tests/methods/test_cmc.py tests/train/test_streams_run.py",
+        "rate_chosen or refus or differ or annealed or more_views or checked_like or do_not_fit",
+    ),
+    "config/errors": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or missing or checked_like"),
     "section": (CONFIG, "refusals"),
     "engine/config": (ENGINE, "deepspeed_keys"),
     "files": ("tests/test_files.py", ""),
@@ -81,11 +84,14 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("self.batch_size % self.engine", "0 % self.engine"),
         ("self.name.startswith", "self.name.isdecimal() and self.name.startswith"),
     ],
+    "config/schema._check_streams": [("names[0] != wanted[0]", "names[0] == wanted[0]")],
     "config/schema.differences": [
+        ('", ".join(own.data.streams)', '", ".join(sorted(own.data.streams))'),
         ('"data.changed"', '"data.source"'),
         ("| new.keys()) - free_leaves", "| new.keys())"),
         ('"optim.schedule.anneal_steps"', '"optim.schedule.constant"'),
     ],
+    "config/errors.about_stream": [("model.{stream}.", "model.")],
     "config/errors.sentence": [
         ("if part not in tagged", "if part in tagged"),
         ('first["type"] == "missing"', 'first["type"] == "absent"'),

@@ -119,6 +119,10 @@ def test_streams_that_do_not_fit_the_method_or_the_source(tmp_path, added):
     refused(
         "meet reads the streams image, depth, and data.streams are image$", streams={"image": {}}
     )
+    refused(
+        "meet reads image first, and data.streams are depth, im",
+        streams=dict(reversed(two.items())),
+    )
     refused("names 'rgb', and the source has image, depth", DataError, "mae", streams={"rgb": {}})
     refused("have streams .image, depth.: name those", DataError, "mae", streams={})
     refused(
@@ -131,5 +135,8 @@ def test_streams_that_do_not_fit_the_method_or_the_source(tmp_path, added):
         "data.streams.depth.overrides has a size",
         streams={**two, "depth": {"overrides": {"size": 8}}},
     )
-    refused("reads 1 view", streams={**two, "depth": {"augment": "simclr"}})
+    refused(
+        "reads 1 .*streams.depth.augment=simclr makes 2",
+        streams={**two, "depth": {"augment": "simclr"}},
+    )
     assert not list(tmp_path.iterdir())
