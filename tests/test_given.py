@@ -131,6 +131,36 @@ def test_an_item_that_fails_is_bad_and_no_other():
     assert part.name(0) == "item 2" and len(part.item(1)) == 1
 
 
+class Sensors(Shapes):
+    """Each image with a depth, the same upside down, and what is no stream."""
+
+    def __getitem__(self, i):
+        image = np.asarray(super().__getitem__(i)[0])
+        return {"image": image, "depth": Image.fromarray(image).rotate(180), "label": i, "at": "x"}
+
+
+def test_items_that_are_dictionaries_have_streams(tmp_path):
+    items = DatasetItems(Sensors())
+    assert items.streams == ("image", "depth") and items.channels == {"image": 3, "depth": 3}
+    item = items.select(np.array([5])).item(0)
+    assert torch.equal(item["image"].flip(1, 2), item["depth"])
+    mixed = DatasetItems([{"a": torch.zeros(1, 4, 4)}, {"b": torch.zeros(1, 4, 4)}, torch.ones(3)])
+    for i in (1, 2):
+        with pytest.raises(BadItem, match="it has other streams than the first item, a"):
+            mixed.item(i)
+    modules, output = {"image": encoder(), "depth": encoder()}, f"output={tmp_path}"
+    results = fastssl.pretrain("cmc", modules, Sensors(), *KEYS, output, name="two")
+    assert results["rows"][0]["knn"] > 0.9
+    with pytest.raises(ConfigError, match="simclr reads one stream .* data.streams are image, dep"):
+        fastssl.pretrain("simclr", encoder(), Sensors(), *KEYS, output, name="x")
+    one = [*KEYS, "data.streams.depth={}", output]
+    fastssl.pretrain("simclr", encoder(), Sensors(), *one, name="one")
+    with pytest.raises(DataError, match="names 'sound', and the source has image, depth"):
+        fastssl.pretrain(
+            "simclr", encoder(), Sensors(), *KEYS, output, "data.streams.sound={}", name="x"
+        )
+
+
 def test_what_is_no_encoder_or_no_method_is_refused(tmp_path):
     data, output = Shapes(), f"output={tmp_path}"
     with pytest.raises(ConfigError, match=r"model=Conv2d gives \(1, 8, 14, 14\) for one view"):

@@ -244,7 +244,7 @@ class RunConfig(Section):
             raise ValueError(f"{reads} one stream of an item, and data.streams are {got}: give one")
         if wanted and set(wanted) != set(names):
             raise ValueError(f"{reads} the streams {', '.join(wanted)}, and data.streams are {got}")
-        if wanted and names[0] != wanted[0]:
+        if wanted and names[:1] != wanted[:1]:
             raise ValueError(
                 f"{reads} {wanted[0]} first, and data.streams are {got}: name it first"
             )

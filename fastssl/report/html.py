@@ -40,9 +40,9 @@ def write_report(run: Path) -> Path:
     """Write run/report.html from the files of the directory `run`, and return its path.
 
     Read, each left out when it is missing: config.yaml, metrics.jsonl, results.json and the
-    pictures curves, embedding, embedding_random, reconstructions, views (.png).  The page loads
-    nothing and runs no script; every text of the run is escaped.  Raises ValueError: no such
-    directory.  OSError: it cannot be written to; an older report then stays as it was.
+    pictures curves, embedding, embedding_random, reconstructions, views, views-STREAM (.png).  The
+    page loads nothing and runs no script; every text of the run is escaped.  Raises ValueError: no
+    such directory.  OSError: it cannot be written to; an older report then stays as it was.
     """
     files = read_run(run)
     templates = environment(str(__package__))
@@ -74,6 +74,9 @@ def _values(files: RunFiles) -> dict[str, Any]:
     named = {"items": items, "item": items.removesuffix("s")}
     versions = results.get("versions")
     summary, events = _events(files.metrics)
+    captions = {name: caption.format(**named) for name, caption in _CAPTIONS.items()}
+    streams = [name for name in files.pictures if name.startswith("views-")]
+    captions |= {name: f"The same {items}, in the same order." for name in streams}
     return {
         "title": words.title(results),
         "headline": words.headline(results),
@@ -85,7 +88,8 @@ def _values(files: RunFiles) -> dict[str, Any]:
         "notes": list(dict.fromkeys(notes)),
         "items": items,
         "facts": _facts(results, items),
-        "captions": {name: caption.format(**named) for name, caption in _CAPTIONS.items()},
+        "captions": captions,
+        "streams": streams,
         "pictures": dict.fromkeys(PICTURES)
         | {name: base64.b64encode(png).decode() for name, png in files.pictures.items()},
         "summary": summary,

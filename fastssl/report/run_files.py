@@ -63,7 +63,8 @@ def read_run(run: Path) -> RunFiles:
             results = loaded if isinstance(loaded, dict) else {}
     config, metrics = run / "config.yaml", run / "metrics.jsonl"
     pictures = {}
-    for name in PICTURES:
+    others = sorted(path.stem for path in run.glob("views-*.png"))  # of streams but the first
+    for name in (*PICTURES, *others):
         if (run / f"{name}.png").is_file():
             pictures[name] = (run / f"{name}.png").read_bytes()
     return RunFiles(

@@ -13,6 +13,7 @@ from fastssl.config.load import overridden
 from fastssl.data.datasets import divided
 from fastssl.data.errors import DataError
 from fastssl.data.sources.given import DatasetItems
+from fastssl.data.streams import chosen, each_part
 from fastssl.run.build import Encoders, Given
 from fastssl.section import Section
 
@@ -34,9 +35,10 @@ def pretrain(
     model: any module from views (B, ...) to features (B, F), trained in place; or the name or keys
     of one (timm's); for a method that reads several streams also {"image": module, "depth": ...}.
     data: any torch Dataset of images (PIL, arrays, tensors) or other items, alone or in a tuple
-    (x, ...); or the name or keys of a source.  labels: of its items, for the evaluation alone; a
-    data set's own `targets` are taken.  test: another data set to evaluate on, of which a fifth of
-    `data` is held out otherwise.
+    (x, ...), or of several streams, {"image": ..., "depth": ...}, all of which are read unless
+    data.streams names some; or the name or keys of a source.  labels: of its items, for the
+    evaluation alone; a data set's own `targets` are taken.  test: another data set to evaluate on,
+    of which a fifth of `data` is held out otherwise.
     overrides: "key=value", as on the command line: "epochs=100", "optim.lr=1e-3".
     name: of the run, a directory under `output`.
     Raises ConfigError, DataError and EngineError, one sentence each, before anything is written,
@@ -50,12 +52,16 @@ def pretrain(
     if isinstance(data, str | Mapping | Section):
         mapping["data"] = {"source": _keys("data", data)}
     else:
-        mapping["data"], items = {"source": {"name": "given"}}, DatasetItems(data, labels)
+        items = DatasetItems(data, labels)
+        named = any(text.startswith("data.streams") for text in overrides)
+        streams = () if named else items.streams
+        mapping["data"] = {"source": {"name": "given"}, "streams": {one: {} for one in streams}}
     cfg = from_mapping(overridden(mapping, overrides))
     split = None
     if items is not None:
         held = None if test is None else DatasetItems(test, test_labels)
         split = divided((items,) if held is None else (items, held), cfg.data.source, cfg.seed)
+        split = each_part(split, lambda part: chosen(part, tuple(cfg.data.streams)))
         if held is not None and held.channels != items.channels:
             raise DataError(f"test has {held.channels} channels, and data {items.channels}")
     elif labels is not None or test is not None:

@@ -70,6 +70,11 @@ def test_paired_folders_with_their_own_split(tmp_path):
     assert not isinstance(stream(train, "depth"), EncodedSource)
     plain = open_source(cfg.model_copy(update={"flat": True}), 0, ["depth"]).train
     assert plain.labels is None and plain.floats and plain.item(0).shape == (1, 10, 12)
+    for name, k in (("a", 1), ("a.m", 3)):  # of which a.jpg is the first, and a.png the second
+        write(tmp_path / "two/image/cat" / f"{name}.jpg", png(color(k)))
+        write(tmp_path / "two/depth/cat" / f"{name}.png", png(deep(k)))
+    (both,) = cfg.model_copy(update={"path": tmp_path / "two"}).open()
+    assert_pairs(both, [1, 3])
 
 
 def test_what_does_not_pair_is_counted_and_named(tmp_path):
@@ -98,6 +103,9 @@ def test_what_does_not_pair_is_counted_and_named(tmp_path):
         PairedSource(path=tmp_path, read={"dept": "gray"}).open()
     with pytest.raises(DataError, match="has no folder 'flow': it has depth, image"):
         PairedSource(path=tmp_path, folders=("flow",)).open()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no folder: it has none"):
+        PairedSource(path=tmp_path / "empty").open()
 
 
 def test_shards_with_several_members_a_sample(tmp_path, caplog):
@@ -138,6 +146,11 @@ def test_a_table_of_paths(tmp_path):
         DataError, match="4 files of the table are not below .*'image/dog/2.v1.png'"
     ):
         PathsSource(path=table, label="label").open()
+    with pytest.raises(DataError, match="a column of classes is data.source.label"):
+        PathsSource(path=table, root=tmp_path).open()
+    write(tmp_path / "b.csv", table.read_bytes().replace(b",dog", b","))
+    with pytest.raises(DataError, match="1 cells of data.source.label are empty .row 1 "):
+        PathsSource(path=tmp_path / "b.csv", label="label", root=tmp_path).open()
     with pytest.raises(DataError, match="has no column 'flow': there are image, depth, label"):
         PathsSource(**given, columns=("flow",)).open()
 
@@ -154,12 +167,15 @@ def test_how_files_are_read():
     for made, words in (
         (np.zeros((4, 3, 2)), "want numbers (H, W) or (C, H, W)"),
         (np.array([[np.nan]]), "not finite"),
+        (np.array([[1e300]]), "not finite"),
     ):
         file = io.BytesIO()
         np.save(file, made)
         with pytest.raises(BadItem) as error:
             decode_values(file.getvalue(), "a")
         assert words in error.value.reason
+    with pytest.raises(BadItem, match="a .npy file is read as values"):
+        decode_gray(file.getvalue(), "a")
     with pytest.raises(BadItem) as error:
         decode_values(png(color(3)), "a")
     assert "mode RGB is not one number" in error.value.reason

@@ -84,7 +84,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("self.batch_size % self.engine", "0 % self.engine"),
         ("self.name.startswith", "self.name.isdecimal() and self.name.startswith"),
     ],
-    "config/schema._check_streams": [("names[0] != wanted[0]", "names[0] == wanted[0]")],
+    "config/schema._check_streams": [("names[:1] != wanted[:1]", "names[:1] == wanted[:1]")],
     "config/schema.differences": [
         ('", ".join(own.data.streams)', '", ".join(sorted(own.data.streams))'),
         ('"data.changed"', '"data.source"'),

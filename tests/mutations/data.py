@@ -5,7 +5,7 @@ LOADER = "tests/data/test_loader.py"
 DALI = "tests/data/test_dali.py"
 
 TESTS = {
-    "data/sources/given": ("tests/test_given.py", "kind or wrongly or bad"),
+    "data/sources/given": ("tests/test_given.py", "kind or wrongly or bad or dictionaries"),
     "data/datasets": (
         "tests/data/test_datasets.py tests/data/test_same_data.py",
         "split or run or labels",
@@ -52,13 +52,14 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "data/streams.Joined": [("len(set(lengths.values())) > 1", "len(set(lengths.values())) > 2")],
     "data/sources/paired._part": [("[own[key] for key in order]", "[*own.values()]")],
     "data/sources/paired.unmatched": [("if not all(", "if not any(")],
+    "data/sources/paths._labels": [('if "" in texts', "if False")],
     "data/sources/paths._check_files": [("if not cell or not", "if not cell and not")],
     "data/sources/reading.decode_values": [("if not torch.isfinite(found).all()", "if False")],
     "data/sources/reading.read_as": [
         ("if mode.startswith(_DEEP)", "if False"),
         ("if not mode", "if False"),
     ],
-    "data/sources/given.item": [("len(x) != self.channels", "len(x) < self.channels")],
+    "data/sources/given.item": [("len(own) != want", "len(own) < want"), ("if lost or", "if")],
     "data/sources/given.as_item": [
         ("x.transpose(2, 0, 1)", "x.transpose(2, 1, 0)"),
         ("(255 * x).round()", "(255 * x).floor()"),

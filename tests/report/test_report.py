@@ -71,7 +71,7 @@ def write(run, results=None, config=None, metrics=None, pictures=()):
 
 
 def test_a_whole_run(tmp_path):
-    names = ["curves", "embedding", "embedding_random", "reconstructions", "views"]
+    names = ["curves", "embedding", "embedding_random", "reconstructions", "views", "views-<b>"]
     event = {"kind": "event", "step": 7, "what": "bad_image", "detail": "a.jpg: truncated"}
     page = write(tmp_path, results(), "method: simclr", json.dumps(event) + '\n{"kin', names)
     for text in (
@@ -86,7 +86,7 @@ def test_a_whole_run(tmp_path):
         assert text in page.text
     assert "fastssl pretrain simclr-digits" in page.text and "method: simclr" in page.text
     assert "1 × bad_image" in page.text and "step 7  bad_image  a.jpg: truncated" in page.text
-    assert page.tags.count("img") == 5
+    assert page.tags.count("img") == 6 and "Views of <b>" in page.text
     assert page.text.count("–") == 2  # raw input: no linear probe, no RankMe
     assert "odd" in page.text
 

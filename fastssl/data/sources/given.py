@@ -8,9 +8,10 @@ float (C, H, W) of [0, 1],   the same, in 256 steps
   or an array (H, W[, C])
 any other tensor or array    itself: a signal, a cloud, a row, as `fastssl.data.views` names them
 (x, ...)                     x: the rest is for others
+{"image": x, "depth": y}     streams, each as above; what is no image, array or tensor is left out
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -47,12 +48,15 @@ class DatasetItems(Items):
             raise DataError(f"data={type(dataset).__name__} is empty: give it items")
         self.dataset, self.at = dataset, np.arange(count)
         self.labels, self.classes = _labels(dataset, labels, count)
-        self.channels = len(self._read(0))
+        first = self._read(0)
+        several = isinstance(first, dict)
+        self.streams = tuple(first) if several else ()
+        self.channels: Any = {k: len(x) for k, x in first.items()} if several else len(first)
 
     def name(self, i: int) -> str:
         return f"item {int(self.at[i])}"
 
-    def item(self, i: int) -> Tensor:
+    def item(self, i: int) -> Any:
         try:
             x = self._read(i)
         except DataError as error:
@@ -61,17 +65,36 @@ class DatasetItems(Items):
             if of_the_machine(error):
                 raise
             raise BadItem(self.name(i), f"{type(error).__name__}: {error}") from error
-        if len(x) != self.channels and x.ndim == 3:
-            raise BadItem(
-                self.name(i), f"{len(x)} channels, and the first item has {self.channels}"
-            )
+        lost = set(self.streams).difference(x if isinstance(x, dict) else ())
+        if lost or isinstance(x, dict) and not self.streams:
+            told = ", ".join(self.streams) or "no streams"
+            raise BadItem(self.name(i), f"it has other streams than the first item, {told}")
+        for name in self.streams or ("",):
+            own: Any = x[name] if name else x
+            want = self.channels[name] if name else self.channels
+            if len(own) != want and own.ndim == 3:
+                of = f" of {name}" if name else ""
+                what = f"{len(own)} channels{of}, and the first item has {want}"
+                raise BadItem(self.name(i), what)
         return x
 
-    def _read(self, i: int) -> Tensor:
+    def _read(self, i: int) -> Any:
+        """Item i, by stream where it is a mapping."""
         place = int(self.at[i])
         found = self.dataset[place]
         x = found[0] if isinstance(found, tuple | list) and len(found) else found
-        return as_item(x, f"item {place} of the data set")
+        name = f"item {place} of the data set"
+        streams = (
+            {str(k): v for k, v in x.items() if _is_stream(v)} if isinstance(x, Mapping) else {}
+        )
+        if streams:
+            return {k: as_item(v, f"{k!r} of {name}") for k, v in streams.items()}
+        return as_item(x, name)
+
+
+def _is_stream(x: Any) -> bool:
+    """Whether an entry of a mapping is a stream of its own, and no label or text."""
+    return isinstance(x, Image.Image) or isinstance(x, np.ndarray | Tensor) and x.ndim > 0
 
 
 def as_item(x: Any, name: str) -> Tensor:

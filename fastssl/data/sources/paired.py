@@ -89,7 +89,7 @@ def _streams(parts: list[Path], given: tuple[str, ...]) -> tuple[str, ...]:
         lost = [name for name in names if name not in own]
         if lost or not names:
             raise DataError(
-                f"{str(part)!r} has no folder {(lost or ['of a stream'])[0]!r}: it has "
+                f"{str(part)!r} has no folder{f' {lost[0]!r}' if lost else ''}: it has "
                 f"{', '.join(own) or 'none'}; a stream is a folder, as image/ and depth/"
             )
     return names

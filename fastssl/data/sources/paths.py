@@ -51,6 +51,11 @@ def read_columns(path: Path) -> dict[str, list[str]]:
 def _labels(texts: list[str] | None) -> tuple[Tensor | None, tuple[str, ...] | None]:
     if texts is None:
         return None, None
+    if "" in texts:
+        raise DataError(
+            f"{texts.count('')} cells of data.source.label are empty (row {texts.index('') + 1} "
+            "...): give each a class, or no data.source.label"
+        )
     classes = tuple(sorted(set(texts)))
     number = {name: k for k, name in enumerate(classes)}
     return torch.tensor([number[text] for text in texts]), classes
@@ -68,7 +73,7 @@ def _check_files(root: Path, columns: dict[str, list[str]]) -> None:
         raise DataError(
             f"{len(lost)} files of the table are not below {str(root)!r} "
             f"({'; '.join(lost[:_NAMED])}{' ...' * (len(lost) > _NAMED)}): mend the paths, or set "
-            "data.source.root"
+            "data.source.root; a column of classes is data.source.label"
         )
 
 

@@ -27,6 +27,8 @@ _LOOKED_AT = 16  # files, for a first one that can be read
 
 def decode_gray(data: bytes, name: str) -> Tensor:
     """The luma of an encoded image, uint8 (1, H, W).  Raises BadItem."""
+    if data.startswith(_NPY):
+        raise BadItem(name, "a .npy file is read as values, not as gray")
     pixels = decode_bytes(data, name)
     if torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2]):
         return pixels[:1].clone()
@@ -45,7 +47,8 @@ def _array(data: bytes) -> Tensor:
     x = x[None] if x.ndim == 2 else x
     if x.dtype.kind not in "uif" or x.ndim != 3 or 0 in x.shape or x.shape[0] > x.shape[2]:
         raise ValueError(f"an array {x.dtype} {list(x.shape)}, want numbers (H, W) or (C, H, W)")
-    return torch.from_numpy(np.ascontiguousarray(x, np.float32))
+    with np.errstate(over="ignore"):  # what is too large is not finite then
+        return torch.from_numpy(np.ascontiguousarray(x, np.float32))
 
 
 def decode_values(data: bytes, name: str) -> Tensor:
