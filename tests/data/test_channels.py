@@ -56,6 +56,9 @@ def test_views_that_do_not_fit_the_channels():
         (preset("mae", 16, mean=(0.1, 0.2), std=(0.1,)), 1, False, "mean has 2 numbers"),
         (preset("rand_augment", 16, mean=(0.1,), std=(0.1,)), 4, False, "rand_augment is for 1 or"),
         (three, 1, True, "images are float32, in units of their own: give mean and std"),
+        (preset("mae", 16, mean=(9.0,)), 1, True, "are float32, in units of their own"),
+        (preset("mae", 16, mean=(1, 2, 3)), 3, True, "are float32, in units of their own"),
+        (preset("mae", 16, mean=(1, 2, 3), std=(1,)), 1, True, "are float32, in units of"),
         (preset("simclr", 16, mean=(9.0,), std=(1.0,)), 1, True, "jitter is for bytes"),
     ]:
         with pytest.raises(ValueError, match=words):

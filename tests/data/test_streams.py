@@ -190,6 +190,8 @@ def test_streams_that_the_source_has_not_and_lengths_that_differ():
     "shares, refusal",
     [
         ({"depth": "depth"}, "'depth' shares with itself"),
+        ({"rand": "two"}, "'rand' shares .* of 'two', and rand_augment moves those of 'rand' by"),
+        ({"two": "rand"}, "'two' shares .* of 'rand', and rand_augment moves those of 'rand' by"),
         ({"depth": "sound"}, "'depth' shares with 'sound', which is none of"),
         ({"depth": "wave"}, "views of 'wave' are of signals: only images can share"),
         ({"wave": "image"}, "views of 'wave' are of signals: only images can share"),
@@ -203,6 +205,6 @@ def test_streams_that_the_source_has_not_and_lengths_that_differ():
 def test_what_cannot_be_shared(shares, refusal):
     one = Views(views=(View(size=8),))
     streams = {"image": one, "depth": one, "two": preset("simclr", 8)}
-    streams["wave"] = SignalViews(length=8)
+    streams |= {"wave": SignalViews(length=8), "rand": preset("simclr", 8, rand_augment=1)}
     with pytest.raises(ValueError, match=refusal):
         StreamViews(streams, shares)

@@ -47,6 +47,9 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("flip=other.flip", "flip=own.flip"),
         ("other.shift[0] * scale", "other.shift[0] / scale"),
     ],
+    "data/views/streams.__post_init__": [
+        ("if any(view.rand_augment", "if all(not view.rand_augment")
+    ],
     "data/views/streams._placed": [("self.root(name)", "name")],
     "data/streams.chosen": [("has and not names", "not has and not names")],
     "data/streams.Joined": [("len(set(lengths.values())) > 1", "len(set(lengths.values())) > 2")],

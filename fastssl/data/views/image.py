@@ -225,7 +225,8 @@ class Views(BaseModel):
                     f"{name} is for bytes, and images are float32, in units of their own: set it "
                     "to 0, or name another preset, as mae"
                 )
-        if (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD):
+        of_colors = channels == 1 and 3 in (len(self.mean), len(self.std))
+        if self.mean == IMAGENET_MEAN or self.std == IMAGENET_STD or of_colors:
             raise ValueError(
                 "images are float32, in units of their own: give mean and std in these, one number "
                 "each or one a channel"

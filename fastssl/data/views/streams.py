@@ -23,7 +23,7 @@ class StreamViews:
     shares: a stream -> the stream whose geometric draws it has; both are of images, and make as
     many views.  `streams` are then those given, with the fields of PLACES taken over.
     Raises ValueError for a stream that shares with itself, in a circle, with one that there is not,
-    or with one of another kind or number of views.
+    or with one of another kind or number of views, or where RandAugment moves one of the two.
     """
 
     kind: ClassVar[str] = "streams"
@@ -44,6 +44,11 @@ class StreamViews:
                     raise ValueError(
                         f"stream {name!r} shares the places of {other!r}, and views of {one!r} are "
                         f"of {spec.kind}s: only images can share"
+                    )
+                if any(view.rand_augment for view in spec.views):
+                    raise ValueError(
+                        f"stream {name!r} shares the places of {other!r}, and rand_augment moves "
+                        f"those of {one!r} by draws of its own: set it to 0"
                     )
             if a.count != b.count:
                 raise ValueError(
