@@ -85,6 +85,11 @@ class Clipping:
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
+    @property
+    def counts(self) -> bool:
+        """Whether this step's norm is found here: something may be clipped, or is frozen."""
+        return self.clips or any(self._now)
+
     def begin(self, epoch: float | None) -> None:
         """Before a step: which groups are frozen, `epoch` epochs having been trained.
 
@@ -102,7 +107,7 @@ class Clipping:
     @torch.no_grad()
     def measure(self) -> None:
         """Between the last backward and DeepSpeed's step: what each gradient is multiplied by."""
-        if self.whole or not self.clips:
+        if self.whole or not self.counts:
             return
         squares = torch.zeros(self.frozen.shape, device=self.frozen.device)
         for (flat, spans), parts in zip(self.spans.items(), averaged(self.ds), strict=True):
@@ -136,13 +141,15 @@ class Clipping:
         optimizer.param_groups = [group for group in self._all if not group["frozen"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         params = [p for p in params if p.grad is not None]
-        if not self.clips or not params:
+        if not self.counts:
             return
         if self.whole:
             norms = torch.zeros(self.frozen.shape, device=self.frozen.device)
-            numbers = torch.tensor([self.spans[p][0][1] for p in params], device=norms.device)
-            found = torch._foreach_norm([p.grad for p in params], dtype=torch.float32)
-            self._settle(norms.index_copy(0, numbers, torch.stack(found)))
+            if params:
+                numbers = torch.tensor([self.spans[p][0][1] for p in params], device=norms.device)
+                found = torch._foreach_norm([p.grad for p in params], dtype=torch.float32)
+                norms = norms.index_copy(0, numbers, torch.stack(found))
+            self._settle(norms)
         pieces, numbers = [], []
         for p in params:
             flat = p.grad.view(-1) if not self.whole else p.grad

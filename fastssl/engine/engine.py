@@ -281,7 +281,7 @@ class Engine(Verbs):
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
         norm = self.ds.get_global_grad_norm()
-        if self.clipping is not None and self.clipping.clips and applied:
+        if self.clipping is not None and self.clipping.counts and applied:
             metrics["grad_norm"] = self.clipping.norm
         elif norm is not None and not plain:
             metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)

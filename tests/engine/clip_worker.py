@@ -81,7 +81,8 @@ def rate(name: str, step: int) -> float:
 
 
 def worker(rank: int, world: int, folder: str) -> dict[Any, Any]:
-    """{run: (masters, norms of the gradients), (*run, "resumed"): masters}"""
+    """{run: (masters, norms of the gradients), (*run, "resumed"): masters, ("frozen alone", stage):
+    norms where nothing is clipped}"""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     results: dict[Any, Any] = {}
     with launch.session("cpu"):
@@ -95,17 +96,22 @@ def worker(rank: int, world: int, folder: str) -> dict[Any, Any]:
             second.ds.load_checkpoint(folder, tag=str(run))
             train(second, run[0], HALF, STEPS)
             results[(*run, "resumed")] = masters(second)
+        frozen = (GroupConfig(match="head.*", freeze_epochs=1),)
+        for stage in (0, 2):
+            alone = engine("adamw", stage, "fp32", 2, groups=frozen, clip=0.0, clip_each=0.0)
+            results["frozen alone", stage] = train(alone, "adamw", 0, 1)
     return results
 
 
-def engine(name: str, stage: int, variant: str, parts: int) -> Engine:
+def engine(name: str, stage: int, variant: str, parts: int, **options: Any) -> Engine:
     raw: dict[str, Any] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     if variant.endswith("fp32 gradients"):  # yet another wrapper inside DeepSpeed
         raw["data_types"] = {"grad_accum_dtype": "fp32"}
     cfg: Any = {"zero_stage": stage, "precision": variant[:4], "accumulation": parts}
     cfg = EngineConfig(**cfg, deepspeed=raw)
     device = torch.device("cpu")
-    return Engine(Tiny(), config(name), cfg, device=device, batch_size=WORLD * ROWS)
+    optim = config(name, **options)
+    return Engine(Tiny(), optim, cfg, device=device, batch_size=WORLD * ROWS)
 
 
 def train(e: Engine, name: str, start: int, end: int) -> list[float]:

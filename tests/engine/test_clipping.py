@@ -100,3 +100,13 @@ def test_a_run_resumed_before_the_thaw_ends_on_the_same_bits(ranks, run):
     for rank in ranks:
         again = rank[(*run, "resumed")]
         assert all(torch.equal(again[n], p) for n, p in rank[run][0].items())
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_where_nothing_is_clipped_the_norm_is_without_frozen_groups_too(ranks, stage):
+    model = Tiny()
+    for rank in range(WORLD):
+        (model(data(rank, 0))["loss"] / WORLD).backward()
+    moving = [p.grad for n, p in model.named_parameters() if "head" not in n and p.requires_grad]
+    wanted = get_total_norm([grad for grad in moving if grad is not None]).item()
+    assert ranks[0]["frozen alone", stage] == pytest.approx([wanted], rel=1e-5)

@@ -133,6 +133,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ),
         ("if not any(place in", "if False and (place in"),
     ],
+    "engine/clipping.counts": [("or any(self._now)", "")],
     "engine/clipping.begin": [("epoch < epochs", "epoch <= epochs")],
     "engine/clipping.measure": [("dist.all_reduce(squares", "(squares")],
     "engine/clipping._settle": [
