@@ -191,6 +191,7 @@ class WrongMethod(Method):
         super().__init__()
         self.encoder, self.how = encoder, cfg.how
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("first", None)
 
     def encode(self, batch):
         x = self.encoder(batch["views"][0])
@@ -198,6 +199,8 @@ class WrongMethod(Method):
 
     def loss(self, encoded, batch):
         self.seen += 1
+        if self.first is None:
+            self.first = torch.tensor(len(encoded))
         if self.how == "key":
             return batch["text"]
         if self.how == "few" and len(encoded) < 32:
@@ -236,7 +239,8 @@ def test_a_method_that_is_wrong_is_told_and_nothing_is_written(how, refusal, tmp
     if refusal is None:  # two samples were too few for it, and the run's batch is not
         fastssl.pretrain(*given, name="x")
         saved = next((tmp_path / "x/checkpoints").glob("step-*/deepspeed/*model_states.pt"))
-        assert torch.load(saved, weights_only=False)["module"]["seen"] == 3
+        state = torch.load(saved, weights_only=False)["module"]
+        assert (state["seen"], state["first"]) == (3, 32)
         return
     with pytest.raises(Exception, match=refusal) as error:
         fastssl.pretrain(*given, name="x")

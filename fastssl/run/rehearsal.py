@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastssl.config import ConfigError
 from fastssl.data.loader import PretrainLoader
@@ -34,20 +33,21 @@ def rehearse(method: Method, loader: PretrainLoader) -> None:
         return
     batch = loader.first(ROWS)
     del batch["bad"]
-    before = [(m, n, b, b.clone()) for m, n, b in _buffers(method)]
+    before = [(m, dict(m._buffers.items())) for m in method.modules()]
+    values = [(b, b.clone()) for b in method.buffers()]
     try:
         with torch.random.fork_rng(devices=[]):
             _once(method.train(), batch)
     except _Unknown:
         pass
     finally:
-        for module, name, buffer, value in before:
+        for buffer, value in values:
             buffer.copy_(value)
-            module._buffers[name] = buffer  # it may have been given another
-
-
-def _buffers(method: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    return [(m, n, b) for m in method.modules() for n, b in m._buffers.items() if b is not None]
+        for module, buffers in before:  # it may have been given others
+            for name in [*module._buffers]:
+                if name not in buffers:
+                    del module._buffers[name]
+            module._buffers.update(buffers)
 
 
 def _once(method: Method, batch: Any) -> None:

@@ -31,7 +31,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/train.without_padding": [("leaf[:rows]", "leaf[: rows + 1]")],
     "run/train.train": [("* distributed.world_size()", "* self.cfg.batch_size")],
     "run/train.agreed": [
-        ("if not distributed.all_agree", "if distributed.all_agree"),
+        ("if not self.engine.agree", "if self.engine.agree"),
         ("best=False", "best=True"),
     ],
     "run/train.improves": [
@@ -71,7 +71,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("len(bad) > cfg.data.max_bad", "len(bad) < cfg.data.max_bad"),
         ("if unreadable:", "if not unreadable and not problem:"),
     ],
-    "run/rehearsal.rehearse": [("buffer.copy_(value)", "buffer.copy_(buffer)")],
+    "run/rehearsal.rehearse": [
+        ("buffer.copy_(value)", "buffer.copy_(buffer)"),
+        ("module._buffers.update(buffers)", "buffers"),
+    ],
     "run/rehearsal._called": [("raise _Unknown from error", "raise")],
     "run/rehearsal._once": [('_check_rows(method, "encode", encoded)', "None")],
     "run/directory.Place": [("if self.begun or not self.made", "if True or not self.made")],
