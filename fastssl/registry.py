@@ -115,7 +115,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def unknown(self, name: str) -> str:
         """What is wrong with a name that is not there, with the closest one that is."""
-        close = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), self.names(), n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{self.key}={name!r} is not one of {', '.join(map(repr, self.names()))}{hint}"
 

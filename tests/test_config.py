@@ -93,6 +93,8 @@ def test_a_schedule_without_a_name_is_the_cosine():
         ("epoch=1", r"unknown key epoch=1 \(did you mean epochs\?\)"),
         ("method.temprature=1", r"unknown key method.temprature=1 \(did you mean temperature\?\)"),
         ("optim.schedule.warmpu=1", r"unknown key optim.schedule.warmpu=1 \(did you mean warmup"),
+        ("optim.weight_decay={name: [a]}", r"optim.weight_decay.name=.*'a'.* is not one of"),
+        ("method.name=[a]", r"method.name=.*'a'.* is not one of"),
         ("data.source.path=x", r"unknown key data.source.path='x'; there are: test_fraction, name"),
         ("epochs=0", "epochs=0 is refused: input should be greater than or equal to 1"),
         ("epochs=ten", "epochs='ten' is refused: input should be a valid integer"),
@@ -288,6 +290,11 @@ def test_ends_of_numbers_are_read_by_their_old_names():
     with pytest.warns(FutureWarning, match="is method.momentum.(end|until) now"):
         cfg = resolve("data2vec-digits", old)
     assert [at(cfg.method.momentum, p) for p in (0, 0.125, 1)] == pytest.approx([0.9, 0.925, 0.95])
+    for new in ("method.momentum.end=0.9", "method.momentum=[0.9, 0.95]"):
+        with pytest.raises(
+            ConfigError, match="momentum_end is the old name of method.momentum.end"
+        ):
+            resolve("data2vec-digits", [old[1], new])
     assert resolve("mae-digits", ["optim.weight_decay_end=null"]).optim.weight_decay == 0.05
     with pytest.warns(FutureWarning, match="optim.weight_decay_end is optim.weight_decay.end now"):
         cfg = resolve("mae-digits", ["optim.weight_decay_end=0.2"])

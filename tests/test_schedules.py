@@ -155,3 +155,16 @@ def test_what_a_schedule_leaves_out_is_the_keys_own(override):
 def test_a_schedule_that_does_not_fit_is_named(override, words):
     with pytest.raises(ConfigError, match=words):
         resolve("mocov3-digits", override.split("; "))
+
+
+def test_a_schedule_of_another_name_takes_start_and_end_of_the_recipes():
+    """data2vec-digits says {name: linear, start: 0.99, end: 0.999, until: 0.5}."""
+    for given, wanted in (
+        ("name=cosine", {"name": "cosine", "start": 0.99, "end": 0.999, "until": 1.0}),
+        ("name=constant", {"name": "constant", "start": 0.99}),
+        ("until=0.2", {"name": "linear", "start": 0.99, "end": 0.999, "until": 0.2}),
+    ):
+        momentum = resolve("data2vec-digits", [f"method.momentum.{given}"]).method.momentum
+        assert wanted.items() <= momentum.model_dump().items()
+    with pytest.raises(ConfigError, match="method.momentum=.* its name 'cosin' is not one of"):
+        resolve("mocov3-digits", ["method.momentum={name: cosin}"])

@@ -60,7 +60,8 @@ def check_keys(mapping: dict[str, Any], path: str = "", shown: str = "") -> None
         name = mapping.get("name", UNNAMED.get(path))
         if name is None:
             return  # the schema says that it is missing
-        names = names[name] if name in names else _added_keys(path, shown, str(name))
+        known = isinstance(name, str) and name in names
+        names = names[name] if known else _added_keys(path, shown, str(name))
     if path == "model" == shown:
         _check_models(mapping, names)
     for key, value in mapping.items():

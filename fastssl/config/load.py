@@ -179,6 +179,8 @@ def _merged(path: Path, overrides: list[str]) -> dict[str, Any]:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path} with {overrides} does not read as YAML: {first}") from None
     read, chosen = _renamed(read), _renamed(chosen)
+    for given in (read, chosen):
+        _check_moved(given)
     models = read.get("model") if by_stream(read.get("model"), known_keys()["model"]) else {}
     of_streams = [f"model.{stream}" for stream in models]
     for section in (*SWITCHED, *of_streams):  # another method ... has nothing of the recipe's
@@ -219,13 +221,18 @@ def _put(tree: dict[str, Any], override: str) -> None:
 def _over(below: Any, above: Any) -> Any:
     """`above` laid over `below`: mappings are merged, all else is replaced.
 
-    A number under a mapping without a name is the start of the schedule that it is of.
+    A number under a mapping without a name is the start of the schedule that it is of.  Under a
+    schedule of another name only the start and the end stay, where that has them.
     """
     number = isinstance(below, int | float) and not isinstance(below, bool)
     if number and isinstance(above, dict) and "name" not in above:
         return {"start": below, **above}
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
+    if {"start", "name"} <= {*below} and above.get("name", below["name"]) != below["name"]:
+        keys = known_keys()["optim.schedule"].get(str(above["name"]), ())
+        kept = {"start", "end"} & {*keys} if "start" in keys else ()
+        below = {key: value for key, value in below.items() if key in kept}
     return {**below, **{k: _over(below.get(k), v) for k, v in above.items()}}
 
 
@@ -242,6 +249,16 @@ def _moved(mapping: dict[str, Any]) -> dict[str, Any]:
             keys[number] = {**schedule, **_over(before, {key: value})}
         mapping = {**mapping, section: keys}
     return mapping
+
+
+def _check_moved(tree: dict[str, Any]) -> None:
+    """Raise ConfigError where one source gives a key of MOVED, and what it is now."""
+    for (section, _, old), (number, _, key) in MOVED.items():
+        now = _at(tree, f"{section}.{number}")
+        both = isinstance(now, list) or isinstance(now, dict) and key in now
+        if both and _at(tree, f"{section}.{old}") is not None:
+            new = f"{section}.{number}.{key}"
+            raise ConfigError(f"{section}.{old} is the old name of {new}, and both are given")
 
 
 def _at(tree: Any, key: str) -> Any:

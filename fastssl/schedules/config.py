@@ -213,6 +213,9 @@ class Within:
         return value
 
     def _complete(self, value: Mapping[str, Any]) -> Any:
+        if "name" in value and value["name"] not in SCHEDULES:
+            said = SCHEDULES.unknown(value["name"]).removeprefix(f"{SCHEDULES.key}=")
+            raise _wrong(f"its name {said}")
         schedule: Any = OneOf(SCHEDULES).validate(value)
         lacks = [key for key in ("start", "end") if key in type(schedule).model_fields]
         lacks = [key for key in lacks if key not in value]

@@ -6,9 +6,9 @@ ENGINE = "tests/engine/test_engine.py"
 
 TESTS = {
     "config/load": (
-        CONFIG,
+        f"{CONFIG} tests/test_schedules.py",
         "hostile or broken_files or another_choice or trap or old_names or rate_chosen or leaves_to"
-        " or as_they_are",
+        " or as_they_are or another_name",
     ),
     "config/keys": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or names_of or checked_like"),
     "config/schema": (
@@ -64,6 +64,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "config/keys._check_models": [("if streams and others", "if False")],
     "config/load._put": [("if key in VERBATIM", "if key not in VERBATIM")],
+    "config/load._over": [
+        ('!= below["name"]', '== below["name"]'),
+        ('if "start" in keys else ()', 'if "start" not in keys else ()'),
+    ],
+    "config/load._check_moved": [("isinstance(now, list) or", ""), ("key in now", "old in now")],
     "config/load._unset": [('"???"', '"??"')],
     "config/load._renamed": [("if key in tree:", "if new in tree:")],
     "config/keys.check_keys": [
