@@ -85,10 +85,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("(None, self.batch_size)", "(None, made_for)"),
     ],
     "config/schema._consistent": [
-        ("views.count != wanted", "views.count < wanted"),
         ("self.batch_size % self.engine", "0 % self.engine"),
         ("self.name.startswith", "self.name.isdecimal() and self.name.startswith"),
     ],
+    "config/schema._check_views": [("views.count < least or", "views.count < least and")],
     "config/schema._check_streams": [("names[:1] != wanted[:1]", "names[:1] == wanted[:1]")],
     "config/schema.differences": [
         ('", ".join(own.data.streams)', '", ".join(sorted(own.data.streams))'),

@@ -54,7 +54,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('- {"manifest.json", *sums}', '- {"manifest.json", *there}'),
         ("|= {*encoder_files(encoders).values()}", "|= set()"),
         ("if wanted - sums.keys() or", "if"),
-        ('or not any(name.endswith("model', 'or any(name.endswith("xmodel'),
+        ("or not any(map(holds_weights, sums))", "or any(map(str.isdecimal, sums))"),
         ("if name not in there:", "if name in ():"),
         ("not (is_state(name) or", "not (name or"),
         ("if file.is_symlink() or not", "if not"),
@@ -101,7 +101,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/engine._deepspeed_config": [
         ('"] = False', '"] = True'),
         ("self.cfg.zero_stage == 3", "self.cfg.zero_stage == 2"),
-        ("_merge(config, self.cfg.deepspeed)", "_merge(self.cfg.deepspeed, config)"),
+        ("_merge(config, given)", "_merge(given, config)"),
     ],
     "engine/engine._finish": [
         ("self._flags[0] == 0", "self._flags[0] != 0"),

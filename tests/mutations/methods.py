@@ -67,7 +67,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("self.second, finish(", "self.decoder, finish("),
         ("hidden[0] & hidden[1]", "hidden[0] | hidden[1]"),
     ],
-    "methods/mocov3.on_step": [("momentum, 1.0", "momentum, 0.9")],
+    "methods/mocov3.on_step": [("momentum, progress", "momentum, 0.0")],
     "methods/sie.__init__": [("if min(inv) < 1:", "if min(inv) < 0:")],
     "methods/sie.loss": [("parts[0][1], relation", "parts[1][1], relation")],
     "methods/mae.__init__": [("norm_pix=cfg.norm_pix", "norm_pix=False")],

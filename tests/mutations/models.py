@@ -58,7 +58,7 @@ MUTATIONS = {
     "models/frozen.shared_copies": [("memo[id(part)] = part", "pass")],
     # fault 36
     "models/ema.update": [
-        ("_piece(theirs).float(), 1 - momentum", "_piece(theirs).float(), momentum"),
+        ("piece(theirs).float(), 1 - momentum", "piece(theirs).float(), momentum"),
         ("mine.copy_(theirs)", "mine.copy_(mine)"),
     ],
     "models/ema.EMA": [("half.float()", "half")],

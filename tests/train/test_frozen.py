@@ -49,6 +49,9 @@ def test_a_run_over_frozen_weights_resumes_and_exports_with_them(tmp_path):
     ][:1]
     trained = [p.numel() for p in method.parameters() if p.requires_grad and p.ndim > 1]
     assert sum(trained) <= flat.numel() < sum(trained) + 8
+    (state,) = checkpoint.glob("deepspeed/*model_states.pt")
+    held = torch.load(state, weights_only=False)["module"]
+    assert held and not [name for name in held if "conv1" in name]  # nothing of the network's
     before = final(cfg)
     shutil.rmtree(checkpoint)
     again = cfg.model_copy(update={"resume": "auto"})
@@ -92,6 +95,7 @@ def test_what_cannot_be_frozen_is_refused(tmp_path, monkeypatch):
 def test_training_mode_and_teachers_leave_a_frozen_network_alone():
     student = nn.Sequential(nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()), nn.Linear(3, 3))
     freeze(student[0])
+    assert not any(p.requires_grad for p in student[0].parameters())
     teacher = EMA(student)
     assert teacher.model[0] is student[0] and teacher.model[1] is not student[1]
     method = Headless(student).train()
