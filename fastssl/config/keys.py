@@ -89,7 +89,7 @@ def _check_models(mapping: dict[str, Any], names: list[str]) -> None:
     ]
     others = [key for key in mapping if key not in streams]
     if streams and others:
-        if others[0] not in names and not closest(others[0], names):
+        if others[0] not in names and not closest(str(others[0]), names):
             value = mapping[others[0]]
             raise ConfigError(
                 f"model.{others[0]}={value!r} is no model: give keys, as model.{others[0]}.name"

@@ -155,5 +155,7 @@ def test_models_by_stream_are_checked_like_one(recipe):
     other = resolve(str(path), ["model.depth.name=resnet18"]).model["depth"]
     assert other.name == "resnet18" and other.kwargs == {}
     assert resolve(str(path), ["model.name=resnet18"]).model.name == "resnet18"
+    with pytest.raises(ConfigError, match="model.3='x' is no model: give keys, as model.3.name"):
+        from_mapping({"model": {"image": {"name": "resnet18"}, 3: "x"}})
     with pytest.raises(ConfigError, match="model.name and model.depth are given"):
         from_mapping({"model": {"name": "resnet18", "depth": {"name": "resnet18"}}})

@@ -72,7 +72,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "config/load._unset": [('"???"', '"??"')],
     "config/load._renamed": [("if key in tree:", "if new in tree:")],
     "config/keys.check_keys": [
-        ("if name in names else", "if name not in names else"),
+        ("if known else", "if not known else"),
         ("if key not in names:", "if key is names:"),
         ("enumerate(value)} if isinstance(value, list)", "enumerate(value)} if value"),
     ],
