@@ -143,7 +143,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "engine/clipping._before_step": [('if not group["frozen"]]', "]")],
     "schedules/config.factor": [("(step + 0.5)", "(step + 0.0)")],
-    "schedules/config.after": [("stages - 1)", "stages)")],
+    "schedules/config.after": [("/ (self.stages - 1)", "/ self.stages")],
     "schedules/config.share": [("(self.until - self.warmup)", "self.until")],
     "schedules/config.validate": [("hundredth / 100):g", "1.0):g"), ("range(101)", "range(1)")],
     "schedules/config._filled": [
