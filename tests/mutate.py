@@ -70,8 +70,8 @@ def copy_tree(folder: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
-def mutate(mutation: Mutation, folder: Path) -> tuple[Path, str]:
-    """Change the file in the copy; return its path and what it held."""
+def found(mutation: Mutation, folder: Path) -> tuple[Path, str, int]:
+    """The file below `folder`, what it holds, and where in that the mutation's token stands."""
     path = folder / mutation.file
     if not path.is_file():
         path = folder / "fastssl" / mutation.file
@@ -81,6 +81,12 @@ def mutate(mutation: Mutation, folder: Path) -> tuple[Path, str]:
     at = source.find(mutation.old, start)
     if start < 0 or at < 0:
         raise SystemExit(f"{mutation.place} has no {mutation.old!r}")
+    return path, source, at
+
+
+def mutate(mutation: Mutation, folder: Path) -> tuple[Path, str]:
+    """Change the file in the copy; return its path and what it held."""
+    path, source, at = found(mutation, folder)
     path.write_text(source[:at] + mutation.new + source[at + len(mutation.old) :])
     return path, source
 

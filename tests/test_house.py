@@ -148,3 +148,11 @@ def test_no_module_imports_itself_by_way_of_others():
         ours = {module_of(dotted) for dotted in imports(name) if dotted.startswith("fastssl.")}
         graph[name] = ours - {name, "__init__"}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_every_mutation_has_its_token_in_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    import mutate
+
+    for mutation in mutate.mutations():
+        mutate.found(mutation, ROOT)  # exits, naming it, where the code has moved on

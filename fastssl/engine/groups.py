@@ -146,16 +146,24 @@ def parameter_groups(
 
 
 def _layer_scales(model: Any, layer_decay: float) -> dict[int, float]:
-    """The scale of each parameter of the encoder, by its id()."""
+    """The scale of each parameter of the trained networks, by its id()."""
+    networks = model.networks() if hasattr(model, "networks") else {"encoder": model.encoder}
+    scales: dict[int, float] = {}
+    for encoder in networks.values():
+        if any(param.requires_grad for param in encoder.parameters()):
+            scales |= _scales_of(encoder, layer_decay)
+    return scales
+
+
+def _scales_of(encoder: nn.Module, layer_decay: float) -> dict[int, float]:
     from timm.models import group_parameters
 
-    encoder = model.encoder
     if not hasattr(encoder, "group_matcher"):
         raise ValueError(
             f"optim.layer_decay={layer_decay} wants an encoder whose layers timm knows "
             f"(group_matcher), which {type(encoder).__name__} is not"
         )
-    matcher = encoder.group_matcher(coarse=False)
+    matcher = encoder.group_matcher(coarse=False)  # type: ignore[operator]
     layers: Any = group_parameters(encoder, matcher, reverse=True)
     last = max(layers.values())
     named = dict(encoder.named_parameters())

@@ -74,6 +74,16 @@ def test_layers_decay_as_timms_do_and_the_head_does_not():
     ours = parameter_groups(model, 0.1, 0.5)
     assert {id(p): (g["lr_scale"], g["weight_decay"]) for g in ours for p in g["params"]} == wanted
     assert len({g["lr_scale"] for g in ours}) > 2
+    one, other = Backbone().vit, Backbone().vit.requires_grad_(False)
+    model.networks = lambda: {"image": model.encoder, "depth": one, "frozen": other}
+    model.one, model.other = one, other
+    scales = [
+        {id(p): g["lr_scale"] for p in g["params"]} for g in parameter_groups(model, 0.1, 0.5)
+    ]
+    scale = {key: value for part in scales for key, value in part.items()}
+    for mine, first in zip(one.parameters(), model.encoder.parameters(), strict=True):
+        assert scale[id(mine)] == scale[id(first)]
+    del model.networks
     model.encoder = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"optim.layer_decay=0.5 wants .* which Linear is not"):
         parameter_groups(model, 0.1, 0.5)

@@ -115,7 +115,8 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/peers._watch": [("!= _BYE", "== _BYE"), ("lost.append(rank)", "lost.append(0)")],
     "engine/groups._is_plain": [("param.ndim <= 1", "param.ndim <= 0"), ('"_token"', '"token_"')],
     "engine/optim._options_fit_the_name": [("0 <= beta < 1", "0 <= beta <= 1")],
-    "engine/groups._layer_scales": [("(last - k)", "(last - k + 1)")],
+    "engine/groups._layer_scales": [("|= _scales_of", "= _scales_of")],
+    "engine/groups._scales_of": [("(last - k)", "(last - k + 1)")],
     "engine/optim.set_rates": [
         ('lr * group["lr_scale"]', "lr"),
         ('elif group["adapt"]:', 'elif not group["adapt"]:'),
