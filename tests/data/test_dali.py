@@ -140,7 +140,7 @@ def test_the_gpu_graph_makes_the_same(photos, monkeypatch):
     views = preset("byol", 48, color="linear")
     here = list(loader(photos, views).stream(0, 3))
     layout = dali.Layout
-    monkeypatch.setattr(dali, "Layout", lambda alone, gpu: layout(alone, gpu=True))
+    monkeypatch.setattr(dali, "Layout", lambda alone, gpu, channels: layout(alone, True, channels))
     monkeypatch.setattr(dali, "_decoder", lambda gpu: "cpu")
     monkeypatch.setattr(dali, "_gpu", lambda node: node)
     for batch, want in zip(loader(photos, views).stream(0, 3), here, strict=True):

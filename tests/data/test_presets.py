@@ -89,7 +89,8 @@ def test_small_views_are_not_blurred(name):
 def test_every_method_has_a_preset_of_its_number_of_views():
     for method in METHODS.values():
         if method.preset in PRESETS:
-            assert preset(method.preset, 32).count == method.views
+            least = method.views if isinstance(method.views, int) else method.views[0]
+            assert preset(method.preset, 32).count == least
     wanted = {"mocov3": "mocov3", "vicreg": "vicreg", "ijepa": "ijepa", "simmim": "simmim"}
     assert {name: METHODS[name].preset for name in wanted} == wanted
 

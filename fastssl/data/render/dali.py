@@ -230,13 +230,15 @@ def _graph(to: Renderer, flow: _Flow):
     given = [*fn.external_source(source=flow, num_outputs=count, no_copy=True)]
     made = []
     for name, part in to.parts.items():
-        made += _made(part, to, names[name], given)
+        made += _made(part, to.layouts[name].gpu, to.how, names[name], given)
     return tuple(made)
 
 
-def _made(part: Part, to: Renderer, names: list[list[str]], given: list[Node]) -> list[Node]:
+def _made(
+    part: Part, gpu: bool, how: Rendering, names: list[list[str]], given: list[Node]
+) -> list[Node]:
     """The views of one stream, of the first of the nodes `given`, which are taken out."""
-    views, gpu = part.views, to.how.device.type == "cuda"
+    views = part.views
     data, start, shape = (given.pop(0) for _ in range(3))
     image = fn.decoders.image_slice(
         data,
@@ -259,7 +261,7 @@ def _made(part: Part, to: Renderer, names: list[list[str]], given: list[Node]) -
         if "threshold" in at:
             threshold = _gpu(at["threshold"]) if gpu else at["threshold"]
             x = x ^ (types.Constant(255).uint8() * (x >= threshold))
-        made.append(_normalized(x, views.normalization(part.channels), to.how, at))
+        made.append(_normalized(x, views.normalization(part.channels), how, at))
     return made
 
 
