@@ -7,14 +7,13 @@ import sys
 import pytest
 
 from fastssl.config import ConfigError, resolve
-from fastssl.schedules import constant, cosine, infinite, linear, warmup_cosine
+from fastssl.schedules import cosine, infinite, linear
 from fastssl.schedules.config import CosineSchedule, LinearSchedule, ScheduleConfig, at
 
 PHASES = dict(warmup=10, cooldown=40, constant=0.25)
 
 
 def test_known_values():
-    assert constant(0.3, 2.5) == 2.5
     assert linear(0.25, 4.0, 8.0) == 5.0
     assert cosine(0.0, 3.0, 1.0) == 3.0
     assert cosine(1 / 3, 3.0, 1.0) == pytest.approx(2.5)  # cos(pi / 3) = 1 / 2
@@ -26,30 +25,6 @@ def test_known_values():
 def test_progress_outside_training_is_clamped(schedule):
     assert schedule(-0.5, 4.0, 8.0) == 4.0
     assert schedule(1.5, 4.0, 8.0) == 8.0
-
-
-def test_warmup_cosine():
-    def rate(progress):
-        return warmup_cosine(progress, 2.0, warmup=0.2, final=0.5)
-
-    assert rate(0.0) == 0.0
-    assert rate(0.05) == pytest.approx(0.5)
-    assert rate(0.2) == 2.0
-    assert rate(0.6) == pytest.approx(1.25)  # half way down
-    assert rate(1.0) == rate(7.0) == 0.5
-    assert rate(0.2 - 1e-9) == pytest.approx(rate(0.2), abs=1e-6)
-    falling = [rate(0.2 + 0.8 * i / 50) for i in range(51)]
-    assert falling == sorted(falling, reverse=True)
-
-
-def test_no_warmup_starts_at_the_peak():
-    assert warmup_cosine(0.0, 2.0, warmup=0.0) == 2.0
-
-
-@pytest.mark.parametrize("warmup", [-0.1, 1.0, 5])
-def test_warmup_is_a_fraction(warmup):
-    with pytest.raises(ValueError, match=f"0 <= warmup < 1; got {warmup}"):
-        warmup_cosine(0.5, 1.0, warmup=warmup)
 
 
 def test_infinite_has_its_phases():

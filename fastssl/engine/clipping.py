@@ -80,6 +80,7 @@ class Clipping:
         self.frozen = torch.zeros(len(ordered), dtype=torch.bool, device=device)
         self.scales = self.norm = torch.ones((), device=device)
         self._numbers: dict[Tensor, Tensor] = {}
+        self._given: tuple[list[int], Tensor] = [], self.norm  # at stage 0, and on the device
         self._all: list[dict[str, Any]] = []
         self._now: list[bool] = []
         optimizer.register_step_pre_hook(self._before_step)
@@ -146,9 +147,11 @@ class Clipping:
         if self.whole:
             norms = torch.zeros(self.frozen.shape, device=self.frozen.device)
             if params:
-                numbers = torch.tensor([self.spans[p][0][1] for p in params], device=norms.device)
+                given = [self.spans[p][0][1] for p in params]
+                if given != self._given[0]:  # a copy to the device would wait for it
+                    self._given = given, torch.tensor(given, device=norms.device)
                 found = torch._foreach_norm([p.grad for p in params], dtype=torch.float32)
-                norms = norms.index_copy(0, numbers, torch.stack(found))
+                norms = norms.index_copy(0, self._given[1], torch.stack(found))
             self._settle(norms)
         pieces, numbers = [], []
         for p in params:

@@ -9,14 +9,18 @@ from torch import Tensor, nn
 def features_and_map(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """One pass of a timm model: features (B, F), and the map (B, E, h, w) that they are pooled of.
 
-    images: (B, C, H, W), square where the model has tokens.
+    images: (B, C, H, W), square where the model has tokens, and so are its patches.
+    Raises ValueError for tokens that make no square.
     """
     timms: Any = model
     x = timms.forward_features(images)
     pooled = timms.forward_head(x)
     if x.ndim == 3:
         x = x[:, getattr(timms, "num_prefix_tokens", 0) :].transpose(1, 2)
-        return pooled, x.unflatten(2, (isqrt(x.shape[2]), -1))
+        side = isqrt(x.shape[2])
+        if side * side != x.shape[2]:
+            raise ValueError(f"places must make a square, and the model has {x.shape[2]} tokens")
+        return pooled, x.unflatten(2, (side, side))
     return pooled, x.movedim(-1, 1) if getattr(timms, "output_fmt", "NCHW") == "NHWC" else x
 
 

@@ -77,7 +77,12 @@ def build(
                 f"method.name={cfg.method.name} has nothing left to train: what it has is "
                 "frozen, and it has no head"
             )
-        build_optimizer(method, cfg.optim)  # for what it refuses, before anything is written
+        groups = build_optimizer(method, cfg.optim).param_groups  # for what it refuses, as well
+        if all(group["frozen_for"] >= cfg.epochs for group in groups):
+            raise ValueError(
+                f"optim.groups freeze every parameter for all of epochs={cfg.epochs}: give a "
+                "smaller freeze_epochs"
+            )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:

@@ -4,18 +4,11 @@
 past its end stays at its end value.  `infinite` has no end and takes a step count instead.
 Values are in the unit of what is scheduled.  No state: a resumed run needs none restored.
 
-    >>> from functools import partial
-    >>> rate = partial(warmup_cosine, peak=1.0, warmup=0.1)
-    >>> [round(rate(p), 3) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
+    >>> [round(cosine(p, 0.996, 1.0), 4) for p in (0.0, 0.5, 1.0)]
+    [0.996, 0.998, 1.0]
 """
 
 import math
-
-
-def constant(progress: float, value: float) -> float:
-    """`value`, whatever the progress."""
-    return value
 
 
 def linear(progress: float, start: float, end: float) -> float:
@@ -31,19 +24,6 @@ def cosine(progress: float, start: float, end: float) -> float:
     arXiv:2006.07733, implementation details.
     """
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * _clamp(progress)))
-
-
-def warmup_cosine(progress: float, peak: float, *, warmup: float, final: float = 0.0) -> float:
-    """A line from 0 to `peak` over the first `warmup` of training, then half a cosine to `final`.
-
-    warmup: a fraction of training, 0 <= warmup < 1.  Raises ValueError outside of that.
-    """
-    if not 0.0 <= warmup < 1.0:
-        raise ValueError(f"warmup is a fraction of training, 0 <= warmup < 1; got {warmup}")
-    p = _clamp(progress)
-    if p < warmup:
-        return peak * p / warmup
-    return cosine((p - warmup) / (1.0 - warmup), peak, final)
 
 
 def infinite(

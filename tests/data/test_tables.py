@@ -89,6 +89,7 @@ def test_csv_with_labels(tmp_path):
         ("x,y\n", None, "no rows"),
         ("x,y\n1,2\n", "z", "no column 'z' for the labels; there are: x, y"),
         ("x\n1\n", "x", "no column but its labels"),
+        ("x,y\n1,a\n2,\n", "y", r"1 cells of data.source.label are empty \(row 2"),
     ],
 )
 def test_bad_csv_is_refused(text, label, message, tmp_path):

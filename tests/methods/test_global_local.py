@@ -25,6 +25,7 @@ WHOLE, FLIPPED = made(), made(flip=1.0)
 CORNER = made(left=0.5, width=0.5, height=0.5)  # at the top right
 TURNED = made(cos=0.0, sin=1.0)  # a quarter, clockwise
 NO = -1
+OBLONG = {"patch_size": (8, 4)}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,9 @@ def test_a_map_is_what_is_pooled(name, side):
 def test_what_gives_no_map_or_has_no_labels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="places want one of timm's models, got Linear"):
         map_decoder(nn.Linear(2, 2), 8, 8, 1)
+    oblong = build_backbone("vit_tiny_patch16_224", shape=(3, 16, 16), kwargs=VIT | OBLONG)
+    with pytest.raises(ValueError, match="make a square, and the model has 8 tokens"):
+        features_and_map(oblong, torch.zeros(1, 3, 16, 16))
     assert GlobalLocalConfig().fitted(9, None) == GlobalLocalConfig()
     with pytest.raises(ValueError, match="method.by_label=true .* has no labels"):
         GlobalLocalConfig(by_label=True).fitted(9, None)

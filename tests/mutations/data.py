@@ -55,7 +55,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "data/streams.Joined": [("len(set(lengths.values())) > 1", "len(set(lengths.values())) > 2")],
     "data/sources/paired._part": [("[own[key] for key in order]", "[*own.values()]")],
     "data/sources/paired.unmatched": [("if not all(", "if not any(")],
-    "data/sources/paths._labels": [('if "" in texts', "if False")],
+    "data/sources/tables.classes_of": [('if "" in texts', "if False")],
     "data/sources/paths._check_files": [("if not cell or not", "if not cell and not")],
     "data/sources/reading.decode_values": [("if not torch.isfinite(found).all()", "if False")],
     "data/sources/reading.read_as": [

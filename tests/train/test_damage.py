@@ -14,6 +14,7 @@ import torch
 from fastssl.config import ConfigError
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints, _unreadable, damaged
 from fastssl.engine.config import CheckpointConfig
+from fastssl.engine.states import read_states
 from fastssl.export import load_encoder
 from fastssl.report import read_metrics
 from fastssl.run.directory import prepared
@@ -173,6 +174,22 @@ def test_a_state_that_is_code_is_not_run(name, checkpoint, tmp_path):
     (checkpoint / name).write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
     assert f"{name} holds more than tensors" in _unreadable(checkpoint, share=False)
     assert not (tmp_path / "executed").exists()
+
+
+class Reader:
+    """As DeepSpeed's, which runs what a file says."""
+
+    def load(self, path):
+        return pickle.loads(path.read_bytes())
+
+
+def test_a_state_that_is_code_is_not_run_where_deepspeed_reads_it(tmp_path):
+    (tmp_path / "state.pt").write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
+    ds = SimpleNamespace(module=torch.nn.Identity(), checkpoint_engine=Reader())
+    ds.load_checkpoint = lambda folder, **_: ds.checkpoint_engine.load(tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        read_states(ds, tmp_path)
+    assert not (tmp_path / "executed").exists() and "load" not in vars(ds.checkpoint_engine)
 
 
 def test_the_newest_and_the_best_are_kept_and_the_newest_is_first(checkpoint):

@@ -85,6 +85,11 @@ def test_what_cannot_be_frozen_is_refused(tmp_path, monkeypatch):
         tiny("simclr", tmp_path, model__frozen=True)
     with pytest.raises(ConfigError, match="model.partial=true would keep random weights"):
         tiny("simclr", tmp_path, model__frozen=True, model__weights="timm", model__partial=True)
+    late = {"epochs": 2, "optim__groups": [{"match": "*", "freeze_epochs": 2}]}
+    with pytest.raises(
+        ConfigError, match="optim.groups freeze every parameter for all of epochs=2"
+    ):
+        build(tiny("simclr", tmp_path, **late), 1)
     monkeypatch.setattr("fastssl.run.build.build_method", lambda encoder, _: Headless(encoder))
     cfg = tiny("simclr", tmp_path, model={"name": "given", "frozen": True})
     with pytest.raises(ConfigError, match="simclr has nothing left to train: what it has"):

@@ -159,7 +159,7 @@ def _ints(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Layout(NamedTuple):
-    """alone: an image has one view, and its decoded part is that one's crop.  gpu: see `_graph`."""
+    """alone: an image has one view, and its decoded part is that one's crop.  gpu: see `_made`."""
 
     alone: bool
     gpu: bool

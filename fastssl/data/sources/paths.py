@@ -6,59 +6,29 @@
 One column of files alone makes plain images.
 """
 
-import csv
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor
 
 from fastssl.data.errors import DataError
 from fastssl.data.sources.base import SourceOptions, absolute
 from fastssl.data.sources.folder import FolderImages
 from fastssl.data.sources.names import Names
 from fastssl.data.sources.reading import Read, check_read, read_as
+from fastssl.data.sources.tables import classes_of, read_lines
 from fastssl.data.streams import Joined
 
 _NAMED = 3  # lines that an error gives
 
 
 def read_columns(path: Path) -> dict[str, list[str]]:
-    """The cells of each column of a .csv file with a header; blank lines are passed over.
-
-    Raises DataError, naming the line, for what is no table.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the table {str(path)!r} ({reason}): mend it") from error
-    if len(lines) < 2:
-        raise DataError(f"the table {str(path)!r} has no rows below its header: add some")
-    header = [name.strip() for name in lines.pop(0)[1]]
+    """The cells of each column of a .csv file with a header.  Raises DataError."""
+    header, lines = read_lines(path)
     if len(set(header)) < len(header) or not all(header):
         raise DataError(f"the header of {str(path)!r} must be names, each once: {header}")
-    for number, row in lines:
-        if len(row) != len(header):
-            raise DataError(f"line {number} has {len(row)} cells, the header {len(header)}")
     return {name: [row[j].strip() for _, row in lines] for j, name in enumerate(header)}
-
-
-def _labels(texts: list[str] | None) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    if texts is None:
-        return None, None
-    if "" in texts:
-        raise DataError(
-            f"{texts.count('')} cells of data.source.label are empty (row {texts.index('') + 1} "
-            "...): give each a class, or no data.source.label"
-        )
-    classes = tuple(sorted(set(texts)))
-    number = {name: k for k, name in enumerate(classes)}
-    return torch.tensor([number[text] for text in texts]), classes
 
 
 def _check_files(root: Path, columns: dict[str, list[str]]) -> None:
@@ -108,7 +78,7 @@ class PathsSource(SourceOptions):
         check_read(self.read, columns)
         root = self.root or self.path.parent
         _check_files(root, columns)
-        labels, classes = _labels(None if self.label is None else table[self.label])
+        labels, classes = (None, None) if self.label is None else classes_of(table[self.label])
         parts: dict[str, Any] = {
             name: read_as(
                 FolderImages(root, Names(cells), labels, classes),

@@ -99,11 +99,9 @@ def _number(cell: str, where: str) -> float:
     return value
 
 
-def read_csv(path: Path, label: str | None) -> Table:
-    """A table from a .csv file with a header.  label: the column of classes, of any text.
-
-    Classes are numbered by the sorted texts.  Blank lines are passed over.
-    Raises DataError, naming the line and the column, for what is no table of numbers.
+def read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header of a .csv file, and its rows with the numbers of their lines; blank ones are
+    passed over.  Raises DataError, naming the line, for what is no table.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -115,6 +113,31 @@ def read_csv(path: Path, label: str | None) -> Table:
     if len(lines) < 2:
         raise DataError(f"the table {str(path)!r} has no rows below its header: add some")
     header = [name.strip() for name in lines.pop(0)[1]]
+    for number, row in lines:
+        if len(row) != len(header):
+            raise DataError(f"line {number} has {len(row)} cells, the header {len(header)}")
+    return header, lines
+
+
+def classes_of(texts: list[str]) -> tuple[Tensor, tuple[str, ...]]:
+    """Numbers (N,) int64 of the sorted texts, and these.  Raises DataError for empty ones."""
+    if "" in texts:
+        raise DataError(
+            f"{texts.count('')} cells of data.source.label are empty (row {texts.index('') + 1} "
+            "...): give each a class, or no data.source.label"
+        )
+    classes = tuple(sorted(set(texts)))
+    number = {name: k for k, name in enumerate(classes)}
+    return torch.tensor([number[text] for text in texts]), classes
+
+
+def read_csv(path: Path, label: str | None) -> Table:
+    """A table from a .csv file with a header.  label: the column of classes, of any text.
+
+    Classes are numbered by the sorted texts.  Blank lines are passed over.
+    Raises DataError, naming the line and the column, for what is no table of numbers.
+    """
+    header, lines = read_lines(path)
     if all(map(_is_number, header)):
         raise DataError(
             f"the first line of the table {str(path)!r} is numbers, and no header: put a line with "
@@ -123,9 +146,6 @@ def read_csv(path: Path, label: str | None) -> Table:
     if label is not None and label not in header:
         raise DataError(f"no column {label!r} for the labels; there are: {', '.join(header)}")
     at = None if label is None else header.index(label)
-    for number, row in lines:
-        if len(row) != len(header):
-            raise DataError(f"line {number} has {len(row)} cells, the header {len(header)}")
     kept = [j for j in range(len(header)) if j != at]
     if not kept:
         raise DataError(f"the table {str(path)!r} has no column but its labels: add some")
@@ -133,10 +153,7 @@ def read_csv(path: Path, label: str | None) -> Table:
     columns = [header[j] for j in kept]
     if at is None:
         return Table(np.array(rows), columns)
-    texts = [row[at].strip() for _, row in lines]
-    classes = tuple(sorted(set(texts)))
-    labels = torch.tensor([classes.index(text) for text in texts])
-    return Table(np.array(rows), columns, labels, classes)
+    return Table(np.array(rows), columns, *classes_of([row[at].strip() for _, row in lines]))
 
 
 class TableSource(SourceOptions):
