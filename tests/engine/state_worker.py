@@ -100,11 +100,12 @@ def skipped(rank: int, world: int) -> list[str]:
 
 
 def teachers(rank: int, world: int) -> list[dict[str, Tensor]]:
-    """The student's and the teacher's encoder after a step at stage 3, on the first rank alone."""
+    """The teacher's encoder before and after a step at stage 3, and the student's after it, on the
+    first rank alone."""
     e = engine("mocov3", "vit_tiny_patch16_224", 8, zero_stage=3, deepspeed=CUT)
+    before = e.encoder_state("teacher", kept=rank == 0)
     assert e.step(batch(rank, world, 2, 16), 1e-1, progress=0.1).applied
-    names = ("", "teacher")
-    return [e.encoder_state(name, kept=rank == 0) for name in names]
+    return [before, *(e.encoder_state(name, kept=rank == 0) for name in ("teacher", ""))]
 
 
 def frozen(rank: int, world: int, folder: str) -> dict[str, list[Any]]:

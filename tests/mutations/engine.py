@@ -13,7 +13,7 @@ TESTS = {
         "tests/train/test_damage.py tests/train/test_train.py",
         "executes or is_code or full_disk",
     ),
-    "engine/fragments": (ENGINE, "zero_3_keeps_whole"),
+    "engine/fragments": (ENGINE, "zero_3_keeps_whole or that_is_cut"),
     "engine/networks": (
         "tests/train/test_frozen.py tests/train/test_damage.py",
         "stays_as or resumes_and or its_step",

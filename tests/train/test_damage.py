@@ -184,7 +184,8 @@ class Reader:
 
 
 def test_a_state_that_is_code_is_not_run_where_deepspeed_reads_it(tmp_path):
-    (tmp_path / "state.pt").write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
+    attack = pickle.dumps(Attack(tmp_path / "executed"), protocol=2)
+    (tmp_path / "state.pt").write_bytes(attack)
     ds = SimpleNamespace(module=torch.nn.Identity(), checkpoint_engine=Reader())
     ds.load_checkpoint = lambda folder, **_: ds.checkpoint_engine.load(tmp_path / "state.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
