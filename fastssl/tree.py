@@ -18,6 +18,11 @@ def map_leaves(fn: Callable[[Tensor], Any], tree: Tree) -> Tree:
     return pytree.tree_map(fn, tree)
 
 
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves, in the order in which `map_leaves` comes by."""
+    return pytree.tree_leaves(tree)
+
+
 def count_rows(tree: Tree, name: str = "batch") -> int:
     """The first dimension of all leaves.
 
@@ -30,11 +35,11 @@ def count_rows(tree: Tree, name: str = "batch") -> int:
     Traceback (most recent call last):
     ValueError: batch['views'][1] has 5 rows, and batch['views'][0] has 4
     """
-    leaves = pytree.tree_flatten_with_path(tree)[0]
-    if not leaves:
+    found = pytree.tree_flatten_with_path(tree)[0]
+    if not found:
         raise ValueError(f"{name} has no tensor in it")
     first: tuple[str, int] | None = None
-    for path, leaf in leaves:
+    for path, leaf in found:
         place = name + pytree.keystr(path)
         if not isinstance(leaf, Tensor) or not leaf.ndim:
             got = "0-d" if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -53,8 +58,8 @@ def cut(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
     >>> cut([torch.arange(3)], [1, 2])
     [[tensor([0])], [tensor([1, 2])]]
     """
-    leaves, spec = pytree.tree_flatten(tree)
-    parts = zip(*(leaf.split(list(sizes)) for leaf in leaves), strict=True)
+    flat, spec = pytree.tree_flatten(tree)
+    parts = zip(*(leaf.split(list(sizes)) for leaf in flat), strict=True)
     return [pytree.tree_unflatten(list(part), spec) for part in parts]
 
 
@@ -63,5 +68,5 @@ def join(trees: Sequence[Tree]) -> Tree:
     if len(trees) == 1:
         return trees[0]
     flat = [pytree.tree_flatten(tree) for tree in trees]
-    rows = zip(*(leaves for leaves, _ in flat), strict=True)
-    return pytree.tree_unflatten([torch.cat(leaves) for leaves in rows], flat[0][1])
+    rows = zip(*(found for found, _ in flat), strict=True)
+    return pytree.tree_unflatten([torch.cat(parts) for parts in rows], flat[0][1])

@@ -83,12 +83,14 @@ def test_a_teacher_has_no_gradient_and_in_16_bits_a_float32_mean(tmp_path, witho
 
 
 def test_activation_checkpointing_and_accumulation_show(tmp_path):
-    plain, lean, split = (
+    plain, lean, split, exact = (
         make_plan(tiny("simclr", tmp_path, **changes), 1, 1).activations
         for changes in (
             {},
             {"engine__activation_checkpointing": True},
+            {"engine__accumulation": 4, "engine__large_batch": "plain"},
             {"engine__accumulation": 4},
         )
     )
     assert lean < 0.6 * plain and split == pytest.approx(plain / 4, rel=0.05)
+    assert split < exact < 0.6 * plain

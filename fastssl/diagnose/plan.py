@@ -15,10 +15,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
+from fastssl.engine.large_batch import is_exact
 from fastssl.methods.base import PARAMETERS
 from fastssl.models import frozen_in
 from fastssl.run.build import build
 from fastssl.run.summary import count_parameters, peak_memory
+from fastssl.tree import leaves
 
 NOT_COUNTED = (
     "DeepSpeed's buffers for reduction and gathering, copies made in the optimizer's step, "
@@ -66,10 +68,11 @@ def make_plan(cfg: RunConfig, channels: int | dict[str, int], world: int) -> Pla
     means = 4 * (P - T - F) if half else 0  # of a teacher
     states = 4 * STATES.get(cfg.optim.name, 2)
     masters = 4 if half or stage > 0 else 0
+    held = is_exact(method, cfg.engine) and cfg.engine.reduce_once
     return Plan(
         parameters=P,
         weights=int((width * P + means) / (world if stage == 3 else 1)),
-        gradients=int(width * T / (world if stage >= 2 else 1)),
+        gradients=int(width * T / (world if stage >= 2 and not held else 1)),
         optimizer=int((masters + states) * T / (world if stage >= 1 else 1)),
         activations=_activations(method, cfg, channels, world, device),
         process=process,
@@ -79,18 +82,28 @@ def make_plan(cfg: RunConfig, channels: int | dict[str, int], world: int) -> Pla
 def _activations(
     method: torch.nn.Module, cfg: RunConfig, channels: int | dict[str, int], world: int, device: str
 ) -> int:
-    """Bytes kept for backward on a micro-batch: linear in its size, measured at 4 and 8 images."""
-    micro = cfg.batch_size // (world * cfg.engine.accumulation)
+    """Bytes kept for backward: linear in the images, measured at 4 and 8 of them.
+
+    Of an exact large batch the loss keeps its share of every image of the rank, beside their rows
+    and the rows' gradient; the encoder of those of one micro-batch.
+    """
+    parts, rows = cfg.engine.accumulation, cfg.batch_size // world
+    exact = is_exact(method, cfg.engine)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device=device)
-        small, large = (_kept(method, cfg, channels, n, device) for n in (4, 8))
-    slope = (large - small) / 4
-    return int(max(0, small - 4 * slope) + slope * micro)
+        measured = [_kept(method, cfg, channels, n, device) for n in (4, 8)]
+    counts = (rows // parts, rows if exact else rows // parts, rows if exact else 0)
+    total = 0.0
+    for small, large, images in zip(*measured, counts, strict=True):
+        slope = (large - small) / 4
+        total += max(0, small - 4 * slope) + slope * images
+    return int(total)
 
 
 def _kept(
     method: torch.nn.Module, cfg: RunConfig, channels: int | dict[str, int], n: int, device: str
-) -> int:
+) -> tuple[int, int, int]:
+    """Of n images: what the encoder keeps, what the loss adds, and twice the encoded rows."""
     own = {p.untyped_storage()._cdata for p in method.parameters()}
     kept: dict[int, int] = {}
     alive = []  # a storage freed in mid-pass would lend its address to another
@@ -108,8 +121,14 @@ def _kept(
     batch["views"] = _each(shapes, lambda shape: torch.empty(n, *shape, device=device))
     batch["params"] = _each(shapes, lambda _: torch.ones(n, len(PARAMETERS), device=device))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        method(batch)["loss"]
-    return sum(kept.values())
+        batch = method.prepare(batch)  # type: ignore[operator]
+        encoded = method(batch, "encode")
+        in_encoder = sum(kept.values())
+        if method.has_targets:
+            batch["targets"] = method(batch, "targets")
+        method(batch, "loss", encoded)["loss"]
+    rows = 2 * sum(leaf.nbytes for leaf in leaves(encoded))
+    return in_encoder, sum(kept.values()) - in_encoder, rows
 
 
 def _each(shapes: Any, made: Callable[[tuple[int, ...]], torch.Tensor]) -> Any:

@@ -43,7 +43,24 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: parameters and activations bfloat16, float32 master weights."
     )
-    accumulation: int = Field(1, ge=1, description="Micro-batches an optimizer step is split into.")
+    accumulation: int = Field(
+        1, ge=1, description="Micro-batches that a rank's share of a step is split into."
+    )
+    large_batch: Literal["exact", "plain"] = Field(
+        "exact",
+        description="The loss of micro-batches, for a method that compares images. exact: over the "
+        "whole batch of all ranks, by encoding all but the last micro-batch twice; plain: the mean "
+        "of each one's own loss, which is another loss.",
+    )
+    reduce_once: bool = Field(
+        True,
+        description="Of an exact large batch, stages 2 and 3 keep whole gradients and reduce them "
+        "once a step; false: cut, after each micro-batch.",
+    )
+    micro_batchnorm: bool = Field(
+        False,
+        description="Accept that an encoder's batch norms normalize each micro-batch by itself.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A non-finite loss or gradient ends the run, or only skips its step."
     )

@@ -7,7 +7,6 @@ finite is never applied, at any stage, and leaves no trace in the method.
 """
 
 import difflib
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,14 @@ from fastssl.tree import count_rows, cut, join, map_leaves
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError
 from .fragments import ZeroPieces
+from .large_batch import LargeBatch, check_batch_norms, is_exact, reduced_once
 from .launch import deepspeed
 from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
 from .states import read_states, write_states
 from .verbs import Step, Verbs
 
+_Done = tuple[dict[str, Tensor], Any, "torch.cuda.Event | None"]  # metrics, "keep", flags sent
 NEVER = 2**62  # DeepSpeed's own progress lines: ours are better
 
 
@@ -41,8 +42,9 @@ class Engine(Verbs):
     """`method` on `device` under ZeRO `cfg.zero_stage`, stepped by `optim`.
 
     batch_size: images in an optimizer step over all ranks and micro-batches.
-    Raises EngineError when the batch does not divide among ranks and micro-batches,
-    for activation checkpointing of an encoder without it, and for what DeepSpeed refuses.
+    Raises EngineError when the batch does not divide among ranks and micro-batches, for batch
+    norms that would take micro-batches for batches, for activation checkpointing of an encoder
+    without it, and for what DeepSpeed refuses.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Engine(Verbs):
     ):
         self.cfg, self.optim, self.device = cfg, optim, device
         shares = distributed.world_size() * cfg.accumulation
+        self._exact = is_exact(method, cfg)
         if batch_size % shares:
             raise EngineError(
                 f"batch_size={batch_size} does not divide into {distributed.world_size()} ranks x "
                 f"engine.accumulation={cfg.accumulation}"
             )
+        check_batch_norms(method, cfg, batch_size)
         networks = list(method.networks().values())  # type: ignore[operator]
         for network in networks if cfg.activation_checkpointing else ():
             if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
@@ -111,6 +115,19 @@ class Engine(Verbs):
             self.method.train()
         undo = self.cfg.on_nonfinite == "skip"
         before = {n: b.clone() for n, b in self.method.named_buffers()} if undo else {}
+        backward = self._backward_whole if self._exact else self._backward_each
+        sums, kept, event = backward(batch, stop)
+        step = self._finish(sums, event)
+        if step.applied:
+            average_running_statistics(self.method)
+            self.method.on_step(kept, progress)
+        else:
+            for name, buffer in self.method.named_buffers() if undo else ():
+                buffer.copy_(before[name])
+        return step
+
+    def _backward_each(self, batch: dict[str, Any], stop: bool) -> _Done:
+        """The gradient of the mean of the micro-batches' losses."""
         finite = torch.ones((), device=self.device, dtype=torch.bool)
         sums: dict[str, Tensor] = {}
         kept: list[Any] = []
@@ -118,13 +135,14 @@ class Engine(Verbs):
         prepared = self.method.prepares and not self.method.couples_batch
         if prepared:
             batch = self.method.prepare(self._move(batch))
-        for i, (micro, share) in enumerate(self._split(batch)):
-            out = self.ds(micro, prepared=prepared)
-            loss = loss_of(self.method, out)
+        sizes = self._sizes(batch)
+        for i, (size, micro) in enumerate(zip(sizes, cut(batch, sizes), strict=True)):
+            out = self.ds(self._move(micro), "prepared" if prepared else "all")
+            loss, share = loss_of(self.method, out), size / sum(sizes)
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
             finite = finite & torch.isfinite(loss.detach())
-            last = i == self.cfg.accumulation - 1
+            last = i == len(sizes) - 1
             if last:
                 event = self._agree(finite, stop)
             # A loss of infinity may have finite gradients: make sure that the step is refused.
@@ -135,14 +153,23 @@ class Engine(Verbs):
                 sums[key] = sums[key] + part if key in sums else part
             if not last:
                 self.ds.step()
-        step = self._finish(sums, event)
-        if step.applied:
-            average_running_statistics(self.method)
-            self.method.on_step(join(kept) if kept else None, progress)
-        else:
-            for name, buffer in self.method.named_buffers() if undo else ():
-                buffer.copy_(before[name])
-        return step
+        return sums, join(kept) if kept else None, event
+
+    def _backward_whole(self, batch: dict[str, Any], stop: bool) -> _Done:
+        """The gradient of the loss over the whole batch, each micro-batch encoded twice."""
+        large = LargeBatch(self.ds, batch, self._sizes(batch), self._move, self.device)
+        out = large.compare()
+        loss, kept = loss_of(self.method, out), out.pop("keep", None)
+        finite = torch.isfinite(loss.detach())
+        event = self._agree(finite, stop)
+        with reduced_once(self.ds, self.cfg.reduce_once) as is_last:
+            is_last(not large.replays)
+            self.ds.backward(loss * torch.where(finite, 1.0, float("nan")))
+            for left, part in zip(reversed(range(large.replays)), large.replay(), strict=True):
+                is_last(not left)
+                self.ds.backward(part)
+        sums = {key: value.detach().float() for key, value in out.items()}
+        return sums, None if kept is None else map_leaves(Tensor.detach, kept), event
 
     def features(self, images: Tensor) -> Tensor:
         self.method.eval()
@@ -216,9 +243,10 @@ class Engine(Verbs):
             )
 
     def _deepspeed_config(self, clip: float, micro: int) -> dict[str, Any]:
+        parts = self.cfg.accumulation
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": self.cfg.accumulation,
+            "train_micro_batch_size_per_gpu": micro * (parts if self._exact else 1),
+            "gradient_accumulation_steps": 1 if self._exact else parts,
             "gradient_clipping": clip,
             "zero_optimization": {"stage": self.cfg.zero_stage},
             "zero_allow_untested_optimizer": True,
@@ -232,15 +260,12 @@ class Engine(Verbs):
         given = {k: v for k, v in self.cfg.deepspeed.items() if k not in MONITORS}
         return _merge(config, given)
 
-    def _split(self, batch: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float]]:
-        """The batch in `accumulation` micro-batches, each moved to the device in its turn, with its
-        share of the rows: they are equal, or one row apart."""
+    def _sizes(self, batch: dict[str, Any]) -> list[int]:
+        """The rows of `accumulation` micro-batches: equal, or one row apart."""
         n, rows = self.cfg.accumulation, count_rows(batch)
         if rows < n:
             raise ValueError(f"a batch of {rows} rows does not cut into engine.accumulation={n}")
-        sizes = [rows // n + (i < rows % n) for i in range(n)]
-        for size, micro in zip(sizes, cut(batch, sizes), strict=True):
-            yield self._move(micro), size / rows
+        return [rows // n + (i < rows % n) for i in range(n)]
 
     def _move(self, tree: Any) -> Any:
         return map_leaves(lambda leaf: leaf.to(self.device, non_blocking=True), tree)

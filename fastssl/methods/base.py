@@ -32,7 +32,10 @@ class Method(nn.Module):
 
     preset: the augmentation preset of the method's paper.
     views: how many views it reads; a pair: at least, and at most (None: any number).
-    couples_batch: a sample's loss depends on the others of its batch, so accumulation changes it.
+    couples_batch: a sample's loss depends on the others of its batch, so a mean over micro-batches
+        is another loss.
+    loss_reads_views: `loss` reads the values of batch["views"], not their shapes alone: of a large
+        batch it gets no more than the shapes otherwise.
     needs_view_params: it reads "params", which batches have only where they are asked for.
     streams: (): one stream, whatever its name; names: these, the first the primary one, and
     `encoder` is built of a dictionary by them; None: two or more, as data.streams names them.  Of
@@ -42,6 +45,7 @@ class Method(nn.Module):
     preset: ClassVar[str]
     views: ClassVar[int | tuple[int, int | None]]
     couples_batch: bool
+    loss_reads_views: ClassVar[bool] = False
     needs_view_params: ClassVar[bool] = False
     streams: ClassVar[tuple[str, ...] | None] = ()
     encoder: nn.Module
@@ -82,9 +86,25 @@ class Method(nn.Module):
         """Whether it has something to do to a whole batch."""
         return type(self).prepare is not Method.prepare
 
-    def forward(self, batch: Batch, *, prepared: bool = False) -> dict[str, Any]:
-        """All of it at once.  prepared: that `prepare` has been called."""
-        if not prepared:
+    @property
+    def has_targets(self) -> bool:
+        """Whether it has anything to compare with that no gradient flows into."""
+        return type(self).targets is not Method.targets
+
+    def forward(self, batch: Batch, part: str = "all", encoded: Encoded = None) -> Any:
+        """What an engine calls.
+
+        part: "encode", "targets" or "loss", the latter of `encoded`; "all" of them one after
+        another, `prepare` included; or "prepared", where that has been called.
+        """
+        if part == "encode":
+            return self.encode(batch)
+        if part == "targets":
+            with torch.no_grad():
+                return self.targets(batch)
+        if part == "loss":
+            return self.loss(encoded, batch)
+        if part == "all":
             batch = self.prepare(batch)
         encoded = self.encode(batch)
         with torch.no_grad():

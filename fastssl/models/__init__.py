@@ -21,6 +21,7 @@ from .frozen import fingerprint as fingerprint
 from .frozen import freeze as freeze
 from .frozen import frozen_as as frozen_as
 from .frozen import frozen_in as frozen_in
+from .frozen import moving_in as moving_in
 from .frozen import set_aside as set_aside
 from .heads import BatchNorm1d as BatchNorm1d
 from .heads import average_running_statistics as average_running_statistics

@@ -16,6 +16,7 @@ from fastssl.data.sources.base import Source, Split
 from fastssl.data.streams import stream
 from fastssl.data.views.image import Views
 from fastssl.data.views.streams import StreamViews, of_stream
+from fastssl.engine.large_batch import check_batch_norms
 from fastssl.engine.networks import is_network
 from fastssl.engine.optim import build_optimizer
 from fastssl.export import start
@@ -85,7 +86,9 @@ def build(
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if method.couples_batch and cfg.batch_size == cfg.engine.accumulation:
+    check_batch_norms(method, cfg.engine, cfg.batch_size)
+    alone = cfg.batch_size == cfg.engine.accumulation and cfg.engine.large_batch == "plain"
+    if method.couples_batch and alone:
         raise ConfigError(
             f"engine.accumulation={cfg.engine.accumulation} cuts batch_size={cfg.batch_size} into "
             f"micro-batches of one image, and {cfg.method.name} needs two or more to compare"
@@ -252,7 +255,7 @@ def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
     """Raise ConfigError for a schedule that does not fit the run's number of steps, and for a short
     batch of which a micro-batch would have too little."""
     rows, parts = loader.even_rows(loader.steps_per_epoch - 1), cfg.engine.accumulation
-    least = 2 if cfg.method_class.couples_batch else 1
+    least = 2 if cfg.method_class.couples_batch and cfg.engine.large_batch == "plain" else 1
     if loader.last == "pad" and rows < least * parts:
         raise ConfigError(
             f"data.last=pad: an epoch's last batch has {len(loader.source) % loader.batch_size} of "

@@ -320,9 +320,10 @@ class Run:
         """Say what a user might not expect of this configuration."""
         cfg, method = self.cfg, self.cfg.method.name
         parts = cfg.engine.accumulation
-        if parts > 1 and self.engine.method.couples_batch:
+        plain = self.cfg.engine.large_batch == "plain"
+        if plain and parts > 1 and self.engine.method.couples_batch:
             self.watch.say(
-                f"engine.accumulation={parts}: {method} compares or mixes images of one "
+                f"engine.large_batch=plain: {method} compares or mixes images of one "
                 f"micro-batch ({cfg.batch_size // parts}) only, so this is not a batch of "
                 f"{cfg.batch_size}"
             )

@@ -25,6 +25,16 @@ NORMED = [
     ("test_resnet", 1, "fp32", False),
 ]
 CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+# (method, stage, options of the engine); the loss of matryoshka has no parameters
+LARGE = [
+    ("mocov3", 0, {}),
+    ("nnclr", 1, {}),
+    ("matryoshka", 2, {"reduce_once": False}),
+    ("sit", 2, {}),
+    ("isogclr", 3, {"reduce_once": False}),
+    ("mixed_barlow_twins", 3, {}),
+]
+TWO = {"accumulation": 2, "micro_batchnorm": True}
 
 
 def engine(name: str, encoder: str, batch: int, freezing: bool = False, **options: Any) -> Engine:
@@ -48,10 +58,13 @@ def engine(name: str, encoder: str, batch: int, freezing: bool = False, **option
     )
 
 
-def batch(rank: int, world: int, views: int, side: int, step: int = 0) -> dict[str, Any]:
+def batch(
+    rank: int, world: int, views: int, side: int, step: int = 0, rows: int = 8
+) -> dict[str, Any]:
     g = torch.Generator().manual_seed(step)
-    images = [torch.randn(8, 1, side, side, generator=g).chunk(world)[rank] for _ in range(views)]
-    index = torch.arange(8).chunk(world)[rank]
+    each = [torch.randn(rows, 1, side, side, generator=g) for _ in range(views)]
+    images = [view.chunk(world)[rank] for view in each]
+    index = torch.arange(rows).chunk(world)[rank]
     return {"views": images, "index": index, "seeds": index + 3}
 
 
@@ -86,7 +99,7 @@ def skipped(rank: int, world: int) -> list[str]:
     """What a step with one NaN on rank 0 has changed: parameters, norms, queues and teachers."""
     changed = []
     for name in ("nnclr", "mocov3"):
-        e = engine(name, "test_resnet", 8, zero_stage=1, on_nonfinite="skip", accumulation=2)
+        e = engine(name, "test_resnet", 8, zero_stage=1, on_nonfinite="skip", **TWO)
         e.step(batch(rank, world, 2, 32), 1e-2, progress=0.5)
         before = {n: x.clone() for n, x in _everything(e)}
         bad = batch(rank, world, 2, 32, 1)
@@ -180,3 +193,22 @@ def resumed(rank: int, world: int, folder: str, name: str) -> tuple[list[float],
     second = engine(name, "vit_tiny_patch16_224", 8, zero_stage=3)
     second.load(Path(folder) / name)
     return steps(first, 2, 4), steps(second, 2, 4)
+
+
+def at_once(rank: int, world: int) -> list[tuple[float, float]]:
+    """For each of LARGE how far an exact step of 4 micro-batches is from a step in one: the loss
+    and the buffers, and the parameters' change."""
+    found = []
+    for name, stage, options in LARGE:
+        states, moves = [], []
+        for parts in ({}, {"accumulation": 4, **options}):
+            e = engine(name, "vit_tiny_patch16_224", 16, zero_stage=stage, deepspeed=CUT, **parts)
+            before = [e._whole(p).clone() for p in e.method.parameters() if p.requires_grad]
+            step = e.step(batch(rank, world, 2, 16, rows=16), 16.0, progress=0.1)
+            after = [e._whole(p) for p in e.method.parameters() if p.requires_grad]
+            moves.append(torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)]))
+            state = [step.metrics["loss"], *e.method.buffers()]
+            states.append(torch.cat([value.float().flatten().nan_to_num() for value in state]))
+        apart = [float((b - a).norm() / a.norm()) for a, b in (states, moves)]
+        found.append((apart[0], apart[1]))
+    return found

@@ -14,7 +14,7 @@ from fastssl.engine.optim import OptimConfig
 from fastssl.methods import MAE, build_method
 from fastssl.models import build_backbone
 from fastssl.schedules import cosine
-from fastssl.tree import join
+from fastssl.tree import cut, join
 from tests.engine import state_worker
 from tests.ranks import run_ranks
 from tests.runs import VIT, tiny
@@ -77,6 +77,7 @@ def steps(rank, world, folder):
         found["skipped"] = state_worker.skipped(rank, world)
         found["teachers"] = state_worker.teachers(rank, world)
         found["frozen"] = state_worker.frozen(rank, world, folder)
+        found["at once"] = state_worker.at_once(rank, world) if world > 1 else []
         found["moved once"] = state_worker.moved_once(rank, world)
         for name in ("ijepa", "data2vec"):
             found[f"resumed {name}"] = state_worker.resumed(rank, world, folder, name)
@@ -139,6 +140,14 @@ def test_a_skipped_step_changes_nothing(ran):
     assert [rank["skipped"] for ranks in ran for rank in ranks] == [[]] * 3
 
 
+def test_micro_batches_make_the_step_of_the_whole_batch(ran):
+    _, two = ran
+    for rank in two:
+        assert len(rank["at once"]) == len(state_worker.LARGE)
+        for state, move in rank["at once"]:
+            assert state < 1e-6 and move < 2e-6
+
+
 def test_accumulation_moves_the_state_once(ran):
     assert [rank["moved once"] for ranks in ran for rank in ranks] == [[8, 1]] * 3
 
@@ -168,10 +177,10 @@ def test_micro_batches_are_the_batch_and_labels_go_along():
     whole = {**batch(), "streams": {"text": [torch.arange(8) % 3]}}
     with launch.session("cpu"):
         own = engine(0, "fp32", accumulation=4)
-        parts, shares = zip(*own._split(whole), strict=True)
+        parts = cut(whole, own._sizes(whole))
         with pytest.raises(ValueError, match=r"batch\['label'\] has 7 rows, and .* has 8"):
             own.step({**whole, "label": torch.zeros(7)}, 1e-3)
-    assert [len(part["index"]) for part in parts] == [2] * 4 and shares == (0.25,) * 4
+    assert [len(part["index"]) for part in parts] == [2] * 4
     torch.testing.assert_close(join(parts), whole, rtol=0, atol=0)
 
 

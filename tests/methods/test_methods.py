@@ -382,7 +382,9 @@ def test_the_flag_says_whether_accumulation_changes_the_loss(name, tmp_path):
 
     def losses(sizes):
         for part in cut(data if method.couples_batch else whole, sizes):
-            yield copy.deepcopy(method)(part, prepared=not method.couples_batch)["loss"].item()
+            yield copy.deepcopy(method)(part, "all" if method.couples_batch else "prepared")[
+                "loss"
+            ].item()
 
     apart = abs(sum(losses([4, 4])) / 2 - sum(losses([8])))
     assert apart > 1e-4 if method.couples_batch else apart < 1e-5
@@ -398,7 +400,7 @@ def test_masks_of_one_size_want_views_of_one_size(name, tmp_path):
 
 # fault 14
 def test_micro_batches_of_one_image_are_refused_where_images_are_compared(tmp_path):
-    one_each = {"batch_size": 8, "engine__accumulation": 8}
+    one_each = {"batch_size": 8, "engine__accumulation": 8, "engine__large_batch": "plain"}
     with pytest.raises(ConfigError, match="engine.accumulation=8 cuts batch_size=8 into.*simclr"):
         build(tiny("simclr", tmp_path, **one_each), 1)
     build(tiny("mae", tmp_path, **one_each), 1)

@@ -95,7 +95,7 @@ def test_sit_weighs_three_tasks(everywhere, tmp_path):
     tasks = (r_0 + r_1) / 2, (t_0 + t_1) / 2, contrast
     r, t, c = ours.log_variances
     want = tasks[0] / (2 * r.exp()) + tasks[1] / t.exp() + tasks[2] / c.exp() + (r + t + c) / 2
-    out = ours(data, prepared=True)
+    out = ours(data, "prepared")
     torch.testing.assert_close(out["loss"].double(), want, rtol=1e-6, atol=0)
     for name, task in zip(("restoration", "turn", "contrast"), tasks, strict=True):
         torch.testing.assert_close(out[name].double(), task.detach(), rtol=1e-6, atol=0)

@@ -47,7 +47,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("weights[k].shape != loaded[k].shape", "weights[k].shape == loaded[k].shape"),
     ],
     "models/weights._fitted": [("given.shape[1] == 3", "given.shape[1] == 4")],
-    "tree.join": [("torch.cat(leaves)", "leaves[0]")],
+    "tree.join": [("torch.cat(parts)", "parts[0]")],
     "models/backbones.register_model": [(".__module__ != module:", ".__module__ == module:")],
     "config/load.load": [
         ('f"{path}: {error}"', 'f"{error}"'),

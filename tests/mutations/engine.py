@@ -21,8 +21,9 @@ TESTS = {
     "engine/engine": (
         f"{ENGINE} tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
-        " or micro or moves_the or padding or to_the_rank or without_a_loss",
+        " or micro_batches or moves_the or padding or to_the_rank or without_a_loss",
     ),
+    "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
     "engine/launch": (ENGINE, "launchers or tasks"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
     "engine/groups": ("tests/engine/test_optim.py", "not slices and not differ"),
@@ -80,20 +81,44 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "engine/engine.__init__": [("if batch_size % shares:", "if batch_size < shares:")],
     "engine/engine.step": [
-        ('float("nan"))', "1.0)"),
         ('on_nonfinite == "skip"', 'on_nonfinite == "stop"'),
         ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),
+    ],
+    "engine/engine._backward_each": [
+        ('float("nan"))', "1.0)"),
         ("finite & torch.isfinite", "finite | torch.isfinite"),
         ("join(kept) if kept", "kept[0] if kept"),
-        ("prepared=prepared)", "prepared=False)"),
+        ('"prepared" if prepared', '"all" if prepared'),
         ("not self.method.couples_batch", "self.method.couples_batch"),
+        ("size / sum(sizes)", "1 / len(sizes)"),
+    ],
+    "engine/engine._backward_whole": [
+        ('float("nan"))', "1.0)"),
+        ("is_last(not left)", "is_last(True)"),
+        ("is_last(not large.replays)", "is_last(True)"),
+    ],
+    "engine/large_batch.is_exact": [("cfg.accumulation > 1", "True")],
+    "engine/large_batch.check_batch_norms": [
+        ('cfg.large_batch == "plain"', "False"),
+        ("moving_in(network)", "network.modules()"),
+    ],
+    "engine/large_batch.compare": [
+        ("if whole or key", "if key"),
+        ("if any(getattr", "if False and any(getattr"),
+        ('seen["targets"] = join(targets)', 'seen["targets"] = targets[0]'),
+    ],
+    "engine/large_batch._encode": [("requires_grad_(made.requires_grad)", "requires_grad_(True)")],
+    "engine/large_batch.replay": [
+        ("drawn.again()", "pass"),
+        ("after.again()", "pass"),
+        ("with still_norms(self._ds.module):", "if True:"),
     ],
     "engine/engine.loss_of": [
         ("or loss.ndim:", "or False:"),
         ("if not loss.requires_grad", "if loss is None"),
         ('if key != "keep" and', "if False and"),
     ],
-    "engine/engine._split": [("(i < rows % n)", "(i > n - rows % n)"), ("size / rows", "1 / n")],
+    "engine/engine._sizes": [("(i < rows % n)", "(i > n - rows % n)")],
     "engine/engine._join_batch_norms": [
         ("micro < 2", "micro < 1"),
         ('endswith("running_mean")', 'endswith("running_std")'),

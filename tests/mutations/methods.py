@@ -72,7 +72,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/sie.loss": [("parts[0][1], relation", "parts[1][1], relation")],
     "methods/mae.__init__": [("norm_pix=cfg.norm_pix", "norm_pix=False")],
     "methods/base.features": [(").float()", ")")],
-    "methods/base.forward": [("if not prepared:", "if prepared:")],
+    "methods/base.forward": [('if part == "all":', 'if part != "all":')],
     "methods/simmim.predict": [("self.masked.prefix :]", "self.masked.prefix - 1 : -1]")],
     "methods/ijepa.teach": [("self.student.prefix :", "self.student.prefix - 1 : -1")],
     "methods/data2vec.LayerMean": [
