@@ -21,9 +21,10 @@ COUPLING = [name for name in OPTIONS if METHODS[name].couples_batch]
 DROPS = {**VIT, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
 OF_ONE = {"clip": (1,)}  # the others compare two views
 SIZES = [3, 3, 2]
+FOUR: dict[str, Any] = {"accumulation": 4}
 
 
-def build(name, encoder="vit_tiny_patch16_224", side=16, **kwargs: Any):
+def build(name, encoder="vit_tiny_patch16_224", side=16, kwargs=VIT):
     torch.manual_seed(0)
     backbone = build_backbone(encoder, shape=(1, side, side), kwargs=kwargs)
     return build_method(backbone, tiny(name, Path()).method)
@@ -87,7 +88,7 @@ def both(method, data):
 @pytest.mark.parametrize("name", COUPLING)
 def test_the_gradient_is_that_of_one_graph(name):
     (numbers, grad, buffers, drawn), again = both(
-        build(name, **DROPS), batch(*OF_ONE.get(name, ()))
+        build(name, kwargs=DROPS), batch(*OF_ONE.get(name, ()))
     )
     torch.testing.assert_close(again[0], numbers, rtol=1e-6, atol=1e-6)
     assert (again[1] - grad).norm() < 1e-6 * grad.norm()
@@ -95,13 +96,13 @@ def test_the_gradient_is_that_of_one_graph(name):
 
 
 def test_batch_norms_remember_each_micro_batch_once():
-    (_, grad, buffers, _), again = both(build("simclr", "test_resnet", 32), batch(side=32))
+    (_, grad, buffers, _), again = both(build("simclr", "test_resnet", 32, {}), batch(side=32))
     assert (again[1] - grad).norm() < 1e-6 * grad.norm()
     assert len(buffers) > 3 and all(map(torch.equal, again[2], buffers))
 
 
 def test_of_a_frozen_encoder_nothing_is_encoded_twice():
-    method = build("simclr", **VIT)
+    method = build("simclr")
     freeze(method.encoder)
     calls = []
     method.encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -118,7 +119,7 @@ class Bright(SimCLR):
 
 
 def test_a_loss_that_reads_pixels_says_so(monkeypatch):
-    method, data = build("simclr", **VIT), batch()
+    method, data = build("simclr"), batch()
     data["views"] = map_leaves(torch.abs, data["views"])
     method.__class__ = Bright
     with pytest.raises(EngineError, match=r"Bright.loss reads the values of batch\['views'\]"):
@@ -130,8 +131,8 @@ def test_a_loss_that_reads_pixels_says_so(monkeypatch):
 
 def test_batch_norms_of_micro_batches_are_to_be_accepted():
     method, four = (
-        build("simclr", "test_resnet", 32),
-        EngineConfig().model_copy(update={"accumulation": 4}),
+        build("simclr", "test_resnet", 32, {}),
+        EngineConfig(**FOUR),
     )
     with pytest.raises(EngineError, match="the [0-9]+ batch norms of the encoder would .*=256 im"):
         check_batch_norms(method, four, 256)
