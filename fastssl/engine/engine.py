@@ -7,7 +7,7 @@ finite is never applied, at any stage, and leaves no trace in the method.
 """
 
 import difflib
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastssl.tree import count_rows, cut, join, map_leaves
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError
 from .fragments import ZeroPieces
-from .large_batch import LargeBatch, check_batch_norms, is_exact, reduced_once
+from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
 from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
@@ -59,12 +59,17 @@ class Engine(Verbs):
         self.cfg, self.optim, self.device = cfg, optim, device
         shares = distributed.world_size() * cfg.accumulation
         self._exact = is_exact(method, cfg)
+        # Whole gradients until a step's end, as stage 1 has them anyway.
+        held = cfg.reduce_once or cfg.zero_stage == 1
+        self._held = self._exact and cfg.zero_stage > 0 and held
         if batch_size % shares:
             raise EngineError(
                 f"batch_size={batch_size} does not divide into {distributed.world_size()} ranks x "
                 f"engine.accumulation={cfg.accumulation}"
             )
         check_batch_norms(method, cfg, batch_size)
+        if self._exact:
+            check_deepspeed(cfg)
         networks = list(method.networks().values())  # type: ignore[operator]
         for network in networks if cfg.activation_checkpointing else ():
             if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
@@ -80,9 +85,7 @@ class Engine(Verbs):
             self.ds, *_ = deepspeed().initialize(
                 model=method,
                 optimizer=optimizer,
-                config=self._deepspeed_config(
-                    0.0 if restrains(optim) else optim.clip, batch_size // shares
-                ),
+                config=self._deepspeed_config(0.0 if restrains(optim) else optim.clip, batch_size),
                 dist_init_required=False,
             )
         except ValidationError as error:
@@ -162,12 +165,15 @@ class Engine(Verbs):
         loss, kept = loss_of(self.method, out), out.pop("keep", None)
         finite = torch.isfinite(loss.detach())
         event = self._agree(finite, stop)
-        with reduced_once(self.ds, self.cfg.reduce_once) as is_last:
-            is_last(not large.replays)
-            self.ds.backward(loss * torch.where(finite, 1.0, float("nan")))
-            for left, part in zip(reversed(range(large.replays)), large.replay(), strict=True):
-                is_last(not left)
-                self.ds.backward(part)
+        scale = self.ds.gradient_accumulation_steps()  # DeepSpeed divides by it
+        if not large.replays and not self._held:
+            self.ds.set_gradient_accumulation_boundary(True)
+        with self.ds.coalesce_grad_reduction() if self._held else nullcontext():
+            self.ds.backward(loss * torch.where(finite, scale, float("nan")))
+            for part in large.replay():
+                if not self._held:
+                    self.ds.step()
+                self.ds.backward(part * scale)
         sums = {key: value.detach().float() for key, value in out.items()}
         return sums, None if kept is None else map_leaves(Tensor.detach, kept), event
 
@@ -242,11 +248,11 @@ class Engine(Verbs):
                 "statistics of its own images; the running ones are averaged"
             )
 
-    def _deepspeed_config(self, clip: float, micro: int) -> dict[str, Any]:
-        parts = self.cfg.accumulation
+    def _deepspeed_config(self, clip: float, batch_size: int) -> dict[str, Any]:
+        parts = 1 if self._held else self.cfg.accumulation
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": micro * (parts if self._exact else 1),
-            "gradient_accumulation_steps": 1 if self._exact else parts,
+            "train_micro_batch_size_per_gpu": batch_size // (distributed.world_size() * parts),
+            "gradient_accumulation_steps": parts,
             "gradient_clipping": clip,
             "zero_optimization": {"stage": self.cfg.zero_stage},
             "zero_allow_untested_optimizer": True,

@@ -28,6 +28,26 @@ def is_exact(method: Any, cfg: EngineConfig) -> bool:
     return cfg.accumulation > 1 and cfg.large_batch == "exact" and method.couples_batch
 
 
+def check_deepspeed(cfg: EngineConfig) -> None:
+    """Raise EngineError for what keeps of an exact large batch a part of the gradient only.
+
+    DeepSpeed loses there what it has of parameters that a step's last backward does not reach.
+    """
+    zero, types = (cfg.deepspeed.get(key, {}) for key in ("zero_optimization", "data_types"))
+    named = f"engine.large_batch=exact at engine.zero_stage={cfg.zero_stage}"
+    if cfg.zero_stage > 1 and not cfg.reduce_once and "offload_optimizer" in zero:
+        raise EngineError(
+            f"{named} takes no optimizer that is offloaded "
+            "(engine.deepspeed.zero_optimization.offload_optimizer) with engine.reduce_once=false"
+        )
+    wide = types.get("grad_accum_dtype") in ("fp32", "float32")
+    if cfg.zero_stage < 2 and cfg.precision == "bf16" and wide:
+        raise EngineError(
+            f"{named} takes no engine.deepspeed.data_types.grad_accum_dtype="
+            f"{types['grad_accum_dtype']!r}: use engine.zero_stage=2"
+        )
+
+
 def check_batch_norms(method: Any, cfg: EngineConfig, batch_size: int) -> None:
     """Raise EngineError where micro-batches are no batch: an encoder normalizes each by itself."""
     if cfg.accumulation == 1 or cfg.large_batch == "plain" or cfg.micro_batchnorm:
@@ -157,18 +177,3 @@ def still_norms(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in before:
             buffer.copy_(value)
-
-
-@contextmanager
-def reduced_once(ds: Any, held: bool) -> Iterator[Callable[[bool], None]]:
-    """Several backward passes for one step: before each, call what this gives with whether it is
-    the last.
-
-    held: stages 2 and 3 keep whole gradients until the end, and reduce them once.  They reduce and
-    cut those of each pass otherwise; stages 0 and 1 always reduce at the last.
-    """
-    if held and ds.zero_optimization_stage() > 1:
-        with ds.coalesce_grad_reduction():
-            yield lambda last: None
-    else:
-        yield ds.set_gradient_accumulation_boundary

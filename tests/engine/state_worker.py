@@ -28,7 +28,7 @@ CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # (method, stage, options of the engine); the loss of matryoshka has no parameters
 LARGE = [
     ("mocov3", 0, {}),
-    ("nnclr", 1, {}),
+    ("nnclr", 1, {"deepspeed": {"zero_optimization": {"overlap_comm": True}}}),
     ("matryoshka", 2, {"reduce_once": False}),
     ("sit", 2, {}),
     ("isogclr", 3, {"reduce_once": False}),
@@ -202,7 +202,8 @@ def at_once(rank: int, world: int) -> list[tuple[float, float]]:
     for name, stage, options in LARGE:
         states, moves = [], []
         for parts in ({}, {"accumulation": 4, **options}):
-            e = engine(name, "vit_tiny_patch16_224", 16, zero_stage=stage, deepspeed=CUT, **parts)
+            parts = {"zero_stage": stage, "deepspeed": CUT, **parts}
+            e = engine(name, "vit_tiny_patch16_224", 16, **parts)
             before = [e._whole(p).clone() for p in e.method.parameters() if p.requires_grad]
             step = e.step(batch(rank, world, 2, 16, rows=16), 16.0, progress=0.1)
             after = [e._whole(p) for p in e.method.parameters() if p.requires_grad]

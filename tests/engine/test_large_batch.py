@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastssl.engine import launch
 from fastssl.engine.config import EngineConfig, EngineError
-from fastssl.engine.large_batch import LargeBatch, check_batch_norms
+from fastssl.engine.large_batch import LargeBatch, check_batch_norms, check_deepspeed
 from fastssl.methods import METHODS, SimCLR, build_method
 from fastssl.methods.base import PARAMETERS
 from fastssl.models import build_backbone, freeze
 from fastssl.tree import cut, join, leaves, map_leaves
+from tests.engine import state_worker
 from tests.runs import METHODS as OPTIONS
 from tests.runs import VIT, tiny
 
@@ -141,3 +143,20 @@ def test_batch_norms_of_micro_batches_are_to_be_accepted():
     freeze(method.encoder)
     assert isinstance(method.head, nn.Module)
     check_batch_norms(method, four, 256)
+
+
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+WIDE = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"reduce_once": False, "zero_stage": 2, "deepspeed": OFFLOAD}, "=2 .*reduce_once=false"),
+        ({"precision": "bf16", "zero_stage": 1, "deepspeed": WIDE}, "='fp32': use .*zero_stage=2"),
+    ],
+)
+def test_gradients_that_deepspeed_would_lose_are_refused(given, sentence):
+    with launch.session("cpu"), pytest.raises(EngineError, match=sentence):
+        state_worker.engine("simclr", "vit_tiny_patch16_224", 8, **FOUR, **given)
+    check_deepspeed(EngineConfig(**{**given, "zero_stage": 3, "reduce_once": True}))

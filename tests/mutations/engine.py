@@ -94,13 +94,18 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "engine/engine._backward_whole": [
         ('float("nan"))', "1.0)"),
-        ("is_last(not left)", "is_last(True)"),
-        ("is_last(not large.replays)", "is_last(True)"),
+        ("if not large.replays and", "if False and"),
+        ("self.ds.backward(part * scale)", "self.ds.backward(part)"),
+        ("                    self.ds.step()", "                    pass"),
     ],
-    "engine/large_batch.is_exact": [("cfg.accumulation > 1", "True")],
     "engine/large_batch.check_batch_norms": [
         ('cfg.large_batch == "plain"', "False"),
         ("moving_in(network)", "network.modules()"),
+    ],
+    "engine/large_batch.check_deepspeed": [
+        ("cfg.zero_stage > 1", "cfg.zero_stage > 2"),
+        ("not cfg.reduce_once and", "cfg.reduce_once and"),
+        ("cfg.zero_stage < 2 and", "cfg.zero_stage < 1 and"),
     ],
     "engine/large_batch.compare": [
         ("if whole or key", "if key"),
