@@ -13,6 +13,7 @@ from fastssl import pieces
 from .frozen import shared_copies
 
 _HALVES = (torch.bfloat16, torch.float16)
+_AT_ONCE = 64  # 16-bit tensors whose float32 copies are there at one time
 
 
 class EMA(nn.Module):
@@ -45,17 +46,17 @@ class EMA(nn.Module):
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
         pairs = zip(self.model.parameters(), student.parameters(), strict=True)
         moving = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]
-        halves = [pieces.piece(mine) for mine, _ in moving if mine.dtype in _HALVES]
+        parts = [(pieces.piece(mine), pieces.piece(theirs)) for mine, theirs in moving]
+        halves = [(mine, theirs) for mine, theirs in parts if mine.dtype in _HALVES]
+        whole = [(mine, theirs) for mine, theirs in parts if mine.dtype not in _HALVES]
         if not self._means:
-            self._means = [half.float() for half in halves]
-        means = iter(self._means)
-        for mine, theirs in moving:
-            piece = pieces.piece(mine)
-            if piece.dtype in _HALVES:
-                mean = next(means)
-                piece.copy_(mean.lerp_(pieces.piece(theirs).float(), 1 - momentum))
-            else:
-                piece.lerp_(pieces.piece(theirs), 1 - momentum)
+            self._means = [mine.float() for mine, _ in halves]
+        for n in range(0, len(halves), _AT_ONCE):
+            some, means = halves[n : n + _AT_ONCE], self._means[n : n + _AT_ONCE]
+            torch._foreach_lerp_(means, [theirs.float() for _, theirs in some], 1 - momentum)
+            torch._foreach_copy_([mine for mine, _ in some], means)
+        if whole:
+            torch._foreach_lerp_([mine for mine, _ in whole], [s for _, s in whole], 1 - momentum)
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
         pieces.renew([mine for mine, _ in moving])

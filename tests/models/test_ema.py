@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.models import EMA
+from fastssl.models import EMA, ema
 
 
 def student(dtype=torch.float32):
@@ -105,3 +105,16 @@ def test_other_momenta_are_refused(momentum):
 def test_another_structure_is_refused():
     with pytest.raises(ValueError):
         EMA(student()).update(nn.Linear(3, 5), 0.9)
+
+
+def test_means_of_16_bits_are_moved_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(ema, "_AT_ONCE", 4)
+    model = student(torch.bfloat16)
+    teacher, before = EMA(model), [p.detach().float() for p in model.parameters()]
+    move(model)
+    teacher.update(model, 0.9)
+    pairs = zip(before, model.parameters(), strict=True)
+    wanted = [b.lerp(p.detach().float(), 0.1) for b, p in pairs]
+    torch.testing.assert_close(teacher.get_extra_state(), wanted)
+    moved = zip(teacher.model.parameters(), wanted, strict=True)
+    assert all(torch.equal(mine, mean.bfloat16()) for mine, mean in moved)

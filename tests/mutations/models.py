@@ -58,10 +58,12 @@ MUTATIONS = {
     "models/frozen.shared_copies": [("memo[id(part)] = part", "pass")],
     # fault 36
     "models/ema.update": [
-        ("piece(theirs).float(), 1 - momentum", "piece(theirs).float(), momentum"),
+        ("for _, theirs in some], 1 - momentum", "for _, theirs in some], momentum"),
+        ("for _, s in whole], 1 - momentum", "for _, s in whole], momentum"),
+        ("halves[n : n + _AT_ONCE], self", "halves[:_AT_ONCE], self"),
         ("mine.copy_(theirs)", "mine.copy_(mine)"),
     ],
-    "models/ema.EMA": [("half.float()", "half")],
+    "models/ema.EMA": [("mine.float()", "mine")],
     "models/ema.set_extra_state": [("copy=True", "copy=False")],
     "models/directpred.update": [
         ("1 - self.rho if", "self.rho if"),
