@@ -1,6 +1,7 @@
 """Configuration: recipes resolve, reload equal, and refusals say what to do."""
 
 import importlib
+import re
 
 import pytest
 
@@ -269,6 +270,14 @@ def test_old_spellings_are_read_with_a_warning(tmp_path):
     assert source.data.source.name == "hf_datasets"
     with pytest.warns(FutureWarning, match="colour is called color now"):
         assert view_spec("clips", 8, colour="sequential").color == "sequential"
+
+
+def test_a_run_from_before_exact_large_batches_stays_what_it_was(tmp_path):
+    cfg = resolve("simclr-digits", ["engine.accumulation=4"])
+    (tmp_path / "config.yaml").write_text(re.sub(" *(large_b|reduce_o|micro_b).*\n", "", dump(cfg)))
+    before = load(tmp_path)
+    assert before.engine.large_batch == "plain" and cfg.engine.large_batch == "exact"
+    assert differences(before, cfg) == ["engine.large_batch: plain -> exact"]
 
 
 def test_old_names_of_keys_are_read_with_a_warning(monkeypatch):

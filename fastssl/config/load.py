@@ -90,6 +90,9 @@ def load(run: Path) -> "RunConfig":
     if not path.is_file():
         raise ConfigError(f"{run} holds no run: there is no {path}")
     mapping = _merged(path, [])
+    engine = mapping.get("engine")
+    if isinstance(engine, dict) and engine.get("accumulation", 1) != 1:
+        engine.setdefault("large_batch", "plain")  # of a run from before there was another way
     try:
         return from_mapping(mapping)
     except ConfigError as error:

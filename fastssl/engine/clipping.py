@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .config import EngineConfig
+from .config import EngineConfig, offloads_optimizer
 from .fragments import averaged, locate, slices
 from .groups import own_rules
 from .optim import OptimConfig
@@ -37,9 +37,7 @@ def restrains(cfg: OptimConfig) -> bool:
 
 def check_offload(cfg: OptimConfig, engine: EngineConfig) -> None:
     """Raise ValueError where gradients that are to be measured are taken off the device."""
-    zero = engine.deepspeed.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer") or {}
-    if restrains(cfg) and (offload.get("device", "none") != "none" or zero.get("cpu_offload")):
+    if restrains(cfg) and offloads_optimizer(engine):
         raise ValueError(
             "optim.clip_each, and optim.groups with clip or freeze_epochs, want gradients on the "
             "device: leave out engine.deepspeed.zero_optimization.offload_optimizer"

@@ -102,6 +102,13 @@ class EngineConfig(Section):
         return given
 
 
+def offloads_optimizer(cfg: EngineConfig) -> bool:
+    """Whether DeepSpeed keeps the optimizer's state off the device."""
+    zero = cfg.deepspeed.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none" or bool(zero.get("cpu_offload"))
+
+
 class CheckpointConfig(Section):
     every: int = Field(1, ge=0, description="Epochs between two checkpoints; 0: at the end only.")
     every_steps: int = Field(

@@ -166,8 +166,8 @@ class Engine(Verbs):
         finite = torch.isfinite(loss.detach())
         event = self._agree(finite, stop)
         scale = self.ds.gradient_accumulation_steps()  # DeepSpeed divides by it
-        if not large.replays and not self._held:
-            self.ds.set_gradient_accumulation_boundary(True)
+        for _ in range(scale - 1 - large.replays):  # backward passes that there will not be
+            self.ds.step()
         with self.ds.coalesce_grad_reduction() if self._held else nullcontext():
             self.ds.backward(loss * torch.where(finite, scale, float("nan")))
             for part in large.replay():

@@ -11,6 +11,7 @@ Source: Gao et al. 2021, arXiv:2101.06983 (gradient cache).
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.models import moving_in
-from fastssl.tree import cut, join, leaves, map_leaves
+from fastssl.tree import count_rows, cut, join, leaves, map_leaves
 
-from .config import EngineConfig, EngineError
+from .config import EngineConfig, EngineError, offloads_optimizer
 
 
 def is_exact(method: Any, cfg: EngineConfig) -> bool:
@@ -33,14 +34,14 @@ def check_deepspeed(cfg: EngineConfig) -> None:
 
     DeepSpeed loses there what it has of parameters that a step's last backward does not reach.
     """
-    zero, types = (cfg.deepspeed.get(key, {}) for key in ("zero_optimization", "data_types"))
+    types = cfg.deepspeed.get("data_types", {})
     named = f"engine.large_batch=exact at engine.zero_stage={cfg.zero_stage}"
-    if cfg.zero_stage > 1 and not cfg.reduce_once and "offload_optimizer" in zero:
+    if cfg.zero_stage > 1 and not cfg.reduce_once and offloads_optimizer(cfg):
         raise EngineError(
-            f"{named} takes no optimizer that is offloaded "
-            "(engine.deepspeed.zero_optimization.offload_optimizer) with engine.reduce_once=false"
+            f"{named} takes no optimizer that is offloaded (engine.deepspeed.zero_optimization) "
+            "with engine.reduce_once=false"
         )
-    wide = types.get("grad_accum_dtype") in ("fp32", "float32")
+    wide = str(types.get("grad_accum_dtype")) in ("fp32", "float32", "float", "torch.float32")
     if cfg.zero_stage < 2 and cfg.precision == "bf16" and wide:
         raise EngineError(
             f"{named} takes no engine.deepspeed.data_types.grad_accum_dtype="
@@ -50,14 +51,20 @@ def check_deepspeed(cfg: EngineConfig) -> None:
 
 def check_batch_norms(method: Any, cfg: EngineConfig, batch_size: int) -> None:
     """Raise EngineError where micro-batches are no batch: an encoder normalizes each by itself."""
-    if cfg.accumulation == 1 or cfg.large_batch == "plain" or cfg.micro_batchnorm:
+    if cfg.accumulation == 1 or cfg.large_batch == "plain":
         return
     modules = {id(m): m for network in method.networks().values() for m in moving_in(network)}
-    if norms := sum(isinstance(module, _BatchNorm) for module in modules.values()):
+    norms = sum(isinstance(module, _BatchNorm) for module in modules.values())
+    if norms and not cfg.micro_batchnorm:
         raise EngineError(
             f"engine.accumulation={cfg.accumulation}: the {norms} batch norms of the encoder would "
             f"normalize each micro-batch by itself, and not batch_size={batch_size} images: accept "
             "that by engine.micro_batchnorm=true, or take an encoder without batch norms"
+        )
+    if norms and batch_size < 2 * cfg.accumulation:
+        raise EngineError(
+            f"engine.accumulation={cfg.accumulation} cuts batch_size={batch_size} into "
+            f"micro-batches of one image, of which the encoder's {norms} batch norms make nothing"
         )
 
 
@@ -85,46 +92,38 @@ class LargeBatch:
         """What the method's loss makes of all rows; its backward is to come before `replay`.
 
         Of the views it gets the shapes alone, unless it says that it reads their values: they are
-        the bulk of a batch.  Raises EngineError for one that reads them and does not say so.
+        the bulk of a batch.  Raises EngineError for one that reads them and does not say so, and
+        for encoded rows or targets that are not one for each sample.
         """
         method, batch = self._ds.module, self._batch
         encoded, targets = self._encode()
-        whole = method.loss_reads_views
+        whole, name = method.loss_reads_views, type(method).__name__
         seen = {key: self._move(part) for key, part in batch.items() if whole or key != "views"}
         if "views" in batch and not whole:
-            seen["views"] = map_leaves(lambda view: view.to("meta"), batch["views"])
-        if targets:
-            seen["targets"] = join(targets)
-        try:
-            out = self._ds(seen, "loss", encoded)
-            if any(getattr(value, "is_meta", False) for value in leaves(out)):
-                raise RuntimeError("values on the meta device")
-        except RuntimeError as error:
-            if whole or "meta" not in str(error):
-                raise
-            name = type(method).__name__
-            raise EngineError(
-                f"{name}.loss reads the values of batch['views'], which engine.large_batch=exact "
-                "does not keep: let encode or targets give what it needs, or set "
-                f"{name}.loss_reads_views = True"
-            ) from error
-        return out
+            shape = partial(Shape.of, device=self._device, reader=name)
+            seen["views"] = map_leaves(shape, batch["views"])
+        if targets is not None:
+            seen["targets"] = targets
+        return self._ds(seen, "loss", encoded)
 
-    def _encode(self) -> tuple[Any, list[Any]]:
-        """All rows, and the targets of each micro-batch, if there are any."""
-        rows, targets = [], []
-        for n, micro in enumerate(self._micros):
+    def _encode(self) -> tuple[Any, Any]:
+        """All rows, and all targets, if there are any."""
+        rows, targets, method = [], [], self._ds.module
+        for n, (micro, size) in enumerate(zip(self._micros, self._sizes, strict=True)):
             there, last = self._move(micro), n == len(self._micros) - 1
             self._draws.append(_Draws(self._device))
             with torch.set_grad_enabled(last):
                 rows.append(self._ds(there, "encode"))
-            if self._ds.module.has_targets:
-                targets.append(map_leaves(Tensor.detach, self._ds(there, "targets")))
+            _check_rows(method, "encode", rows[-1], size)
+            target = self._ds(there, "targets") if method.has_targets else None
+            if target is not None:
+                _check_rows(method, "targets", target, size)
+                targets.append(map_leaves(Tensor.detach, target))
         *others, graph = rows
         self._rows = join([map_leaves(Tensor.detach, other) for other in others])
         for row, made in zip(leaves(self._rows), leaves(graph), strict=True):
             row.requires_grad_(made.requires_grad)
-        return join([self._rows, graph]), targets
+        return join([self._rows, graph]), join(targets) if targets else None
 
     @property
     def replays(self) -> int:
@@ -136,16 +135,16 @@ class LargeBatch:
         """For each micro-batch but the last a scalar whose gradient is the loss's."""
         if not self.replays:
             return
-        grads = [row.grad for row in leaves(self._rows)]
-        sizes, after = self._sizes[:-1], _Draws(self._device)
-        parts = zip(
-            *([None] * len(sizes) if g is None else g.split(sizes) for g in grads), strict=True
-        )
-        for micro, drawn, part in zip(self._micros[:-1], self._draws[:-1], parts, strict=True):
-            drawn.again()
-            with still_norms(self._ds.module):
+        asked = [n for n, row in enumerate(leaves(self._rows)) if row.requires_grad]
+        rows = [leaves(self._rows)[n] for n in asked]
+        grads = [torch.zeros_like(row) if row.grad is None else row.grad for row in rows]
+        parts = zip(*(grad.split(self._sizes[:-1]) for grad in grads), strict=True)
+        after = _Draws(self._device)
+        with still_buffers(self._ds.module):
+            for micro, drawn, part in zip(self._micros[:-1], self._draws[:-1], parts, strict=True):
+                drawn.again()
                 graph = leaves(self._ds(self._move(micro), "encode"))
-                pairs = [(y, g) for y, g in zip(graph, part, strict=True) if g is not None]
+                pairs = zip((graph[n] for n in asked), part, strict=True)
                 yield torch.stack([(y.float() * g.float()).sum() for y, g in pairs]).sum()
         after.again()
 
@@ -165,15 +164,62 @@ class _Draws:
 
 
 @contextmanager
-def still_norms(model: nn.Module) -> Iterator[None]:
-    """Once it is over, the running statistics of batch norms are what they were before.
+def still_buffers(model: nn.Module) -> Iterator[None]:
+    """Once it is over, buffers such as running statistics are what they were before.
 
     A backward of what was normalized inside belongs inside as well: it holds on to them.
     """
-    norms = [module for module in moving_in(model) if isinstance(module, _BatchNorm)]
-    before = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def _check_rows(method: Any, half: str, tree: Any, rows: int) -> None:
+    name = f"{type(method).__name__}.{half}(batch)"
+    try:
+        found = count_rows(tree, name)
+    except ValueError as error:
+        raise EngineError(f"{error}: every leaf has a row for each sample") from error
+    if found != rows:
+        raise EngineError(f"{name} has {found} rows for {rows} samples: give one for each")
+    if any(leaf.is_complex() for leaf in leaves(tree)):
+        raise EngineError(
+            f"{name} has complex numbers, which engine.large_batch=exact does not take"
+        )
+
+
+class Shape(Tensor):
+    """A tensor's shape, dtype and device, without its values: whoever asks for those is told."""
+
+    reader: str
+
+    @staticmethod
+    def of(tensor: Tensor, device: torch.device, reader: str) -> "Shape":
+        """reader: the method whose loss gets it."""
+        kind = {"dtype": tensor.dtype, "device": device}
+        made = Tensor._make_wrapper_subclass(Shape, tensor.shape, **kind)  # type: ignore[attr-defined]
+        made.reader = reader
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> "Shape":
+        read = next(leaf for leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Shape))
+        if func in _OF_SHAPES:
+            there = torch.empty(read.shape, dtype=read.dtype, device="meta")
+            return cls.of(func(there, *args[1:], **(kwargs or {})), read.device, read.reader)
+        name = read.reader
+        raise EngineError(
+            f"{name}.loss reads the values of batch['views'], which engine.large_batch=exact does "
+            f"not keep: let encode or targets give what it needs, or set {name}.loss_reads_views "
+            "= True"
+        )
+
+
+_aten = torch.ops.aten
+_OF_SHAPES = (_aten.select.int, _aten.slice.Tensor, _aten.detach.default, _aten.alias.default)

@@ -51,8 +51,9 @@ class Method(nn.Module):
     encoder: nn.Module
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch that the rest reads, before it is cut into micro-batches: where images are
-        mixed with one another.  Without parameters, and without gradient."""
+        """The batch that the rest reads, where images are mixed with one another.  Without
+        parameters, and without gradient.  It gets the rank's batch before that is cut; a
+        micro-batch only where each has a loss of its own (engine.large_batch=plain)."""
         return batch
 
     def encode(self, batch: Batch) -> Encoded:

@@ -255,7 +255,8 @@ def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
     """Raise ConfigError for a schedule that does not fit the run's number of steps, and for a short
     batch of which a micro-batch would have too little."""
     rows, parts = loader.even_rows(loader.steps_per_epoch - 1), cfg.engine.accumulation
-    least = 2 if cfg.method_class.couples_batch and cfg.engine.large_batch == "plain" else 1
+    alone = cfg.method_class.couples_batch and cfg.engine.large_batch == "plain"
+    least = 2 if alone or cfg.engine.micro_batchnorm else 1
     if loader.last == "pad" and rows < least * parts:
         raise ConfigError(
             f"data.last=pad: an epoch's last batch has {len(loader.source) % loader.batch_size} of "

@@ -14,7 +14,7 @@ from fastssl.engine.large_batch import LargeBatch, check_batch_norms, check_deep
 from fastssl.methods import METHODS, SimCLR, build_method
 from fastssl.methods.base import PARAMETERS
 from fastssl.models import build_backbone, freeze
-from fastssl.tree import cut, join, leaves, map_leaves
+from fastssl.tree import cut, join, leaves
 from tests.engine import state_worker
 from tests.runs import METHODS as OPTIONS
 from tests.runs import VIT, tiny
@@ -114,21 +114,66 @@ def test_of_a_frozen_encoder_nothing_is_encoded_twice():
 
 
 class Bright(SimCLR):
-    """It weighs the loss by how bright the first view is."""
+    """It weighs the loss by how bright the first view's images are."""
 
     def loss(self, encoded: list[Tensor], batch) -> dict[str, Tensor]:
-        return {"loss": super().loss(encoded, batch)["loss"] * batch["views"][0].mean()}
+        order = batch["views"][0].flatten(1).mean(1).argsort()
+        return {"loss": super().loss([encoded[0][order], *encoded[1:]], batch)["loss"]}
 
 
 def test_a_loss_that_reads_pixels_says_so(monkeypatch):
     method, data = build("simclr"), batch()
-    data["views"] = map_leaves(torch.abs, data["views"])
     method.__class__ = Bright
     with pytest.raises(EngineError, match=r"Bright.loss reads the values of batch\['views'\]"):
         by_micro_batches(method, data)
     monkeypatch.setattr(Bright, "loss_reads_views", True)
     (_, grad, _, _), again = both(method, data)
     assert (again[1] - grad).norm() < 1e-6 * grad.norm()
+
+
+class Wrong(SimCLR):
+    """Two rows a sample, or rows that the loss does not use, or a memory of its own."""
+
+    how = "targets"
+
+    def encode(self, batch) -> Any:
+        self.seen.add_(1)
+        rows = super().encode(batch)
+        return torch.cat(rows) if self.how == "encode" else rows
+
+    def targets(self, batch) -> Any:
+        return torch.cat(batch["views"]).mean((1, 2, 3)) if self.how == "targets" else None
+
+    def loss(self, encoded: Any, batch) -> dict[str, Tensor]:
+        rows = [x.detach() for x in encoded] if self.how == "unused" else encoded
+        return super().loss(rows, batch)
+
+
+def wrong(monkeypatch, how):
+    method = build("simclr")
+    method.register_buffer("seen", torch.zeros(()))
+    method.__class__ = Wrong
+    monkeypatch.setattr(Wrong, "how", how)
+    return method
+
+
+@pytest.mark.parametrize("how", ["encode", "targets"])
+def test_rows_are_one_for_each_sample(monkeypatch, how):
+    with pytest.raises(EngineError, match=rf"Wrong.{how}\(batch\) has 6 rows for 3 samples"):
+        by_micro_batches(wrong(monkeypatch, how), batch())
+
+
+def test_what_encode_remembers_it_remembers_once_a_micro_batch(monkeypatch):
+    method = wrong(monkeypatch, "right")
+    by_micro_batches(method, batch())
+    assert method.seen == len(SIZES)
+
+
+def test_a_loss_that_does_not_use_the_rows_trains_its_head(monkeypatch):
+    method = wrong(monkeypatch, "unused")
+    by_micro_batches(method, batch())
+    assert all(p.grad.norm() > 0 for p in method.head.parameters() if p.ndim > 1)
+    assert all(p.grad is None or p.grad.norm() == 0 for p in method.encoder.parameters())
 
 
 def test_batch_norms_of_micro_batches_are_to_be_accepted():
@@ -140,20 +185,24 @@ def test_batch_norms_of_micro_batches_are_to_be_accepted():
         check_batch_norms(method, four, 256)
     for accepted in ({"micro_batchnorm": True}, {"large_batch": "plain"}, {"accumulation": 1}):
         check_batch_norms(method, four.model_copy(update=accepted), 256)
+    with pytest.raises(EngineError, match="batch_size=7 into micro-batches of one image"):
+        check_batch_norms(method, four.model_copy(update={"micro_batchnorm": True}), 7)
     freeze(method.encoder)
     assert isinstance(method.head, nn.Module)
     check_batch_norms(method, four, 256)
 
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-WIDE = {"data_types": {"grad_accum_dtype": "fp32"}}
+LEGACY = {"zero_optimization": {"cpu_offload": True}}
+WIDE = {"data_types": {"grad_accum_dtype": "float"}}
 
 
 @pytest.mark.parametrize(
     "given, sentence",
     [
         ({"reduce_once": False, "zero_stage": 2, "deepspeed": OFFLOAD}, "=2 .*reduce_once=false"),
-        ({"precision": "bf16", "zero_stage": 1, "deepspeed": WIDE}, "='fp32': use .*zero_stage=2"),
+        ({"reduce_once": False, "zero_stage": 3, "deepspeed": LEGACY}, "=3 .*reduce_once=false"),
+        ({"precision": "bf16", "zero_stage": 1, "deepspeed": WIDE}, "='float': use .*zero_stage=2"),
     ],
 )
 def test_gradients_that_deepspeed_would_lose_are_refused(given, sentence):
