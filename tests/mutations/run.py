@@ -26,7 +26,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/build.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
     "run/build.check_steps": [
         ("least * parts:", "least:"),
-        ("2 if cfg.method_class", "1 if cfg.method_class"),
+        ("least = 2 if alone or", "least = 1 if alone or"),
     ],
     "run/train.without_padding": [("leaf[:rows]", "leaf[: rows + 1]")],
     "run/train.train": [("* distributed.world_size()", "* self.cfg.batch_size")],
