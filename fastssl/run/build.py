@@ -255,13 +255,14 @@ def check_steps(cfg: RunConfig, loader: PretrainLoader) -> None:
     """Raise ConfigError for a schedule that does not fit the run's number of steps, and for a short
     batch of which a micro-batch would have too little."""
     rows, parts = loader.even_rows(loader.steps_per_epoch - 1), cfg.engine.accumulation
-    alone = cfg.method_class.couples_batch and cfg.engine.large_batch == "plain"
-    least = 2 if alone or cfg.engine.micro_batchnorm else 1
-    if loader.last == "pad" and rows < least * parts:
+    couples = cfg.method_class.couples_batch
+    alone = couples and cfg.engine.large_batch == "plain"
+    least = max(2 if couples else 1, parts * (2 if alone or cfg.engine.micro_batchnorm else 1))
+    if loader.last == "pad" and rows < least:
         raise ConfigError(
             f"data.last=pad: an epoch's last batch has {len(loader.source) % loader.batch_size} of "
-            f"{loader.batch_size} samples, fewer than {least} for each of {loader.world} ranks x "
-            f"engine.accumulation={parts}: give data.last=drop, or another batch_size"
+            f"{loader.batch_size} samples, fewer than {least} for each of {loader.world} ranks "
+            f"(engine.accumulation={parts}): give data.last=drop, or another batch_size"
         )
     try:
         cfg.optim.schedule.factor(0, cfg.epochs * loader.steps_per_epoch)

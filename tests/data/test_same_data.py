@@ -73,16 +73,25 @@ def test_other_labels_classes_or_names_are_other_data():
 
 
 @pytest.mark.parametrize(
-    "name, count, refused", [("simclr", 20, False), ("simclr", 19, True), ("mae", 19, False)]
+    "name, count, own, least",
+    [
+        ("simclr", 20, ["engine.large_batch=plain"], 0),
+        ("simclr", 19, ["engine.large_batch=plain"], 4),
+        ("simclr", 19, ["engine.micro_batchnorm=true"], 4),
+        ("simclr", 19, [], 0),
+        ("simclr", 17, ["engine.accumulation=1"], 2),
+        ("mae", 19, ["engine.large_batch=plain"], 0),
+        ("mae", 17, [], 2),
+    ],
 )
-def test_a_short_batch_that_does_not_divide_is_refused(name, count, refused):
-    given = ["data.last=pad", "batch_size=8", "engine.accumulation=2"]
+def test_a_short_batch_that_does_not_divide_is_refused(name, count, own, least):
+    given = ["data.last=pad", "batch_size=8", "engine.accumulation=2", *own]
     cfg = resolve(f"{name}-digits", given)
     source = open_source(cfg.data.source, 0).train.select(np.arange(count))
     loader = PretrainLoader(source, cfg.views(), batch_size=8, seed=0, last="pad")
-    if not refused:
+    if not least:
         return check_steps(cfg, loader)
-    with pytest.raises(ConfigError, match="has 3 of 8 samples, fewer than 2 for each of 1 ranks"):
+    with pytest.raises(ConfigError, match=f"samples, fewer than {least} for each of 1 ranks"):
         check_steps(cfg, loader)
 
 

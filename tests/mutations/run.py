@@ -25,8 +25,8 @@ TESTS = {
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/build.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
     "run/build.check_steps": [
-        ("least * parts:", "least:"),
-        ("least = 2 if alone or", "least = 1 if alone or"),
+        ("max(2 if couples", "max(1 if couples"),
+        ("parts * (2 if alone or", "parts * (1 if alone or"),
     ],
     "run/train.without_padding": [("leaf[:rows]", "leaf[: rows + 1]")],
     "run/train.train": [("* distributed.world_size()", "* self.cfg.batch_size")],

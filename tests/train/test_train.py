@@ -363,7 +363,8 @@ def test_accumulating_a_joint_loss_is_said(tmp_path):
             self.heard += text
 
     ear = Ear()
-    pretrain(tiny("simclr", tmp_path, epochs=1, engine__accumulation=2), ear)
+    plain = {"engine__accumulation": 2, "engine__large_batch": "plain"}
+    pretrain(tiny("simclr", tmp_path, epochs=1, **plain), ear)
     assert "compares or mixes images of one micro-batch (12) only" in ear.heard
 
 
