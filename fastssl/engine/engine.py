@@ -159,7 +159,7 @@ class Engine(Verbs):
         return sums, join(kept) if kept else None, event
 
     def _backward_whole(self, batch: dict[str, Any], stop: bool) -> _Done:
-        """The gradient of the loss over the whole batch, each micro-batch encoded twice."""
+        """The gradient of the loss over the whole batch: see LargeBatch."""
         large = LargeBatch(self.ds, batch, self._sizes(batch), self._move, self.device)
         out = large.compare()
         loss, kept = loss_of(self.method, out), out.pop("keep", None)

@@ -2,7 +2,7 @@
 
     encode every micro-batch, keeping no graph but the last one's
     the loss over all rows of all ranks at once: its gradient at the heads, and at those rows
-    encode each micro-batch again, as it was drawn, and send its rows' gradient back
+    encode each of the others again, as it was drawn, and send its rows' gradient back
 
 Value and gradient are those of the whole batch in one graph, to rounding, whatever the loss does
 with the rows.  Of a sample its encoded row is kept, and what the heads keep of it.
@@ -114,14 +114,19 @@ class LargeBatch:
             self._draws.append(_Draws(self._device))
             with torch.set_grad_enabled(last):
                 rows.append(self._ds(there, "encode"))
-            _check_rows(method, "encode", rows[-1], size)
+            check_rows(method, "encode", rows[-1], size)
             target = self._ds(there, "targets") if method.has_targets else None
             if target is not None:
-                _check_rows(method, "targets", target, size)
+                check_rows(method, "targets", target, size)
                 targets.append(map_leaves(Tensor.detach, target))
         *others, graph = rows
         self._rows = join([map_leaves(Tensor.detach, other) for other in others])
         for row, made in zip(leaves(self._rows), leaves(graph), strict=True):
+            if made.is_complex():
+                raise EngineError(
+                    f"{type(method).__name__}.encode(batch) has complex numbers, which "
+                    "engine.large_batch=exact does not take"
+                )
             row.requires_grad_(made.requires_grad)
         return join([self._rows, graph]), join(targets) if targets else None
 
@@ -178,7 +183,8 @@ def still_buffers(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _check_rows(method: Any, half: str, tree: Any, rows: int) -> None:
+def check_rows(method: Any, half: str, tree: Any, rows: int) -> None:
+    """Raise EngineError where what a method's half gives has not a row for each sample."""
     name = f"{type(method).__name__}.{half}(batch)"
     try:
         found = count_rows(tree, name)
@@ -186,10 +192,6 @@ def _check_rows(method: Any, half: str, tree: Any, rows: int) -> None:
         raise EngineError(f"{error}: every leaf has a row for each sample") from error
     if found != rows:
         raise EngineError(f"{name} has {found} rows for {rows} samples: give one for each")
-    if any(leaf.is_complex() for leaf in leaves(tree)):
-        raise EngineError(
-            f"{name} has complex numbers, which engine.large_batch=exact does not take"
-        )
 
 
 class Shape(Tensor):

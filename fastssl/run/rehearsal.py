@@ -14,9 +14,9 @@ import torch
 from fastssl.config import ConfigError
 from fastssl.data.loader import PretrainLoader
 from fastssl.engine.engine import loss_of
+from fastssl.engine.large_batch import check_rows
 from fastssl.methods import Method
 from fastssl.run.summary import count_parameters
-from fastssl.tree import count_rows
 
 ROWS = 2
 LARGEST = 300_000_000  # parameters: beyond, a CPU would take its time
@@ -53,11 +53,11 @@ def rehearse(method: Method, loader: PretrainLoader) -> None:
 def _once(method: Method, batch: Any) -> None:
     batch = _called(method.prepare, batch)
     encoded = _called(method.encode, batch)
-    _check_rows(method, "encode", encoded)
+    check_rows(method, "encode", encoded, ROWS)
     with torch.no_grad():
         targets = _called(method.targets, batch)
     if targets is not None:
-        _check_rows(method, "targets", targets)
+        check_rows(method, "targets", targets, ROWS)
         batch = {**batch, "targets": targets}
     loss_of(method, _called(method.loss, encoded, batch))
 
@@ -72,13 +72,3 @@ def _called(half: Callable[..., Any], *given: Any) -> Any:
         raise ConfigError(f"{name} fails on {ROWS} samples: {said}") from error
     except Exception as error:
         raise _Unknown from error
-
-
-def _check_rows(method: Method, half: str, tree: Any) -> None:
-    name = f"{type(method).__name__}.{half}(batch)"
-    try:
-        rows = count_rows(tree, name)
-    except ValueError as error:
-        raise ConfigError(f"{error}: every leaf has a row for each sample") from error
-    if rows != ROWS:
-        raise ConfigError(f"{name} has {rows} rows for {ROWS} samples: give one for each")

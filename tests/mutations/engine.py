@@ -19,9 +19,10 @@ TESTS = {
         "stays_as or resumes_and or its_step",
     ),
     "engine/engine": (
-        f"{ENGINE} tests/train/test_train.py tests/test_given.py",
+        f"{ENGINE} tests/engine/test_large_batch.py tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
-        " or micro_batches or moves_the or padding or to_the_rank or without_a_loss",
+        " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
+        " or of_the_whole",
     ),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
     "engine/launch": (ENGINE, "launchers or tasks"),
@@ -116,7 +117,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("join(targets) if", "targets[0] if"),
     ],
     "engine/large_batch.Shape": [("if func in _OF_SHAPES:", "if True:")],
-    "engine/large_batch._check_rows": [("if found != rows", "if found < rows")],
+    "engine/large_batch.check_rows": [("if found != rows", "if found < rows")],
     "engine/large_batch.replay": [
         ("drawn.again()", "pass"),
         ("after.again()", "pass"),

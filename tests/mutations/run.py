@@ -76,7 +76,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("module._buffers.update(buffers)", "buffers"),
     ],
     "run/rehearsal._called": [("raise _Unknown from error", "raise")],
-    "run/rehearsal._once": [('_check_rows(method, "encode", encoded)', "None")],
+    "run/rehearsal._once": [('check_rows(method, "encode", encoded, ROWS)', "None")],
     "run/directory.Place": [("if self.begun or not self.made", "if True or not self.made")],
     "run/log.cut": [('row["step"] <= step', 'row["step"] < step')],
     "run/log.finite": [("None for k", "0 for k")],
