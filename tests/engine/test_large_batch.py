@@ -115,7 +115,8 @@ def test_of_a_frozen_encoder_nothing_is_encoded_twice():
 
 def test_over_a_frozen_encoder_all_micro_batches_make_one_step():
     with launch.session("cpu"):
-        e = state_worker.engine("simclr", "vit_tiny_patch16_224", 8, freezing=True, **FOUR)
+        kind = {**FOUR, "zero_stage": 0}  # above, one step has one backward anyway
+        e = state_worker.engine("simclr", "vit_tiny_patch16_224", 8, freezing=True, **kind)
         data = [state_worker.batch(0, 1, 2, 16, step) for step in range(2)]
         assert [e.step(batch, 1e-2).applied for batch in data] == [True, True]
 
