@@ -1,7 +1,8 @@
 """Do the tests notice a wrong line?  One token at a time is changed in a copy of the tree.
 
     python tests/mutate.py                  all of it; writes tests/mutations.md
-    python tests/mutate.py losses/ntxent    the mutations of these files or folders, printed only
+    python tests/mutate.py --new            those that tests/mutations.md does not have; adds them
+    python tests/mutate.py losses/ntxent    of these files or folders; with --new too
 
 Each mutation must make at least one test of its place fail.  One that does not ends the command
 with 1: then the tests have a hole, or the token does nothing.  The mutations stand in
@@ -29,6 +30,13 @@ TABLES = sorted(path.stem for path in (ROOT / "tests/mutations").glob("[a-z]*.py
 LIBRARIES = "torch triton numpy pytest lightly.loss open_clip.loss"  # not pytest's plugins
 LIBRARIES += " pytorch_metric_learning.losses pydantic yaml typer rich"
 HEAVY = "torchvision.transforms.v2 timm deepspeed sklearn.linear_model matplotlib.figure"
+TITLE = """# Mutations
+
+Each line is one token changed, and the first test that then fails, as
+`python tests/mutate.py` found them.
+
+| place | was | became | first failure |
+| --- | --- | --- | --- |""".splitlines()
 LIMIT = 300  # seconds of one mutation; a hang is noticed too
 MEMORY = 32 << 30  # bytes of one: DeepSpeed reserves 2 GB an engine
 NO_TESTS = 5  # pytest's exit code
@@ -151,15 +159,19 @@ def first_failure(code: int, log: Path) -> str:
     return "at import" if any("rror" in x for x in lines) and code == 2 else "SURVIVED"
 
 
+def head(mutation: Mutation) -> str:
+    """What the mutation's line of the report begins with: the place, and the two tokens."""
+    old, new = (" ".join(text.split()).replace("|", "\\|") for text in mutation[1:3])
+    return f"| `{mutation.place}` | `{old}` | `{new}` |"
+
+
 def row(mutation: Mutation, folder: Path, report: str) -> str:
     """The mutation's line of the report; it ends in SURVIVED when no test failed.
 
     The test that noticed it when `report` was made is tried alone first.
     """
-    log = folder / "mutation.log"
-    old, new = (" ".join(text.split()).replace("|", "\\|") for text in mutation[1:3])
-    head, noticed = f"| `{mutation.place}` | `{old}` | `{new}` |", "SURVIVED"
-    before = re.search(re.escape(head) + r" (test_\w+)", report)
+    log, noticed = folder / "mutation.log", "SURVIVED"
+    before = re.search(re.escape(head(mutation)) + r" (test_\w+)", report)
     path, source = mutate(mutation, folder)
     try:
         for only in (*(before.groups() if before else ()), mutation.only):
@@ -170,38 +182,39 @@ def row(mutation: Mutation, folder: Path, report: str) -> str:
                 break
     finally:
         path.write_text(source)
-    return f"{head} {noticed} |"
+    return f"{head(mutation)} {noticed} |"
+
+
+def write(rows: list[str]) -> None:
+    """The report with these lines, and of all other mutations the lines that it had."""
+    had = REPORT.read_text().splitlines() if REPORT.exists() else []
+    of = ([line for line in (*rows, *had) if line.startswith(head(m))] for m in mutations())
+    REPORT.write_text("\n".join([*TITLE, *(lines[0] for lines in of if lines)]) + "\n")
 
 
 def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     sys.dont_write_bytecode = True  # a mutation may leave a file's size and time as they were
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    parts = sys.argv[1:]
+    parts = [part for part in sys.argv[1:] if part != "--new"]
+    new = len(parts) < len(sys.argv) - 1
+    report = REPORT.read_text() if REPORT.exists() else ""
     wanted = [m for m in mutations() if not parts or any(part in m.place for part in parts)]
+    wanted = [m for m in wanted if not new or head(m) not in report]
     heavy = any(not m.place.startswith(("kernels", "losses")) for m in wanted)
     for name in (LIBRARIES + f" {HEAVY}" * heavy).split():
         import_module(name)
     import torch
 
     torch.set_num_threads(1)
-    lines = [
-        "# Mutations",
-        "",
-        "Each line is one token changed, and the first test that then fails, as",
-        "`python tests/mutate.py` found them.",
-        "",
-        "| place | was | became | first failure |",
-        "| --- | --- | --- | --- |",
-    ]
-    report = REPORT.read_text() if REPORT.exists() else ""
+    lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder))
         for mutation in wanted:
             lines.append(row(mutation, Path(folder), report))
             print(lines[-1], flush=True)
-    if not parts:
-        REPORT.write_text("\n".join(lines) + "\n")
+            if new or not parts:
+                write(lines)
     survivors = sum(line.endswith("SURVIVED |") for line in lines)
     print(f"{len(wanted)} mutations, {survivors} survived")
     return int(survivors > 0)

@@ -22,6 +22,7 @@ from fastssl.models import (
     synchronize_batch_norms,
     widen_batch_norms,
 )
+from fastssl.models.deferred import Deferred
 from fastssl.tree import count_rows, cut, join, map_leaves
 
 from .clipping import Clipping, restrains
@@ -29,6 +30,7 @@ from .config import EngineConfig, EngineError
 from .fragments import ZeroPieces
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
+from .materialize import materialize
 from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
 from .states import read_states, write_states
@@ -42,6 +44,7 @@ class Engine(Verbs):
     """`method` on `device` under ZeRO `cfg.zero_stage`, stepped by `optim`.
 
     batch_size: images in an optimizer step over all ranks and micro-batches.
+    deferred: what makes the tensors of a method that was built without memory.
     Raises EngineError when the batch does not divide among ranks and micro-batches, for batch
     norms that would take micro-batches for batches, for activation checkpointing of an encoder
     without it, and for what DeepSpeed refuses.
@@ -55,6 +58,7 @@ class Engine(Verbs):
         *,
         device: torch.device,
         batch_size: int,
+        deferred: Deferred | None = None,
     ):
         self.cfg, self.optim, self.device = cfg, optim, device
         shares = distributed.world_size() * cfg.accumulation
@@ -70,6 +74,12 @@ class Engine(Verbs):
         check_batch_norms(method, cfg, batch_size)
         if self._exact:
             check_deepspeed(cfg)
+        for name, parameter in method.named_parameters() if cfg.zero_stage == 3 else ():
+            if parameter.ndim == 0:
+                raise EngineError(
+                    f"engine.zero_stage=3 cannot cut {name}, a parameter without dimensions: give "
+                    "it the shape (1,), or take stage 2"
+                )
         networks = list(method.networks().values())  # type: ignore[operator]
         for network in networks if cfg.activation_checkpointing else ():
             if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
@@ -82,10 +92,15 @@ class Engine(Verbs):
         try:
             optimizer = build_optimizer(method, optim)
             groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
+            config = self._deepspeed_config(0.0 if restrains(optim) else optim.clip, batch_size)
+            if deferred is not None:
+                dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+                zero = config if cfg.zero_stage == 3 else None
+                materialize(method, deferred, device, dtype, zero)
             self.ds, *_ = deepspeed().initialize(
                 model=method,
                 optimizer=optimizer,
-                config=self._deepspeed_config(0.0 if restrains(optim) else optim.clip, batch_size),
+                config=config,
                 dist_init_required=False,
             )
         except ValidationError as error:

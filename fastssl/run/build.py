@@ -22,6 +22,7 @@ from fastssl.engine.optim import build_optimizer
 from fastssl.export import start
 from fastssl.methods import Method, build_method
 from fastssl.models import build_backbone, check_features, check_sizes, freeze, probe
+from fastssl.models.deferred import Deferred, NotDeferrable
 
 Encoders = torch.nn.Module | Mapping[str, torch.nn.Module] | None
 
@@ -37,6 +38,54 @@ class Given(NamedTuple):
 
 
 NOTHING = Given()
+LARGE = 300_000_000  # parameters of an encoder that is never whole in a process's memory
+
+
+def begin(
+    cfg: RunConfig,
+    channels: int | dict[str, int],
+    notes: list[str],
+    encoder: Encoders = None,
+    *,
+    resumed: bool = False,
+) -> tuple[Method, Deferred | None]:
+    """The method of `cfg`, as of `build`; a large one without memory, and what makes its tensors.
+
+    Weights that are loaded, and constructors that need values at once, have it built whole.
+    """
+    if _is_large(cfg, channels, encoder, resumed):
+        deferred, said = Deferred(), [*notes]
+        try:
+            with deferred:
+                method = build(cfg, channels, said, resumed=resumed)
+            deferred.check(method)
+            notes[:] = said
+            return method, deferred
+        except NotDeferrable as error:
+            notes.append(f"the model is built whole in each process: {error}")
+    return build(cfg, channels, notes, encoder, resumed=resumed), None
+
+
+def _is_large(
+    cfg: RunConfig, channels: int | dict[str, int], encoder: Encoders, resumed: bool
+) -> bool:
+    """Whether the encoders that are to be built have more than LARGE parameters together."""
+    by_stream = channels if isinstance(channels, dict) else {"": channels}
+    models = {name: cfg.model_of(name or cfg.stream_of("")) for name in by_stream}
+    if encoder is not None or any(
+        model.frozen or model.weights != "none" and not resumed for model in models.values()
+    ):
+        return False
+    count = 0
+    for name, model in models.items():
+        shape = of_stream(cfg.views(), name or None).shapes(by_stream[name])[0]
+        try:
+            with torch.device("meta"):
+                built = build_backbone(model.name, shape=shape, kwargs=model.kwargs)
+        except Exception:  # `build` tells what is wrong with it, or does without meta
+            return False
+        count += sum(p.numel() for p in built.parameters())
+    return count > LARGE
 
 
 def build(

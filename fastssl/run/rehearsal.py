@@ -16,10 +16,10 @@ from fastssl.data.loader import PretrainLoader
 from fastssl.engine.engine import loss_of
 from fastssl.engine.large_batch import check_rows
 from fastssl.methods import Method
+from fastssl.run.build import LARGE
 from fastssl.run.summary import count_parameters
 
 ROWS = 2
-LARGEST = 300_000_000  # parameters: beyond, a CPU would take its time
 _MISTAKES = (AttributeError, KeyError, NameError, TypeError)
 
 
@@ -29,7 +29,7 @@ class _Unknown(Exception):
 
 def rehearse(method: Method, loader: PretrainLoader) -> None:
     """Raise ConfigError or EngineError where `method` cannot train on these data whatever comes."""
-    if count_parameters(method) > LARGEST or len(loader.source) < ROWS:
+    if count_parameters(method) > LARGE or len(loader.source) < ROWS:
         return
     batch = loader.first(ROWS)
     del batch["bad"]

@@ -34,7 +34,7 @@ from fastssl.engine.verbs import Step, Verbs
 from fastssl.run.build import (
     NOTHING,
     Given,
-    build,
+    begin,
     build_loader,
     check_steps,
     fitted,
@@ -97,7 +97,7 @@ def pretrain(
     notes: list[str] = []
     goes_on = cfg.resume == "auto" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
     channels, resumed = split.train.channels, goes_on is not None
-    method = build(cfg, channels, notes, given.encoder, resumed=resumed)
+    method, deferred = begin(cfg, channels, notes, given.encoder, resumed=resumed)
     with launch.session(cfg.device) as device:
         if watch is None or distributed.rank() > 0:
             watch = Silent()
@@ -110,7 +110,9 @@ def pretrain(
             rehearse(method, loader)
         with prepared(cfg, fingerprint(split)) as place:
             size = cfg.batch_size
-            engine = Engine(method, cfg.optim, cfg.engine, device=device, batch_size=size)
+            engine = Engine(
+                method, cfg.optim, cfg.engine, device=device, batch_size=size, deferred=deferred
+            )
             return Run(cfg, split, loader, engine, watch, place).go(command)
 
 

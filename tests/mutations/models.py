@@ -11,6 +11,7 @@ TESTS = {
     ),
     "models/ema": ("tests/models/test_ema.py tests/train/test_frozen.py", "ema or leave_a_frozen"),
     "models/frozen": ("tests/train/test_frozen.py", "leave_a_frozen or resumes_and"),
+    "models/deferred": ("tests/models/test_deferred.py", ""),
     "models/directpred": ("tests/models/test_directpred.py", ""),
     "models/masked_vit": ("tests/models/test_masked_vit.py", ""),
     "models/point": ("tests/models/test_point.py", ""),
@@ -19,6 +20,38 @@ TESTS = {
 }
 
 MUTATIONS = {
+    "models/deferred.fills": [("whole and", "whole or")],
+    "models/deferred.overwrites": [("len(read) == 1 and", ""), ("read[0].fills()", "True")],
+    "models/deferred.__torch_function__": [
+        ("if func in _FROM_PYTHON", "if False"),
+        ("if func == _IS_META", "if False"),
+    ],
+    "models/deferred.__enter__": [
+        ("self._inside.enter_context(_replaced(", "(lambda context: None)(_replaced(")
+    ],
+    "models/deferred._note": [
+        ("if any(isinstance(x, torch.Generator)", "if not any(True"),
+        ("| {", "& {"),
+    ],
+    "models/deferred.check": [
+        ("if storage in names", "if False"),
+        ("if storage not in self._of", "if False"),
+        ("if any(_on_meta(x)", "if any(False"),
+    ],
+    "models/deferred._note_draw": [
+        ("if not self._draws", "if True"),
+        ('torch.rand((), device="cpu")', "None"),
+    ],
+    "models/deferred._find_draws": [
+        ("place not in operation.changed", "False"),
+        ("= torch.get_rng_state()", "= self._began"),
+    ],
+    "models/deferred._replayed": [
+        ("if n < until", ""),
+        ("blind[-1]", "blind[0]"),
+        ("leaf.storage != place.storage", "True"),
+    ],
+    "models/deferred._noted": [('x.type == "meta"', "False"), ("x.detach().clone() if", "x if")],
     "models/masked_vit.grid_of": [("s and s % p", "s % p"), (" and len(sides)", " or len(sides)")],
     "models/masked_vit.encode": [("grid != self.grid and", "grid == self.grid and")],
     "models/masked_vit._with_prefix": [

@@ -1,0 +1,48 @@
+"""The tensors of a model that was built without memory, made one after another and cut at once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import distributed
+from fastssl.models.deferred import Deferred, tensors_on_meta
+
+from .launch import deepspeed
+
+
+def materialize(
+    model: nn.Module,
+    deferred: Deferred,
+    device: torch.device,
+    dtype: torch.dtype,
+    zero: dict[str, Any] | None,
+) -> None:
+    """Give every parameter and buffer of `model` its memory, keeping the objects; collective.
+
+    dtype: of the parameters.  zero: DeepSpeed's configuration where it is to cut them (stage 3),
+    each as soon as it is there, so that none but the largest is ever whole.
+    Rank 0 computes the parameters, and DeepSpeed gives them to the other ranks.
+    """
+    cut: Any = None
+    for _, tensor in [*tensors_on_meta(model)]:
+        if not isinstance(tensor, nn.Parameter):
+            _become(tensor, deferred.value(tensor).to(device))
+            continue
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
+        if distributed.rank() == 0:
+            like.copy_(deferred.value(tensor))
+        _become(tensor, nn.Parameter(like, requires_grad=tensor.requires_grad))
+        if zero is None:
+            continue
+        if cut is None:
+            holder = nn.Module()
+            holder.first = tensor
+            deepspeed().zero.Init(module=holder, config_dict_or_path=zero)
+            cut = tensor.convert_to_zero_parameters  # type: ignore[attr-defined]
+        else:
+            cut(param_list=[tensor])
+
+
+def _become(tensor: Tensor, real: Tensor) -> None:
+    torch.utils.swap_tensors(tensor, real)

@@ -1,0 +1,214 @@
+"""Models built without memory have the bits of those that were built whole."""
+
+import copy
+import math
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fastssl.engine import launch
+from fastssl.engine.config import EngineConfig, EngineError
+from fastssl.engine.engine import Engine
+from fastssl.engine.materialize import materialize
+from fastssl.engine.optim import OptimConfig
+from fastssl.methods import build_method
+from fastssl.models import EMA, build_backbone
+from fastssl.models.deferred import Deferred, NotDeferrable, tensors_on_meta
+from fastssl.run import build as building
+from fastssl.run.train import pretrain
+from tests.ranks import run_ranks
+from tests.runs import VIT, final, tiny
+
+
+class Everything(nn.Module):
+    """What constructors do, as far as it can be done later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+        self.norm = nn.BatchNorm1d(4)
+        self.scale = nn.Parameter(torch.tensor([math.log(10)]))  # data from Python
+        self.table = nn.Parameter(torch.zeros(3, 5))
+        nn.init.trunc_normal_(self.table, std=0.7)  # draws again what lies outside
+        self.turned = nn.Linear(6, 6)
+        nn.init.orthogonal_(self.turned.weight)
+        with torch.no_grad():  # parts, and what reads other tensors
+            self.table[:, 1] = 7
+            self.table[1:].mul_(self.scale).add_(self.turned.weight[:2, :5])
+        self.table.data.copy_(self.table.flip(0))
+        self.register_buffer("queue", nn.functional.normalize(torch.randn(9, 3), dim=1))
+        self.register_buffer("known", torch.arange(4, device="cpu") * 3)
+        self.tied = self.turned
+        self.turned.bias.data = torch.linspace(0, 1, 6)
+        self.teacher = EMA(self.encoder)
+        self.twice = copy.deepcopy(self.turned)
+
+
+def built(make=Everything):
+    torch.manual_seed(5)
+    deferred = Deferred()
+    with deferred:
+        model = make()
+    deferred.check(model)
+    return model, deferred
+
+
+def tensors_of(model):
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def test_each_tensor_made_alone_is_what_the_constructor_would_have_made():
+    torch.manual_seed(5)
+    whole = tensors_of(Everything())
+    model, deferred = built()
+    before = torch.get_rng_state()
+    names = {name for name, _ in tensors_on_meta(model)}
+    assert names == whole.keys() - {"known"}
+    for name, tensor in reversed(tensors_of(model).items()):  # in any order
+        made = deferred.value(tensor) if tensor.device.type == "meta" else tensor
+        assert made.dtype == whole[name].dtype and made.stride() == whole[name].stride()
+        assert made.equal(whole[name]), name
+    assert torch.get_rng_state().equal(before)
+
+
+class Seeds(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            nn.init.normal_(self.weight)
+
+
+class SeedsBack(nn.Linear):
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        super().__init__(2, 2)
+        torch.manual_seed(5)
+        nn.init.normal_(self.weight)
+
+
+class OwnGenerator(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.weight.data.normal_(generator=torch.default_generator)
+
+
+class Reads(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        if self.weight.sum() > 0:
+            self.bias.data.zero_()
+
+
+class FromAnother(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.weight.data.copy_(torch.bernoulli(self.weight.abs()))
+
+
+class Hidden(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.kept = [torch.ones(2)]
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.Parameter(torch.zeros(4))
+        self.part = nn.Parameter(self.all.data[:2])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Seeds, "seeds torch's generator"),
+        (SeedsBack, "seeds torch's generator"),
+        (OwnGenerator, "a generator of its own"),
+        (Reads, "called on meta"),
+        (FromAnother, "a distribution of tensors"),
+        (Hidden, "no parameter and no buffer"),
+        (Shared, "part and all share their memory"),
+        (lambda: ELSEWHERE, "weight was made elsewhere"),
+    ],
+)
+def test_what_cannot_be_made_later_is_refused(make, said):
+    with pytest.raises(NotDeferrable, match=said):
+        built(make)
+
+
+ELSEWHERE = nn.Linear(2, 2, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "precision"), [("mocov3", 3, "bf16"), ("simclr", 0, "fp32")]
+)
+def test_a_run_is_the_same_however_its_model_was_built(
+    method, stage, precision, tmp_path, monkeypatch
+):
+    ends: list[list[dict]] = []
+    for large in (math.inf, 0):
+        monkeypatch.setattr(building, "LARGE", large)
+        engine = {"zero_stage": stage, "precision": precision}
+        cfg = tiny(method, tmp_path, name=f"of-{large}", engine=engine, epochs=1)
+        pretrain(cfg)
+        ends.append(final(cfg))
+    assert ends[0] == ends[1]
+
+
+def test_a_constructor_that_cannot_wait_builds_the_whole_model(tmp_path, monkeypatch):
+    def seeded(*args, **kwargs):
+        model = build_backbone(*args, **kwargs)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            next(model.parameters()).normal_()
+        return model
+
+    monkeypatch.setattr(building, "LARGE", 0)
+    monkeypatch.setattr(building, "build_backbone", seeded)
+    notes: list[str] = []
+    method, deferred = building.begin(tiny("simclr", tmp_path), 1, notes)
+    assert deferred is None and not [*tensors_on_meta(method)]
+    (said,) = notes
+    assert said.startswith("the model is built whole in each process: a constructor seeds")
+
+
+def on_a_rank(rank: int, world: int) -> list:
+    """What a rank holds of each parameter, and the parameters whole."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.manual_seed(5 + rank)  # the first rank's values are everybody's
+    deferred = Deferred()
+    with deferred:
+        model = Everything()
+    ids = [id(p) for p in model.parameters()]
+    zero = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    with launch.session("cpu") as device:
+        materialize(model, deferred, device, torch.bfloat16, zero)
+        assert [id(p) for p in model.parameters()] == ids
+        held = {name: (p.numel(), p.ds_tensor.numel()) for name, p in model.named_parameters()}
+        with launch.deepspeed().zero.GatheredParameters([*model.parameters()]):
+            return [held, {name: p.detach().clone() for name, p in model.named_parameters()}]
+
+
+def test_stage_3_cuts_each_parameter_as_it_is_made():
+    torch.manual_seed(5)
+    whole = {name: p.detach().bfloat16() for name, p in Everything().named_parameters()}
+    for held, gathered in run_ranks(on_a_rank, 2):
+        torch.testing.assert_close(gathered, whole, rtol=0, atol=0)
+        assert held == {name: (0, -(-p.numel() // 2)) for name, p in whole.items()}
+
+
+def test_a_parameter_that_stage_3_cannot_cut_is_named():
+    torch.manual_seed(0)
+    method = build_method(
+        build_backbone("vit_tiny_patch16_224", shape=(1, 8, 8), kwargs=VIT),
+        tiny("simclr", Path()).method,
+    )
+    method.scale = nn.Parameter(torch.tensor(1.0))
+    cfg, optim = EngineConfig(zero_stage=3), OptimConfig(name="sgd")
+    with launch.session("cpu") as device, pytest.raises(EngineError, match="cannot cut scale, a"):
+        Engine(method, optim, cfg, device=device, batch_size=8)
