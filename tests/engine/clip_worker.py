@@ -6,6 +6,7 @@ when it is still frozen.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,11 +90,11 @@ def worker(rank: int, world: int, folder: str) -> dict[Any, Any]:
         for run in RUNS:
             first = engine(*run)
             norms = train(first, run[0], 0, HALF)
-            first.ds.save_checkpoint(folder, tag=str(run), save_latest=False)
+            assert first.state(folder_of(folder, run)) == []
             norms += train(first, run[0], HALF, STEPS)
             results[run] = masters(first), norms
             second = engine(*run)
-            second.ds.load_checkpoint(folder, tag=str(run))
+            second.load(folder_of(folder, run))
             train(second, run[0], HALF, STEPS)
             results[(*run, "resumed")] = masters(second)
         frozen = (GroupConfig(match="head.*", freeze_epochs=1),)
@@ -101,6 +102,14 @@ def worker(rank: int, world: int, folder: str) -> dict[Any, Any]:
             alone = engine("adamw", stage, "fp32", 2, groups=frozen, clip=0.0, clip_each=0.0)
             results["frozen alone", stage] = train(alone, "adamw", 0, 1)
     return results
+
+
+def folder_of(folder: str, run: tuple[Any, ...]) -> Path:
+    """Made by the first rank, for all of them."""
+    path = Path(folder) / "-".join(map(str, run))
+    path.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    return path
 
 
 def engine(name: str, stage: int, variant: str, parts: int, **options: Any) -> Engine:
