@@ -72,9 +72,9 @@ def config(name: str, **options: Any) -> OptimConfig:
     return OptimConfig(**{**OPTIMIZERS[name], "groups": rules, **CLIPS, **options})
 
 
-def data(rank: int, step: int) -> dict[str, Any]:
+def data(rank: int, step: int, rows: int = ROWS) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(100 * rank + step)
-    return {"views": [torch.randn(ROWS, 7, generator=generator)]}
+    return {"views": [torch.randn(rows, 7, generator=generator)]}
 
 
 def rate(name: str, step: int) -> float:
@@ -112,8 +112,12 @@ def folder_of(folder: str, run: tuple[Any, ...]) -> Path:
     return path
 
 
-def engine(name: str, stage: int, variant: str, parts: int, **options: Any) -> Engine:
-    raw: dict[str, Any] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+def engine(
+    name: str, stage: int, variant: str, parts: int, raw: Any = None, **options: Any
+) -> Engine:
+    """raw: keys of DeepSpeed's."""
+    cut = {"stage3_param_persistence_threshold": 0, **(raw or {}).get("zero_optimization", {})}
+    raw = {"zero_optimization": cut}
     if variant.endswith("fp32 gradients"):  # yet another wrapper inside DeepSpeed
         raw["data_types"] = {"grad_accum_dtype": "fp32"}
     cfg: Any = {"zero_stage": stage, "precision": variant[:4], "accumulation": parts}

@@ -37,8 +37,10 @@ LARGE = [
 TWO = {"accumulation": 2, "micro_batchnorm": True}
 
 
-def engine(name: str, encoder: str, batch: int, freezing: bool = False, **options: Any) -> Engine:
-    """Method `name` over a small encoder, by plain SGD: weights differ by what gradients do."""
+def engine(
+    name: str, encoder: str, batch: int, freezing: bool = False, optim: Any = None, **options: Any
+) -> Engine:
+    """Method `name` over a small encoder; by plain SGD, weights differ by what gradients do."""
     torch.manual_seed(0)
     kwargs = VIT if encoder.startswith("vit") else {}
     side = 16 if kwargs else 32
@@ -51,7 +53,7 @@ def engine(name: str, encoder: str, batch: int, freezing: bool = False, **option
             torch.nn.init.normal_(parameter, std=0.5)
     return Engine(
         method,
-        OptimConfig(name="momentum", momentum=0.0, lr=1e-2, weight_decay=0.0),  # type: ignore
+        OptimConfig(lr=1e-2, weight_decay=0.0, **optim or {"name": "momentum", "momentum": 0.0}),
         EngineConfig(**options),
         device=torch.device("cpu"),
         batch_size=batch,
