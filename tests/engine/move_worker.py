@@ -1,6 +1,6 @@
 """What each rank of test_states runs: states that are taken up elsewhere, and written again there.
 
-    1 process -> 2 -> 1, each at another ZeRO stage or precision
+1 process -> 2 -> 1, each at another ZeRO stage or precision
 """
 
 import os

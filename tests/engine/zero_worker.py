@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastssl import pieces
 from fastssl.engine import launch
-from fastssl.engine.fragments import Fragments
+from fastssl.engine.fragments import Fragments, ZeroPieces
 from fastssl.engine.layerwise import LAMB, LARS
 from fastssl.engine.optim import OptimConfig, after_initialize, build_optimizer
 from fastssl.engine.states import States
@@ -126,6 +127,7 @@ class _Run:
             dist_init_required=False,
         )
         after_initialize(self.engine)
+        pieces.cut_by(ZeroPieces())
         self.states = States(self.engine)
 
     def steps(self, start: int, end: int) -> None:
