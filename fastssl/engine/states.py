@@ -214,7 +214,7 @@ class States:
             _same("extra state", dict.fromkeys(rest["extra"]), dict.fromkeys(keepers))
             for name, module in keepers.items():
                 module.set_extra_state(unpacked(rest["extra"][name], kept))
-        follow_masters(self.ds)
+            follow_masters(self.ds)
         if hasattr(zero, "checkpoint_event_epilogue"):
             zero.checkpoint_event_epilogue()
         for name in _COUNTS:

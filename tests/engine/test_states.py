@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastssl.engine import launch
 from fastssl.engine.config import EngineConfig, EngineError
-from fastssl.engine.shards import tree_of
+from fastssl.engine.shards import Shards, key_of, packed, tree_of, unpacked, write_shard
 from fastssl.engine.states import check_offloaded
+from tests.engine import clip_worker
 from tests.engine.move_worker import CHAINS, worker
 from tests.ranks import run_ranks
 from tests.runs import saved_state
@@ -62,3 +64,51 @@ def test_a_state_moves_between_world_sizes_stages_and_precisions(moved, number, 
 def test_states_that_no_checkpoint_finds_are_refused(zero, told):
     with pytest.raises(EngineError, match=f"{told}.*where no checkpoint finds them"):
         check_offloaded(EngineConfig(deepspeed={"zero_optimization": zero}))
+
+
+def test_ranges_are_read_from_many_files(tmp_path):
+    x, kept = torch.randn(9), {}
+
+    def keep(tensor):
+        kept[len(kept)] = tensor
+        return len(kept) - 1
+
+    value = {"a": [(1, None), torch.ones(2, 3, dtype=torch.bool)], 3: torch.tensor(0.1), "b": "x"}
+    tree = packed(value, keep)
+    with pytest.raises(TypeError, match="keeps tensors and plain values, and no set"):
+        packed([{1}], keep)
+    parts = {f"{n}.safetensors": (begin, end) for n, (begin, end) in enumerate([(0, 4), (4, 9)])}
+    for name, (begin, end) in parts.items():
+        tensors = {key_of("x|y", "f", begin): x[begin:end], key_of("h", name, 0): x.bfloat16()}
+        write_shard(tmp_path / name, tensors, tree)
+    shards = Shards(tmp_path / name for name in parts)
+    for begin, end in ((0, 9), (2, 6), (5, 9), (3, 3)):
+        found = torch.full((end - begin,), 7.0)
+        shards.fill(found, "x|y", "f", begin)
+        assert torch.equal(found, x[begin:end])
+    with pytest.raises(ValueError, match="x|y: no f of its elements 9 to 11"):
+        shards.fill(torch.empty(4), "x|y", "f", 7)
+    assert shards.dtype("h", "0.safetensors") == torch.bfloat16
+    back = unpacked(tree_of(tmp_path / "1.safetensors"), kept.get)
+    assert back["a"][0] == value["a"][0] and back["b"] == "x"
+    torch.testing.assert_close([back["a"][1], back[3]], [value["a"][1], value[3]], rtol=0, atol=0)
+
+
+def test_a_state_of_another_model_or_optimizer_is_refused(tmp_path):
+    with launch.session("cpu"):
+        first = clip_worker.engine("adamw", 0, "fp32", 1, groups=())
+        clip_worker.train(first, "adamw", 0, 1)
+        first._states._optimizer.state[first.method.scale]["step"] += 1
+        assert first.state(tmp_path) == []
+        with pytest.raises(
+            ValueError, match="step of scale and of body.* differ.*engine.zero_stage=0"
+        ):
+            clip_worker.engine("adamw", 1, "fp32", 1, groups=()).load(tmp_path)
+        with pytest.raises(ValueError, match="its 2 parameter groups are not the 5 of this run"):
+            clip_worker.engine("adamw", 0, "fp32", 1).load(tmp_path)
+        first.method.scale.data = torch.ones(3)
+        with pytest.raises(ValueError, match=r"'scale' has shape \[1, 1\], and here \[3\]"):
+            first.load(tmp_path)
+        (tmp_path / "state-0.safetensors").unlink()
+        (tmp_path / "state-0.safetensors").mkdir()
+        assert "Is a directory" in first.state(tmp_path)[0]

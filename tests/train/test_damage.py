@@ -16,6 +16,7 @@ from fastssl.engine.checkpoint import CheckpointError, Checkpoints, _unreadable,
 from fastssl.engine.config import CheckpointConfig
 from fastssl.engine.shards import key_of, write_shard
 from fastssl.export import load_encoder
+from fastssl.random import RESUME, mix
 from fastssl.report import read_metrics
 from fastssl.run.directory import prepared
 from fastssl.run.train import pretrain
@@ -156,7 +157,7 @@ def checkpoint(tmp_path):
         (lists_too_little, "does not name rng-0.pt"),
         (lists_no_random_state, "does not name rng-0.pt"),
         (lists_no_weights, "does not name state-0.safetensors"),
-        (lambda c: forged_step(c, 10, world=10**12), "the files of 1000000000000 processes"),
+        (lambda c: forged_step(c, 10, world=9), "the files of 9 processes"),
         (links_outside, "rng-0.pt is no plain file"),
         (adds_a_state, "state-1.safetensors is no file of a checkpoint"),
         (
@@ -184,6 +185,23 @@ def test_a_state_that_is_code_is_not_run(name, checkpoint, tmp_path):
     (checkpoint / name).write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
     assert f"{name} holds more than tensors" in _unreadable(checkpoint, share=False)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_two_processes_is_taken_up_by_one(checkpoint):
+    for name in ("state-{}.safetensors", "rng-{}.pt"):
+        shutil.copy(checkpoint / name.format(0), checkpoint / name.format(1))
+    forged_step(checkpoint, 10, world=2)
+    loaded = []
+    engine = SimpleNamespace(
+        method=SimpleNamespace(networks=lambda: {"encoder": None}), load=loaded.append
+    )
+    checkpoints, before = Checkpoints(checkpoint.parents[1], CheckpointConfig()), torch.seed()
+    try:
+        assert checkpoints.load(engine, [], lambda trainer: trainer["step"], seed=5) == 10
+        assert torch.initial_seed() == int(mix(RESUME, 5, 10, 0)[0])
+    finally:
+        torch.manual_seed(before)
+    assert loaded == [checkpoint] and "written by 2 processes" in checkpoints.notes[0]
 
 
 def test_the_newest_and_the_best_are_kept_and_the_newest_is_first(checkpoint):
