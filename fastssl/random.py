@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the losses draw by `uniform`, and need torch alone
     import numpy as np
     import numpy.typing as npt
 
-ORDER, SAMPLE, REPLACE, SPLIT, EVALUATE = 1, 2, 3, 4, 5  # the tags
+ORDER, SAMPLE, REPLACE, SPLIT, EVALUATE, RESUME = 1, 2, 3, 4, 5, 6  # the tags
 
 
 def _signed(word: int) -> int:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from fastssl.config import RunConfig, from_mapping
 
@@ -152,6 +155,24 @@ def final(cfg: RunConfig) -> list[dict[str, Any]]:
     kept = [row for row in rows if row["kind"] != "event"]
     clocked = ("images_per_s", "data_wait")
     return [{k: v for k, v in row.items() if k not in clocked} for row in kept]
+
+
+def saved_state(checkpoint: Path) -> dict[str, Tensor]:
+    """All pieces in a checkpoint, put together: flat tensors by "NAME|FIELD"."""
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for path in checkpoint.glob("state-*.safetensors"):
+        for key, piece in load_file(path).items():
+            name, _, offset = key.rpartition("|")
+            assert int(offset) not in pieces.setdefault(name, {}), key
+            pieces[name][int(offset)] = piece.reshape(-1)
+    whole = {}
+    for name, parts in pieces.items():
+        end = 0
+        for offset in sorted(parts):
+            assert name == "|rest" or offset == end, f"{name} has a gap or an overlap"
+            end += parts[offset].numel()
+        whole[name] = torch.cat([parts[offset] for offset in sorted(parts)])
+    return whole
 
 
 def without_pictures(setattr: Callable[[Any, str, Any], None] = setattr) -> None:

@@ -188,6 +188,19 @@ def test_differences_name_what_makes_another_run(tmp_path):
     assert differences(one, other) == ["optim.lr: 0.001 -> 0.5"]
 
 
+def test_a_run_may_go_on_at_another_stage_precision_and_accumulation(tmp_path):
+    one = tiny("simclr", tmp_path)
+    raw = {"zero_optimization": {"overlap_comm": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elsewhere = {"engine__zero_stage": 3, "engine__precision": "bf16", "engine__deepspeed": raw}
+    assert differences(one, tiny("simclr", tmp_path, engine__accumulation=2, **elsewhere)) == []
+    for key, value in {"large_batch": "plain", "micro_batchnorm": True}.items():
+        keys = {"engine__accumulation": 2, f"engine__{key}": value}
+        (parts, _) = differences(one, tiny("simclr", tmp_path, **keys))
+        assert parts == "engine.accumulation: 1 -> 2"
+    dumped = {"engine__deepspeed": {"dump_state": True}}
+    assert differences(one, tiny("simclr", tmp_path, **dumped))
+
+
 def test_an_infinite_schedule_may_be_carried_on_and_annealed(tmp_path):
     infinite = {"name": "infinite", "warmup_steps": 1, "cooldown_steps": 2}
     one = tiny("mae", tmp_path, optim__schedule=infinite)

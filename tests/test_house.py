@@ -34,7 +34,7 @@ ROOMS = {
     "models": "kernels masking distributed pieces registry timm",
     "methods": "models losses kernels masking random schedules section registry pydantic",
     "data": "random distributed files section registry *",
-    "engine": "models distributed pieces schedules section files tree registry "
+    "engine": "models distributed pieces random schedules section files tree registry "
     "deepspeed timm pydantic safetensors numpy",
     "evaluate": "data kernels random distributed sklearn numpy",
     "report": "files *",

@@ -297,8 +297,14 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         "engine.activation_checkpointing",
         "engine.max_skipped",
         "engine.reduce_once",
+        *("engine.zero_stage", "engine.precision"),
         "optim.lr_batch",
     }
+    for prefix in ("zero_optimization", "data_types"):  # as the stage and the precision want them
+        name = f"engine.deepspeed.{prefix}"
+        free_leaves |= {key for key in old.keys() | new.keys() if f"{key}.".startswith(f"{name}.")}
+    if all(c.engine.large_batch == "exact" and not c.engine.micro_batchnorm for c in (saved, now)):
+        free_leaves.add("engine.accumulation")
     if same_data:
         free_leaves |= {f"data.source.{key}" for key in ("path", "val", "cache", "root")}
         if now.data.source.name == "arrays":  # where another says whether there are any

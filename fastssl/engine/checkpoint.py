@@ -3,10 +3,11 @@
     checkpoints/
       step-00000123/     manifest.json (sha256 of every file), trainer.json, rng-0.pt ...,
                          encoder.safetensors (float32, timm's names), encoder-NAME.safetensors of
-                         each other network that is not frozen, deepspeed/ (its own state)
+                         each other network that is not frozen, state-0.safetensors ... (states.py)
       latest             the newest name, moved last;  best: the best one's name
 A file is opened only where the manifest names it and nothing else lies there; what is unpickled are
-tensors and plain values alone, so that a stranger's checkpoint cannot run code.
+tensors and plain values of the generators alone, so that a stranger's checkpoint cannot run code.
+Any number of processes, at any ZeRO stage and precision, takes up what any other has written.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,14 +30,15 @@ from safetensors.torch import save_file
 
 from fastssl import distributed
 from fastssl.files import sync, write_atomically
+from fastssl.random import RESUME, mix
 
 from .config import CheckpointConfig
 from .networks import described, encoder_files, networks_of, other_frozen
-from .states import TAG, attempt, holds_weights, is_state, is_swapped, load_state
+from .states import attempt, readable, state_file
 from .verbs import Verbs
 
-FORMAT = 2  # of what a method keeps: 1 had it under other names
-_RNG = re.compile(r"rng-\d+\.pt")
+FORMAT = 3  # 1 had what a method keeps under other names, and both 1 and 2 DeepSpeed's own files
+_OLD = re.compile(r"deepspeed/[^\0]+")  # never opened
 T = TypeVar("T")
 
 
@@ -64,10 +66,14 @@ def _undisturbed() -> Iterator[None]:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run's directory."""
+    """The checkpoints of one run's directory.
+
+    notes: sentences on what was taken up, for the user.
+    """
 
     run: Path
     cfg: CheckpointConfig
+    notes: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -119,18 +125,27 @@ class Checkpoints:
         return self.folder / name
 
     def load(
-        self, engine: Verbs, notes: list[str], parse: Callable[[dict[str, Any]], T]
+        self,
+        engine: Verbs,
+        notes: list[str],
+        parse: Callable[[dict[str, Any]], T],
+        *,
+        seed: int = 0,
     ) -> T | None:
-        """Restore the newest intact checkpoint, RNG included; None when there is none; collective.
+        """Restore the newest intact checkpoint; None when there is none; collective.
 
         notes: receives a sentence for each damaged checkpoint that was passed over.
         parse: makes of what `save` was given what is returned, or raises ValueError.
-        Raises CheckpointError when it was written by another number of processes or by a version
-        that keeps other state, or does not fit.
+        seed: of the run.  Where as many processes wrote the checkpoint, each one's generators are
+        as they were; else they are begun anew, by the seed, the step and the rank.
+        Raises CheckpointError when it was written by a version that keeps other state, or does not
+        fit.
         """
         for name in distributed.broadcast_object(self.names()):
             path = self.folder / name
-            reason = damaged(path, share=True) or _unreadable(path, share=True)
+            reason = damaged(path, share=True)
+            if reason is None and _format(path) == FORMAT:
+                reason = _unreadable(path, share=True)
             damage = [d for d in distributed.gather_objects(reason) if d]
             try:
                 trainer = json.loads((path / "trainer.json").read_text())
@@ -151,12 +166,6 @@ class Checkpoints:
                     f"keep other state (format {trainer.get('format', 1)}, this one's is {FORMAT}):"
                     f" finish the run with that version, or begin it anew under another name"
                 )
-            if trainer["world"] != world:
-                raise CheckpointError(
-                    f"checkpoint {name} was written by {trainer['world']} processes and this run "
-                    f"has {world}: start {trainer['world']} (torchrun --nproc-per-node), or "
-                    f"resume=never with another name"
-                )
             other = other_frozen(networks_of(trainer), described(engine.method.networks()))
             if other:
                 raise CheckpointError(
@@ -165,7 +174,14 @@ class Checkpoints:
                 )
             try:
                 engine.load(path)
-                _set_rng_state(load_state(path / f"rng-{distributed.rank()}.pt"))
+                if trainer["world"] == world:
+                    _set_rng_state(_load_rng(path / f"rng-{distributed.rank()}.pt"))
+                else:
+                    _seed_anew(int(mix(RESUME, seed, trainer["step"], distributed.rank())[0]))
+                    self.notes.append(
+                        f"written by {trainer['world']} processes and taken up by {world}, whose "
+                        "generators (dropout) begin anew"
+                    )
             except Exception as error:  # whole and harmless, and yet of something else
                 refusal = CheckpointError(
                     f"checkpoint {path} does not fit this run ({type(error).__name__}: "
@@ -186,7 +202,7 @@ class Checkpoints:
         def finish() -> None:
             text = json.dumps({"files": merged}, indent=1, sort_keys=True)
             write_atomically(aside / "manifest.json", text)
-            sync(aside / TAG)
+            sync(aside)
             whole = self.folder / name
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(aside, whole)
@@ -226,24 +242,29 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())["files"]
         trainer = json.loads((path / "trainer.json").read_text())
         step, world, encoders = trainer["step"], trainer["world"], networks_of(trainer)
+        old = trainer.get("format", 1) in (1, 2)
         sums = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or trainer.json: {type(error).__name__} {error}"
     if type(step) is not int or type(world) is not int or path.name != f"step-{step:08d}":
         return f"trainer.json is of step {step!r} and {world!r} processes"
+    if not 0 < world < len(sums):
+        return f"the manifest does not name the files of {world} processes"
     there = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_symlink() or not f.is_dir()}
     strange = sorted(there - {"manifest.json", *sums})
     wanted = {"trainer.json", *(f"rng-{rank}.pt" for rank in range(world))}
     wanted |= {*encoder_files(encoders).values()}
+    if not old:
+        wanted |= {state_file(rank) for rank in range(world)}
     if strange:
         return f"the manifest does not name {strange[0]}"
-    if wanted - sums.keys() or not any(map(holds_weights, sums)):
-        return f"the manifest does not name {min(wanted - sums.keys(), default='any weights')}"
+    if wanted - sums.keys():
+        return f"the manifest does not name {min(wanted - sums.keys())}"
     for name in sorted(sums)[_my_share()] if share else sorted(sums):
         file, (size, checksum) = path / name, sums[name]
         if name not in there:
             return f"{name} is missing"
-        if name not in wanted and not (is_state(name) or is_swapped(name)):
+        if name not in wanted and not (old and _OLD.fullmatch(name)):
             return f"{name} is no file of a checkpoint"
         if file.is_symlink() or not file.is_file():
             return f"{name} is no plain file"
@@ -254,14 +275,20 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
     return None
 
 
+def _format(path: Path) -> Any:
+    """The format that an undamaged checkpoint says it has."""
+    return json.loads((path / "trainer.json").read_text()).get("format", 1)
+
+
 def _unreadable(path: Path, *, share: bool) -> str | None:
     """Which state of an undamaged checkpoint holds more than tensors and plain values, or None."""
-    states = [name for name in _files(path) if is_state(name) or _RNG.fullmatch(name)]
-    for name in states[_my_share()] if share else states:
-        try:
-            load_state(path / name)
-        except Exception as error:  # torch's unpickler raises what the bytes bring about
-            return f"{name} holds more than tensors and plain values ({type(error).__name__})"
+    world = json.loads((path / "trainer.json").read_text())["world"]
+    for rank in range(world)[_my_share()] if share else range(world):
+        for name, read in ((f"rng-{rank}.pt", _load_rng), (state_file(rank), readable)):
+            try:
+                read(path / name)
+            except Exception as error:  # whatever the bytes bring about
+                return f"{name} holds more than tensors and plain values ({type(error).__name__})"
     return None
 
 
@@ -278,7 +305,6 @@ def _fresh_directory(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(exist_ok=True)  # not its parent: a run that was deleted is not begun anew
     path.mkdir()
-    (path / TAG).mkdir()
 
 
 def _files(path: Path) -> list[str]:
@@ -316,6 +342,17 @@ def _rng_state() -> dict[str, Any]:
         "numpy": [torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],
     }
+
+
+def _load_rng(path: Path) -> Any:
+    """Unpickle tensors and plain values, and nothing else."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _seed_anew(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

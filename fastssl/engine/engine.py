@@ -33,7 +33,7 @@ from .launch import deepspeed
 from .materialize import materialize
 from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
-from .states import read_states, write_states
+from .states import States, check_offloaded
 from .verbs import Step, Verbs
 
 _Done = tuple[dict[str, Tensor], Any, "torch.cuda.Event | None"]  # metrics, "keep", flags sent
@@ -84,6 +84,7 @@ class Engine(Verbs):
         for network in networks if cfg.activation_checkpointing else ():
             if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
                 _checkpoint_activations(network)
+        check_offloaded(cfg)
         self.notes: list[str] = []
         if distributed.world_size() > 1:
             self._join_batch_norms(method, batch_size // shares)
@@ -110,6 +111,7 @@ class Engine(Verbs):
         after_initialize(self.ds)
         self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())
+        self._states = States(self.ds)
         self._parameters = list(method.parameters())  # to walk through a model takes its time
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
 
@@ -198,10 +200,10 @@ class Engine(Verbs):
             return self.method.features(images.to(self.device, non_blocking=True))
 
     def state(self, folder: Path) -> list[str]:
-        return write_states(self.ds, folder)
+        return self._states.write(folder)
 
     def load(self, folder: Path) -> None:
-        read_states(self.ds, folder)
+        self._states.read(folder)
 
     def whole_parameters(self) -> AbstractContextManager[Any]:
         parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []

@@ -1,6 +1,6 @@
 """What ZeRO has made of a model's parameters: pieces, and flat tensors for the optimizer.
 
-All that is known here of DeepSpeed's layouts.  layerwise.py and clipping.py ask where
+All that is known here of DeepSpeed's layouts.  layerwise.py, clipping.py and states.py ask where
 parameters lie in flat tensors; models ask for the pieces through fastssl.pieces.
 """
 
@@ -45,6 +45,8 @@ class Fragments:
     params: the parameters cut into the flat tensor, over all ranks.
     spans: (start, length) of the pieces here that were asked for; padding is in none.
     owners: int64 (len(spans),), which of the parameters a piece belongs to.
+    offsets: where in its parameter, flattened, each piece begins.
+    group: of the optimizer's groups the one that they are in.
     process_group, device: the ranks that hold the other pieces, and where its collectives run
         (an offloaded flat tensor is elsewhere).
     """
@@ -52,6 +54,8 @@ class Fragments:
     params: tuple[Tensor, ...]
     spans: tuple[tuple[int, int], ...]
     owners: Tensor
+    offsets: tuple[int, ...]
+    group: int
     process_group: Any
     device: torch.device
 
@@ -74,9 +78,47 @@ def locate(ds_engine: Any, least_dims: int = 2) -> dict[Tensor, Fragments]:
     """
     layout = _sub_groups if ds_engine.zero_optimization_stage() == 3 else _flat_groups
     return {
-        flat: _fragments(params, pieces, flat, (process_group, ds_engine.device), least_dims)
-        for flat, params, pieces, process_group in layout(ds_engine.optimizer)
+        flat: _fragments(params, pieces, flat, (group, *where, ds_engine.device), least_dims)
+        for flat, params, pieces, group, *where in layout(ds_engine.optimizer)
     }
+
+
+def follow_masters(ds_engine: Any) -> None:
+    """Let the weights that a forward pass reads be the optimizer's float32 ones; collective."""
+    zero, stage = ds_engine.optimizer, ds_engine.zero_optimization_stage()
+    if stage == 3:
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+    elif stage > 0:
+        zero.update_lp_params()
+    for weight, master in stage_0_masters(ds_engine).items():
+        if weight is not master:
+            weight.data.copy_(master)
+
+
+def stage_0_masters(ds_engine: Any) -> dict[Any, Tensor]:
+    """The tensor that the optimizer has for each parameter, itself in float32, at stage 0."""
+    zero, optimizer = ds_engine.optimizer, ds_engine.basic_optimizer
+    if ds_engine.zero_optimization_stage() > 0:
+        return {}
+    masters = [group["params"] for group in optimizer.param_groups]
+    weights = masters if zero is optimizer else zero.fp16_groups
+    both = zip(weights, masters, strict=True)
+    return {w: m for group in both for w, m in zip(*group, strict=True)}
+
+
+def held_at(parameter: Any) -> tuple[int, int]:
+    """Where in a flattened parameter this rank's piece begins, and its length without padding."""
+    if not hasattr(parameter, "ds_tensor"):
+        return 0, parameter.numel()
+    size = parameter.partition_numel()
+    start = min(dist.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
+    return start, min(parameter.ds_numel - start, size)
+
+
+def shape_of(parameter: Any) -> list[int]:
+    """Of a whole parameter."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def averaged(ds_engine: Any) -> list[list[Tensor]]:
@@ -115,10 +157,11 @@ def slices(parts: list[Tensor], spans: Sequence[tuple[int, int]]) -> Iterator[tu
         begin = end
 
 
-# A piece is (parameter's index, start in the flat tensor, length); a flat tensor comes with the
-# parameters cut into it, the same list on every rank, and the pieces that lie on this rank.
-_Piece = tuple[int, int, int]
-_Layout = Iterator[tuple[Tensor, list[Tensor], list[_Piece], Any]]
+# A piece is (parameter's index, start in the flat tensor, length, start in the parameter); a flat
+# tensor comes with the parameters cut into it, the same list on every rank, the pieces that lie on
+# this rank, the group's index and the ranks that hold the others.
+_Piece = tuple[int, int, int, int]
+_Layout = Iterator[tuple[Tensor, list[Tensor], list[_Piece], int, Any]]
 
 
 def _flat_groups(zero: Any) -> _Layout:
@@ -129,9 +172,10 @@ def _flat_groups(zero: Any) -> _Layout:
         for number, param in enumerate(params):
             if param._hp_mapping is not None:  # None: it lies on other ranks only
                 address = param._hp_mapping.get_hp_fragment_address()
-                pieces.append((number, address.start, address.numel))
+                offset = param._hp_mapping.lp_fragment_address.start
+                pieces.append((number, address.start, address.numel, offset))
         flat = zero.optimizer.param_groups[index]["params"][0]
-        yield flat, params, pieces, zero.real_dp_process_group[index]
+        yield flat, params, pieces, index, zero.real_dp_process_group[index]
 
 
 def _sub_groups(zero: Any) -> _Layout:
@@ -143,35 +187,38 @@ def _sub_groups(zero: Any) -> _Layout:
             size = param.partition_numel()
             length = min(max(param.ds_numel - rank * size, 0), size)
             if length:
-                pieces.append((number, start, length))
+                pieces.append((number, start, length, rank * size))
             start += size
-        yield zero.fp32_partitioned_groups_flat[index], params, pieces, process_group
+        group = zero.sub_group_to_group_id[index]
+        yield zero.fp32_partitioned_groups_flat[index], params, pieces, group, process_group
 
 
 def _fragments(
     params: list[Any],
     pieces: list[_Piece],
     flat: Tensor,
-    where: tuple[Any, torch.device],
+    where: tuple[int, Any, torch.device],
     least_dims: int,
 ) -> Fragments:
-    process_group, device = where
-    shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in params]  # stage 3 empties p itself
+    group, process_group, device = where
+    shapes = [tuple(shape_of(p)) for p in params]  # stage 3 empties p itself
     wanted = torch.tensor([torch.Size(shape).numel() for shape in shapes], device=device)
     found = torch.zeros_like(wanted)
-    for number, start, length in pieces:
+    for number, start, length, _ in pieces:
         found[number] += length if start + length <= flat.numel() else 0
     dist.all_reduce(found, group=process_group)
     if not torch.equal(found, wanted):
         raise RuntimeError(
-            f"{int((found != wanted).sum())} of {len(params)} parameters are not where LARS, "
-            "LAMB and clips look for them in this DeepSpeed's flat tensors; use ZeRO stage 0"
+            f"{int((found != wanted).sum())} of {len(params)} parameters are not where they "
+            "are looked for in this DeepSpeed's flat tensors; use ZeRO stage 0"
         )
     chosen = [piece for piece in pieces if len(shapes[piece[0]]) >= least_dims]
     return Fragments(
         params=tuple(params),
-        spans=tuple((start, length) for _, start, length in chosen),
-        owners=torch.tensor([n for n, _, _ in chosen], dtype=torch.int64, device=flat.device),
+        spans=tuple((start, length) for _, start, length, _ in chosen),
+        owners=torch.tensor([n for n, *_ in chosen], dtype=torch.int64, device=flat.device),
+        offsets=tuple(offset for *_, offset in chosen),
+        group=group,
         process_group=process_group,
         device=device,
     )

@@ -82,7 +82,7 @@ class Verbs(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Take the state that as many ranks have written; raises whatever its files bring about."""
+        """Take the state that any number of ranks wrote; raises what its files bring about."""
 
     @abstractmethod
     def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:

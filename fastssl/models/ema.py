@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastssl import pieces
 
-from .frozen import shared_copies
+from .frozen import frozen_in, shared_copies
 
 _HALVES = (torch.bfloat16, torch.float16)
 _AT_ONCE = 64  # 16-bit tensors whose float32 copies are there at one time
@@ -60,6 +60,18 @@ class EMA(nn.Module):
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
         pieces.renew([mine for mine, _ in moving])
+
+    def masters(self, *, begin: bool = False) -> dict[nn.Parameter, Tensor]:
+        """The float32 mean of each piece here that has 16 bits, by its parameter.
+
+        Before the first update there are none, unless they are to `begin`.
+        """
+        shared = {id(p) for network in frozen_in(self.model) for p in network.parameters()}
+        own = [p for p in self.model.parameters() if id(p) not in shared]
+        halves = [p for p in own if pieces.piece(p).dtype in _HALVES]
+        if begin and not self._means:
+            self._means = [pieces.piece(p).float() for p in halves]
+        return dict(zip(halves, self._means, strict=True)) if self._means else {}
 
     def get_extra_state(self) -> list[Tensor]:
         return self._means

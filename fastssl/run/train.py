@@ -358,7 +358,8 @@ class Run:
         if self.cfg.resume != "auto":
             return
         notes: list[str] = []
-        saved = self.checkpoints.load(self.engine, notes, TypeAdapter(Progress).validate_python)
+        parse = TypeAdapter(Progress).validate_python
+        saved = self.checkpoints.load(self.engine, notes, parse, seed=self.cfg.seed)
         if saved is None:
             self.log.cut(-1)  # of a run that died before its first checkpoint
             for note in notes:
@@ -374,7 +375,8 @@ class Run:
         self.log.cut(self.progress.step)
         for note in notes:
             self.log.event(self.progress.step, "damaged", note)
-        self.log.event(self.progress.step, "resumed", f"resumed at step {self.progress.step}")
+        said = [f"resumed at step {self.progress.step}", *self.checkpoints.notes]
+        self.log.event(self.progress.step, "resumed", ", ".join(said))
 
 
 class _Waits:

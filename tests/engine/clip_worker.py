@@ -6,6 +6,7 @@ when it is still frozen.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ def config(name: str, **options: Any) -> OptimConfig:
     return OptimConfig(**{**OPTIMIZERS[name], "groups": rules, **CLIPS, **options})
 
 
-def data(rank: int, step: int) -> dict[str, Any]:
+def data(rank: int, step: int, rows: int = ROWS) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(100 * rank + step)
-    return {"views": [torch.randn(ROWS, 7, generator=generator)]}
+    return {"views": [torch.randn(rows, 7, generator=generator)]}
 
 
 def rate(name: str, step: int) -> float:
@@ -89,11 +90,11 @@ def worker(rank: int, world: int, folder: str) -> dict[Any, Any]:
         for run in RUNS:
             first = engine(*run)
             norms = train(first, run[0], 0, HALF)
-            first.ds.save_checkpoint(folder, tag=str(run), save_latest=False)
+            assert first.state(folder_of(folder, run)) == []
             norms += train(first, run[0], HALF, STEPS)
             results[run] = masters(first), norms
             second = engine(*run)
-            second.ds.load_checkpoint(folder, tag=str(run))
+            second.load(folder_of(folder, run))
             train(second, run[0], HALF, STEPS)
             results[(*run, "resumed")] = masters(second)
         frozen = (GroupConfig(match="head.*", freeze_epochs=1),)
@@ -103,8 +104,20 @@ def worker(rank: int, world: int, folder: str) -> dict[Any, Any]:
     return results
 
 
-def engine(name: str, stage: int, variant: str, parts: int, **options: Any) -> Engine:
-    raw: dict[str, Any] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+def folder_of(folder: str, run: tuple[Any, ...]) -> Path:
+    """Made by the first rank, for all of them."""
+    path = Path(folder) / "-".join(map(str, run))
+    path.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    return path
+
+
+def engine(
+    name: str, stage: int, variant: str, parts: int, raw: Any = None, **options: Any
+) -> Engine:
+    """raw: keys of DeepSpeed's."""
+    cut = {"stage3_param_persistence_threshold": 0, **(raw or {}).get("zero_optimization", {})}
+    raw = {"zero_optimization": cut}
     if variant.endswith("fp32 gradients"):  # yet another wrapper inside DeepSpeed
         raw["data_types"] = {"grad_accum_dtype": "fp32"}
     cfg: Any = {"zero_stage": stage, "precision": variant[:4], "accumulation": parts}

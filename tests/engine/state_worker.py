@@ -14,7 +14,7 @@ from fastssl.engine.engine import Engine
 from fastssl.engine.optim import OptimConfig
 from fastssl.methods import build_method
 from fastssl.models import build_backbone, freeze
-from tests.runs import VIT, tiny
+from tests.runs import VIT, saved_state, tiny
 
 # (encoder, stage, precision, synchronized); the second encoder has timm's BatchNormAct2d
 NORMED = [
@@ -37,8 +37,10 @@ LARGE = [
 TWO = {"accumulation": 2, "micro_batchnorm": True}
 
 
-def engine(name: str, encoder: str, batch: int, freezing: bool = False, **options: Any) -> Engine:
-    """Method `name` over a small encoder, by plain SGD: weights differ by what gradients do."""
+def engine(
+    name: str, encoder: str, batch: int, freezing: bool = False, optim: Any = None, **options: Any
+) -> Engine:
+    """Method `name` over a small encoder; by plain SGD, weights differ by what gradients do."""
     torch.manual_seed(0)
     kwargs = VIT if encoder.startswith("vit") else {}
     side = 16 if kwargs else 32
@@ -51,7 +53,7 @@ def engine(name: str, encoder: str, batch: int, freezing: bool = False, **option
             torch.nn.init.normal_(parameter, std=0.5)
     return Engine(
         method,
-        OptimConfig(name="momentum", momentum=0.0, lr=1e-2, weight_decay=0.0),  # type: ignore
+        OptimConfig(lr=1e-2, weight_decay=0.0, **optim or {"name": "momentum", "momentum": 0.0}),
         EngineConfig(**options),
         device=torch.device("cpu"),
         batch_size=batch,
@@ -135,11 +137,11 @@ def frozen(rank: int, world: int, folder: str) -> dict[str, list[Any]]:
         moved = [k for k, v in first.encoder_state("teacher").items() if not v.equal(before[k])]
         checkpoints = Checkpoints(run, CheckpointConfig())  # type: ignore[call-arg]
         path = checkpoints.save(first, 2, {}, best=False)
-        saved = [key for file in path.glob("deepspeed/*") for key in _keys(file)]
+        saved = [key for key in saved_state(path) if "student.0." in key or "model.0." in key]
         second = begun()
         assert checkpoints.load(second, [], dict) is not None
         after = [_steps(e, rank, world, 2) for e in (first, second)]
-        names = [file.name for file in path.glob("*.safetensors")]
+        names = [file.name for file in path.glob("encoder*.safetensors")]
         found[f"{stage}-{precision}-{len(options)}"] = [moved, names, saved, *after]
     return found
 
@@ -149,13 +151,6 @@ def _steps(e: Engine, rank: int, world: int, start: int) -> list[float]:
         e.step(batch(rank, world, 2, 32, s), 1e-1, progress=s / 8).metrics["loss"].item()
         for s in range(start, start + 2)
     ]
-
-
-def _keys(file: Path) -> list[str]:
-    """The names in a state of DeepSpeed's that are of the encoder, or its elements."""
-    state = torch.load(file, weights_only=False)
-    parts = [state.get("module"), state.get("frozen_param_fragments")]
-    return [key for part in parts for key in part or () if "student.0." in key or "model.0." in key]
 
 
 def _everything(e: Engine) -> list[tuple[str, Tensor]]:
@@ -187,7 +182,7 @@ def resumed(rank: int, world: int, folder: str, name: str) -> tuple[list[float],
     first.features(torch.zeros(2, 1, 16, 16))  # a run is evaluated before its first step
     steps(first, 0, 2)
     if rank == 0:
-        (Path(folder) / name / "deepspeed").mkdir(parents=True)
+        (Path(folder) / name).mkdir(parents=True)
     distributed.barrier()
     assert first.state(Path(folder) / name) == []
     second = engine(name, "vit_tiny_patch16_224", 8, zero_stage=3)

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastssl import pieces
 from fastssl.engine import launch
-from fastssl.engine.fragments import Fragments
+from fastssl.engine.fragments import Fragments, ZeroPieces
 from fastssl.engine.layerwise import LAMB, LARS
 from fastssl.engine.optim import OptimConfig, after_initialize, build_optimizer
+from fastssl.engine.states import States
+from tests.engine.clip_worker import folder_of
 
 WORLD, BATCH, STEPS, HALF = 2, 3, 5, 3
 CONFIGS = {
@@ -86,11 +89,11 @@ def worker(rank: int, world: int, folder: str) -> dict[Any, dict[str, Tensor]]:
         for run in RUNS:
             whole = _Run(*run)
             whole.steps(0, HALF)
-            whole.engine.save_checkpoint(folder, tag=str(run), save_latest=False)
+            assert whole.states.write(folder_of(folder, run)) == []
             whole.steps(HALF, STEPS)
             results[run] = whole.masters()
             second = _Run(*run)
-            second.engine.load_checkpoint(folder, tag=str(run))
+            second.states.read(folder_of(folder, run))
             second.steps(HALF, STEPS)
             results[(*run, "resumed")] = second.masters()
         Fragments.whole_norms = lambda self, norms: norms
@@ -124,6 +127,8 @@ class _Run:
             dist_init_required=False,
         )
         after_initialize(self.engine)
+        pieces.cut_by(ZeroPieces())
+        self.states = States(self.engine)
 
     def steps(self, start: int, end: int) -> None:
         for step in range(start, end):

@@ -1,19 +1,18 @@
 """The engine: which tests look at a file, and the tokens that are changed in it."""
 
 ENGINE = "tests/engine/test_engine.py"
+STATES = "tests/engine/test_states.py"
 
 TESTS = {
     "engine/checkpoint": (
         "tests/train/test_damage.py",
         "executes or whole_and_of or is_code or newest_and_the_best or directory_in"
-        " or reader_that_dies",
+        " or reader_that_dies or of_two_processes",
     ),
     "engine/encoders": ("tests/test_cli.py", "by_its_name"),
-    "engine/states": (
-        "tests/train/test_damage.py tests/train/test_train.py",
-        "executes or is_code or full_disk",
-    ),
-    "engine/fragments": (ENGINE, "zero_3_keeps_whole or that_is_cut"),
+    "engine/states": ("tests/engine/test_states.py", ""),
+    "engine/shards": ("tests/engine/test_states.py", "ranges"),
+    "engine/fragments": (f"{ENGINE} {STATES}", "zero_3_keeps_whole or that_is_cut or moves_bet"),
     "engine/networks": (
         "tests/train/test_frozen.py tests/train/test_damage.py",
         "stays_as or resumes_and or its_step",
@@ -39,7 +38,11 @@ TESTS = {
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/checkpoint._undisturbed": [("signal.SIG_DFL", "signal.getsignal(signal.SIGCHLD)")],
-    "engine/checkpoint.load": [('get("format", 1) != FORMAT', 'get("format", 2) > FORMAT')],
+    "engine/checkpoint.load": [
+        ('get("format", 1) != FORMAT', 'get("format", 2) > FORMAT'),
+        ('if trainer["world"] == world:', 'if trainer["world"]:'),
+        ("seed, trainer", "0, trainer"),
+    ],
     "engine/checkpoint.names": [("reverse=True", "reverse=False")],
     "engine/checkpoint.check": [('("best", "latest")', '("best", "best")')],
     "engine/checkpoint._prune": [
@@ -55,10 +58,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if f.is_symlink() or not f.is_dir()", "if f.is_file()"),
         ('- {"manifest.json", *sums}', '- {"manifest.json", *there}'),
         ("|= {*encoder_files(encoders).values()}", "|= set()"),
-        ("if wanted - sums.keys() or", "if"),
-        ("or not any(map(holds_weights, sums))", "or any(map(str.isdecimal, sums))"),
+        ("if wanted - sums.keys():", "if False:"),
+        ("if not old:", "if old:"),
+        ("if not 0 < world < len(sums):", "if False:"),
         ("if name not in there:", "if name in ():"),
-        ("not (is_state(name) or", "not (name or"),
+        ("not (old and _OLD", "not (_OLD"),
         ("if file.is_symlink() or not", "if not"),
         ("st_size != size", "st_size < 0"),
         ("_sha256(file) != checksum", "_sha256(file) is checksum"),
@@ -71,10 +75,39 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("name = name or next", "name = next"),
     ],
     "engine/engine.encoder_state": [("name or next(", "next("), ("if kept:", "if True:")],
-    "engine/checkpoint._unreadable": [("if is_state(name) or", "if")],
-    "engine/states.load_state": [("weights_only=True", "weights_only=False")],
-    "engine/states.read_states": [("reader.load = load_state", "reader.load = reader.load")],
+    "engine/checkpoint._unreadable": [(", readable)", ", str)")],
+    "engine/checkpoint._load_rng": [("weights_only=True", "weights_only=False")],
+    "engine/states.check_offloaded": [('== (key == "device")', '== (key != "device")')],
+    "engine/states._pieces": [
+        ("masters.get(parameter, pieces.piece(parameter))", "pieces.piece(parameter)"),
+        ("map(_share, held.pieces) if whole", "held.pieces if whole"),
+    ],
+    "engine/states.read": [
+        ("zero.checkpoint_event_prologue()", "zero"),
+        ("            follow_masters(self.ds)", "            pass"),
+        ("buffer.copy_(", "buffer.equal("),
+        ("setattr(self.ds, name,", "print(self.ds, name,"),
+    ],
+    "engine/states._read_states": [
+        ("if value != states[other][field]", "if False"),
+        ("there = [piece for piece in held.pieces if", "there = [piece for piece in [] if"),
+        ("            now[field] = value", "            pass"),
+    ],
+    "engine/states._read_groups": [
+        ("if saved != [sorted", "if False and [sorted"),
+        ("group.update(", "dict(group).update("),
+    ],
+    "engine/states._read_others": [("whole.copy_(master)", "pass")],
+    "engine/states._same": [("if saved[name] != now[name]", "if False")],
     "engine/states.attempt": [("errors.append(", "str(")],
+    "engine/shards.fill": [
+        ("if at < end:", "if False:"),
+        ("[at - begin : stop", "[0 : stop"),
+    ],
+    "engine/shards.packed": [("in (list, tuple)", "in (list,)")],
+    "engine/fragments.follow_masters": [("zero.update_lp_params()", "pass")],
+    "engine/fragments.held_at": [("min(parameter.ds_numel - start, size)", "size")],
+    "engine/fragments._sub_groups": [("length, rank * size))", "length, rank))")],
     "engine/fragments.ZeroPieces": [
         ('getattr(parameter, "ds_tensor", parameter)', "parameter"),
         ("if parameter.ds_persist", "if not parameter.ds_persist"),

@@ -14,8 +14,9 @@ import torch
 from fastssl.config import ConfigError
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints, _unreadable, damaged
 from fastssl.engine.config import CheckpointConfig
-from fastssl.engine.states import read_states
+from fastssl.engine.shards import key_of, write_shard
 from fastssl.export import load_encoder
+from fastssl.random import RESUME, mix
 from fastssl.report import read_metrics
 from fastssl.run.directory import prepared
 from fastssl.run.train import pretrain
@@ -59,10 +60,9 @@ def test_a_resumed_run_executes_and_believes_nothing(run, tmp_path):
     """Faults 29 and 30: five hostile checkpoints, each of a later step, and a hostile log."""
     marker, before = tmp_path / "executed", final(run)
     attack = pickle.dumps(Attack(marker))
-    for state in forged(run, 11).glob("deepspeed/*"):
-        state.write_bytes(attack)
-        sign(state.parents[1])
-    (forged(run, 12) / "deepspeed/mp_rank_000_model_states.pt").write_bytes(attack)
+    (forged(run, 11) / "state-0.safetensors").write_bytes(attack)
+    sign(run.directory / "checkpoints/step-00000011")
+    (forged(run, 12) / "state-1.safetensors").write_bytes(attack)
     (forged(run, 13) / "rng-0.pt").write_bytes(attack)
     sign(run.directory / "checkpoints/step-00000013")
     forged(run, 14, epoch_losses="many")
@@ -78,20 +78,25 @@ def test_a_resumed_run_executes_and_believes_nothing(run, tmp_path):
     rows = read_metrics(run.directory / "metrics.jsonl")
     said = [row["detail"] for row in rows if row.get("what") == "damaged"]
     assert [line.split()[1] for line in said] == [f"step-000000{i}" for i in (15, 14, 13, 12, 11)]
-    assert "holds more than tensors" in said[-1] and "does not name deepspeed/mp" in said[-2]
-    forged(run, 14, format=1)
-    with pytest.raises(CheckpointError, match=r"step-00000014 was .* another version .*format 1, "):
+    assert "holds more than tensors" in said[-1] and "does not name state-1" in said[-2]
+    old = forged(run, 14, format=2)
+    (old / "deepspeed").mkdir()
+    (old / "state-0.safetensors").rename(old / "deepspeed/mp_rank_00_model_states.pt")
+    (old / "deepspeed/mp_rank_00_model_states.pt").write_bytes(attack)
+    sign(old)
+    with pytest.raises(CheckpointError, match=r"step-00000014 was .* another version .*format 2, "):
         pretrain(run)
+    assert not marker.exists()
 
 
 def lists_too_little(checkpoint):
     sign(checkpoint, keep=lambda name: name in ("trainer.json", "encoder.safetensors"))
-    for file in [*checkpoint.glob("deepspeed/*"), *checkpoint.glob("rng*")]:
+    for file in [*checkpoint.glob("state-*"), *checkpoint.glob("rng*")]:
         file.unlink()
 
 
 def lists_no_weights(checkpoint):
-    (checkpoint / "deepspeed/mp_rank_00_model_states.pt").unlink()
+    (checkpoint / "state-0.safetensors").unlink()
     sign(checkpoint)
 
 
@@ -106,8 +111,9 @@ def links_outside(checkpoint):
     state.symlink_to(checkpoint.parent / "elsewhere")
 
 
-def adds_a_state(checkpoint):
-    (checkpoint / "deepspeed/mp_rank_000_model_states.pt").write_bytes(b"0")
+def adds_a_state(checkpoint, name="state-1.safetensors"):
+    (checkpoint / "deepspeed").mkdir()
+    (checkpoint / name).write_bytes(b"0")
     sign(checkpoint)
 
 
@@ -120,11 +126,11 @@ def adds_an_encoder(checkpoint):
 def checkpoint(tmp_path):
     """As `save` leaves one, of step 10 by one process, its states small."""
     path = tmp_path / "run/checkpoints/step-00000010"
-    (path / "deepspeed").mkdir(parents=True)
-    (path / "trainer.json").write_text('{"step": 10, "world": 1}')
+    path.mkdir(parents=True)
+    (path / "trainer.json").write_text('{"step": 10, "world": 1, "format": 3}')
     (path / "encoder.safetensors").write_bytes(b"weights")
-    for name in ("rng-0.pt", "deepspeed/mp_rank_00_model_states.pt"):
-        torch.save({"a": torch.ones(3)}, path / name)
+    torch.save({"a": torch.ones(3)}, path / "rng-0.pt")
+    write_shard(path / "state-0.safetensors", {key_of("a", "parameter", 0): torch.ones(3)}, {})
     return sign(path)
 
 
@@ -150,9 +156,14 @@ def checkpoint(tmp_path):
         (lambda c: os.mkfifo(c / "fifo"), "does not name fifo"),
         (lists_too_little, "does not name rng-0.pt"),
         (lists_no_random_state, "does not name rng-0.pt"),
-        (lists_no_weights, "does not name any weights"),
+        (lists_no_weights, "does not name state-0.safetensors"),
+        (lambda c: forged_step(c, 10, world=9), "the files of 9 processes"),
         (links_outside, "rng-0.pt is no plain file"),
-        (adds_a_state, "mp_rank_000_model_states.pt is no file of a checkpoint"),
+        (adds_a_state, "state-1.safetensors is no file of a checkpoint"),
+        (
+            lambda c: adds_a_state(c, "deepspeed/mp_rank_00_model_states.pt"),
+            "mp_rank_00_model_states.pt is no file of a checkpoint",
+        ),
         (lambda c: (c / "rng-0.pt").unlink(), "rng-0.pt is missing"),
         (lambda c: (c / "encoder.safetensors").write_bytes(b"w"), "has 1 bytes, not 7"),
         (lambda c: (c / "encoder.safetensors").write_bytes(b"Weights"), "match its checksum"),
@@ -168,7 +179,7 @@ def test_a_checkpoint_is_whole_and_of_its_step_or_damaged(spoil, reason, checkpo
 
 
 # fault 29
-@pytest.mark.parametrize("name", ["rng-0.pt", "deepspeed/mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize("name", ["rng-0.pt", "state-0.safetensors"])
 def test_a_state_that_is_code_is_not_run(name, checkpoint, tmp_path):
     assert _unreadable(checkpoint, share=False) is None
     (checkpoint / name).write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
@@ -176,21 +187,21 @@ def test_a_state_that_is_code_is_not_run(name, checkpoint, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-class Reader:
-    """As DeepSpeed's, which runs what a file says."""
-
-    def load(self, path):
-        return pickle.loads(path.read_bytes())
-
-
-def test_a_state_that_is_code_is_not_run_where_deepspeed_reads_it(tmp_path):
-    attack = pickle.dumps(Attack(tmp_path / "executed"), protocol=2)
-    (tmp_path / "state.pt").write_bytes(attack)
-    ds = SimpleNamespace(module=torch.nn.Identity(), checkpoint_engine=Reader())
-    ds.load_checkpoint = lambda folder, **_: ds.checkpoint_engine.load(tmp_path / "state.pt")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        read_states(ds, tmp_path)
-    assert not (tmp_path / "executed").exists() and "load" not in vars(ds.checkpoint_engine)
+def test_a_checkpoint_of_two_processes_is_taken_up_by_one(checkpoint):
+    for name in ("state-{}.safetensors", "rng-{}.pt"):
+        shutil.copy(checkpoint / name.format(0), checkpoint / name.format(1))
+    forged_step(checkpoint, 10, world=2)
+    loaded = []
+    engine = SimpleNamespace(
+        method=SimpleNamespace(networks=lambda: {"encoder": None}), load=loaded.append
+    )
+    checkpoints, before = Checkpoints(checkpoint.parents[1], CheckpointConfig()), torch.seed()
+    try:
+        assert checkpoints.load(engine, [], lambda trainer: trainer["step"], seed=5) == 10
+        assert torch.initial_seed() == int(mix(RESUME, 5, 10, 0)[0])
+    finally:
+        torch.manual_seed(before)
+    assert loaded == [checkpoint] and "written by 2 processes" in checkpoints.notes[0]
 
 
 def test_the_newest_and_the_best_are_kept_and_the_newest_is_first(checkpoint):

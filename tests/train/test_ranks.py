@@ -1,12 +1,15 @@
 """Two gloo processes under every ZeRO stage train as one process on the joined batch does."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastssl.config import RunConfig
 from fastssl.distributed import barrier
+from fastssl.report import read_metrics
 from fastssl.run.train import pretrain
 from tests.ranks import run_ranks
 from tests.runs import losses, tiny, without_pictures
@@ -24,6 +27,7 @@ RUNS: dict[
 }
 ALL = [(method, stage) for method, stages in RUNS.items() for stage in stages]
 RESUMED = [("mae", 2), ("mocov3", WHOLE), ("nnclr", 1)]
+MOVED = [("mae", 0, 3), ("mocov3", 0, 2), ("sie", 0, 1)]  # begun by one process: stage, and then
 
 
 def configuration(method: str, stage: int | str, output: Path, world: int):
@@ -53,6 +57,10 @@ def train_all(rank: int, world: int, folder: str):
     if world > 1:
         for method, stage in RESUMED:
             done[f"resumed-{method}-{stage}"] = resumed(rank, method, stage, folder)
+        for method, before, after in MOVED:
+            cfg = moved(rank, configuration(method, before, Path(folder), 1), folder)
+            engine = cfg.engine.model_copy(update={"zero_stage": after})
+            pretrain(cfg.model_copy(update={"engine": engine, "resume": "auto"}))
     return done
 
 
@@ -70,6 +78,16 @@ def resumed(rank: int, method: str, stage: int | str, folder: str):
     barrier()
     pretrain(cfg.model_copy(update={"resume": "auto"}))
     return before, losses(cfg)
+
+
+def moved(rank: int, cfg: RunConfig, folder: str) -> RunConfig:
+    """A copy of a finished run, without its last epoch's checkpoint."""
+    there = Path(folder) / "moved"
+    if rank == 0:
+        shutil.copytree(cfg.directory, there / cfg.name)
+        shutil.rmtree(there / cfg.name / "checkpoints/step-00000010")
+    barrier()
+    return cfg.model_copy(update={"output": there})
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +116,13 @@ def test_loss_curve_of_two_ranks_is_that_of_one(trained, method, stage):
 def test_two_ranks_resume_to_the_last_bit(trained, method, stage):
     before, after = trained[1][2][0][f"resumed-{method}-{stage}"]
     assert len(after) == 10 and after == before
+
+
+@pytest.mark.parametrize("method, before, _", MOVED)
+def test_two_ranks_go_on_where_one_was_at_another_stage(trained, method, before, _):
+    cfg = configuration(method, before, trained[0], 1)
+    again = cfg.model_copy(update={"output": trained[0] / "moved"})
+    torch.testing.assert_close(losses(again), losses(cfg), rtol=1e-6, atol=1e-6)
+    rows = read_metrics(again.directory / "metrics.jsonl")
+    (said,) = [row["detail"] for row in rows if row.get("what") == "resumed"]
+    assert said.startswith("resumed at step 5, written by 1 processes and taken up by 2, whose")

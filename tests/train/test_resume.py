@@ -16,7 +16,7 @@ from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import Silent
 from fastssl.run.train import Interrupted, Progress, Run, _Signals, pretrain
 from tests.data.photos import folder
-from tests.runs import final, tiny
+from tests.runs import final, saved_state, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,9 @@ def _heard():
 
 
 def saved_method(cfg):
-    """All that a finished run's method keeps: parameters, queues, a teacher and its means."""
+    """All that a finished run keeps: parameters, their optimizer, queues, a teacher's means."""
     last = max((cfg.directory / "checkpoints").glob("step-*"))
-    (file,) = last.glob("deepspeed/*model_states.pt")
-    state = torch.load(file, weights_only=False)["module"]
-    flat = {k: [v] if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-    return {f"{k}.{i}": v for k, tensors in flat.items() for i, v in enumerate(tensors)}
+    return saved_state(last)
 
 
 @pytest.mark.parametrize(
