@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from fastssl import distributed
 from fastssl.files import sync, write_atomically
@@ -35,6 +34,7 @@ from fastssl.random import RESUME, mix
 from .config import CheckpointConfig
 from .networks import described, encoder_files, networks_of, other_frozen
 from .states import attempt, readable, state_file
+from .tensor_files import in_order, named, write_split
 from .verbs import Verbs
 
 FORMAT = 3  # 1 had what a method keeps under other names, and both 1 and 2 DeepSpeed's own files
@@ -253,7 +253,8 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
     there = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_symlink() or not f.is_dir()}
     strange = sorted(there - {"manifest.json", *sums})
     wanted = {"trainer.json", *(f"rng-{rank}.pt" for rank in range(world))}
-    wanted |= {*encoder_files(encoders).values()}
+    for file in encoder_files(encoders).values():
+        wanted |= {*named(file, sums)}
     if not old:
         wanted |= {state_file(rank) for rank in range(world)}
     if strange:
@@ -293,12 +294,25 @@ def _unreadable(path: Path, *, share: bool) -> str | None:
 
 
 def _write_encoder(engine: Verbs, name: str, path: Path, errors: list[str]) -> None:
-    """Rank 0 writes what is finite.  Collective."""
-    weights = engine.encoder_state(name, kept=distributed.rank() == 0)
-    if not all(torch.isfinite(value).all() for value in weights.values()):
-        errors.append(f"the weights of the network {name} are not finite")
-    elif distributed.rank() == 0:
-        attempt(errors, lambda: save_file(weights, path))
+    """Rank 0 writes what is finite, holding one tensor at a time.  Collective."""
+    parts = engine.encoder_parts(name)
+    kinds = {key: kind for key, (kind, _) in parts.items()}
+    bad: list[str] = []
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for key in in_order(kinds):
+            whole = parts[key][1]()
+            if distributed.rank() == 0 and not torch.isfinite(whole).all():
+                bad.append(key)
+            yield whole
+
+    coming = tensors()
+    if distributed.rank() == 0:
+        attempt(errors, lambda: write_split(path, kinds, coming))
+    for _ in coming:  # what is not written must be asked for as well: other ranks wait
+        pass
+    if bad:
+        errors.append(f"the weights of the network {name} are not finite ({bad[0]})")
 
 
 def _fresh_directory(path: Path) -> None:

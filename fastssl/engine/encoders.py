@@ -11,6 +11,7 @@ from torch import Tensor
 from .checkpoint import CheckpointError, Checkpoints, damaged
 from .config import CheckpointConfig, EngineError
 from .networks import encoder_files, networks_of
+from .tensor_files import files_of
 
 
 class Saved(NamedTuple):
@@ -30,8 +31,11 @@ class Saved(NamedTuple):
     def weights(self) -> dict[str, Tensor]:
         """Raises CheckpointError for a file that is no safetensors."""
         assert self.path is not None, f"{self.name} is frozen"
+        folder, weights = self.path.parent, {}
         try:
-            return load_file(self.path)
+            for name in files_of(self.path.name, [file.name for file in folder.iterdir()]):
+                weights |= load_file(folder / name)
+            return weights
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path} holds no weights: {error}") from error
 

@@ -7,6 +7,7 @@ finite is never applied, at any stage, and leaves no trace in the method.
 """
 
 import difflib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .materialize import materialize
 from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
 from .states import States, check_offloaded
+from .tensor_files import Kind
 from .verbs import Step, Verbs
 
 _Done = tuple[dict[str, Tensor], Any, "torch.cuda.Event | None"]  # metrics, "keep", flags sent
@@ -209,18 +211,18 @@ class Engine(Verbs):
         parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
         return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
 
-    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
+    def encoder_parts(self, name: str = "") -> dict[str, tuple[Kind, Callable[[], Tensor]]]:
         networks = self.method.networks()
         encoder = networks[name or next(iter(networks))]
         # What two modules share has both names in a state_dict.
         every: dict[str, Any] = {"remove_duplicate": False}
-        tensors = [*encoder.named_buffers(**every), *encoder.named_parameters(**every)]
-        state: dict[str, Tensor] = {}
-        for key, tensor in tensors:
-            whole = self._whole(tensor)
-            if kept:
-                state[key] = whole.cpu().clone()
-        return {key: state[key] for key in encoder.state_dict() if kept}
+        tensors = dict([*encoder.named_buffers(**every), *encoder.named_parameters(**every)])
+        return {key: self._part(tensors[key]) for key in encoder.state_dict()}
+
+    def _part(self, tensor: Tensor) -> tuple[Kind, Callable[[], Tensor]]:
+        dtype = torch.float32 if isinstance(tensor, nn.Parameter) else tensor.dtype
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+        return Kind(shape, dtype), lambda: self._whole(tensor)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """A parameter in full and float32, wherever ZeRO keeps it; a buffer as it is."""

@@ -16,13 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .tensor_files import DTYPE_NAMES, DTYPES, Kind, in_order, write_tensors
+
 REST = "rest"  # the field of tensors that are no pieces: those of the tree
-_NAMES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
-    **{torch.uint8: "U8", torch.bool: "BOOL"},
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def key_of(name: str, field: str, offset: int) -> str:
@@ -34,21 +30,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], tree: Any) -> None:
 
     tree: as `packed` gives it.  Raises OSError, and TypeError for a dtype that no file has.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # aligned
-    header: dict[str, Any] = {"__metadata__": {"tree": json.dumps(tree)}}
-    end = 0
-    for key, tensor in ordered:
-        if tensor.dtype not in _NAMES:
-            raise TypeError(f"{key} is {tensor.dtype}, which a checkpoint does not keep")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    kinds = {key: Kind(tuple(x.shape), x.dtype) for key, x in tensors.items()}
+    some = (tensors[key] for key in in_order(kinds))
+    write_tensors(path, kinds, some, {"tree": json.dumps(tree)})
 
 
 def tree_of(path: Path) -> Any:
@@ -85,7 +69,7 @@ class Shards:
     def dtype(self, name: str, field: str) -> torch.dtype:
         """Of the first piece."""
         *_, path, key = self._pieces[name][field][0]
-        return _DTYPES[self._open(path).get_slice(key).get_dtype()]
+        return DTYPES[self._open(path).get_slice(key).get_dtype()]
 
     def tensor(self, name: str, field: str, offset: int = 0) -> Tensor:
         """What was written under a key, as it was."""
@@ -118,8 +102,8 @@ def packed(value: Any, keep: Callable[[Tensor], int]) -> Any:
     >>> unpacked(json.loads(json.dumps(packed({"a": (1, torch.tensor(2.5))}, id))), id)
     {'a': (1, tensor(2.5000))}
     """
-    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in _NAMES:
-        return {"number": value.item(), "dtype": _NAMES[value.dtype]}
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in DTYPE_NAMES:
+        return {"number": value.item(), "dtype": DTYPE_NAMES[value.dtype]}
     if isinstance(value, Tensor):
         return {"tensor": keep(value)}
     if isinstance(value, dict):
@@ -136,7 +120,7 @@ def unpacked(tree: Any, kept: Callable[[int], Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
     if "dtype" in tree:
-        return torch.tensor(tree["number"], dtype=_DTYPES[tree["dtype"]])
+        return torch.tensor(tree["number"], dtype=DTYPES[tree["dtype"]])
     ((kind, value),) = tree.items()
     if kind == "tensor":
         return kept(value)

@@ -12,7 +12,7 @@ B: a rank's samples.  Every verb but `features` is collective: all ranks call it
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from fastssl import distributed
+
+from .tensor_files import Kind
 
 
 @dataclass
@@ -85,12 +87,25 @@ class Verbs(ABC):
         """Take the state that any number of ranks wrote; raises what its files bring about."""
 
     @abstractmethod
-    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
-        """An encoder's state_dict on the CPU: whole tensors, float32 masters where there are any.
+    def encoder_parts(self, name: str = "") -> dict[str, tuple[Kind, Callable[[], Tensor]]]:
+        """An encoder's state_dict: what each tensor is, and what gives it whole.
 
         name: among the method's networks; the first of them by default.
+        A tensor that is given is a float32 master where there is one, on whatever device, and is
+        not to be changed.  To ask for one is collective: all ranks ask, in the same order.
+        """
+
+    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
+        """An encoder's state_dict on the CPU, of copies; collective.
+
         One rank that has kept=False takes part, and gets nothing.
         """
+        state: dict[str, Tensor] = {}
+        for key, (_, whole) in self.encoder_parts(name).items():
+            value = whole()
+            if kept:
+                state[key] = value.cpu().clone()
+        return state
 
     @abstractmethod
     def whole_parameters(self) -> AbstractContextManager[Any]:

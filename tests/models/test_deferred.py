@@ -39,7 +39,13 @@ class Everything(nn.Module):
         with torch.no_grad():  # parts, and what reads other tensors
             self.table[:, 1] = 7
             self.table[1:].mul_(self.scale).add_(self.turned.weight[:2, :5])
+            self.table[2:].zero_()
+            known = torch.arange(5.0, device="cpu")
+            self.table[0].copy_(known)
+            known.zero_()
         self.table.data.copy_(self.table.flip(0))
+        self.rows = nn.Parameter(torch.randn(2, 3))
+        self.rows.data.copy_(self.rows.data[:1].expand(2, 3))
         self.register_buffer("queue", nn.functional.normalize(torch.randn(9, 3), dim=1))
         self.register_buffer("known", torch.arange(4, device="cpu") * 3)
         self.tied = self.turned

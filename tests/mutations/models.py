@@ -48,7 +48,6 @@ MUTATIONS = {
     ],
     "models/deferred._replayed": [
         ("if n < until", ""),
-        ("blind[-1]", "blind[0]"),
         ("leaf.storage != place.storage", "True"),
     ],
     "models/deferred._noted": [('x.type == "meta"', "False"), ("x.detach().clone() if", "x if")],

@@ -238,7 +238,7 @@ def test_a_reader_that_dies_meanwhile_fails_no_checkpoint(tmp_path):
     class Stub:
         method = SimpleNamespace(networks=lambda: {"encoder": None})
 
-        def encoder_state(self, name, kept):
+        def encoder_parts(self, name):
             os.kill(os.getpid(), signal.SIGCHLD)
             raise Reached
 

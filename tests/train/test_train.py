@@ -176,15 +176,15 @@ def test_skipping_ends_after_so_many_steps_in_a_row(tmp_path):
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     """A limit on file sizes stands in for the disk: writes beyond it fail with EFBIG."""
     cfg = tiny("mae", tmp_path, epochs=2)
-    save, handler = Engine.encoder_state, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save, handler = Engine.encoder_parts, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill_the_disk(self, name, kept):
+    def fill_the_disk(self, name):
         if self.ds.global_steps == 10:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        return save(self, name, kept=kept)
+        return save(self, name)
 
-    monkeypatch.setattr(Engine, "encoder_state", fill_the_disk)
+    monkeypatch.setattr(Engine, "encoder_parts", fill_the_disk)
     try:
         with pytest.raises(
             CheckpointError, match="could not write.*last good one is.*step-00000005"
