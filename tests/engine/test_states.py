@@ -104,7 +104,7 @@ def test_a_state_of_another_model_or_optimizer_is_refused(tmp_path):
             ValueError, match="step of scale and of body.* differ.*engine.zero_stage=0"
         ):
             clip_worker.engine("adamw", 1, "fp32", 1, groups=()).load(tmp_path)
-        with pytest.raises(ValueError, match="its 2 parameter groups are not the 5 of this run"):
+        with pytest.raises(ValueError, match="its 2 parameter groups are not the 6 of this run"):
             clip_worker.engine("adamw", 0, "fp32", 1).load(tmp_path)
         first.method.scale.data = torch.ones(3)
         with pytest.raises(ValueError, match=r"'scale' has shape \[1, 1\], and here \[3\]"):
