@@ -34,6 +34,7 @@ from .hardware import Device
 MOMENTS = ("backward", "reduce", "update")
 _BUCKET = 500_000_000  # elements: DeepSpeed's, and of its all-reduce without ZeRO
 _LIVE = 1_000_000_000  # parameters gathered at a time, at stage 3
+FIRST_STEP = 80 << 20  # bytes of libraries on a CPU (kernels, stacks): measured, 80 to 150 MiB
 CONTEXT = 1 << 30  # bytes of CUDA's context and NCCL's buffers: assumed
 SLACK = 0.05  # of what CUDA's allocator hands out, lost between blocks: assumed
 
@@ -43,7 +44,7 @@ class Sizes:
     """Of a method: parameters, those trained, those frozen, those of the largest tensor trained.
 
     largest: of the tensors that are trained.  networks: parameters of what a checkpoint exports.
-    modules: how many have parameters of their own.
+    modules: how many have parameters of their own.  tensors: how many are trained.
     """
 
     parameters: int
@@ -52,6 +53,7 @@ class Sizes:
     largest: int
     networks: int
     modules: int
+    tensors: int
 
     @property
     def teacher(self) -> int:
@@ -70,6 +72,7 @@ class Sizes:
             frozen=sum(p.numel() for p in still.values()),
             largest=max(trained),
             networks=sum(size for key, size in exported.items() if key not in still),
+            tensors=len(trained),
             modules=sum(bool(list(m.parameters(recurse=False))) for m in method.modules()),
         )
 
@@ -216,7 +219,7 @@ def memory(
     def always(name: str, size: float) -> None:
         rows[name] = (size, size, size)
 
-    always("process" if on_cpu else "CUDA and NCCL", process if on_cpu else CONTEXT)
+    always("process" if on_cpu else "CUDA and NCCL", process + FIRST_STEP if on_cpu else CONTEXT)
     always("weights", w * (P - sizes.teacher) / cut)
     always("EMA teacher", (6 if half else 4) * sizes.teacher / cut)  # in 16 bits with a mean in 32
     masters = 4 * share if half or stage else 0
@@ -262,7 +265,8 @@ def memory(
         rows["float32 gradient in the step"] = (0, 0, 0)
         rows["optimizer's temporaries"] = (0, 0, 0)
     elif stage:
-        lower = 0 if not half or stage == 3 else w
+        # The rank's piece of all groups is one tensor, which stays until the last group is done.
+        lower = 0 if stage == 3 or zero.cuts else w
         rows["float32 gradient in the step"] = (0, 0, (lower + 4) * share)
         rows["optimizer's temporaries"] = (0, 0, rule.one * share)
     else:

@@ -16,7 +16,7 @@ from fastssl.data.datasets import open_source
 from fastssl.data.loader import PretrainLoader
 from fastssl.engine.launch import deepspeed
 from fastssl.engine.optim import check_optimizer
-from fastssl.models import synchronize_batch_norms
+from fastssl.models import synchronize_batch_norms, widen_batch_norms
 from fastssl.run.build import build, check_steps, fitted
 
 from .counting import LARGE, Channels, Counts, count
@@ -158,7 +158,9 @@ def make_plan(
     sizes, zero = Sizes.of(method), Zero.of(cfg, method)
     half, parts = engine.precision == "bf16", engine.accumulation
     if half:
-        method.to(torch.bfloat16)
+        widen_batch_norms(method)
+        for parameter in method.parameters():  # and no buffer, as DeepSpeed does
+            parameter.data = parameter.data.to(torch.bfloat16)
     if cluster.world > 1 and engine.sync_batchnorm:
         synchronize_batch_norms(method)
     for network in method.networks().values() if engine.activation_checkpointing else ():
