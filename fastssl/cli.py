@@ -124,7 +124,7 @@ def plan(
     ] = None,
     efficiency: Annotated[
         float | None,
-        typer.Option(help="Share of a device's rates that is reached; 0.6 of a GPU is assumed."),
+        typer.Option(help="Share of a device's rates that is reached; 0.5 of a GPU is assumed."),
     ] = None,
     nic: Annotated[
         float | None, typer.Option(help="GB/s of network for each device, one way.")

@@ -14,7 +14,7 @@ from fastssl.diagnose.counting import Call, Counts, Work, count
 from fastssl.diagnose.hardware import GPUS, find, with_rates
 from fastssl.diagnose.memory import FIRST_STEP, Memory, Rule, Sizes, Zero, at_stage, memory
 from fastssl.diagnose.plan import check_cluster, make_plan, remedies, weak_scaling
-from fastssl.diagnose.speed import ALPHA, Cluster, speed, traffic, work_seconds
+from fastssl.diagnose.speed import ALPHA, KERNEL, Cluster, speed, traffic, work_seconds
 from fastssl.methods.base import PARAMETERS
 from fastssl.run.build import build
 from tests.runs import tiny
@@ -168,7 +168,7 @@ def test_more_is_cut_at_each_stage(tmp_path):
 def test_seconds_by_hand():
     device = with_rates(H200, 0.5, nic=25)
     work = Work([Call(989.5e9, 0), Call(0, 48 * 10**8), Call(1, 1)])
-    assert work_seconds(work, device, "bf16") == pytest.approx(2e-3 + 2e-3 + device.launch)
+    assert work_seconds(work, device, "bf16") == pytest.approx(2e-3 + 2e-3 + KERNEL)
     assert work_seconds(work, device, "fp32") > 10 * 2e-3  # no TF32
     node, eight = Cluster(device, 8, 1), Cluster(device, 64, 8)
     assert node.bus == pytest.approx(0.8 * 450e9) and eight.bus == pytest.approx(0.8 * 200e9)
@@ -192,12 +192,13 @@ def test_traffic_and_overlap_by_hand():
     assert [moved[s].parameters / MILLION for s in range(4)] == [0, 8, 8, 2 * 2 * 10]
     assert moved[1].collectives == 4 + 2 and moved[2].collectives == 8 + 2
     one = seconds[1]
-    assert one.compute == pytest.approx(2 * 3e12 / (0.6 * 989.5e12)) and one.hidden == 0
+    assert one.compute == pytest.approx(2 * 3e12 / (0.5 * 989.5e12)) and one.hidden == 0
     assert one.reduce == pytest.approx(16e6 * 7 / 8 / 360e9 + 6 * 3 * ALPHA)
     assert one.step == pytest.approx(one.compute + one.reduce + one.gather + one.update)
     assert seconds[3].hidden == pytest.approx(seconds[3].reduce + seconds[3].gather)
-    bytes_moved, host = (84 + 16) * 0.5e6 + 8 * 4e6, 20 * 8e-5 + 14 * H200.launch
-    assert one.update == pytest.approx(bytes_moved / (0.6 * 4.8e12) + host)
+    assert one.update == pytest.approx(((84 + 16) * 0.5e6 + 8 * 4e6) / (0.5 * 4.8e12))
+    assert one.host == pytest.approx(20 * 8e-5 + (4 + 14) * H200.launch) and one.host < one.step
+    assert replace(one, host=1.0).step == 1.0
 
 
 def test_gpus_are_as_their_makers_state():

@@ -41,7 +41,7 @@ class Device:
     link: float
     nic: float
     launch: float = 8e-6  # PyTorch's eager mode, measured: 6 to 10 us an operator
-    efficiency: float = 0.6
+    efficiency: float = 0.5
     on_cpu: bool = False
     attention: float = 0.0
     cached: float = 0.0
@@ -207,9 +207,10 @@ def _launch() -> float:
 def _memory() -> tuple[float, float]:
     """Bytes a second of memory, in place; seconds for a fresh byte."""
     x = torch.zeros(1 << 24)
+    both = _seconds(lambda: x.mul_(1.0), 0.05) / (2 * x.nbytes)
     there = _seconds(lambda: x.fill_(1.0), 0.05) / x.nbytes
     fresh = _seconds(lambda: torch.ones(1 << 24), 0.05) / x.nbytes
-    return 1 / there, max(fresh - there, 0.0)
+    return 1 / both, max(fresh - there, 0.0)
 
 
 def _passed(y: Tensor) -> None:

@@ -70,6 +70,8 @@ def time_table(plan: Plan, disk: float) -> Table:
             row("  of all, over a rank's network", bytes_of(over))
         row("  of all, hidden behind backward", duration(found.hidden))
     row("optimizer", duration(found.update))
+    if found.host:
+        row("the host, meanwhile", duration(found.host))
     row("step", duration(found.step))
     row(
         "images/s",

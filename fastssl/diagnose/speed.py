@@ -1,7 +1,8 @@
 """How long a step takes: its operators, one after another, and what travels between ranks.
 
 An operator takes the longer of its operations over the matrix rate and its bytes over the memory's,
-each times `efficiency`, and not less than the host takes to launch it.
+each times `efficiency`.  A GPU works while its host goes on to the next: a step takes the longer of
+both.  On a processor the host is the device, and what it takes comes on top.
 
 Of T trained parameters of w bytes, over W ranks, collectives move these bytes through each rank, in
 passes over a ring, each (W - 1) / W of the whole (an all-reduce has two):
@@ -24,6 +25,7 @@ from .counting import LARGE, Call, Counts, Work
 from .hardware import Device
 from .memory import Rule, Sizes, Zero
 
+KERNEL = 2e-6  # seconds of a GPU's smallest kernel: assumed
 ALPHA = 1e-5  # seconds of a message between ranks, and its kernels: assumed
 # Seconds that DeepSpeed's host takes for a tensor at each stage: measured beside a bare loop, 26
 # blocks of a ViT on two ranks of a processor whose operators take 3 us to launch.
@@ -87,7 +89,8 @@ class Speed:
 
     compute: forward, backward, loss.  replay: of an exact large batch the second encoding, which
     compute has too.  reduce, gather, loss: collectives; of all of them `hidden` behind backward.
-    update: the optimizer's.  flops: of a step and rank, all that is run; useful: without what is
+    update: the optimizer's.  host: of all that, to launch it and to walk through parameters, beside
+    a GPU.  flops: of a step and rank, all that is run; useful: without what is
     run a second time.
     """
 
@@ -98,13 +101,14 @@ class Speed:
     loss: float
     hidden: float
     update: float
+    host: float
     flops: float
     useful: float
 
     @property
     def step(self) -> float:
         travel = self.reduce + self.gather + self.loss - self.hidden
-        return self.compute + travel + self.update
+        return max(self.compute + travel + self.update, self.host)
 
 
 def work_seconds(work: Work, device: Device, precision: str) -> float:
@@ -113,7 +117,7 @@ def work_seconds(work: Work, device: Device, precision: str) -> float:
     if device.on_cpu:
         return sum(_on_cpu(call, device, rate) for call in work.calls)
     flops, moved = device.efficiency * rate, device.efficiency * device.hbm
-    return sum(max(call.flops / flops, call.moved / moved, device.launch) for call in work.calls)
+    return sum(max(call.flops / flops, call.moved / moved, KERNEL) for call in work.calls)
 
 
 def _on_cpu(call: Call, device: Device, rate: float) -> float:
@@ -189,11 +193,14 @@ def speed(
     moved = (rule.moved + 16) * share + (4 * w * sizes.trained if zero.stage else 0)
     cached = device.on_cpu and moved < LARGE
     update = moved / (device.efficiency * (device.cached if cached else device.hbm))
-    host = _HOST[zero.stage] * sizes.tensors + rule.calls * device.launch
+    walk = _HOST[zero.stage] * sizes.tensors
     if device.on_cpu:
-        host *= max(1.0, device.launch / _HOST_LAUNCH)
-        update += device.fresh * fresh
-    update += host
+        walk *= max(1.0, device.launch / _HOST_LAUNCH)
+        update += device.fresh * fresh + walk + rule.calls * device.launch
+    calls = parts * sum(len(w.calls) for w in (counts.encode, counts.encode_backward))
+    calls += parts * len(counts.targets.calls) + losses * len(counts.loss.calls) + rule.calls
+    calls += (parts - 1) * len(counts.encode.calls) if exact else 0
+    host = 0.0 if device.on_cpu else calls * device.launch + walk
     return Speed(
         compute,
         replay,
@@ -202,6 +209,7 @@ def speed(
         cluster.seconds(sent.loss, 0),
         hidden,
         update,
+        host,
         flops,
         useful,
     )
