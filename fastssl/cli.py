@@ -3,6 +3,7 @@
 Heavy modules are imported inside the commands, so that help and mistakes answer at once.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -92,7 +93,7 @@ def pretrain(
         from fastssl.config import described
 
         say(described(cfg), markup=False)
-        return _print_plan(cfg) if os.environ.get("RANK", "0") == "0" else None
+        return _print_plan(cfg, _here(cfg)) if os.environ.get("RANK", "0") == "0" else None
     models = ", ".join(model.name for model in cfg.models.values())
     what = f"{cfg.method.name} with {models} on {cfg.data.source.name}"
     say(f"{what} -> {cfg.directory}", markup=False)
@@ -104,6 +105,54 @@ def pretrain(
     if os.environ.get("RANK", "0") == "0":
         _print_results(results)
         say(f"report: {cfg.directory / 'report.html'}", markup=False)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="Devices in all, a rank each.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="h100, h200, b200, a100-80 ... or cpu; by default this machine's own."),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Machines; by default as few as have eight devices each.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Training images: the data are not opened.")
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Share of a device's rates that is reached; 0.5 of a GPU is assumed."),
+    ] = None,
+    nic: Annotated[
+        float | None, typer.Option(help="GB/s of network for each device, one way.")
+    ] = None,
+    disk: Annotated[float, typer.Option(help="GB/s that a checkpoint is written at.")] = 1.0,
+    scaling: Annotated[
+        bool, typer.Option(help="Also 1 to 512 devices with as many images each.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all of it to this file as well.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Memory, time and traffic of a recipe on any number of devices; nothing is run."""
+    from fastssl.config import ConfigError, resolve
+    from fastssl.diagnose.hardware import find, own, with_rates
+    from fastssl.diagnose.speed import Cluster
+
+    if disk <= 0:
+        raise ConfigError(f"--disk {disk:g} must be more than 0 GB/s")
+    cfg = resolve(recipe, overrides, plugin)
+    threads = 1 if gpus > 1 else None  # as torchrun starts ranks
+    precision = cfg.engine.precision
+    device = find(gpu, precision, threads) if gpu else own(precision, threads)
+    device = with_rates(device, efficiency, nic)
+    least = 1 if device.on_cpu else -(-gpus // 8)
+    cluster = Cluster(device, gpus, least if nodes is None else nodes)
+    _print_plan(cfg, cluster, images, disk, scaling, json_file)
 
 
 @app.command(name="eval")
@@ -302,29 +351,63 @@ def _parts(source: str, fraction: float, plugin: list[str] | None) -> tuple[Any,
     return found
 
 
-def _print_plan(cfg: Any) -> None:
-    from fastssl.data.datasets import open_source
-    from fastssl.data.loader import PretrainLoader
-    from fastssl.diagnose.plan import NOT_COUNTED, make_plan
-    from fastssl.run.build import check_steps, fitted
+def _print_plan(
+    cfg: Any,
+    cluster: Any,
+    images: int | None = None,
+    disk: float = 1.0,
+    scaling: bool = False,
+    file: Path | None = None,
+) -> None:
+    from fastssl.diagnose.page import plan_page, remedy_lines, scaling_table
+    from fastssl.diagnose.plan import (
+        as_json,
+        check_cluster,
+        data_of,
+        make_plan,
+        remedies,
+        weak_scaling,
+    )
+    from fastssl.files import write_atomically
 
-    split = open_source(cfg.data.source, cfg.seed, cfg.data.streams)
-    cfg = fitted(cfg, split.train)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = make_plan(cfg, split.train.channels, world)
-    table = Table("per device", "MiB")
-    for name in ("weights", "gradients", "optimizer", "activations", "process", "total"):
-        table.add_row(name, f"{getattr(plan, name) / 2**20:,.1f}")
-    given: dict[str, Any] = {"batch_size": cfg.batch_size, "seed": cfg.seed, "world": world}
-    loader = PretrainLoader(split.train, cfg.views(), last=cfg.data.last, **given)
-    check_steps(cfg, loader)
-    images, held, steps = len(split.train), len(split.test), cfg.epochs * loader.steps_per_epoch
-    console.print(f"{images:,} training images, {held:,} held out; {steps:,} steps")
-    console.print(f"{plan.parameters:,} parameters, {world} process(es)")
-    console.print(table)
-    console.print(f"Not counted: {NOT_COUNTED}.")
+    check_cluster(cfg, cluster)
+    cfg, data = data_of(cfg, cluster.world, images)
+    steps = cfg.epochs * data.epoch_steps
+    plan = make_plan(cfg, data.channels, cluster, images=data.images, total_steps=steps)
+    console.print(
+        f"{data.images:,} training images, {data.held_out:,} held out; {steps:,} steps",
+        markup=False,
+    )
+    where = f"{cluster.world} x {cluster.device.name} on {cluster.nodes} node(s)"
+    console.print(f"{plan.sizes.parameters:,} parameters, {where}", markup=False)
+    for part in plan_page(plan, 1e9 * disk):
+        console.print(part)
+    if not plan.fits:
+        for line in remedy_lines(remedies(plan, data.channels)):
+            console.print(line, markup=False)
     for note in cfg.notes():
         console.print(note)
+    made = as_json(plan, 1e9 * disk)
+    if scaling and plan.speed is not None:
+        worlds = [2**n for n in range(10)]
+        plans = list(weak_scaling(plan, data.channels, worlds))
+        console.print(scaling_table(plans))
+        made["scaling"] = [as_json(each, 1e9 * disk) for each in plans]
+    if file is not None:
+        write_atomically(file, json.dumps(made, indent=1))
+        console.print(f"{file}", markup=False)
+
+
+def _here(cfg: Any) -> Any:
+    """The ranks that a launcher has started, on this machine's devices."""
+    from fastssl.diagnose.hardware import find, own
+    from fastssl.diagnose.speed import Cluster
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    precision = cfg.engine.precision
+    device = find("cpu", precision) if cfg.device == "cpu" else own(precision)
+    return Cluster(device, world, max(1, world // local))
 
 
 def _print_bottleneck(

@@ -1,138 +1,294 @@
-"""What a run will need before it starts: parameters, and memory on each device.
+"""What a run will need before it starts: memory on each device, time, traffic between ranks.
 
-Weights, gradients and optimizer state follow ZeRO's arithmetic (Rajbhandari et al. 2020,
-arXiv:1910.02054, figure 1).  Activations are counted, not guessed: the method runs once on fake
-tensors, which have shapes but no memory and take the paths that real ones take, and every tensor
-that autograd keeps for backward is added up.  On a CPU the process itself comes on top: what Python
-and the libraries take before a model is there, measured in the process that plans.
+Nothing of it is run, and no memory is taken for the model: `counting` reckons on fake tensors, so
+that billions of parameters for a cluster are planned on a laptop.  What a device does at most is in
+`hardware`; `memory` and `speed` say what follows.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastssl.config import RunConfig
-from fastssl.engine.large_batch import is_exact
-from fastssl.methods.base import PARAMETERS
-from fastssl.models import frozen_in
-from fastssl.run.build import build
-from fastssl.run.summary import count_parameters, peak_memory
-from fastssl.tree import leaves
+from fastssl.config import ConfigError, RunConfig
+from fastssl.data.datasets import open_source
+from fastssl.data.loader import PretrainLoader
+from fastssl.engine.launch import deepspeed
+from fastssl.engine.optim import check_optimizer
+from fastssl.models import synchronize_batch_norms, widen_batch_norms
+from fastssl.run.build import build, check_steps, fitted
 
-NOT_COUNTED = (
-    "DeepSpeed's buffers for reduction and gathering, copies made in the optimizer's step, "
-    "evaluation, loader processes"
-)
-# float32 values an optimizer keeps for each parameter; two where it is not listed (the Adam family)
-STATES = {"sgd": 1, "momentum": 1, "lars": 1, "lion": 1, "muon": 1}
+from .counting import LARGE, Channels, Counts, count
+from .measured import resident
+from .memory import MOMENTS, Memory, Rule, Sizes, Zero, memory
+from .speed import Cluster, Speed, Traffic, speed, traffic
+
+NOT_COUNTED = "evaluation, loader processes, and whether the data come as fast as they are trained"
+OFFLOAD = "engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each device, NOT_COUNTED left out; `parameters` is a count, over all devices.
+    """images: of the training data.  total_steps: of all epochs."""
 
-    process: resident memory before the model is built; 0 on CUDA, whose allocator has none of it.
-    """
-
-    parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    process: int
+    cfg: RunConfig
+    cluster: Cluster
+    sizes: Sizes
+    counts: Counts
+    rule: Rule
+    zero: Zero
+    memory: Memory
+    speed: Speed | None
+    traffic: Traffic
+    images: int
+    total_steps: int
 
     @property
-    def total(self) -> int:
-        held = self.weights + self.gradients + self.optimizer
-        return held + self.activations + self.process
+    def capacity(self) -> float:
+        """Bytes that a rank may take."""
+        device = self.cluster.device
+        return device.memory / (self.cluster.per_node if device.on_cpu else 1)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.capacity
+
+    @property
+    def images_per_s(self) -> float:
+        """Over all ranks."""
+        return self.cfg.batch_size / self._speed.step
+
+    @property
+    def mfu(self) -> float:
+        """Of the matrix rate that the device's maker states, what the model's own work takes."""
+        rate = self.cluster.device.rate(self.cfg.engine.precision)
+        return self._speed.useful / self._speed.step / rate
+
+    @property
+    def flops_per_image(self) -> float:
+        return self._speed.useful * self.cluster.world / self.cfg.batch_size
+
+    @property
+    def seconds(self) -> float:
+        """Of all epochs."""
+        return self.total_steps * self._speed.step
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one: parameters, masters, states, and the encoders in float32."""
+        half = self.cfg.engine.precision == "bf16"
+        w, T = 2 if half else 4, self.sizes.trained
+        masters = 4 * T if half or self.zero.stage else 0
+        means = 4 * self.sizes.teacher if half else 0
+        kept = w * (self.sizes.parameters - self.sizes.frozen) + means
+        return int(kept + masters + self.rule.states * T + 4 * self.sizes.networks)
+
+    @property
+    def _speed(self) -> Speed:
+        assert self.speed is not None, "a device without rates has no speed"
+        return self.speed
 
 
-def make_plan(cfg: RunConfig, channels: int | dict[str, int], world: int) -> Plan:
-    """The plan of `cfg` on `world` devices, for items of `channels` channels."""
-    device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
-    process = peak_memory() if device == "cpu" else 0
+@dataclass(frozen=True)
+class Data:
+    """Of the training data: channels, images, those held out, steps of an epoch."""
+
+    channels: Channels
+    images: int
+    held_out: int
+    epoch_steps: int
+
+
+def data_of(cfg: RunConfig, world: int, images: int | None) -> tuple[RunConfig, Data]:
+    """`cfg` with what it leaves to the data, and those; images: there are so many, of 3 channels,
+    and the source is not opened.
+
+    Raises ConfigError and DataError for what a run refuses, and for streams that are not opened.
+    """
+    if images is None:
+        split = open_source(cfg.data.source, cfg.seed, cfg.data.streams)
+        cfg = fitted(cfg, split.train)
+        given: dict[str, Any] = {"batch_size": cfg.batch_size, "seed": cfg.seed, "world": world}
+        loader = PretrainLoader(split.train, cfg.views(), last=cfg.data.last, **given)
+        check_steps(cfg, loader)
+        found = (split.train.channels, len(split.train), len(split.test), loader.steps_per_epoch)
+        return cfg, Data(*found)
+    if cfg.data.streams or getattr(cfg.views(), "kind", "image") != "image":
+        raise ConfigError(f"--images {images} is for plain images: leave it out for these data")
+    if images < cfg.batch_size:
+        raise ConfigError(f"--images {images} are fewer than batch_size={cfg.batch_size}")
+    try:
+        method = cfg.method.fitted(images, None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    steps = images // cfg.batch_size
+    steps += cfg.data.last == "pad" and images % cfg.batch_size > 0
+    return cfg.model_copy(update={"method": method}), Data(3, images, 0, steps)
+
+
+def check_cluster(cfg: RunConfig, cluster: Cluster) -> None:
+    """Raise ConfigError where the ranks do not divide: among nodes, or the batch among them."""
+    W, nodes, parts = cluster.world, cluster.nodes, cfg.engine.accumulation
+    for name, value in (("--gpus", W), ("--nodes", nodes)):
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1")
+    if W % nodes:
+        raise ConfigError(f"--gpus {W} does not divide among --nodes {nodes}")
+    if cfg.batch_size % (W * parts):
+        shares = f"--gpus {W}" + (f" x engine.accumulation={parts}" if parts > 1 else "")
+        raise ConfigError(f"batch_size={cfg.batch_size} does not divide into {shares}")
+
+
+def make_plan(
+    cfg: RunConfig, channels: Channels, cluster: Cluster, *, images: int, total_steps: int = 0
+) -> Plan:
+    """The plan of `cfg`, for items of `channels` channels.
+
+    total_steps: of all epochs; 0 where that is of no interest.
+    Raises ConfigError for ranks that do not divide, and for what `build` refuses.
+    """
+    check_cluster(cfg, cluster)
+    device, engine = cluster.device, cfg.engine
+    if device.on_cpu:
+        deepspeed()  # what a run imports is part of its process
     with torch.device("meta"):
         method = build(cfg, channels)
-    P, stage, half = count_parameters(method), cfg.engine.zero_stage, cfg.engine.precision == "bf16"
-    T = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    process = resident() if device.on_cpu else 0
+    sizes, zero = Sizes.of(method), Zero.of(cfg, method)
+    half, parts = engine.precision == "bf16", engine.accumulation
     if half:
-        method.to(torch.bfloat16)
-    F = sum(p.numel() for network in frozen_in(method) for p in network.parameters())
-    for network in method.networks().values() if cfg.engine.activation_checkpointing else ():
+        widen_batch_norms(method)
+        for parameter in method.parameters():  # and no buffer, as DeepSpeed does
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if cluster.world > 1 and engine.sync_batchnorm:
+        synchronize_batch_norms(method)
+    for network in method.networks().values() if engine.activation_checkpointing else ():
         if any(p.requires_grad for p in network.parameters()):
             network.set_grad_checkpointing(True)  # type: ignore[operator]
-    width = 2 if half else 4
-    means = 4 * (P - T - F) if half else 0  # of a teacher
-    states = 4 * STATES.get(cfg.optim.name, 2)
-    masters = 4 if half or stage > 0 else 0
-    held = is_exact(method, cfg.engine) and cfg.engine.reduce_once
-    return Plan(
-        parameters=P,
-        weights=int((width * P + means) / (world if stage == 3 else 1)),
-        gradients=int(width * T / (world if stage >= 2 and not held else 1)),
-        optimizer=int((masters + states) * T / (world if stage >= 1 else 1)),
-        activations=_activations(method, cfg, channels, world, device),
-        process=process,
-    )
+    counts = count(method, cfg, channels, cluster.world)
+    rule = Rule.of(cfg.optim, on_cpu=device.on_cpu)
+    held = {
+        "world": cluster.world,
+        "half": half,
+        "parts": parts,
+        "inputs": counts.inputs * (parts if device.on_cpu else 1),
+        "process": process,
+    }
+    speed_of = None
+    found = memory(sizes, counts, rule, zero, device, **held)
+    flat = ("reduction buckets", "flat copy for the collective", "float32 gradient in the step")
+    flat = [max(found.parts.get(name, (0,))) for name in (*flat, "optimizer's temporaries")]
+    again = max(0.0, counts.encode_backward.flops - 2 * counts.encode.flops)
+    if device.rate(engine.precision):
+        speed_of = speed(
+            sizes,
+            counts,
+            rule,
+            zero,
+            cluster,
+            precision=engine.precision,
+            parts=parts,
+            recompute=again if engine.activation_checkpointing else 0.0,
+            fresh=sum(size for size in flat if size > LARGE),
+        )
+    sent = traffic(sizes, counts, zero, cluster.world, parts, 2 if half else 4)
+    return Plan(cfg, cluster, sizes, counts, rule, zero, found, speed_of, sent, images, total_steps)
 
 
-def _activations(
-    method: torch.nn.Module, cfg: RunConfig, channels: int | dict[str, int], world: int, device: str
-) -> int:
-    """Bytes kept for backward: linear in the images, measured at 4 and 8 of them.
+@dataclass(frozen=True)
+class Remedy:
+    """A change of keys, the bytes that it saves on a rank, and whether the run fits with it."""
 
-    Of an exact large batch the loss keeps its share of every image of the rank, beside their rows
-    and the rows' gradient; the encoder of those of one micro-batch.
+    keys: str
+    saves: int
+    fits: bool
+
+
+def remedies(plan: Plan, channels: Channels) -> list[Remedy]:
+    """What makes a run smaller, each by itself: those that cost the least time first."""
+    found = []
+    for keys, cfg in _changes(plan):
+        try:
+            other = make_plan(cfg, channels, plan.cluster, images=plan.images)
+        except ValueError:  # of an encoder without checkpointing, say
+            continue
+        saves = plan.memory.peak - other.memory.peak
+        if saves > 0:
+            found.append(Remedy(keys, saves, other.fits))
+    return found
+
+
+def _changes(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
+    cfg, W = plan.cfg, plan.cluster.world
+    engine = cfg.engine
+
+    def with_engine(**update: Any) -> RunConfig:
+        return cfg.model_copy(update={"engine": engine.model_copy(update=update)})
+
+    if engine.precision == "fp32":
+        yield "engine.precision=bf16", with_engine(precision="bf16")
+    for stage in range(engine.zero_stage + 1, 4 if W > 1 else 0):
+        try:
+            check_optimizer(cfg.optim.name, stage)
+        except ValueError:
+            break
+        yield f"engine.zero_stage={stage}", with_engine(zero_stage=stage)
+    if not engine.activation_checkpointing:
+        yield "engine.activation_checkpointing=true", with_engine(activation_checkpointing=True)
+    parts = 2 * engine.accumulation
+    while cfg.batch_size % (W * parts) == 0 and cfg.batch_size // (W * parts) >= 1:
+        yield f"engine.accumulation={parts}", with_engine(accumulation=parts)
+        parts *= 4
+    if engine.zero_stage and not plan.zero.offloads:
+        zero = {**engine.deepspeed.get("zero_optimization", {})}
+        zero["offload_optimizer"] = {"device": "cpu"}
+        yield OFFLOAD, with_engine(deepspeed={**engine.deepspeed, "zero_optimization": zero})
+
+
+def weak_scaling(plan: Plan, channels: Channels, worlds: list[int]) -> Iterator[Plan]:
+    """Plans of as many ranks, each with as many images a step and as many to a node as in `plan`.
+
+    Raises ConfigError where a number of ranks is no multiple of a node's.
     """
-    parts, rows = cfg.engine.accumulation, cfg.batch_size // world
-    exact = is_exact(method, cfg.engine)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        method.to_empty(device=device)
-        measured = [_kept(method, cfg, channels, n, device) for n in (4, 8)]
-    counts = (rows // parts, rows if exact else rows // parts, rows if exact else 0)
-    total = 0.0
-    for small, large, images in zip(*measured, counts, strict=True):
-        slope = (large - small) / 4
-        total += max(0, small - 4 * slope) + slope * images
-    return int(total)
+    share, per_node = plan.cfg.batch_size // plan.cluster.world, plan.cluster.per_node
+    for world in worlds:
+        if world > per_node and world % per_node:
+            raise ConfigError(f"--scaling: {world} ranks do not divide into nodes of {per_node}")
+        cfg = plan.cfg.model_copy(update={"batch_size": share * world})
+        cluster = replace(plan.cluster, world=world, nodes=max(1, world // per_node))
+        yield make_plan(cfg, channels, cluster, images=plan.images)
 
 
-def _kept(
-    method: torch.nn.Module, cfg: RunConfig, channels: int | dict[str, int], n: int, device: str
-) -> tuple[int, int, int]:
-    """Of n images: what the encoder keeps, what the loss adds, and twice the encoded rows."""
-    own = {p.untyped_storage()._cdata for p in method.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # a storage freed in mid-pass would lend its address to another
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    shapes = cfg.views().shapes(channels)  # type: ignore[arg-type]
-    index = torch.zeros(n, dtype=torch.int64, device=device)
-    batch: dict[str, Any] = {"index": index, "seeds": index, "label": index}
-    batch["views"] = _each(shapes, lambda shape: torch.empty(n, *shape, device=device))
-    batch["params"] = _each(shapes, lambda _: torch.ones(n, len(PARAMETERS), device=device))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        batch = method.prepare(batch)  # type: ignore[operator]
-        encoded = method(batch, "encode")
-        in_encoder = sum(kept.values())
-        if method.has_targets:
-            batch["targets"] = method(batch, "targets")
-        method(batch, "loss", encoded)["loss"]
-    rows = 2 * sum(leaf.nbytes for leaf in leaves(encoded))
-    return in_encoder, sum(kept.values()) - in_encoder, rows
-
-
-def _each(shapes: Any, made: Callable[[tuple[int, ...]], torch.Tensor]) -> Any:
-    """A tensor each view; by stream where the shapes are."""
-    if isinstance(shapes, dict):
-        return {name: _each(own, made) for name, own in shapes.items()}
-    return [made(shape) for shape in shapes]
+def as_json(plan: Plan, disk: float) -> dict[str, Any]:
+    """What --json writes: bytes, seconds and counts.  disk: bytes a second of a checkpoint."""
+    device, cluster = plan.cluster.device, plan.cluster
+    made: dict[str, Any] = {
+        "gpu": asdict(device),
+        "gpus": cluster.world,
+        "nodes": cluster.nodes,
+        "parameters": plan.sizes.parameters,
+        "trained_parameters": plan.sizes.trained,
+        "memory": {
+            "parts": {
+                name: dict(zip(MOMENTS, row, strict=True))
+                for name, row in plan.memory.parts.items()
+            },
+            "peak": plan.memory.peak,
+            "moment": plan.memory.moment,
+            "capacity": plan.capacity,
+            "fits": plan.fits,
+        },
+        "traffic_bytes": asdict(plan.traffic),
+        "images": plan.images,
+        "steps": plan.total_steps,
+        "checkpoint_bytes": plan.checkpoint,
+        "checkpoint_seconds": plan.checkpoint / disk,
+    }
+    if plan.speed is not None:
+        made["flops_per_image"] = plan.flops_per_image
+        made["seconds"] = asdict(plan.speed) | {"step": plan.speed.step}
+        made["images_per_s"], made["mfu"] = plan.images_per_s, plan.mfu
+        made["days"] = plan.seconds / 86400
+        made["gpu_hours"] = plan.seconds * cluster.world / 3600
+    return made
