@@ -296,6 +296,7 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         "data.changed",
         "engine.activation_checkpointing",
         "engine.max_skipped",
+        "engine.watchdog",
         "engine.reduce_once",
         "optim.lr_batch",
     }

@@ -67,6 +67,12 @@ class EngineConfig(Section):
     max_skipped: int = Field(
         10, ge=1, description="Steps skipped in a row, with on_nonfinite=skip, that end the run."
     )
+    watchdog: float = Field(
+        600,
+        ge=0,
+        description="Seconds without a move of any rank, in a step or while waiting for data, "
+        "after which the run says who hangs where, and ends with 6; 0: never.",
+    )
     sync_batchnorm: bool = Field(
         True,
         description="The encoder's batch norms train on the joined batch of all ranks; false: each "

@@ -33,6 +33,7 @@ from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
 from .states import read_states, write_states
 from .verbs import Step, Verbs
+from .watchdog import heart
 
 _Done = tuple[dict[str, Tensor], Any, "torch.cuda.Event | None"]  # metrics, "keep", flags sent
 NEVER = 2**62  # DeepSpeed's own progress lines: ours are better
@@ -145,12 +146,14 @@ class Engine(Verbs):
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
             finite = finite & torch.isfinite(loss.detach())
+            heart.beat()
             last = i == len(sizes) - 1
             if last:
                 event = self._agree(finite, stop)
             # A loss of infinity may have finite gradients: make sure that the step is refused.
             weight = torch.where(finite, share * self.cfg.accumulation, float("nan"))
             self.ds.backward(loss * weight)
+            heart.beat()
             for key, value in out.items():
                 part = value.detach().float() * share
                 sums[key] = sums[key] + part if key in sums else part
@@ -174,6 +177,7 @@ class Engine(Verbs):
                 if not self._held:
                     self.ds.step()
                 self.ds.backward(part * scale)
+                heart.beat()
         sums = {key: value.detach().float() for key, value in out.items()}
         return sums, None if kept is None else map_leaves(Tensor.detach, kept), event
 

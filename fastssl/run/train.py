@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -31,6 +32,7 @@ from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine
 from fastssl.engine.scalars import Scalars
 from fastssl.engine.verbs import Step, Verbs
+from fastssl.engine.watchdog import DATA, SAVING, STEP, Stalled, heart
 from fastssl.run.build import (
     NOTHING,
     Given,
@@ -89,7 +91,8 @@ def pretrain(
     given: the objects that stand behind a model or a source named "given".
 
     Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted,
-    and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
+    Stalled where data do not come, and CheckpointError when the disk refuses: each leaves the last
+    good checkpoint in place.
     """
     split = given.split or open_source(cfg.data.source, cfg.seed, cfg.data.streams)
     cfg = fitted(cfg, split.train)
@@ -139,6 +142,8 @@ class Run:
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop, self.saved_step = False, 0
+        self.readers, self.items_begun = loader.new_readers(), 0
+        self.stalled, self.warm = "", False  # why no data come; a step is done in this process
         self.bad: list[tuple[str, str]] = []  # unreadable images not yet logged
         torch.manual_seed((cfg.seed << 20) + distributed.rank())  # each rank its own dropout
 
@@ -150,7 +155,7 @@ class Run:
             self.evaluate(self.progress.step)
         self.watch.begin(self.total, self.progress.step)
         try:
-            with _Signals(self):
+            with _Signals(self), heart.watched(self.cfg.engine.watchdog):
                 self.train()
         except OSError as error:  # of TensorBoard, which opens its file anew each time
             if self.directory.is_dir():
@@ -164,7 +169,7 @@ class Run:
         """The loop.  Steps are timed from report to report, as the device runs behind the host."""
         state, engine = self.progress, self.engine
         images, since = 0, time.perf_counter()
-        stream = self.loader.stream(state.step, self.total, should_stop=lambda: self.asked_to_stop)
+        stream = self.loader.stream(state.step, self.total, self.should_stop, self.readers)
         batches = self.waits = _Waits(stream)
         for batch in self.agreed(batches):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
@@ -187,7 +192,8 @@ class Run:
                 row = self.report(step, lr, images, since)
                 self.log_bad()
             self.watch.advance(state.step, row)
-            self.after(ends_epoch, step.stop)
+            with heart.paused():
+                self.after(ends_epoch, step.stop)
             if row is not None:
                 images, since, batches.seconds = 0, time.perf_counter(), 0.0
 
@@ -195,7 +201,10 @@ class Run:
         """One step of the engine; in a run's first one what fails is told in a sentence."""
         try:
             epoch, stop = self.progress.step / self.steps_per_epoch, self.asked_to_stop
-            return self.engine.step(batch, lr, progress=done, epoch=epoch, stop=stop)
+            with nullcontext() if self.warm else heart.paused():  # what it compiles takes its time
+                step = self.engine.step(batch, lr, progress=done, epoch=epoch, stop=stop)
+            self.warm = True
+            return step
         except Exception as error:
             if self.progress.step or hasattr(error, "exit_code"):
                 raise
@@ -204,15 +213,39 @@ class Run:
             raise FirstStepError(f"{name} fails in the run's first step: {what}") from error
 
     def agreed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches, until some rank that is asked to stop has none: then all save and leave."""
+        """The batches, until some rank has none, as it was asked to stop or its data do not come:
+        then all save and leave."""
         while self.progress.step < self.total:
+            heart.at(DATA, self.progress.step + 1)
             batch = next(batches, None)
+            heart.at(STEP, self.progress.step + 1)
             if not self.engine.agree(batch is not None):
-                self.save(best=False)
-                raise self.interrupted()
+                raise self.leave()
             assert batch is not None
             yield batch
         next(batches, None)  # the stream ends, and its workers with it
+
+    def should_stop(self) -> bool:
+        """Asked while a batch is waited for: whether to leave without it."""
+        if self.readers.count() != self.items_begun:
+            self.items_begun = self.readers.count()
+            heart.beat()
+        if heart.starved() and not self.stalled:
+            name = self.loader.source.name
+            at = [f"process {p} hangs in item {i} ({name(i)})" for p, i in self.readers.busy()]
+            self.stalled = (
+                f"rank {distributed.rank()} has waited {heart.limit:g} s for a batch "
+                f"(engine.watchdog): {'; '.join(at) or 'no reader is at an item'}"
+            )
+            self.readers.show()
+        return self.asked_to_stop or heart.asked_to_stop or bool(self.stalled)
+
+    def leave(self) -> Exception:
+        """Save the last finished step, as all ranks can; what to raise then."""
+        stalled = [rank for rank in distributed.gather_objects(self.stalled) if rank]
+        heart.at(SAVING, self.progress.step)
+        self.save(best=False)
+        return Stalled(f"{'; '.join(stalled)}; {self.stopped()}") if stalled else self.interrupted()
 
     def without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The samples of a batch that are there to be trained on, as many on every rank."""
@@ -269,10 +302,13 @@ class Run:
             self.saved_step = step
 
     def interrupted(self) -> Interrupted:
+        code = " (torchrun itself ends with code 1)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        return Interrupted(self.stopped() + code)
+
+    def stopped(self) -> str:
         step, folder = self.progress.step, self.checkpoints.folder
         saved = f"the state is saved in {folder}: resume=auto continues" if step else "nothing done"
-        code = " (torchrun itself ends with code 1)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        return Interrupted(f"stopped at step {step} of {self.total}; {saved}{code}")
+        return f"stopped at step {step} of {self.total}; {saved}"
 
     def log_bad(self) -> None:
         self.log.bad_images(self.progress.step, self.bad)
@@ -410,7 +446,7 @@ class _Signals:
                 self.before[number] = signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: object) -> None:
-        self.run.asked_to_stop = True
+        self.run.asked_to_stop = heart.asked_to_stop = True
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *error: object) -> None:

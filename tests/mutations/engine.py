@@ -26,7 +26,11 @@ TESTS = {
     ),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
     "engine/launch": (ENGINE, "launchers or tasks"),
-    "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
+    "engine/peers": (
+        "tests/engine/test_peers.py tests/engine/test_watchdog.py",
+        "closed_connection or asked_to_stop or hang_end or does_not_answer or waited_for",
+    ),
+    "engine/watchdog": ("tests/engine/test_watchdog.py", "the_time_to_save or is_named or single"),
     "engine/groups": ("tests/engine/test_optim.py", "not slices and not differ"),
     "engine/clipping": ("tests/engine/test_clipping.py", ""),
     "schedules/config": (
@@ -38,6 +42,32 @@ TESTS = {
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "engine/peers.hear": [("+ came).split", ").split"), ("and rest != _BYE", "or rest != _BYE")],
+    "engine/peers.act": [
+        ("heart.asked_to_stop = True", "heart.asked_to_stop"),
+        ('self.tell({"is": heart.status()})', "heart.status()"),
+    ],
+    "engine/peers.tick": [
+        ("self.passed_on = heart.asked_to_stop", "self.passed_on = False"),
+        ("(heart.late() or self.late)", "False"),
+    ],
+    "engine/peers.judge": [
+        ("< len(self.answers) and now", "< len(self.answers) or now"),
+        ('if all(said["late"]', 'if any(said["late"]'),
+        ('self.tell({"verdict": sentence})', "sentence"),
+    ],
+    "engine/watchdog.paused": [('place, self.place = self.place, ""', "place = self.place")],
+    "engine/watchdog.idle": [("now - self.looked > _GAP", "False")],
+    "engine/watchdog.late": [
+        ("DATA: 2 * self.limit", "DATA: self.limit"),
+        ("max(self.limit, _LEAST_SAVE)", "self.limit"),
+    ],
+    "engine/watchdog.verdict": [
+        ("and len(busy) < len(heard)", "and True"),
+        ("elif len(slow) < len(heard)", "elif False"),
+        ("if silent:", "if False:"),
+    ],
+    "engine/watchdog.end": [("os._exit(EXIT)", "os._exit(1)")],
     "engine/checkpoint._undisturbed": [("signal.SIG_DFL", "signal.getsignal(signal.SIGCHLD)")],
     "engine/checkpoint.load": [('get("format", 1) != FORMAT', 'get("format", 2) > FORMAT')],
     "engine/checkpoint.names": [("reverse=True", "reverse=False")],

@@ -7,7 +7,7 @@ TESTS = {
     "run/train": (
         f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
         "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding"
-        " or short_batch",
+        " or short_batch or not_come",
     ),
     "run/build": (
         f"tests/methods/test_methods.py {DATA} tests/test_plugins.py",
@@ -34,6 +34,12 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if not self.engine.agree", "if self.engine.agree"),
         ("best=False", "best=True"),
     ],
+    "run/train.should_stop": [
+        ("            heart.beat()", "            pass"),
+        ("or bool(self.stalled)", "or False"),
+        ("self.readers.show()", "self.readers"),
+    ],
+    "run/train.leave": [("if stalled else", "if not stalled else")],
     "run/train.improves": [
         ("or not math.isfinite", "or math.isnan(0) and math.isfinite"),
         ("value <= self", "value < self"),
