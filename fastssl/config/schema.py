@@ -297,6 +297,7 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         "engine.activation_checkpointing",
         "engine.max_skipped",
         "engine.watchdog",
+        *("engine.spike", "engine.spike_norm", "engine.spike_window"),
         "engine.reduce_once",
         "optim.lr_batch",
     }

@@ -65,7 +65,23 @@ class EngineConfig(Section):
         "stop", description="A non-finite loss or gradient ends the run, or only skips its step."
     )
     max_skipped: int = Field(
-        10, ge=1, description="Steps skipped in a row, with on_nonfinite=skip, that end the run."
+        10,
+        ge=1,
+        description="Steps skipped in a row, by on_nonfinite=skip or as spikes, that end the run.",
+    )
+    spike: float = Field(
+        0,
+        ge=0,
+        description="A step whose loss is so many standard deviations above the median of the "
+        "last spike_window steps is not applied; 0: every one is.",
+    )
+    spike_norm: float = Field(
+        0,
+        ge=0,
+        description="Nor one whose gradient's norm is above so many times their median; 0: any.",
+    )
+    spike_window: int = Field(
+        128, ge=4, description="Steps that spike and spike_norm look back on, and wait for."
     )
     watchdog: float = Field(
         600,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,17 +24,28 @@ from torch import Tensor
 from fastssl import distributed
 
 
+class Limits(NamedTuple):
+    """Above which a step is not applied: of the loss's mean over ranks, of the gradient's norm."""
+
+    loss: float
+    norm: float
+
+
 @dataclass
 class Step:
     """What a step did: metrics as 0-d tensors on the device, and whether parameters moved.
 
-    finite: loss and gradients of all ranks.  stop: some rank was asked to stop.
+    finite: loss and gradients of all ranks.  stop: some rank was asked to stop.  Under limits,
+    loss and norm: what was measured, the same on all ranks; spike: one of them was above its limit.
     """
 
     metrics: dict[str, Tensor]
     applied: bool
     finite: bool
     stop: bool
+    loss: float | None = None
+    norm: float | None = None
+    spike: bool = False
 
 
 class Verbs(ABC):
@@ -57,6 +68,7 @@ class Verbs(ABC):
         progress: float = 0.0,
         epoch: float | None = None,
         stop: bool = False,
+        limits: Limits | None = None,
     ) -> Step:
         """One optimizer step on this rank's share of the batch, at learning rate `lr`.
 
@@ -64,6 +76,7 @@ class Verbs(ABC):
         progress: of the run in [0, 1], once the step is done.
         epoch: epochs of the run before this step, for groups that are frozen at first.
         stop: this rank was asked to stop; the answer tells whether any rank was.
+        limits: what is above them leaves no trace, as what is not finite.
         Raises ValueError, naming the leaf, for a batch whose leaves do not share their rows, and
         EngineError for a method that makes of it what is no loss.
         """

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -46,6 +46,7 @@ from fastssl.run.directory import Place, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
 from fastssl.run.rehearsal import rehearse
+from fastssl.run.spikes import Applied
 from fastssl.run.summary import count_parameters, summarize, write_summary
 from fastssl.tree import count_rows, map_leaves
 
@@ -81,6 +82,7 @@ class Progress:
     skipped_in_row: int = 0  # of those, the last ones
     waited: float = 0.0  # of those seconds, for data, on average over ranks
     last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
+    applied: Applied = field(default_factory=Applied)
 
 
 def pretrain(
@@ -182,10 +184,11 @@ class Run:
             state.step += 1
             self.place.begin()
             images += count_rows(batch) * distributed.world_size()
-            if step.finite:
+            if step.finite and not step.spike:
                 state.skipped_in_row = 0
+                state.applied.add(step, self.cfg.engine)
             else:
-                self.refuse(batch)
+                self.refuse(batch, self.spike(step) if step.spike else "")
             ends_epoch = state.step % self.steps_per_epoch == 0
             row = None
             if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
@@ -202,7 +205,9 @@ class Run:
         try:
             epoch, stop = self.progress.step / self.steps_per_epoch, self.asked_to_stop
             with nullcontext() if self.warm else heart.paused():  # what it compiles takes its time
-                step = self.engine.step(batch, lr, progress=done, epoch=epoch, stop=stop)
+                limits = self.progress.applied.limits(self.cfg.engine)
+                rest: dict[str, Any] = {"progress": done, "epoch": epoch, "stop": stop}
+                step = self.engine.step(batch, lr, **rest, limits=limits)
             self.warm = True
             return step
         except Exception as error:
@@ -266,7 +271,7 @@ class Run:
         state.images, state.seconds = state.images + images, state.seconds + seconds
         metrics = dict(zip(names, values, strict=True))
         state.last = finite(metrics)
-        if math.isfinite(metrics["loss"]):
+        if math.isfinite(metrics["loss"]) and not step.spike:
             state.epoch_losses.append(metrics["loss"])
         row = {**metrics, "lr": lr, "images_per_s": images / seconds}
         row["data_wait"] = min(waited / seconds, 1.0)
@@ -297,7 +302,7 @@ class Run:
         self.log_bad()
         self.log.sync(step)
         if best or step > self.saved_step:
-            known = {**vars(self.progress), "channels": self.split.train.channels}
+            known = {**asdict(self.progress), "channels": self.split.train.channels}
             self.checkpoints.save(self.engine, step, known, best=best)
             self.saved_step = step
 
@@ -333,16 +338,28 @@ class Run:
         self.scalars.write({f"eval/{k}": v for k, v in metrics.items()}, step)
         return metrics
 
-    def refuse(self, batch: dict[str, Any]) -> None:
-        """A step that was not finite: skip it by leave of the configuration, or end the run."""
+    def spike(self, step: Step) -> str:
+        """Which step was out of line with those before it, and how far."""
+        limits = self.progress.applied.limits(self.cfg.engine)
+        assert limits is not None and step.loss is not None
+        what, was, limit, key = "loss", step.loss, limits.loss, "spike"
+        if step.norm is not None:
+            what, was, limit, key = "gradient's norm", step.norm, limits.norm, "spike_norm"
+        where = f"at step {self.progress.step} is above {limit:.4g} (engine.{key})"
+        return f"the {what} {was:.4g} {where}"
+
+    def refuse(self, batch: dict[str, Any], spike: str = "") -> None:
+        """A step that was not finite, or a spike: skip it by leave of the configuration, or end
+        the run."""
         state = self.progress
         indices = [i for part in distributed.gather_objects(batch["index"].tolist()) for i in part]
-        where = f"the loss or a gradient was not finite at step {state.step}"
+        where = spike or f"the loss or a gradient was not finite at step {state.step}"
         some = f"images {indices[:16]}"
         if len(indices) > 16:
             some += f" and {len(indices) - 16} more, all in metrics.jsonl"
-        self.log.row("event", state.step, what="nonfinite", detail=where, images=indices)
-        if self.cfg.engine.on_nonfinite == "skip":
+        what = "spike" if spike else "nonfinite"
+        self.log.row("event", state.step, what=what, detail=where, images=indices)
+        if spike or self.cfg.engine.on_nonfinite == "skip":
             state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
             self.watch.say(f"{where}: step skipped ({some})")
             if state.skipped_in_row < min(self.cfg.engine.max_skipped, self.total):
