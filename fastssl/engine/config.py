@@ -136,6 +136,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(
         0, ge=0, description="Steps between two checkpoints, besides; 0: none."
     )
+    every_minutes: float = Field(
+        0, ge=0, description="Minutes between two checkpoints, by the first rank's clock; 0: none."
+    )
     keep: int = Field(2, ge=1, description="Newest checkpoints kept; the best one is kept as well.")
     best: Literal["knn", "linear", "rankme", "loss"] = Field(
         "knn", description="What makes a checkpoint the best one."

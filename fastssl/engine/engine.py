@@ -28,8 +28,8 @@ from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError
 from .fragments import ZeroPieces
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
-from .norms import norm_limited
 from .launch import deepspeed
+from .norms import norm_limited
 from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
 from .states import read_states, write_states

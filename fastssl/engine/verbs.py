@@ -6,7 +6,7 @@
     state, load       all that a run needs to go on, into a folder and from it
     full parameters   whole tensors: as copies, or in place for as long as a context lasts
     piece             what this process holds of a parameter: fastssl.pieces, which the engine fills
-    agree             whether all ranks say yes
+    agree             the least that any rank votes
 
 B: a rank's samples.  Every verb but `features` is collective: all ranks call it, in one order.
 """
@@ -109,6 +109,6 @@ class Verbs(ABC):
     def whole_parameters(self) -> AbstractContextManager[Any]:
         """A context in which every rank sees the method's parameters whole, to be read."""
 
-    def agree(self, flag: bool) -> bool:
-        """True on every rank where all ranks say so, without waiting for the device."""
-        return distributed.all_agree(flag)
+    def agree(self, vote: int) -> int:
+        """The least of all ranks' votes, on every rank, without waiting for the device."""
+        return distributed.least(vote)

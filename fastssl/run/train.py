@@ -42,13 +42,16 @@ from fastssl.run.build import (
     fitted,
     with_backend,
 )
-from fastssl.run.directory import Place, prepared
+from fastssl.run.directory import Place, extension, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
 from fastssl.run.rehearsal import rehearse
+from fastssl.run.restarts import after_restart
 from fastssl.run.spikes import Applied
 from fastssl.run.summary import count_parameters, summarize, write_summary
 from fastssl.tree import count_rows, map_leaves
+
+LEAVE, SAVE, GO = range(3)  # votes before a step: no batch has come; save after it; neither
 
 
 class NonFinite(RuntimeError):
@@ -100,10 +103,11 @@ def pretrain(
     cfg = fitted(cfg, split.train)
     cfg, note = with_backend(cfg, split.train)
     notes: list[str] = []
-    goes_on = cfg.resume == "auto" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
+    goes_on = cfg.resume != "never" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
     channels, resumed = split.train.channels, goes_on is not None
     method = build(cfg, channels, notes, given.encoder, resumed=resumed)
     with launch.session(cfg.device) as device:
+        cfg = after_restart(cfg)
         if watch is None or distributed.rank() > 0:
             watch = Silent()
         for said in (note, *notes):
@@ -145,6 +149,7 @@ class Run:
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop, self.saved_step = False, 0
         self.readers, self.items_begun = loader.new_readers(), 0
+        self.saved_at, self.save_after = time.monotonic(), False
         self.stalled, self.warm = "", False  # why no data come; a step is done in this process
         self.bad: list[tuple[str, str]] = []  # unreadable images not yet logged
         torch.manual_seed((cfg.seed << 20) + distributed.rank())  # each rank its own dropout
@@ -224,11 +229,20 @@ class Run:
             heart.at(DATA, self.progress.step + 1)
             batch = next(batches, None)
             heart.at(STEP, self.progress.step + 1)
-            if not self.engine.agree(batch is not None):
+            ready = SAVE if self.time_to_save() else GO
+            vote = self.engine.agree(LEAVE if batch is None else ready)
+            if vote == LEAVE:
                 raise self.leave()
             assert batch is not None
+            self.save_after = vote == SAVE
             yield batch
         next(batches, None)  # the stream ends, and its workers with it
+
+    def time_to_save(self) -> bool:
+        """Whether checkpoint.every_minutes are over: the first rank says so, after this step."""
+        minutes = self.cfg.checkpoint.every_minutes
+        late = time.monotonic() - self.saved_at > 60 * minutes
+        return minutes > 0 and late and distributed.rank() == 0
 
     def should_stop(self) -> bool:
         """Asked while a batch is waited for: whether to leave without it."""
@@ -291,7 +305,8 @@ class Run:
             metrics |= self.evaluate(state.step)
         best = self.improves(metrics)
         due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
-        if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
+        due = due or self.save_after or _due(state.step, cfg.checkpoint.every_steps)
+        if stop or due or best:
             self.save(best=best)
         if stop and not last:
             raise self.interrupted()
@@ -304,7 +319,7 @@ class Run:
         if best or step > self.saved_step:
             known = {**asdict(self.progress), "channels": self.split.train.channels}
             self.checkpoints.save(self.engine, step, known, best=best)
-            self.saved_step = step
+            self.saved_step, self.saved_at = step, time.monotonic()
 
     def interrupted(self) -> Interrupted:
         code = " (torchrun itself ends with code 1)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
@@ -406,7 +421,7 @@ class Run:
 
     def resume(self) -> None:
         """Take up the newest intact checkpoint, if the configuration says so and there is one."""
-        if self.cfg.resume != "auto":
+        if self.cfg.resume == "never":
             return
         notes: list[str] = []
         saved = self.checkpoints.load(self.engine, notes, TypeAdapter(Progress).validate_python)
@@ -426,6 +441,10 @@ class Run:
         for note in notes:
             self.log.event(self.progress.step, "damaged", note)
         self.log.event(self.progress.step, "resumed", f"resumed at step {self.progress.step}")
+        if self.place.before is not None:
+            said = extension(self.place.before, self.cfg, self.progress.step, self.steps_per_epoch)
+            if said:
+                self.log.event(self.progress.step, "extended", said)
 
 
 class _Waits:

@@ -136,7 +136,10 @@ def test_a_rank_leaves_with_another_that_was_asked_to_stop(monkeypatch):
 
     class Stub:
         total, progress, stalled, leave = 10, Progress(step=4), "", Run.leave
-        engine = SimpleNamespace(agree=lambda has_batch: False)
+        engine = SimpleNamespace(agree=lambda vote: train.LEAVE)
+        time_to_save = Run.time_to_save
+        cfg = SimpleNamespace(checkpoint=SimpleNamespace(every_minutes=0))
+        saved_at = 0.0
 
         def save(self, *, best):
             saved.append(best)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fastssl import distributed
 from fastssl.config import ConfigError, load
 from fastssl.data.errors import DataError
 from fastssl.data.loader import PretrainLoader
@@ -27,7 +28,7 @@ from fastssl.engine.verbs import Limits, Step
 from fastssl.methods import MAE
 from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
-from fastssl.run import directory, rehearsal
+from fastssl.run import directory, rehearsal, train
 from fastssl.run.directory import prepared
 from fastssl.run.evaluation import EvaluationError
 from fastssl.run.log import LogError, RunLog, Silent
@@ -82,6 +83,53 @@ def test_a_run_is_not_overwritten_unasked(run):
     other = run.model_copy(update={"epochs": 3, "seed": 4})
     with pytest.raises(ConfigError, match="epochs: 2 -> 3; seed: 3 -> 4"):
         pretrain(other)
+
+
+def test_another_schedule_is_taken_up_by_leave_alone(run):
+    with pytest.raises(ConfigError, match="epochs: 2 -> 3.*: resume=extend goes on.*from where"):
+        pretrain(run.model_copy(update={"epochs": 3}))
+    with pytest.raises(ConfigError, match="seed: 3 -> 4"):
+        pretrain(run.model_copy(update={"resume": "extend", "seed": 4}))
+    with pytest.raises(ConfigError, match="epochs=1 is 5 steps, and the run is at step 10"):
+        pretrain(run.model_copy(update={"resume": "extend", "epochs": 1}))
+    assert load(run.directory).epochs == 2
+    longer = run.model_copy(update={"resume": "extend", "epochs": 4})
+    pretrain(longer)
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    (said,) = [row for row in rows if row.get("what") == "extended"]
+    rate = 1e-3 * run.optim.schedule.factor(10, 20)
+    assert said["step"] == 10 and said["detail"].startswith("epochs: 2 -> 4: from step 10 on")
+    last = 1e-3 * run.optim.schedule.factor(9, 10)
+    assert (
+        f"20 steps, so that the learning rate goes from {last:.3g} to {rate:.3g}"
+        in (said["detail"])
+    )
+    (at,) = [row["lr"] for row in rows if row["kind"] == "train" and row["step"] == 11]
+    assert at == pytest.approx(rate) and load(run.directory).epochs == 4
+    pretrain(longer)  # is no change any more
+    events = read_metrics(run.directory / "metrics.jsonl")
+    assert [row["what"] for row in events if row["kind"] == "event"][-1] == "resumed"
+
+
+def test_a_checkpoint_can_come_by_the_clock(tmp_path, monkeypatch):
+    """13 s a step by a clock of the test's own; the first rank's decides."""
+    clock, step = [0.0], Engine.step
+
+    def slow(self, *args, **options):
+        clock[0] += 13
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "step", slow)
+    times = {"monotonic": lambda: clock[0], "perf_counter": lambda: clock[0]}
+    monkeypatch.setattr(train, "time", SimpleNamespace(**times))
+    cfg = tiny("mae", tmp_path, checkpoint__every=0, checkpoint__every_minutes=1)
+    pretrain(cfg)
+    kept = sorted(path.name for path in (cfg.directory / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000006", "step-00000010"]
+    run = SimpleNamespace(cfg=cfg, saved_at=0.0)
+    assert Run.time_to_save(run)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert not Run.time_to_save(run)
 
 
 def test_a_finished_run_resumed_only_reports(finished, run):
