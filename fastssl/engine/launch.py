@@ -3,6 +3,8 @@
 import contextlib
 import os
 import secrets
+import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -87,9 +89,11 @@ def _store_of_this_start() -> Iterator[None]:
         own = None
         while own is None:
             port, word = met.get("fastssl/store").decode().split()
-            with contextlib.suppress(DistError):  # of a start that is over
+            with contextlib.suppress(OSError, DistError):  # of a start that is over
+                socket.create_connection((host, int(port)), timeout=1).close()
                 there = TCPStore(host, int(port), is_master=False, timeout=wait)
                 own = there if there.get("word").decode() == word else None
+            time.sleep(0 if own else 0.2)
     env.update(MASTER_PORT=str(own.port), TORCHELASTIC_USE_AGENT_STORE="False")
     try:
         yield
