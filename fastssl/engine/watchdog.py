@@ -8,6 +8,7 @@ checkpoint, the first step's compilation, is not watched.
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import sys
 import threading
@@ -142,9 +143,14 @@ def _where(said: dict[str, Any]) -> str:
 
 
 def end(rank: int, sentence: str) -> None:
-    """Say it, show what every thread of this process is at, and end with EXIT."""
+    """Say it, show what every thread of this process is at, and end with EXIT.
+
+    Its readers go as well: one that hangs would hold the run's lock.
+    """
     said = heart.status()
     here = f"rank {rank} is {_where(said)} and has not moved for {said['idle']:.0f} s"
     os.write(2, f"fastssl, rank {rank}: {sentence}\n{here}; its threads:\n".encode())
     faulthandler.dump_traceback(2, all_threads=True)
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(EXIT)

@@ -1,10 +1,12 @@
 """A run that hangs ends, and says who holds it up; one that is slow does not."""
 
+import multiprocessing
 import os
 import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,9 @@ def test_a_rank_that_is_slow_but_moves_is_waited_for(tmp_path):
 
 
 def one(folder):
+    reader = multiprocessing.Process(target=hangs_here, daemon=True)
+    reader.start()
+    Path(folder, "reader").write_text(str(reader.pid))
     os.dup2(os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT), 2)
     with watched(), heart.watched(LIMIT):
         heart.at(STEP, 1)
@@ -83,9 +88,11 @@ def one(folder):
 
 
 def test_a_single_process_that_hangs_ends(tmp_path):
-    process = start(one, str(tmp_path))
+    process = start(one, str(tmp_path), daemon=False)
     process.join(100)
     assert process.exitcode == 6 and "hangs_here" in (tmp_path / "said").read_text()
+    reader = Path(f"/proc/{(tmp_path / 'reader').read_text()}/stat")
+    assert not reader.exists() or reader.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize("place, starved, late", [(DATA, 2, 3), (STEP, 9, 2), (SAVING, 9, 9)])
