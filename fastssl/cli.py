@@ -24,7 +24,7 @@ from fastssl.files import printable
 EXITS = (
     "Exit codes: 0 done; 1 another rank was lost; 2 a mistake in the command, the configuration or "
     "the data; 3 the loss was not finite; 4 a checkpoint could not be written or read; 5 stopped "
-    "on request, state saved. "
+    "on request, state saved; 6 nothing moved any more (engine.watchdog). "
     "FASTSSL_TRACEBACK=1 shows the traceback behind a message."
 )
 app = typer.Typer(

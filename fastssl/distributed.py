@@ -277,11 +277,16 @@ def gather_objects(obj: Any) -> list[Any]:
 
 def all_agree(flag: bool) -> bool:
     """True when the flag is true on every rank of the world."""
+    return bool(least(int(flag)))
+
+
+def least(vote: int) -> int:
+    """The least of the votes of all ranks of the world, on every rank."""
     if world_size() == 1:
-        return bool(flag)
-    vote = torch.tensor(int(flag))
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=_host_group(None))
-    return bool(vote.item())
+        return vote
+    votes = torch.tensor(vote)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=_host_group(None))
+    return int(votes.item())
 
 
 def barrier() -> None:

@@ -105,8 +105,10 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda if there is one."
     )
-    resume: Literal["never", "auto"] = Field(
-        "never", description="auto: continue from the newest intact checkpoint, if there is one."
+    resume: Literal["never", "auto", "extend"] = Field(
+        "never",
+        description="auto: continue from the newest intact checkpoint, if there is one; extend: "
+        "and with other epochs or another schedule than before.",
     )
     overwrite: bool = Field(False, description="Replace a run of this name instead of refusing.")
     epochs: int = Field(100, ge=1, description="Passes over the training images.")
@@ -283,11 +285,13 @@ def _described(section: BaseModel, indent: str) -> Iterator[str]:
             yield f"{indent}{name}: {json.dumps(plain, ensure_ascii=False)}{note}"
 
 
-def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) -> list[str]:
+def differences(
+    saved: RunConfig, now: RunConfig, *, same_data: bool = False, extends: bool = False
+) -> list[str]:
     """Keys, as `a.b: old -> new`, whose change makes it another run.
 
     Where a run is kept, how often it speaks and who reads and makes its data do not count; nor,
-    with same_data, where the data lie.
+    with same_data, where the data lie, and with extends its epochs and its schedule.
     """
     free = ("output", "device", "resume", "overwrite", "plugins", "checkpoint", "evaluate", "log")
     old, new = (_flatten(c.model_dump(mode="json", exclude=set(free))) for c in (saved, now))
@@ -296,6 +300,8 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         "data.changed",
         "engine.activation_checkpointing",
         "engine.max_skipped",
+        "engine.watchdog",
+        *("engine.spike", "engine.spike_norm", "engine.spike_window"),
         "engine.reduce_once",
         *("engine.zero_stage", "engine.precision"),
         "optim.lr_batch",
@@ -313,6 +319,9 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         free_leaves |= {"epochs", "optim.schedule.anneal_steps", "optim.schedule.end"}
     for flat, own in ((old, saved), (new, now)):  # the first is the primary one
         flat["data.streams"] = ", ".join(own.data.streams)
+    if extends:
+        every = old.keys() | new.keys()
+        free_leaves |= {"epochs", *(key for key in every if key.startswith("optim.schedule."))}
     keys = sorted((old.keys() | new.keys()) - free_leaves)
     return [
         f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}"

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastssl.data.errors import DataError
+from fastssl.data.readers import Readers, show_when_asked
 from fastssl.data.render.backend import Rendering
 from fastssl.data.sources.base import Source
 from fastssl.data.views.spec import ViewSpec
@@ -56,6 +57,7 @@ def _outlive_signals(worker: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    show_when_asked()
 
 
 @contextmanager
@@ -321,12 +323,17 @@ class PretrainLoader:
         return torch.arange(self.batch_size // self.world) >= end - first
 
     def stream(
-        self, start_step: int, end_step: int, should_stop: ShouldStop = None
+        self,
+        start_step: int,
+        end_step: int,
+        should_stop: ShouldStop = None,
+        readers: Readers | None = None,
     ) -> Iterator[Batch]:
         """The batches of steps start_step to end_step - 1, counted over all epochs.
 
         should_stop() is asked every half second while a batch is waited for, and ends the stream
         early where it says so, on this rank alone; a batch that is ready is given in any case.
+        readers: one of `new_readers`, which then tells what they are at.
 
         Each is {"views": [(b, ...) float32 for each view], "index": (b,) int64 into the
         source, "seeds": (b,) int64, "bad": [(name, reason), ...]}, b = batch_size / world, and
@@ -341,7 +348,7 @@ class PretrainLoader:
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps: want 0 <= start <= end, got {start_step} and {end_step}")
         batches = _watched(
-            self._made(_Steps(self, start_step, end_step), should_stop), self.max_bad
+            self._made(_Steps(self, start_step, end_step), should_stop, readers), self.max_bad
         )
         if self.last == "drop":
             return batches
@@ -353,8 +360,14 @@ class PretrainLoader:
         fetch = PretrainFetch(self.source, self.views, self.seed, self.parameters)
         return fetch.batch([(0, i) for i in range(count)])
 
-    def _made(self, steps: _Steps, should_stop: ShouldStop) -> Generator[Batch, None, None]:
-        given: Any = (self.source, self.views, self.seed, self.parameters)
+    def new_readers(self) -> Readers:
+        """For `stream`: what its readers are at."""
+        return Readers(self.rendering.readers if self.rendering else self.workers)
+
+    def _made(
+        self, steps: _Steps, should_stop: ShouldStop, readers: Readers | None
+    ) -> Generator[Batch, None, None]:
+        given: Any = (self.source, self.views, self.seed, self.parameters, readers)
         if self.rendering is None:
             return _run(PretrainFetch(*given), steps, self.workers, should_stop)
         from fastssl.data.render.dali import Part, Renderer  # DALI takes a second to import

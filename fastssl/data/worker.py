@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastssl.data.errors import BadItem, DataError
+from fastssl.data.readers import Readers
 from fastssl.data.render.encoded import Encoded, drawn_columns, encoded_item, packed, union
 from fastssl.data.render.streams import apply_streams, draw_streams, stream_parameters
 from fastssl.data.render.torchvision import Drawn, draw_views, drawn_parameters
@@ -138,11 +139,18 @@ def sent(batch: Any) -> Batch | Parcel:
 
 
 class _TrainFetch(Fetch):
-    """Items for training: bad ones are replaced by others."""
+    """Items for training: bad ones are replaced by others.  readers: told which are being read."""
 
-    def __init__(self, source: Source, views: AnyViews, seed: int, parameters: bool):
+    def __init__(
+        self,
+        source: Source,
+        views: AnyViews,
+        seed: int,
+        parameters: bool,
+        readers: Readers | None = None,
+    ):
         super().__init__(source, views)
-        self.seed, self.parameters = seed, parameters
+        self.seed, self.parameters, self.readers = seed, parameters, readers
 
     def described(self, seeds: np.ndarray, used: list[int], bad: list[tuple[str, str]]) -> Batch:
         labels = self.source.labels
@@ -173,6 +181,7 @@ class _TrainFetch(Fetch):
     ) -> tuple[list[int], list[T], list[tuple[str, str]]]:
         """The indices of `items` and what read(index) gives, bad ones replaced; all bad ones."""
         bad: list[tuple[str, str]] = []
+        read = read if self.readers is None else _announced(read, self.readers)
         used, got = zip(*(self._readable(*item, read, bad) for item in items), strict=True)
         return list(used), list(got), bad
 
@@ -193,6 +202,19 @@ class _TrainFetch(Fetch):
             except BadItem as error:
                 tried.append((error.name, error.reason))
         raise mostly_bad(f"{len(tried)} items in a row", tried)
+
+
+def _announced(read: Callable[[int], T], readers: Readers) -> Callable[[int], T]:
+    """`read`, with its items told to `readers`."""
+
+    def reading(i: int) -> T:
+        readers.at(i)
+        try:
+            return read(i)
+        finally:
+            readers.at(-1)
+
+    return reading
 
 
 def mostly_bad(how_many: str, found: list[tuple[str, str]]) -> DataError:

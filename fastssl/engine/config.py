@@ -65,7 +65,29 @@ class EngineConfig(Section):
         "stop", description="A non-finite loss or gradient ends the run, or only skips its step."
     )
     max_skipped: int = Field(
-        10, ge=1, description="Steps skipped in a row, with on_nonfinite=skip, that end the run."
+        10,
+        ge=1,
+        description="Steps skipped in a row, by on_nonfinite=skip or as spikes, that end the run.",
+    )
+    spike: float = Field(
+        0,
+        ge=0,
+        description="A step whose loss is so many standard deviations above the median of the "
+        "last spike_window steps is not applied; 0: every one is.",
+    )
+    spike_norm: float = Field(
+        0,
+        ge=0,
+        description="Nor one whose gradient's norm is above so many times their median; 0: any.",
+    )
+    spike_window: int = Field(
+        128, ge=4, description="Steps that spike and spike_norm look back on, and wait for."
+    )
+    watchdog: float = Field(
+        600,
+        ge=0,
+        description="Seconds without a move of any rank, in a step or while waiting for data, "
+        "after which the run says who hangs where, and ends with 6; 0: never.",
     )
     sync_batchnorm: bool = Field(
         True,
@@ -113,6 +135,9 @@ class CheckpointConfig(Section):
     every: int = Field(1, ge=0, description="Epochs between two checkpoints; 0: at the end only.")
     every_steps: int = Field(
         0, ge=0, description="Steps between two checkpoints, besides; 0: none."
+    )
+    every_minutes: float = Field(
+        0, ge=0, description="Minutes between two checkpoints, by the first rank's clock; 0: none."
     )
     keep: int = Field(2, ge=1, description="Newest checkpoints kept; the best one is kept as well.")
     best: Literal["knn", "linear", "rankme", "loss"] = Field(

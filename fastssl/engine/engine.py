@@ -32,11 +32,13 @@ from .fragments import ZeroPieces
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
 from .materialize import materialize
+from .norms import norm_limited
 from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
 from .states import States, check_offloaded
 from .tensor_files import Kind
-from .verbs import Step, Verbs
+from .verbs import Limits, Step, Verbs
+from .watchdog import heart
 
 _Done = tuple[dict[str, Tensor], Any, "torch.cuda.Event | None"]  # metrics, "keep", flags sent
 NEVER = 2**62  # DeepSpeed's own progress lines: ours are better
@@ -115,7 +117,8 @@ class Engine(Verbs):
         pieces.cut_by(ZeroPieces())
         self._states = States(self.ds)
         self._parameters = list(method.parameters())  # to walk through a model takes its time
-        self._flags = torch.empty(2, pin_memory=device.type == "cuda")
+        self._flags = torch.empty(4, pin_memory=device.type == "cuda")
+        self._limits: Limits | None = None  # of the step under way
 
     @property
     def method(self) -> Any:
@@ -129,13 +132,15 @@ class Engine(Verbs):
         progress: float = 0.0,
         epoch: float | None = None,
         stop: bool = False,
+        limits: Limits | None = None,
     ) -> Step:
         self.optim.set_rates(self.ds.optimizer.param_groups, lr, progress)
         if self.clipping is not None:
             self.clipping.begin(epoch)
         if not self.method.training:
             self.method.train()
-        undo = self.cfg.on_nonfinite == "skip"
+        undo = self.cfg.on_nonfinite == "skip" or limits is not None
+        self._limits = limits
         before = {n: b.clone() for n, b in self.method.named_buffers()} if undo else {}
         backward = self._backward_whole if self._exact else self._backward_each
         sums, kept, event = backward(batch, stop)
@@ -151,6 +156,7 @@ class Engine(Verbs):
     def _backward_each(self, batch: dict[str, Any], stop: bool) -> _Done:
         """The gradient of the mean of the micro-batches' losses."""
         finite = torch.ones((), device=self.device, dtype=torch.bool)
+        mean, limits_loss = torch.zeros((), device=self.device), self._limits is not None
         sums: dict[str, Tensor] = {}
         kept: list[Any] = []
         event = None
@@ -164,12 +170,16 @@ class Engine(Verbs):
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
             finite = finite & torch.isfinite(loss.detach())
+            if limits_loss:
+                mean = mean + loss.detach().float() * share
+            heart.beat()
             last = i == len(sizes) - 1
             if last:
-                event = self._agree(finite, stop)
+                finite, event = self._agree(finite, stop, mean)
             # A loss of infinity may have finite gradients: make sure that the step is refused.
             weight = torch.where(finite, share * self.cfg.accumulation, float("nan"))
             self.ds.backward(loss * weight)
+            heart.beat()
             for key, value in out.items():
                 part = value.detach().float() * share
                 sums[key] = sums[key] + part if key in sums else part
@@ -183,7 +193,7 @@ class Engine(Verbs):
         out = large.compare()
         loss, kept = loss_of(self.method, out), out.pop("keep", None)
         finite = torch.isfinite(loss.detach())
-        event = self._agree(finite, stop)
+        finite, event = self._agree(finite, stop, loss.detach().float())
         scale = self.ds.gradient_accumulation_steps()  # DeepSpeed divides by it
         for _ in range(scale - 1 - large.replays):  # backward passes that there will not be
             self.ds.step()
@@ -193,6 +203,7 @@ class Engine(Verbs):
                 if not self._held:
                     self.ds.step()
                 self.ds.backward(part * scale)
+                heart.beat()
         sums = {key: value.detach().float() for key, value in out.items()}
         return sums, None if kept is None else map_leaves(Tensor.detach, kept), event
 
@@ -295,47 +306,73 @@ class Engine(Verbs):
     def _move(self, tree: Any) -> Any:
         return map_leaves(lambda leaf: leaf.to(self.device, non_blocking=True), tree)
 
-    def _agree(self, finite: Tensor, stop: bool) -> "torch.cuda.Event | None":
-        """Send [any rank not finite, any rank to stop] to the host, without waiting for it."""
+    def _agree(
+        self, finite: Tensor, stop: bool, loss: Tensor
+    ) -> "tuple[Tensor, torch.cuda.Event | None]":
+        """Send [any rank not finite, any rank to stop] to the host, without waiting for it; under
+        limits [the mean loss, whether that is above its limit] as well.
+
+        Returns whether this rank's step may be applied, as far as is known.
+        """
         bad = (~finite).float()
         flags = torch.stack([bad, torch.full_like(bad, float(stop))])
+        if self._limits is not None:
+            flags = torch.cat([flags, (loss / distributed.world_size()).reshape(1)])
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(flags)
-        self._flags.copy_(flags, non_blocking=True)
+        if self._limits is not None:
+            spike = flags[2] > self._limits.loss
+            finite, flags = finite & ~spike, torch.cat([flags, spike.float().reshape(1)])
+        self._flags[: len(flags)].copy_(flags, non_blocking=True)
         if self.device.type != "cuda":
-            return None
+            return finite, None
         event = torch.cuda.Event()
         event.record()
-        return event
+        return finite, event
 
     def _finish(self, metrics: dict[str, Tensor], event: "torch.cuda.Event | None") -> Step:
-        """Apply the step unless something is not finite.
+        """Apply the step unless something is not finite, or above its limit.
 
         The host waits for the forward pass; at stage 0 in float32 for the gradients as well.
         """
         if event is not None:
             event.synchronize()
         finite, stop = bool(self._flags[0] == 0), bool(self._flags[1] > 0)
-        plain = self.cfg.zero_stage == 0 and self.cfg.precision == "fp32"
-        if plain:  # nothing in DeepSpeed looks at these gradients before they are applied
+        step = Step(metrics, applied=False, finite=finite, stop=stop)
+        limits = self._limits
+        if limits is not None:
+            step.loss, step.spike = float(self._flags[2]), finite and bool(self._flags[3] > 0)
+        if self.cfg.zero_stage == 0 and self.cfg.precision == "fp32":
+            # Nothing in DeepSpeed looks at these gradients before they are applied.
             grads = [p.grad for p in self._parameters if p.grad is not None]
             metrics["grad_norm"] = torch.nn.utils.get_total_norm(grads)
-            finite = finite and bool(torch.isfinite(metrics["grad_norm"]))
-        if plain and not finite:
-            self.ds.zero_grad()
-            self.ds.micro_steps += 1
-            self.ds.skipped_steps += 1
-            return Step(metrics, applied=False, finite=False, stop=stop)
+            if limits is not None and not step.spike:
+                step.norm = float(metrics["grad_norm"])
+                step.spike = limits.norm < step.norm < float("inf")
+            if not step.spike:
+                step.finite = finite and bool(torch.isfinite(metrics["grad_norm"]))
+            if step.spike or not step.finite:
+                self.ds.zero_grad()
+                self.ds.micro_steps += 1
+                self.ds.skipped_steps += 1
+                return step
         if self.clipping is not None:
             self.clipping.measure()
-        self.ds.step()
-        applied = bool(self.ds.was_step_applied())
+        with nullcontext() if limits is None else norm_limited(self.ds, limits.norm) as norms:
+            self.ds.step()
+        step.applied = bool(self.ds.was_step_applied())
+        if norms and not step.spike:
+            step.norm = norms[-1]
+            step.spike = limits is not None and limits.norm < step.norm < float("inf")
+        step.finite = finite and (step.applied or step.spike)
         norm = self.ds.get_global_grad_norm()
-        if self.clipping is not None and self.clipping.counts and applied:
+        if self.clipping is not None and self.clipping.counts and step.applied:
             metrics["grad_norm"] = self.clipping.norm
-        elif norm is not None and not plain:
+        elif step.norm is not None:
+            metrics["grad_norm"] = torch.as_tensor(step.norm, device=self.device)
+        elif norm is not None and "grad_norm" not in metrics:
             metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
-        return Step(metrics, applied=applied, finite=finite and applied, stop=stop)
+        return step
 
 
 def loss_of(method: nn.Module, out: Any) -> Tensor:

@@ -22,6 +22,7 @@ from fastssl.models import moving_in
 from fastssl.tree import count_rows, cut, join, leaves, map_leaves
 
 from .config import EngineConfig, EngineError, offloads_optimizer
+from .watchdog import heart
 
 
 def is_exact(method: Any, cfg: EngineConfig) -> bool:
@@ -115,6 +116,7 @@ class LargeBatch:
             with torch.set_grad_enabled(last):
                 rows.append(self._ds(there, "encode"))
             check_rows(method, "encode", rows[-1], size)
+            heart.beat()
             target = self._ds(there, "targets") if method.has_targets else None
             if target is not None:
                 check_rows(method, "targets", target, size)

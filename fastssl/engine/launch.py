@@ -2,10 +2,15 @@
 
 import contextlib
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import DistError, TCPStore
 
 from .config import EngineError
 from .peers import watched
@@ -35,13 +40,17 @@ def session(device: str) -> Iterator[torch.device]:
     if on_cuda:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    deepspeed().init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+    backend = "nccl" if on_cuda else "gloo"
     try:
-        with contextlib.nullcontext() if found else watched():
-            yield place
+        with contextlib.nullcontext() if found else _store_of_this_start():
+            deepspeed().init_distributed(dist_backend=backend, verbose=False)
+            try:
+                with contextlib.nullcontext() if found else watched():
+                    yield place
+            finally:
+                if not found:
+                    deepspeed().comm.destroy_process_group()
     finally:
-        if not found:
-            deepspeed().comm.destroy_process_group()
         for name in alone:  # a process started from here is no rank of ours
             os.environ.pop(name, None)
 
@@ -55,6 +64,41 @@ def deepspeed() -> Any:
     module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel("ERROR")
     return module
+
+
+@contextlib.contextmanager
+def _store_of_this_start() -> Iterator[None]:
+    """Inside, MASTER_PORT is that of a store of the ranks' own, under torchrun.
+
+    The launcher's own store outlives the ranks that it starts again (--max-restarts), and holds the
+    addresses of those that are gone, which the new ones would take for each other's (pytorch issue
+    135712).  How often it has started them it does not say alike on all machines, so the first rank
+    says in the launcher's where it has opened another, and those who read an old answer ask again.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["WORLD_SIZE"] == "1":
+        yield
+        return
+    host, before, wait = env["MASTER_ADDR"], env["MASTER_PORT"], timedelta(seconds=1)
+    met = TCPStore(host, int(before), is_master=False)
+    if env["RANK"] == "0":
+        own, word = TCPStore(host, 0, is_master=True, multi_tenant=True), secrets.token_hex(16)
+        own.set("word", word)
+        met.set("fastssl/store", f"{own.port} {word}")
+    else:
+        own = None
+        while own is None:
+            port, word = met.get("fastssl/store").decode().split()
+            with contextlib.suppress(OSError, DistError):  # of a start that is over
+                socket.create_connection((host, int(port)), timeout=1).close()
+                there = TCPStore(host, int(port), is_master=False, timeout=wait)
+                own = there if there.get("word").decode() == word else None
+            time.sleep(0 if own else 0.2)
+    env.update(MASTER_PORT=str(own.port), TORCHELASTIC_USE_AGENT_STORE="False")
+    try:
+        yield
+    finally:
+        env.update(MASTER_PORT=before, TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 def _launched() -> bool:

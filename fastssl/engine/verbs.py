@@ -6,7 +6,7 @@
     state, load       all that a run needs to go on, into a folder and from it
     full parameters   whole tensors: as copies, or in place for as long as a context lasts
     piece             what this process holds of a parameter: fastssl.pieces, which the engine fills
-    agree             whether all ranks say yes
+    agree             the least that any rank votes
 
 B: a rank's samples.  Every verb but `features` is collective: all ranks call it, in one order.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +26,28 @@ from fastssl import distributed
 from .tensor_files import Kind
 
 
+class Limits(NamedTuple):
+    """Above which a step is not applied: of the loss's mean over ranks, of the gradient's norm."""
+
+    loss: float
+    norm: float
+
+
 @dataclass
 class Step:
     """What a step did: metrics as 0-d tensors on the device, and whether parameters moved.
 
-    finite: loss and gradients of all ranks.  stop: some rank was asked to stop.
+    finite: loss and gradients of all ranks.  stop: some rank was asked to stop.  Under limits,
+    loss and norm: what was measured, the same on all ranks; spike: one of them was above its limit.
     """
 
     metrics: dict[str, Tensor]
     applied: bool
     finite: bool
     stop: bool
+    loss: float | None = None
+    norm: float | None = None
+    spike: bool = False
 
 
 class Verbs(ABC):
@@ -59,6 +70,7 @@ class Verbs(ABC):
         progress: float = 0.0,
         epoch: float | None = None,
         stop: bool = False,
+        limits: Limits | None = None,
     ) -> Step:
         """One optimizer step on this rank's share of the batch, at learning rate `lr`.
 
@@ -66,6 +78,7 @@ class Verbs(ABC):
         progress: of the run in [0, 1], once the step is done.
         epoch: epochs of the run before this step, for groups that are frozen at first.
         stop: this rank was asked to stop; the answer tells whether any rank was.
+        limits: what is above them leaves no trace, as what is not finite.
         Raises ValueError, naming the leaf, for a batch whose leaves do not share their rows, and
         EngineError for a method that makes of it what is no loss.
         """
@@ -111,6 +124,6 @@ class Verbs(ABC):
     def whole_parameters(self) -> AbstractContextManager[Any]:
         """A context in which every rank sees the method's parameters whole, to be read."""
 
-    def agree(self, flag: bool) -> bool:
-        """True on every rank where all ranks say so, without waiting for the device."""
-        return distributed.all_agree(flag)
+    def agree(self, vote: int) -> int:
+        """The least of all ranks' votes, on every rank, without waiting for the device."""
+        return distributed.least(vote)

@@ -3,7 +3,7 @@
 {"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", ...}
 {"kind": "eval", "step", "epoch", "knn", "linear", "rankme", ...}
 {"kind": "baseline", "encoder", "knn", "linear", "rankme", ...}     drawn as a dashed line
-{"kind": "event", "step", "what", "detail"}                resumed, nonfinite: marked on the loss
+{"kind": "event", "step", "what", "detail"}                some are marked on the loss
 """
 
 import math
@@ -21,7 +21,7 @@ from fastssl.report.figure import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED
 
 Row = dict[str, Any]
 _BASELINES = {"random initialization": (MUTED, (0, (4, 2))), "raw input": (INK, (0, (1, 1.5)))}
-_MARKED_EVENTS = ("resumed", "nonfinite")
+_MARKED_EVENTS = ("resumed", "extended", "nonfinite", "spike")
 
 
 @dataclass(frozen=True)

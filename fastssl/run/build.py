@@ -237,7 +237,7 @@ def with_backend(cfg: RunConfig, source: Source) -> tuple[RunConfig, str]:
     Raises DataError for DALI where it cannot serve.
     """
     asked, before = cfg.data.backend, "auto"
-    if cfg.resume == "auto" and (cfg.directory / "config.yaml").is_file():
+    if cfg.resume != "never" and (cfg.directory / "config.yaml").is_file():
         before = load(cfg.directory).data.backend
     backend, note = choose_backend(before if asked == "auto" else asked, cfg.views(), source)
     if before not in ("auto", backend):

@@ -19,6 +19,7 @@ from fastssl import config, distributed
 from fastssl.config import ConfigError, RunConfig
 from fastssl.engine.checkpoint import Checkpoints
 from fastssl.files import sync, write_atomically
+from fastssl.run.restarts import launches, sign
 
 
 @dataclass
@@ -26,11 +27,14 @@ class Place:
     """A run's directory until the run has something to keep.
 
     made: it was not there before.  begun: a step has been taken, or an earlier one taken up.
+    before: the configuration of the run that is taken up, on the first rank, and as it is written.
     """
 
     cfg: RunConfig
     made: bool = False
     begun: bool = False
+    before: RunConfig | None = None
+    written: str = ""
 
     def begin(self) -> None:
         """From now on it stays, and the run that it replaces goes."""
@@ -39,7 +43,10 @@ class Place:
         self.begun = True
 
     def undo(self) -> None:
-        """Unless it has begun: it goes, and the run that it was to replace comes back."""
+        """Unless it has begun: it goes, and the run that it was to replace comes back; one that
+        was to be taken up stays as it was."""
+        if not self.begun and self.before is not None:
+            write_atomically(self.cfg.directory / "config.yaml", self.written)
         if self.begun or not self.made:
             return
         shutil.rmtree(self.cfg.directory, ignore_errors=True)
@@ -57,7 +64,7 @@ def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator["Pl
     naming each difference.  Data that are the same may lie elsewhere.
     A mistake of the user's that comes out before the place has begun leaves things as they were.
     """
-    place = Place(cfg)
+    place, launch = Place(cfg), launches()
     with contextlib.ExitStack() as stack:
         problem = None
         if distributed.rank() == 0:
@@ -65,7 +72,7 @@ def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator["Pl
                 output = cfg.directory.parent
                 output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(output / f".{cfg.name}.lock"))
-                problem = _prepare(place, data)
+                problem = _prepare(place, data, launch)
             except ConfigError as error:
                 problem = str(error)
             except BlockingIOError:
@@ -127,12 +134,18 @@ def _saved_data(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _changed(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
+def _changed(cfg: RunConfig, saved: RunConfig, data: dict[str, Any] | None) -> str | None:
     """Why the run in its directory cannot be taken up with this configuration and these data."""
     directory, before = cfg.directory, _saved_data(cfg.directory)
     allowed = cfg.data.changed == "allow"
     same = data is not None and data == before
-    changed = config.differences(config.load(directory), cfg, same_data=same or allowed)
+    how: dict[str, Any] = {"same_data": same or allowed}
+    changed = config.differences(saved, cfg, **how, extends=cfg.resume == "extend")
+    if changed and not config.differences(saved, cfg, **how, extends=True):
+        return (
+            f"{directory} was begun with another schedule ({'; '.join(changed)}): resume=extend "
+            "goes on with this one from where the run stands, name=... makes another run"
+        )
     if changed:
         return f"{directory} is another run: {'; '.join(changed)}; give name=... a new name"
     if data is None or before is None or same or allowed:
@@ -147,13 +160,15 @@ def _changed(cfg: RunConfig, data: dict[str, Any] | None) -> str | None:
     )
 
 
-def _prepare(place: "Place", data: dict[str, Any] | None) -> str | None:
+def _prepare(place: "Place", data: dict[str, Any] | None, launch: dict[str, Any]) -> str | None:
     cfg = place.cfg
     directory, saved = cfg.directory, cfg.directory / "config.yaml"
-    if saved.is_file() and cfg.resume == "auto":
-        changed = _changed(cfg, data)
+    if saved.is_file() and cfg.resume != "never":
+        before = config.load(directory)
+        changed = _changed(cfg, before, data)
         if changed:
             return changed
+        place.before, place.written = before, saved.read_text()
     elif saved.is_file() and not cfg.overwrite:
         return (
             f"{directory} already holds a run: resume=auto continues it, overwrite=true replaces "
@@ -172,4 +187,27 @@ def _prepare(place: "Place", data: dict[str, Any] | None) -> str | None:
     if data is not None:
         write_atomically(directory / "data.json", json.dumps(data))
     write_atomically(saved, config.dump(kept))
+    sign(directory, launch)
     return None
+
+
+def extension(before: RunConfig, now: RunConfig, step: int, steps_per_epoch: int) -> str:
+    """What becomes of the learning rate of a run that goes on at `step` on another schedule.
+
+    Empty where it goes on as it was.
+    """
+    changed = set(config.differences(before, now)) - {
+        *config.differences(before, now, extends=True)
+    }
+    if not changed:
+        return ""
+    totals = [cfg.epochs * steps_per_epoch for cfg in (before, now)]
+    rates = [
+        f"{cfg.optim.lr * cfg.optim.schedule.factor(min(step, total - 1), total):.3g}"
+        for cfg, total in zip((before, now), totals, strict=True)
+    ]
+    return (
+        f"{'; '.join(sorted(changed))}: from step {step} on the schedule is that of a run of "
+        f"{totals[1]} steps, so that the learning rate goes from {rates[0]} to {rates[1]} there, "
+        "and all else that follows a run's progress moves with it"
+    )

@@ -12,7 +12,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -31,6 +32,7 @@ from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.engine import Engine
 from fastssl.engine.scalars import Scalars
 from fastssl.engine.verbs import Step, Verbs
+from fastssl.engine.watchdog import DATA, SAVING, STEP, Stalled, heart
 from fastssl.run.build import (
     NOTHING,
     Given,
@@ -40,12 +42,16 @@ from fastssl.run.build import (
     fitted,
     with_backend,
 )
-from fastssl.run.directory import Place, prepared
+from fastssl.run.directory import Place, extension, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
 from fastssl.run.rehearsal import rehearse
+from fastssl.run.restarts import after_restart
+from fastssl.run.spikes import Applied
 from fastssl.run.summary import count_parameters, summarize, write_summary
 from fastssl.tree import count_rows, map_leaves
+
+LEAVE, SAVE, GO = range(3)  # votes before a step: no batch has come; save after it; neither
 
 
 class NonFinite(RuntimeError):
@@ -79,6 +85,7 @@ class Progress:
     skipped_in_row: int = 0  # of those, the last ones
     waited: float = 0.0  # of those seconds, for data, on average over ranks
     last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
+    applied: Applied = field(default_factory=Applied)
 
 
 def pretrain(
@@ -89,16 +96,18 @@ def pretrain(
     given: the objects that stand behind a model or a source named "given".
 
     Raises ConfigError, DataError and EngineError for what a user can mend, NonFinite, Interrupted,
-    and CheckpointError when the disk refuses: each leaves the last good checkpoint in place.
+    Stalled where data do not come, and CheckpointError when the disk refuses: each leaves the last
+    good checkpoint in place.
     """
     split = given.split or open_source(cfg.data.source, cfg.seed, cfg.data.streams)
     cfg = fitted(cfg, split.train)
     cfg, note = with_backend(cfg, split.train)
     notes: list[str] = []
-    goes_on = cfg.resume == "auto" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
+    goes_on = cfg.resume != "never" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
     channels, resumed = split.train.channels, goes_on is not None
     method, deferred = begin(cfg, channels, notes, given.encoder, resumed=resumed)
     with launch.session(cfg.device) as device:
+        cfg = after_restart(cfg)
         if watch is None or distributed.rank() > 0:
             watch = Silent()
         for said in (note, *notes):
@@ -141,6 +150,9 @@ class Run:
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop, self.saved_step = False, 0
+        self.readers, self.items_begun = loader.new_readers(), 0
+        self.saved_at, self.save_after = time.monotonic(), False
+        self.stalled, self.warm = "", False  # why no data come; a step is done in this process
         self.bad: list[tuple[str, str]] = []  # unreadable images not yet logged
         torch.manual_seed((cfg.seed << 20) + distributed.rank())  # each rank its own dropout
 
@@ -152,7 +164,7 @@ class Run:
             self.evaluate(self.progress.step)
         self.watch.begin(self.total, self.progress.step)
         try:
-            with _Signals(self):
+            with _Signals(self), heart.watched(self.cfg.engine.watchdog):
                 self.train()
         except OSError as error:  # of TensorBoard, which opens its file anew each time
             if self.directory.is_dir():
@@ -166,7 +178,7 @@ class Run:
         """The loop.  Steps are timed from report to report, as the device runs behind the host."""
         state, engine = self.progress, self.engine
         images, since = 0, time.perf_counter()
-        stream = self.loader.stream(state.step, self.total, should_stop=lambda: self.asked_to_stop)
+        stream = self.loader.stream(state.step, self.total, self.should_stop, self.readers)
         batches = self.waits = _Waits(stream)
         for batch in self.agreed(batches):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
@@ -179,17 +191,19 @@ class Run:
             state.step += 1
             self.place.begin()
             images += count_rows(batch) * distributed.world_size()
-            if step.finite:
+            if step.finite and not step.spike:
                 state.skipped_in_row = 0
+                state.applied.add(step, self.cfg.engine)
             else:
-                self.refuse(batch)
+                self.refuse(batch, self.spike(step) if step.spike else "")
             ends_epoch = state.step % self.steps_per_epoch == 0
             row = None
             if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
                 row = self.report(step, lr, images, since)
                 self.log_bad()
             self.watch.advance(state.step, row)
-            self.after(ends_epoch, step.stop)
+            with heart.paused():
+                self.after(ends_epoch, step.stop)
             if row is not None:
                 images, since, batches.seconds = 0, time.perf_counter(), 0.0
 
@@ -197,7 +211,12 @@ class Run:
         """One step of the engine; in a run's first one what fails is told in a sentence."""
         try:
             epoch, stop = self.progress.step / self.steps_per_epoch, self.asked_to_stop
-            return self.engine.step(batch, lr, progress=done, epoch=epoch, stop=stop)
+            with nullcontext() if self.warm else heart.paused():  # what it compiles takes its time
+                limits = self.progress.applied.limits(self.cfg.engine)
+                rest: dict[str, Any] = {"progress": done, "epoch": epoch, "stop": stop}
+                step = self.engine.step(batch, lr, **rest, limits=limits)
+            self.warm = True
+            return step
         except Exception as error:
             if self.progress.step or hasattr(error, "exit_code"):
                 raise
@@ -206,15 +225,48 @@ class Run:
             raise FirstStepError(f"{name} fails in the run's first step: {what}") from error
 
     def agreed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches, until some rank that is asked to stop has none: then all save and leave."""
+        """The batches, until some rank has none, as it was asked to stop or its data do not come:
+        then all save and leave."""
         while self.progress.step < self.total:
+            heart.at(DATA, self.progress.step + 1)
             batch = next(batches, None)
-            if not self.engine.agree(batch is not None):
-                self.save(best=False)
-                raise self.interrupted()
+            heart.at(STEP, self.progress.step + 1)
+            ready = SAVE if self.time_to_save() else GO
+            vote = self.engine.agree(LEAVE if batch is None else ready)
+            if vote == LEAVE:
+                raise self.leave()
             assert batch is not None
+            self.save_after = vote == SAVE
             yield batch
         next(batches, None)  # the stream ends, and its workers with it
+
+    def time_to_save(self) -> bool:
+        """Whether checkpoint.every_minutes are over: the first rank says so, after this step."""
+        minutes = self.cfg.checkpoint.every_minutes
+        late = time.monotonic() - self.saved_at > 60 * minutes
+        return minutes > 0 and late and distributed.rank() == 0
+
+    def should_stop(self) -> bool:
+        """Asked while a batch is waited for: whether to leave without it."""
+        if self.readers.count() != self.items_begun:
+            self.items_begun = self.readers.count()
+            heart.beat()
+        if heart.starved() and not self.stalled:
+            name = self.loader.source.name
+            at = [f"process {p} hangs in item {i} ({name(i)})" for p, i in self.readers.busy()]
+            self.stalled = (
+                f"rank {distributed.rank()} has waited {heart.limit:g} s for a batch "
+                f"(engine.watchdog): {'; '.join(at) or 'no reader is at an item'}"
+            )
+            self.readers.show()
+        return self.asked_to_stop or heart.asked_to_stop or bool(self.stalled)
+
+    def leave(self) -> Exception:
+        """Save the last finished step, as all ranks can; what to raise then."""
+        stalled = [rank for rank in distributed.gather_objects(self.stalled) if rank]
+        heart.at(SAVING, self.progress.step)
+        self.save(best=False)
+        return Stalled(f"{'; '.join(stalled)}; {self.stopped()}") if stalled else self.interrupted()
 
     def without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The samples of a batch that are there to be trained on, as many on every rank."""
@@ -235,7 +287,7 @@ class Run:
         state.images, state.seconds = state.images + images, state.seconds + seconds
         metrics = dict(zip(names, values, strict=True))
         state.last = finite(metrics)
-        if math.isfinite(metrics["loss"]):
+        if math.isfinite(metrics["loss"]) and not step.spike:
             state.epoch_losses.append(metrics["loss"])
         row = {**metrics, "lr": lr, "images_per_s": images / seconds}
         row["data_wait"] = min(waited / seconds, 1.0)
@@ -255,7 +307,8 @@ class Run:
             metrics |= self.evaluate(state.step)
         best = self.improves(metrics)
         due = ends_epoch and (last or _due(epoch, cfg.checkpoint.every))
-        if stop or due or best or _due(state.step, cfg.checkpoint.every_steps):
+        due = due or self.save_after or _due(state.step, cfg.checkpoint.every_steps)
+        if stop or due or best:
             self.save(best=best)
         if stop and not last:
             raise self.interrupted()
@@ -266,15 +319,18 @@ class Run:
         self.log_bad()
         self.log.sync(step)
         if best or step > self.saved_step:
-            known = {**vars(self.progress), "channels": self.split.train.channels}
+            known = {**asdict(self.progress), "channels": self.split.train.channels}
             self.checkpoints.save(self.engine, step, known, best=best)
-            self.saved_step = step
+            self.saved_step, self.saved_at = step, time.monotonic()
 
     def interrupted(self) -> Interrupted:
+        code = " (torchrun itself ends with code 1)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        return Interrupted(self.stopped() + code)
+
+    def stopped(self) -> str:
         step, folder = self.progress.step, self.checkpoints.folder
         saved = f"the state is saved in {folder}: resume=auto continues" if step else "nothing done"
-        code = " (torchrun itself ends with code 1)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        return Interrupted(f"stopped at step {step} of {self.total}; {saved}{code}")
+        return f"stopped at step {step} of {self.total}; {saved}"
 
     def log_bad(self) -> None:
         self.log.bad_images(self.progress.step, self.bad)
@@ -299,16 +355,28 @@ class Run:
         self.scalars.write({f"eval/{k}": v for k, v in metrics.items()}, step)
         return metrics
 
-    def refuse(self, batch: dict[str, Any]) -> None:
-        """A step that was not finite: skip it by leave of the configuration, or end the run."""
+    def spike(self, step: Step) -> str:
+        """Which step was out of line with those before it, and how far."""
+        limits = self.progress.applied.limits(self.cfg.engine)
+        assert limits is not None and step.loss is not None
+        what, was, limit, key = "loss", step.loss, limits.loss, "spike"
+        if step.norm is not None:
+            what, was, limit, key = "gradient's norm", step.norm, limits.norm, "spike_norm"
+        where = f"at step {self.progress.step} is above {limit:.4g} (engine.{key})"
+        return f"the {what} {was:.4g} {where}"
+
+    def refuse(self, batch: dict[str, Any], spike: str = "") -> None:
+        """A step that was not finite, or a spike: skip it by leave of the configuration, or end
+        the run."""
         state = self.progress
         indices = [i for part in distributed.gather_objects(batch["index"].tolist()) for i in part]
-        where = f"the loss or a gradient was not finite at step {state.step}"
+        where = spike or f"the loss or a gradient was not finite at step {state.step}"
         some = f"images {indices[:16]}"
         if len(indices) > 16:
             some += f" and {len(indices) - 16} more, all in metrics.jsonl"
-        self.log.row("event", state.step, what="nonfinite", detail=where, images=indices)
-        if self.cfg.engine.on_nonfinite == "skip":
+        what = "spike" if spike else "nonfinite"
+        self.log.row("event", state.step, what=what, detail=where, images=indices)
+        if spike or self.cfg.engine.on_nonfinite == "skip":
             state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
             self.watch.say(f"{where}: step skipped ({some})")
             if state.skipped_in_row < min(self.cfg.engine.max_skipped, self.total):
@@ -355,7 +423,7 @@ class Run:
 
     def resume(self) -> None:
         """Take up the newest intact checkpoint, if the configuration says so and there is one."""
-        if self.cfg.resume != "auto":
+        if self.cfg.resume == "never":
             return
         notes: list[str] = []
         parse = TypeAdapter(Progress).validate_python
@@ -377,6 +445,12 @@ class Run:
             self.log.event(self.progress.step, "damaged", note)
         said = [f"resumed at step {self.progress.step}", *self.checkpoints.notes]
         self.log.event(self.progress.step, "resumed", ", ".join(said))
+        if self.place.before is not None:
+            longer = extension(
+                self.place.before, self.cfg, self.progress.step, self.steps_per_epoch
+            )
+            if longer:
+                self.log.event(self.progress.step, "extended", longer)
 
 
 class _Waits:
@@ -414,7 +488,7 @@ class _Signals:
                 self.before[number] = signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: object) -> None:
-        self.run.asked_to_stop = True
+        self.run.asked_to_stop = heart.asked_to_stop = True
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *error: object) -> None:

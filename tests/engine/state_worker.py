@@ -12,6 +12,7 @@ from fastssl.engine.checkpoint import Checkpoints
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.engine import Engine
 from fastssl.engine.optim import OptimConfig
+from fastssl.engine.verbs import Limits
 from fastssl.methods import build_method
 from fastssl.models import build_backbone, freeze
 from tests.runs import VIT, saved_state, tiny
@@ -98,7 +99,8 @@ def halves(rank: int, world: int) -> list[float]:
 
 
 def skipped(rank: int, world: int) -> list[str]:
-    """What a step with one NaN on rank 0 has changed: parameters, norms, queues and teachers."""
+    """What a step with one NaN on rank 0, and one above its limit, have changed: parameters, norms,
+    queues and teachers."""
     changed = []
     for name in ("nnclr", "mocov3"):
         e = engine(name, "test_resnet", 8, zero_stage=1, on_nonfinite="skip", **TWO)
@@ -108,7 +110,13 @@ def skipped(rank: int, world: int) -> list[str]:
         if rank == 0:
             bad["views"][0][0, 0, 0, 0] = float("nan")
         assert not e.step(bad, 1e-2, progress=1.0).applied
+        fine = batch(rank, world, 2, 32, 2)
+        spike = e.step(fine, 1e-2, progress=1.0, limits=Limits(-torch.inf, torch.inf))
+        assert spike.spike and not spike.applied and spike.loss is not None
         changed += [f"{name} {n}" for n, x in _everything(e) if not torch.equal(x, before[n])]
+        mean = spike.loss * (1 + 1e-5)  # one rank's own loss is above it
+        if not e.step(fine, 1e-2, progress=1.0, limits=Limits(mean, torch.inf)).applied:
+            changed.append(f"{name} is judged by one rank's loss")
         if sum("running_var" in n for n in before) < 10:
             changed.append(f"{name} has too few norms")
     return changed

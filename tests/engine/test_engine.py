@@ -11,6 +11,7 @@ from fastssl.engine import launch
 from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.engine import Engine
 from fastssl.engine.optim import OptimConfig
+from fastssl.engine.verbs import Limits
 from fastssl.methods import MAE, build_method
 from fastssl.models import build_backbone
 from fastssl.schedules import cosine
@@ -355,3 +356,27 @@ def test_what_is_not_finite_moves_nothing(kind, monkeypatch):
             assert (step.finite, step.applied) == (False, False)
             torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
             del spoil[0]
+
+
+@pytest.mark.parametrize("kind", [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")])
+def test_what_is_above_a_limit_moves_nothing(kind):
+    none = Limits(float("inf"), float("inf"))
+    with launch.session("cpu"):
+        e = engine(*kind)
+        first = e.step(batch(), 0.0, limits=none)
+        before = e.encoder_state()
+        for limits in (
+            none._replace(loss=first.loss * 0.99),
+            none._replace(norm=first.norm * 0.99),
+        ):
+            step = e.step(batch(), 1e-3, limits=limits)
+            assert (step.finite, step.spike, step.applied) == (True, True, False)
+            assert step.loss == pytest.approx(first.loss)
+            assert (step.norm is None) == (limits.norm == none.norm)
+            torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
+        step = e.step(batch(), 1e-3, limits=Limits(first.loss * 1.01, first.norm * 1.01))
+        assert (step.finite, step.spike, step.applied) == (True, False, True)
+        assert step.norm == pytest.approx(first.norm, rel=0.01)
+        assert not e.encoder_state()["patch_embed.proj.weight"].equal(
+            before["patch_embed.proj.weight"]
+        )

@@ -10,7 +10,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from fastssl.engine.peers import _watch, watched
+from fastssl.engine.peers import _Talk, _watch, watched
+from fastssl.engine.watchdog import heart
 from tests.ranks import start
 
 
@@ -55,6 +56,24 @@ def test_a_closed_connection_is_a_death_unless_it_was_announced(said, lost):
     for descriptor in (done, leave):
         os.close(descriptor)
     ours.close()
+
+
+def test_who_is_asked_to_stop_tells_the_others_and_they_pass_it_on():
+    """So that one who waits for data leaves, though the signal came to another rank."""
+    (ours, theirs), (other, end) = socket.socketpair(), socket.socketpair()
+    talk = _Talk({ours: 1, other: 2})
+    with heart.watched(0):
+        talk.tick()
+        theirs.sendall(b'{"stop": true}\n{"ask"')
+        assert talk.hear(ours) and heart.asked_to_stop
+        theirs.sendall(b": true}\n")
+        assert talk.hear(ours)
+        talk.tick()
+        talk.tick()
+    assert end.recv(999).count(b'{"stop": true}\n') == 1
+    assert theirs.recv(999).startswith(b'{"is": {"step": ')
+    for connection in (ours, theirs, other, end):
+        connection.close()
 
 
 def worker(told):

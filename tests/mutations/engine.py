@@ -26,11 +26,16 @@ TESTS = {
         f"{ENGINE} tests/engine/test_large_batch.py tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
-        " or of_the_whole",
+        " or of_the_whole or above_a_limit or skipped_step_changes",
     ),
+    "engine/norms": (ENGINE, "above_a_limit"),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
     "engine/launch": (ENGINE, "launchers or tasks"),
-    "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
+    "engine/peers": (
+        "tests/engine/test_peers.py tests/engine/test_watchdog.py",
+        "closed_connection or asked_to_stop or hang_end or does_not_answer or waited_for",
+    ),
+    "engine/watchdog": ("tests/engine/test_watchdog.py", "the_time_to_save or is_named or single"),
     "engine/groups": ("tests/engine/test_optim.py", "not slices and not differ"),
     "engine/clipping": ("tests/engine/test_clipping.py", ""),
     "schedules/config": (
@@ -42,6 +47,47 @@ TESTS = {
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "engine/peers.hear": [("+ came).split", ").split"), ("and rest != _BYE", "or rest != _BYE")],
+    "engine/peers.act": [
+        ("heart.asked_to_stop = True", "heart.asked_to_stop"),
+        ('self.tell({"is": heart.status()})', "heart.status()"),
+    ],
+    "engine/peers.tick": [
+        ("self.passed_on = heart.asked_to_stop", "self.passed_on = False"),
+        ("(heart.late() or self.late)", "False"),
+    ],
+    "engine/peers.judge": [
+        ("< len(self.answers) and now", "< len(self.answers) or now"),
+        ('if all(said["late"]', 'if any(said["late"]'),
+        ('self.tell({"verdict": sentence})', "sentence"),
+    ],
+    "engine/watchdog.paused": [('place, self.place = self.place, ""', "place = self.place")],
+    "engine/watchdog.idle": [("now - self.looked > _GAP", "False")],
+    "engine/watchdog.late": [
+        ("DATA: 2 * self.limit", "DATA: self.limit"),
+        ("max(self.limit, _LEAST_SAVE)", "self.limit"),
+    ],
+    "engine/watchdog.verdict": [
+        ("and len(busy) < len(heard)", "and True"),
+        ("elif len(slow) < len(heard)", "elif False"),
+        ("if silent:", "if False:"),
+    ],
+    "engine/watchdog.end": [("os._exit(EXIT)", "os._exit(1)"), ("child.kill()", "child")],
+    "engine/engine._agree": [
+        ("flags[2] > self._limits.loss", "loss > self._limits.loss"),
+        ("loss / distributed.world_size()", "loss"),
+        ("finite & ~spike", "finite"),
+    ],
+    "engine/engine._finish": [
+        ("step.spike = limits.norm < step.norm", "step.spike = 0 < step.norm"),
+        ("if step.spike or not step.finite:", "if not step.finite:"),
+        ("(step.applied or step.spike)", "step.applied"),
+        ("self._flags[0] == 0", "self._flags[0] != 0"),
+        ("finite and (step.applied", "finite or (step.applied"),
+        ("spike or not step.finite:", "spike:"),
+        ("if norms and not step.spike:", "if False:"),
+    ],
+    "engine/norms.norm_limited": [("norms[-1] > limit", "False")],
     "engine/checkpoint._undisturbed": [("signal.SIG_DFL", "signal.getsignal(signal.SIGCHLD)")],
     "engine/checkpoint.load": [
         ('get("format", 1) != FORMAT', 'get("format", 2) > FORMAT'),
@@ -189,11 +235,6 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('"] = False', '"] = True'),
         ("self.cfg.zero_stage == 3", "self.cfg.zero_stage == 2"),
         ("_merge(config, given)", "_merge(given, config)"),
-    ],
-    "engine/engine._finish": [
-        ("self._flags[0] == 0", "self._flags[0] != 0"),
-        ("if plain and not finite:", "if plain and finite is None:"),
-        ("finite=finite and applied", "finite=applied or finite"),
     ],
     "engine/launch._launched": [
         ('"RANK" in os.environ and missing', '"RANK" in os.environ and not missing'),

@@ -332,5 +332,5 @@ MUTATIONS = {
     "distributed.all_reduce_sum": [("_reduce, _reduce)", "_reduce, lambda grad, group: grad)")],
     "distributed._scatter_sum": [("mine.to(x.dtype)", "x[: len(mine)]")],
     "distributed._reduce": [("x.float() if half", "x.clone() if half")],
-    "distributed.all_agree": [("ReduceOp.MIN", "ReduceOp.MAX")],
+    "distributed.least": [("ReduceOp.MIN", "ReduceOp.MAX")],
 }

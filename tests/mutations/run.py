@@ -7,7 +7,7 @@ TESTS = {
     "run/train": (
         f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
         "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding"
-        " or short_batch",
+        " or short_batch or not_come or no_trace or by_the_clock",
     ),
     "run/build": (
         f"tests/methods/test_methods.py {DATA} tests/test_plugins.py",
@@ -16,9 +16,12 @@ TESTS = {
     "run/rehearsal": ("tests/test_given.py", "wrong_is_told"),
     "run/directory": (
         f"{DATA} {TRAIN} tests/train/test_damage.py tests/test_given.py",
-        "wrong_is_told or other_data or may_lie or going_on or directory_in or that_is_a_file",
+        "wrong_is_told or other_data or may_lie or going_on or directory_in or that_is_a_file"
+        " or by_leave",
     ),
     "run/evaluation": (DATA, "mostly_bad"),
+    "run/spikes": (TRAIN, "whole_window"),
+    "run/restarts": ("tests/train/test_restarts.py", "nothing_else"),
     "run/log": (TRAIN, "log_is_json or skipping_ends"),
 }
 
@@ -29,11 +32,45 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("parts * (2 if alone or", "parts * (1 if alone or"),
     ],
     "run/train.without_padding": [("leaf[:rows]", "leaf[: rows + 1]")],
-    "run/train.train": [("* distributed.world_size()", "* self.cfg.batch_size")],
     "run/train.agreed": [
         ("if not self.engine.agree", "if self.engine.agree"),
         ("best=False", "best=True"),
     ],
+    "run/train.should_stop": [
+        ("            heart.beat()", "            pass"),
+        ("or bool(self.stalled)", "or False"),
+        ("self.readers.show()", "self.readers"),
+    ],
+    "run/train.time_to_save": [
+        ("60 * minutes", "minutes"),
+        ("and distributed.rank() == 0", "and True"),
+    ],
+    "run/train.save": [("time.monotonic()", "self.saved_at"), ("asdict(", "vars(")],
+    "run/train.train": [
+        ("* distributed.world_size()", "* self.cfg.batch_size"),
+        ("state.applied.add(step, self.cfg.engine)", "state.applied"),
+    ],
+    "run/spikes.add": [("del kept[: -cfg.spike_window]", "kept")],
+    "run/spikes.limits": [
+        (">= cfg.spike_window:", ">= 1:"),
+        ("max(spread, abs(middle) / 100)", "spread"),
+        ("1.4826 * median", "1.4826 * max"),
+    ],
+    "run/restarts.after_restart": [
+        ('if cfg.resume == "never" else cfg.resume', "if True else 0"),
+        ('"overwrite": False', '"overwrite": cfg.overwrite'),
+    ],
+    "run/restarts._is_restart": [
+        ('if saved["process"] == now["process"]', "if False"),
+        ('bool(now["job"][1]) and', "True and"),
+        ('saved["restarts"] < now["restarts"]', "True"),
+    ],
+    "run/directory.extension": [
+        ("min(step, total - 1)", "step - 1"),
+        ("if not changed", "if False"),
+    ],
+    "run/directory.undo": [("self.before is not None", "False")],
+    "run/train.leave": [("if stalled else", "if not stalled else")],
     "run/train.improves": [
         ("or not math.isfinite", "or math.isnan(0) and math.isfinite"),
         ("value <= self", "value < self"),

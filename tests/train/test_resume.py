@@ -3,15 +3,19 @@
 import os
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastssl import distributed
 from fastssl.config import load
 from fastssl.data.sources.arrays import ArrayImages
 from fastssl.engine.checkpoint import damaged
 from fastssl.engine.engine import Engine
+from fastssl.engine.watchdog import Stalled
+from fastssl.run import train
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import Silent
 from fastssl.run.train import Interrupted, Progress, Run, _Signals, pretrain
@@ -95,23 +99,60 @@ def test_a_run_that_waits_for_data_saves_and_leaves(tmp_path, monkeypatch):
     assert damaged(cfg.directory / "checkpoints/step-00000003") is None
 
 
-def test_a_rank_leaves_with_another_that_was_asked_to_stop():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_do_not_come_end_a_run_once_it_is_saved(workers, tmp_path, monkeypatch, capfd):
+    """A reader that hangs is named, with what it is at; one that is slow is waited for."""
+    cfg = tiny("mae", tmp_path, data__workers=workers, engine__watchdog=1.0)
+    item, read = ArrayImages.item, []
+
+    def stalls_here(self, index):
+        read.append(index)
+        if len(read) in range(cfg.batch_size + 1, cfg.batch_size + 5):  # 1.6 s for a batch
+            time.sleep(0.4)
+        if len(read) == 2 * cfg.batch_size + 7:
+            threading.Event().wait(60)
+        return item(self, index)
+
+    monkeypatch.setattr(Run, "evaluate", lambda self, step: {})
+    monkeypatch.setattr(Evaluator, "pictures_before", lambda self, directory: None)
+    monkeypatch.setattr(train, "rehearse", lambda *given: None)
+    monkeypatch.setattr(ArrayImages, "item", stalls_here)
+    named = (
+        r"rank 0 has waited 1 s for a batch \(engine.watchdog\): process \d+ hangs in item \d+ \("
+    )
+    with pytest.raises(Stalled, match=named + r".*; stopped at step 2 of 10; the state") as caught:
+        pretrain(cfg)
+    assert caught.value.exit_code == 6
+    assert damaged(cfg.directory / "checkpoints/step-00000002") is None
+    assert "in stalls_here" in capfd.readouterr().err
+
+
+def test_a_rank_leaves_with_another_that_was_asked_to_stop(monkeypatch):
     """Fault 11: it has a batch, and the other, which waits for data, has none."""
     saved = []
 
     class Stub:
-        total, progress = 10, Progress(step=4)
-        engine = SimpleNamespace(agree=lambda has_batch: False)
+        total, progress, stalled, leave = 10, Progress(step=4), "", Run.leave
+        engine = SimpleNamespace(agree=lambda vote: train.LEAVE)
+        time_to_save = Run.time_to_save
+        cfg = SimpleNamespace(checkpoint=SimpleNamespace(every_minutes=0))
+        saved_at = 0.0
 
         def save(self, *, best):
             saved.append(best)
+
+        def stopped(self):
+            return "saved"
 
         def interrupted(self):
             return Interrupted("together")
 
     with pytest.raises(Interrupted, match="together"):
         next(Run.agreed(Stub(), iter([{}])))
-    assert saved == [False]
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, "rank 1 has waited"])
+    with pytest.raises(Stalled, match="^rank 1 has waited; saved"):
+        next(Run.agreed(Stub(), iter([{}])))
+    assert saved == [False, False]
 
 
 # fault 46

@@ -17,20 +17,23 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fastssl import distributed
 from fastssl.config import ConfigError, load
 from fastssl.data.errors import DataError
 from fastssl.data.loader import PretrainLoader
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
 from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.engine import Engine
+from fastssl.engine.verbs import Limits, Step
 from fastssl.methods import MAE
 from fastssl.methods import METHODS as REGISTERED
 from fastssl.report import read_metrics
-from fastssl.run import directory, rehearsal
+from fastssl.run import directory, rehearsal, train
 from fastssl.run.directory import prepared
 from fastssl.run.evaluation import EvaluationError
 from fastssl.run.log import LogError, RunLog, Silent
 from fastssl.run.progress import RichWatch
+from fastssl.run.spikes import Applied
 from fastssl.run.train import NonFinite, Progress, Run, pretrain
 from tests.runs import few_digits, final, losses, tiny
 
@@ -80,6 +83,53 @@ def test_a_run_is_not_overwritten_unasked(run):
     other = run.model_copy(update={"epochs": 3, "seed": 4})
     with pytest.raises(ConfigError, match="epochs: 2 -> 3; seed: 3 -> 4"):
         pretrain(other)
+
+
+def test_another_schedule_is_taken_up_by_leave_alone(run):
+    with pytest.raises(ConfigError, match="epochs: 2 -> 3.*: resume=extend goes on.*from where"):
+        pretrain(run.model_copy(update={"epochs": 3}))
+    with pytest.raises(ConfigError, match="seed: 3 -> 4"):
+        pretrain(run.model_copy(update={"resume": "extend", "seed": 4}))
+    with pytest.raises(ConfigError, match="epochs=1 is 5 steps, and the run is at step 10"):
+        pretrain(run.model_copy(update={"resume": "extend", "epochs": 1}))
+    assert load(run.directory).epochs == 2
+    longer = run.model_copy(update={"resume": "extend", "epochs": 4})
+    pretrain(longer)
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    (said,) = [row for row in rows if row.get("what") == "extended"]
+    rate = 1e-3 * run.optim.schedule.factor(10, 20)
+    assert said["step"] == 10 and said["detail"].startswith("epochs: 2 -> 4: from step 10 on")
+    last = 1e-3 * run.optim.schedule.factor(9, 10)
+    assert (
+        f"20 steps, so that the learning rate goes from {last:.3g} to {rate:.3g}"
+        in (said["detail"])
+    )
+    (at,) = [row["lr"] for row in rows if row["kind"] == "train" and row["step"] == 11]
+    assert at == pytest.approx(rate) and load(run.directory).epochs == 4
+    pretrain(longer)  # is no change any more
+    events = read_metrics(run.directory / "metrics.jsonl")
+    assert [row["what"] for row in events if row["kind"] == "event"][-1] == "resumed"
+
+
+def test_a_checkpoint_can_come_by_the_clock(tmp_path, monkeypatch):
+    """13 s a step by a clock of the test's own; the first rank's decides."""
+    clock, step = [0.0], Engine.step
+
+    def slow(self, *args, **options):
+        clock[0] += 13
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "step", slow)
+    times = {"monotonic": lambda: clock[0], "perf_counter": lambda: clock[0]}
+    monkeypatch.setattr(train, "time", SimpleNamespace(**times))
+    cfg = tiny("mae", tmp_path, checkpoint__every=0, checkpoint__every_minutes=1)
+    pretrain(cfg)
+    kept = sorted(path.name for path in (cfg.directory / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000006", "step-00000010"]
+    run = SimpleNamespace(cfg=cfg, saved_at=0.0)
+    assert Run.time_to_save(run)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert not Run.time_to_save(run)
 
 
 def test_a_finished_run_resumed_only_reports(finished, run):
@@ -153,6 +203,59 @@ def test_a_nonfinite_step_can_be_skipped(stage, precision, tmp_path, monkeypatch
     assert results["train"]["skipped_steps"] == 1 and len(moved) == 9 and 0.4 not in moved
 
 
+def spike(monkeypatch, step, scale, begun=0):
+    """Make the loss of one step so many times as large, and its gradient a hundred times."""
+    loss, seen = MAE.loss, [1] * begun
+
+    def large(self, encoded, batch):
+        if len(batch["index"]) > rehearsal.ROWS:
+            seen.append(1)
+        out = loss(self, encoded, batch)["loss"]
+        return {"loss": scale * out + 99 * (out - out.detach()) if len(seen) == step else out}
+
+    monkeypatch.setattr(MAE, "loss", large)
+
+
+@pytest.mark.parametrize("key, scale", [("spike", 100.0), ("spike_norm", 1.0)])
+def test_a_spike_leaves_no_trace_and_a_resumed_run_knows_what_came_before(
+    key, scale, tmp_path, monkeypatch
+):
+    """The run is that whose step was not finite, and was skipped."""
+    keys = {f"engine__{key}": 20.0, "engine__spike_window": 4}
+    other = tiny("mae", tmp_path, name="other", engine__on_nonfinite="skip")
+    cfg = tiny("mae", tmp_path, **keys)
+    with monkeypatch.context() as patch:
+        poison(patch, 7)
+        pretrain(other)
+    with monkeypatch.context() as patch:
+        spike(patch, 7, scale)
+        results = pretrain(cfg)
+    assert results["train"]["skipped_steps"] == 1
+    rows = [[row for row in final(c) if row["step"] != 7] for c in (cfg, other)]
+    assert rows[0] == rows[1]
+    events = read_metrics(cfg.directory / "metrics.jsonl")
+    (event,) = [row for row in events if row.get("what") == "spike"]
+    assert event["step"] == 7 and f"(engine.{key})" in event["detail"]
+    whole = final(cfg)
+    shutil.rmtree(cfg.directory / "checkpoints/step-00000010")
+    with monkeypatch.context() as patch:
+        spike(patch, 7, scale, begun=5)
+        pretrain(cfg.model_copy(update={"resume": "auto"}))
+    assert final(cfg) == whole
+
+
+def test_limits_stand_on_a_whole_window_and_one_outlier_hardly_moves_them():
+    cfg, seen = EngineConfig(spike=2.0, spike_norm=3.0, spike_window=5), Applied()
+    for loss in (9.0, 1.0, 3.0, 900.0, 2.0, 4.0):
+        assert seen.limits(cfg) == Limits(np.inf, np.inf) or len(seen.losses) == 5
+        seen.add(Step({}, True, True, False, loss=loss, norm=loss), cfg)
+    assert seen.losses == [1.0, 3.0, 900.0, 2.0, 4.0]
+    assert seen.limits(cfg) == pytest.approx((3 + 2 * 1.4826 * 1, 9.0))
+    even = Applied([2.0] * 5, [])
+    assert even.limits(cfg) == Limits(2.04, np.inf)
+    assert even.limits(EngineConfig()) is None
+
+
 # fault 41
 def test_skipping_ends_after_so_many_steps_in_a_row(tmp_path):
     class Stub:
@@ -168,7 +271,12 @@ def test_skipping_ends_after_so_many_steps_in_a_row(tmp_path):
         Run.refuse(Stub, batch)
     assert (e.value.exit_code, Stub.progress.skipped) == (3, 7)
     assert [row["images"] for row in Stub.log.rows()] == [[*range(20)]] * 3
+    Stub.progress.skipped_in_row = 2
+    Stub.cfg = tiny("mae", tmp_path, engine__max_skipped=3)
+    with pytest.raises(NonFinite, match="^the loss is high, as in 3 steps"):
+        Run.refuse(Stub, batch, "the loss is high")
     Stub.progress.skipped_in_row, Stub.total = 0, 1  # of a run that is shorter
+    Stub.cfg = tiny("mae", tmp_path, engine__on_nonfinite="skip")
     with pytest.raises(NonFinite, match="1 steps in a row"):
         Run.refuse(Stub, batch)
 

@@ -1,0 +1,44 @@
+"""Steps out of line with those before them: what a loss and a gradient's norm may be.
+
+    loss  <= median + engine.spike * max(1.4826 MAD, |median| / 100)
+    norm  <= median * engine.spike_norm
+
+over the last `engine.spike_window` steps that were applied, and without limits until there are as
+many.  1.4826 MAD, the median distance from the median, is the standard deviation of what is
+normally distributed, and a spike that was let through hardly moves it.  All ranks have the same
+numbers, the loss being the mean over ranks, so they come to the same limits.
+"""
+
+import math
+from dataclasses import dataclass, field
+from statistics import median
+
+from fastssl.engine.config import EngineConfig
+from fastssl.engine.verbs import Limits, Step
+
+
+@dataclass
+class Applied:
+    """Of the last steps that were applied, the oldest first; saved with each checkpoint."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def add(self, step: Step, cfg: EngineConfig) -> None:
+        for kept, value in ((self.losses, step.loss), (self.norms, step.norm)):
+            if value is not None:
+                kept.append(value)
+                del kept[: -cfg.spike_window]
+
+    def limits(self, cfg: EngineConfig) -> Limits | None:
+        """For the next step; None where nothing is watched."""
+        if not cfg.spike and not cfg.spike_norm:
+            return None
+        loss = norm = math.inf
+        if cfg.spike and len(self.losses) >= cfg.spike_window:
+            middle = median(self.losses)
+            spread = 1.4826 * median(abs(x - middle) for x in self.losses)
+            loss = middle + cfg.spike * max(spread, abs(middle) / 100)
+        if cfg.spike_norm and len(self.norms) >= cfg.spike_window:
+            norm = cfg.spike_norm * median(self.norms)
+        return Limits(loss, norm)
