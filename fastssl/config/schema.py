@@ -15,6 +15,7 @@ from fastssl.data.views.streams import StreamViews
 from fastssl.engine.clipping import check_offload
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import OptimConfig, check_optimizer
+from fastssl.engine.zero import SAME_NUMBERS
 from fastssl.methods.configs import METHODS, AnyMethodConfig
 from fastssl.registry import plugins_of
 from fastssl.schedules.config import SCHEDULES, schedules_in
@@ -297,6 +298,7 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         "engine.activation_checkpointing",
         "engine.max_skipped",
         "engine.reduce_once",
+        *(f"engine.zero.{key}" for key in SAME_NUMBERS),
         "optim.lr_batch",
     }
     if same_data:

@@ -3,9 +3,11 @@
 import difflib
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastssl.section import Section
+
+from .zero import ZeroConfig, check_zero
 
 # What the run's own keys say, by the DeepSpeed key that would say it a second time.
 _OWN_KEYS = {
@@ -75,8 +77,9 @@ class EngineConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute the backbone's blocks in backward: less memory, more time."
     )
+    zero: ZeroConfig = ZeroConfig()  # type: ignore[call-arg]
     deepspeed: dict[str, Any] = Field(
-        {}, description="Raw DeepSpeed keys, merged last (offload, bucket sizes ...)."
+        {}, description="Raw DeepSpeed keys, merged last: what engine.zero has not."
     )
 
     @field_validator("deepspeed")
@@ -101,12 +104,34 @@ class EngineConfig(Section):
             )
         return given
 
+    @model_validator(mode="after")
+    def _zero_fits_the_stage(self) -> "EngineConfig":
+        check_zero(self.zero, self.zero_stage, self.precision, self.deepspeed)
+        return self
+
+
+def accumulates_in(cfg: EngineConfig) -> tuple[str, Any]:
+    """The key that says what gradients are added up in, and its value; None where none does."""
+    if cfg.zero.accumulation_dtype is not None:
+        return "engine.zero.accumulation_dtype", cfg.zero.accumulation_dtype
+    given = cfg.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    return "engine.deepspeed.data_types.grad_accum_dtype", given
+
 
 def offloads_optimizer(cfg: EngineConfig) -> bool:
     """Whether DeepSpeed keeps the optimizer's state off the device."""
+    if cfg.zero.offload_optimizer != "none":
+        return True
     zero = cfg.deepspeed.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
     return offload.get("device", "none") != "none" or bool(zero.get("cpu_offload"))
+
+
+def fetches_blocks(cfg: EngineConfig) -> bool:
+    """Whether blocks are ZeRO-3's leaves: unless engine.deepspeed says in its own way what is."""
+    named = cfg.deepspeed.get("zero_optimization", {})
+    own = any("leaf" in key or "granularity" in key for key in named)
+    return cfg.zero_stage == 3 and cfg.zero.leaf_blocks is not False and not own
 
 
 class CheckpointConfig(Section):

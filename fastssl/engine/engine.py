@@ -24,8 +24,9 @@ from fastssl.models import (
 )
 from fastssl.tree import count_rows, cut, join, map_leaves
 
+from .blocks import blocks_of, fetched_as_one
 from .clipping import Clipping, restrains
-from .config import EngineConfig, EngineError
+from .config import EngineConfig, EngineError, fetches_blocks
 from .fragments import ZeroPieces
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
@@ -33,6 +34,7 @@ from .optim import OptimConfig, after_initialize, build_optimizer
 from .scalars import MONITORS
 from .states import read_states, write_states
 from .verbs import Step, Verbs
+from .zero import deepspeed_keys, runtime_problem
 
 _Done = tuple[dict[str, Tensor], Any, "torch.cuda.Event | None"]  # metrics, "keep", flags sent
 NEVER = 2**62  # DeepSpeed's own progress lines: ours are better
@@ -74,20 +76,29 @@ class Engine(Verbs):
         for network in networks if cfg.activation_checkpointing else ():
             if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
                 _checkpoint_activations(network)
+        if problem := runtime_problem(cfg.zero, device, distributed.world_size()):
+            raise EngineError(problem)
+        if cfg.zero.nvme_path is not None and not _reads_nvme():
+            raise EngineError("offloading to nvme needs libaio (apt install libaio-dev)")
         self.notes: list[str] = []
         if distributed.world_size() > 1:
             self._join_batch_norms(method, batch_size // shares)
         if cfg.precision == "bf16":
             widen_batch_norms(method)
+        self._parameters = list(method.parameters())  # to walk through a model takes its time
+        leaves = blocks_of(method) if fetches_blocks(cfg) else []
         try:
             optimizer = build_optimizer(method, optim)
             groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
-            self.ds, *_ = deepspeed().initialize(
-                model=method,
-                optimizer=optimizer,
-                config=self._deepspeed_config(0.0 if restrains(optim) else optim.clip, batch_size),
-                dist_init_required=False,
-            )
+            with fetched_as_one(leaves):
+                self.ds, *_ = deepspeed().initialize(
+                    model=method,
+                    optimizer=optimizer,
+                    config=self._deepspeed_config(
+                        0.0 if restrains(optim) else optim.clip, batch_size
+                    ),
+                    dist_init_required=False,
+                )
         except ValidationError as error:
             raise EngineError(_refusal(error)) from error
         except (AssertionError, ValueError, TypeError, KeyError) as error:
@@ -95,7 +106,6 @@ class Engine(Verbs):
         after_initialize(self.ds)
         self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())
-        self._parameters = list(method.parameters())  # to walk through a model takes its time
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
 
     @property
@@ -213,7 +223,7 @@ class Engine(Verbs):
             return tensor.detach()
         master = safe_get_full_fp32_param(tensor)
         if master is not None:
-            return master.reshape(getattr(tensor, "ds_shape", tensor.shape))
+            return master.float().reshape(getattr(tensor, "ds_shape", tensor.shape))
         if hasattr(tensor, "ds_id"):  # frozen at stage 3: cut, and without a master
             with deepspeed().zero.GatheredParameters([tensor]):
                 return tensor.detach().float().clone()
@@ -254,17 +264,17 @@ class Engine(Verbs):
             "train_micro_batch_size_per_gpu": batch_size // (distributed.world_size() * parts),
             "gradient_accumulation_steps": parts,
             "gradient_clipping": clip,
-            "zero_optimization": {"stage": self.cfg.zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": self.cfg.precision == "bf16"},
             "steps_per_print": NEVER,
         }
-        if self.cfg.zero_stage == 3:
-            # DeepSpeed's own linear rounds twice in bf16, once more after the bias: another loss.
-            config["zero_optimization"]["memory_efficient_linear"] = False
+        trained = sum(p.numel() for p in self._parameters if p.requires_grad)
+        where = {"cuda": self.device.type == "cuda", "world": distributed.world_size()}
+        stage = self.cfg.zero_stage
+        keys = deepspeed_keys(self.cfg.zero, stage, trained, parts=parts, **where)
         given = {k: v for k, v in self.cfg.deepspeed.items() if k not in MONITORS}
-        return _merge(config, given)
+        return _merge(_merge(config, keys), given)
 
     def _sizes(self, batch: dict[str, Any]) -> list[int]:
         """The rows of `accumulation` micro-batches: equal, or one row apart."""
@@ -344,6 +354,15 @@ def _checkpoint_activations(encoder: nn.Module) -> None:
         raise EngineError(
             f"engine.activation_checkpointing=True, which {name} does not offer"
         ) from error
+
+
+def _reads_nvme() -> bool:
+    """Whether DeepSpeed's asynchronous reads can be built here."""
+    deepspeed()
+    from deepspeed.ops import op_builder
+
+    builders: Any = op_builder  # which fills itself as it is imported
+    return builders.AsyncIOBuilder().is_compatible(verbose=False)
 
 
 def _refusal(error: ValidationError) -> str:
