@@ -2,8 +2,9 @@
 
     python -m fastssl.bench.overhead            method, batch, stage, ms a bare step, median ratio
 
-All train a copy of one method on one batch: forward, backward, the norm's clipping, AdamW.  The
-engine is DeepSpeed in float32, alone in its world, at each ZeRO stage.  A turn is a step of each,
+All train a copy of one method on one batch: forward, backward, the norm's clipping, AdamW (of the
+bare loop torch's as it comes; "fused" as the engine has it).  The engine is DeepSpeed in float32,
+alone in its world, at each ZeRO stage.  A turn is a step of each,
 and who goes first changes; a ratio is of one turn.  Processor time stands beside the clock's: of a
 machine that is shared with others it is what can be trusted.
 """
@@ -24,7 +25,7 @@ from fastssl.bench.cases.trainers import make_batch
 from fastssl.engine import launch
 from fastssl.engine.config import EngineConfig
 from fastssl.engine.engine import Engine
-from fastssl.engine.optim import OptimConfig, build_optimizer
+from fastssl.engine.optim import OptimConfig, parameter_groups
 from fastssl.methods import build_method
 from fastssl.methods.configs import MAEConfig, SimCLRConfig
 from fastssl.models import build_backbone
@@ -53,24 +54,33 @@ def steps_of(
     kwargs, side = ENCODERS[size], SIDES[size]
     encoder = build_backbone("vit_tiny_patch16_224", shape=(1, side, side), kwargs=kwargs)
     method: Any = build_method(encoder, METHODS[name])
-    bare, views = copy.deepcopy(method), [torch.randn(batch_size, 1, side, side)] * method.views
+    views = [torch.randn(batch_size, 1, side, side)] * method.views
     batch = make_batch((*views, torch.arange(batch_size)))
-    optimizer = build_optimizer(bare, OPTIM)
-    parameters = [p for p in bare.parameters() if p.requires_grad]
-
-    def loop() -> None:
-        bare(batch)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, OPTIM.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    steps: dict[str, Callable] = {"bare": loop}
+    steps: dict[str, Callable] = {
+        "bare": loop_of(copy.deepcopy(method), batch, fused=None),
+        "fused": loop_of(copy.deepcopy(method), batch, fused=True),
+    }
     for stage in stages:
         cfg = EngineConfig.model_validate({"zero_stage": stage, "on_nonfinite": on_nonfinite})
         kind = {"device": torch.device("cpu"), "batch_size": batch_size}
         engine = Engine(copy.deepcopy(method), OPTIM, cfg, **kind)
         steps[f"stage {stage}"] = partial(engine.step, batch, LR)
     return steps
+
+
+def loop_of(model: Any, batch: dict[str, Any], fused: bool | None) -> Callable[[], None]:
+    """A step of the loop that everybody writes."""
+    groups = parameter_groups(model, OPTIM.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=LR, fused=fused)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def loop() -> None:
+        model(batch)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, OPTIM.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return loop
 
 
 def measure(steps: dict[str, Callable], rounds: int) -> dict[str, dict[str, tuple[float, float]]]:

@@ -26,11 +26,11 @@ from fastssl.tree import count_rows, cut, join, map_leaves
 
 from .blocks import blocks_of, fetched_as_one
 from .clipping import Clipping, restrains
-from .config import EngineConfig, EngineError, fetches_blocks
+from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
 from .fragments import ZeroPieces
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
-from .optim import OptimConfig, after_initialize, build_optimizer
+from .optim import OptimConfig, after_initialize, build_optimizer, implementation_of
 from .scalars import MONITORS
 from .states import read_states, write_states
 from .verbs import Step, Verbs
@@ -86,16 +86,21 @@ class Engine(Verbs):
         if cfg.precision == "bf16":
             widen_batch_norms(method)
         self._parameters = list(method.parameters())  # to walk through a model takes its time
+        # Nothing in DeepSpeed looks at these gradients before they are applied.
+        self._plain = cfg.zero_stage == 0 and cfg.precision == "fp32"
         leaves = blocks_of(method) if fetches_blocks(cfg) else []
         try:
-            optimizer = build_optimizer(method, optim)
+            optimizer = build_optimizer(
+                method, optim, device=device, offloaded=offloads_optimizer(cfg)
+            )
+            self.notes.append(f"optimizer: {implementation_of(optimizer)}")
             groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
             with fetched_as_one(leaves):
                 self.ds, *_ = deepspeed().initialize(
                     model=method,
                     optimizer=optimizer,
                     config=self._deepspeed_config(
-                        0.0 if restrains(optim) else optim.clip, batch_size
+                        0.0 if restrains(optim) or self._plain else optim.clip, batch_size
                     ),
                     dist_init_required=False,
                 )
@@ -307,11 +312,14 @@ class Engine(Verbs):
         if event is not None:
             event.synchronize()
         finite, stop = bool(self._flags[0] == 0), bool(self._flags[1] > 0)
-        plain = self.cfg.zero_stage == 0 and self.cfg.precision == "fp32"
-        if plain:  # nothing in DeepSpeed looks at these gradients before they are applied
-            grads = [p.grad for p in self._parameters if p.grad is not None]
-            metrics["grad_norm"] = torch.nn.utils.get_total_norm(grads)
-            finite = finite and bool(torch.isfinite(metrics["grad_norm"]))
+        plain = self._plain
+        if plain:
+            trained = [p for p in self._parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            metrics["grad_norm"] = norm
+            finite = finite and bool(torch.isfinite(norm))
+            if finite and self.clipping is None and self.optim.clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(trained, self.optim.clip, norm)
         if plain and not finite:
             self.ds.zero_grad()
             self.ds.micro_steps += 1

@@ -217,6 +217,22 @@ def test_lower_layers_move_less(stage, precision):
         torch.testing.assert_close(share.item(), scale, rtol=1e-3, atol=0)
 
 
+def test_a_clip_is_the_same_at_every_stage():
+    """At stage 0 in float32 it is ours; by half of the norm, which stays what it was."""
+    found = []
+    with launch.session("cpu"):
+        for stage in (0, 1):
+            optim = OptimConfig(name="momentum", momentum=0.0, weight_decay=0, clip=0.5)
+            cfg = EngineConfig(zero_stage=stage)
+            e = Engine(method(), optim, cfg, device=torch.device("cpu"), batch_size=8)
+            before = torch.cat([p.flatten() for p in e.encoder_state().values()])
+            norm = e.step(batch(), 1.0).metrics["grad_norm"].float()
+            after = torch.cat([p.flatten() for p in e.encoder_state().values()])
+            found.append([norm, after - before])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert found[0][0] > 1
+
+
 @pytest.mark.parametrize("out", [{}, torch.zeros(()), {"loss": torch.zeros(3)}], ids=str)
 def test_a_method_without_a_loss_is_named(out, monkeypatch):
     monkeypatch.setattr(MAE, "loss", lambda *args: out)
