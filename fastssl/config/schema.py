@@ -296,6 +296,7 @@ def differences(saved: RunConfig, now: RunConfig, *, same_data: bool = False) ->
         *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),
         "data.changed",
         "engine.activation_checkpointing",
+        "engine.compile",
         "engine.max_skipped",
         "engine.reduce_once",
         *(f"engine.zero.{key}" for key in SAME_NUMBERS),

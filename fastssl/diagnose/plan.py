@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import RunConfig
+from fastssl.engine.blocks import recompute
 from fastssl.engine.large_batch import is_exact
 from fastssl.methods.base import PARAMETERS
 from fastssl.models import frozen_in
@@ -61,9 +62,7 @@ def make_plan(cfg: RunConfig, channels: int | dict[str, int], world: int) -> Pla
     if half:
         method.to(torch.bfloat16)
     F = sum(p.numel() for network in frozen_in(method) for p in network.parameters())
-    for network in method.networks().values() if cfg.engine.activation_checkpointing else ():
-        if any(p.requires_grad for p in network.parameters()):
-            network.set_grad_checkpointing(True)  # type: ignore[operator]
+    recompute(method, cfg.engine)
     width = 2 if half else 4
     means = 4 * (P - T - F) if half else 0  # of a teacher
     states = 4 * STATES.get(cfg.optim.name, 2)

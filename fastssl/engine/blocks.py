@@ -1,11 +1,21 @@
 """The blocks of a model: what is fetched, compiled or recomputed as one."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+from .config import EngineConfig, EngineError
 from .launch import deepspeed
 
 # timm's transformers, and ours, decoders among them; its ResNets; its EfficientNets' stages of them
@@ -61,3 +71,82 @@ def fetched_as_one(blocks: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         stage3.z3_leaf_parameter = is_leaf
+
+
+def recompute(method: nn.Module, cfg: EngineConfig) -> None:
+    """Let backward recompute what is trained, as engine.activation_checkpointing says.
+
+    The blocks of encoders and decoders; an encoder without any, or with batch norms in them, by
+    its own set_grad_checkpointing.  Raises EngineError for one that has neither.
+    """
+    how = cfg.activation_checkpointing
+    if not how:
+        return
+    trained = [block for block in blocks_of(method) if _is_trained(block)]
+    ours = [block for block in trained if not _has_norms(block)]
+    for block in ours:
+        context = {"context_fn": _selected} if how == "selective" else {}
+        again = partial(checkpoint, block.forward, use_reentrant=False, **context)
+        block.forward = _unless_frozen(again, block.forward)
+    done = {id(block) for block in ours}
+    for network in method.networks().values():  # type: ignore[operator]
+        if _is_trained(network) and not any(id(block) in done for block in network.modules()):
+            _by_itself(network, how)
+
+
+def compile_blocks(method: nn.Module) -> int:
+    """Compile each block's forward by itself; how many."""
+    blocks = blocks_of(method)
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+    return len(blocks)
+
+
+def _unless_frozen(again: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`again` where there is a backward to come, else `forward`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (again if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return run
+
+
+def _selected() -> Any:
+    """Contexts that keep what products and attention make, and recompute the rest."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_aten = torch.ops.aten
+_KEPT = {
+    *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default),
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _has_norms(module: nn.Module) -> bool:
+    """Whether its statistics would move twice."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def _by_itself(network: nn.Module, how: Any) -> None:
+    name = type(network).__name__
+    try:
+        if how == "selective":
+            raise AttributeError("set_grad_checkpointing recomputes all")
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError) as error:
+        raise EngineError(
+            f"engine.activation_checkpointing={how}, which {name} does not offer"
+        ) from error

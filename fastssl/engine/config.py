@@ -74,8 +74,20 @@ class EngineConfig(Section):
         description="The encoder's batch norms train on the joined batch of all ranks; false: each "
         "rank's on its own images, and their running statistics are averaged.",
     )
-    activation_checkpointing: bool = Field(
-        False, description="Recompute the backbone's blocks in backward: less memory, more time."
+    activation_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Recompute the blocks of encoders and decoders in backward: less memory, more "
+        "time. selective: but for their matrix products and attention.",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile each block of encoders and decoders, in the first steps and at "
+        "each new shape.",
+    )
+    tf32: bool | None = Field(
+        None,
+        description="On CUDA multiply float32 matrices in TF32, of 10 bits, or in full; default: "
+        "as torch is set (products in full, convolutions in TF32).",
     )
     zero: ZeroConfig = ZeroConfig()  # type: ignore[call-arg]
     deepspeed: dict[str, Any] = Field(
@@ -107,6 +119,11 @@ class EngineConfig(Section):
     @model_validator(mode="after")
     def _zero_fits_the_stage(self) -> "EngineConfig":
         check_zero(self.zero, self.zero_stage, self.precision, self.deepspeed)
+        if self.compile and self.zero_stage == 3 and not fetches_blocks(self):
+            raise ValueError(
+                "engine.compile=True at engine.zero_stage=3 wants whole blocks: leave out "
+                "engine.zero.leaf_blocks=False, and leaf_module of engine.deepspeed"
+            )
         return self
 
 

@@ -24,7 +24,7 @@ from fastssl.models import (
 )
 from fastssl.tree import count_rows, cut, join, map_leaves
 
-from .blocks import blocks_of, fetched_as_one
+from .blocks import blocks_of, compile_blocks, fetched_as_one, recompute
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
 from .fragments import ZeroPieces
@@ -72,10 +72,6 @@ class Engine(Verbs):
         check_batch_norms(method, cfg, batch_size)
         if self._exact:
             check_deepspeed(cfg)
-        networks = list(method.networks().values())  # type: ignore[operator]
-        for network in networks if cfg.activation_checkpointing else ():
-            if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
-                _checkpoint_activations(network)
         if problem := runtime_problem(cfg.zero, device, distributed.world_size()):
             raise EngineError(problem)
         if cfg.zero.nvme_path is not None and not _reads_nvme():
@@ -85,6 +81,10 @@ class Engine(Verbs):
             self._join_batch_norms(method, batch_size // shares)
         if cfg.precision == "bf16":
             widen_batch_norms(method)
+        set_tf32(cfg.tf32, device)
+        if cfg.compile:
+            self.notes.append(f"engine.compile: {compile_blocks(method)} blocks, each by itself")
+        recompute(method, cfg)
         self._parameters = list(method.parameters())  # to walk through a model takes its time
         # Nothing in DeepSpeed looks at these gradients before they are applied.
         self._plain = cfg.zero_stage == 0 and cfg.precision == "fp32"
@@ -354,14 +354,14 @@ def loss_of(method: nn.Module, out: Any) -> Tensor:
     return loss
 
 
-def _checkpoint_activations(encoder: nn.Module) -> None:
-    try:
-        encoder.set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AssertionError, AttributeError) as error:
-        name = type(encoder).__name__
-        raise EngineError(
-            f"engine.activation_checkpointing=True, which {name} does not offer"
-        ) from error
+def set_tf32(wanted: bool | None, device: torch.device) -> None:
+    """Of this process from here on.  Raises EngineError for TF32 without CUDA."""
+    if wanted is None:
+        return
+    if device.type != "cuda":
+        raise EngineError(f"engine.tf32={wanted} is for CUDA, and the run is on {device.type}")
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
 
 
 def _reads_nvme() -> bool:

@@ -182,7 +182,8 @@ def build_optimizer(
         return LARS(groups, cfg.lr, **cfg.options())
     if cfg.name == "lamb":
         return LAMB(groups, cfg.lr, **cfg.options())
-    device = groups[0]["params"][0].device if device is None else device
+    parameter: nn.Parameter = groups[0]["params"][0]
+    device = device or parameter.device
     if cfg.implementation in ("apex", "deepspeed"):
         kind, extra = _implementation(cfg.implementation, cfg.name, device, offloaded)
         return kind(groups, lr=cfg.lr, **extra | cfg.options())

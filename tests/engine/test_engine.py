@@ -1,15 +1,18 @@
 """The engine's own promises, at every stage and precision, on two ranks."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import distributed
 from fastssl.engine import launch
+from fastssl.engine.blocks import recompute
 from fastssl.engine.config import EngineConfig, EngineError
-from fastssl.engine.engine import Engine
+from fastssl.engine.engine import Engine, set_tf32
 from fastssl.engine.optim import OptimConfig
 from fastssl.engine.zero import ZeroConfig, deepspeed_keys, runtime_problem
 from fastssl.methods import MAE, build_method
@@ -241,23 +244,74 @@ def test_a_method_without_a_loss_is_named(out, monkeypatch):
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():
+    """Decoders among them; selective multiplies no matrix twice."""
     results = []
     with launch.session("cpu"):
-        for on in (False, True):
-            e = engine(1, "fp32", activation_checkpointing=on)
+        for how in (False, True, "selective"):
+            e = engine(1, "fp32", activation_checkpointing=how)
             kept = []
 
             def keep(x, kept=kept):
                 kept.append(x.nbytes)
                 return x
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                e.ds(batch())
-            e.step(batch(), 1e-3)
-            results.append((sum(kept), e.encoder_state()))
-    (plain, a), (lean, b) = results
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert lean < 0.7 * plain
+            if how != "selective":  # which keeps its own apart
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                    e.ds(batch())
+            with FlopCounterMode(display=False) as counter:
+                e.step(batch(), 1e-3)
+            results.append((sum(kept), e.encoder_state(), counter.get_total_flops()))
+    (plain, a, least), (lean, b, most), (_, c, again) = results
+    for other in (b, c):
+        torch.testing.assert_close(a, other, rtol=1e-5, atol=1e-6)
+    assert lean < 0.45 * plain and least == again < most
+
+
+def test_what_cannot_be_recomputed_is_told():
+    resnet = build_backbone("test_resnet", shape=(1, 32, 32), kwargs={})
+    normed = build_method(resnet, tiny("simclr", ".").method)
+    recompute(normed, EngineConfig(activation_checkpointing=True))  # as timm does
+    assert resnet.grad_checkpointing
+    with pytest.raises(EngineError, match="activation_checkpointing=selective, which ResNet does"):
+        recompute(normed, EngineConfig(activation_checkpointing="selective"))
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at all of a tensor
+@pytest.mark.parametrize("stage, again", [(1, False), (3, True)])
+def test_blocks_compile_without_a_break_and_change_nothing(stage, again, monkeypatch):
+    whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", whole)
+    states, notes = [], []
+    with launch.session("cpu"):
+        for on in (False, True):
+            torch._dynamo.reset()
+            e = engine(stage, "fp32", compile=on, activation_checkpointing=again)
+            for _ in range(2):
+                e.step(batch(), 1e-3)
+            e.features(batch()["views"][0])
+            states.append(e.encoder_state())
+            notes += [note for note in e.notes if "compile" in note]
+    torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)
+    assert notes == ["engine.compile: 3 blocks, each by itself"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_compiled_blocks_of_stage_3_are_whole():
+    with pytest.raises(ValueError, match="compile=True at engine.zero_stage=3 .*leaf_blocks=False"):
+        EngineConfig(zero_stage=3, compile=True, zero={"leaf_blocks": False})
+
+
+def test_tf32_is_set_where_there_is_any(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    for wanted in (True, False):
+        set_tf32(wanted, torch.device("cuda"))
+        assert torch.backends.cudnn.allow_tf32 is wanted
+    set_tf32(None, torch.device("cpu"))
+    assert set_to == ["high", "highest"]
+    with pytest.raises(EngineError, match="engine.tf32=True is for CUDA, .* on cpu"):
+        set_tf32(True, torch.device("cpu"))
 
 
 def test_a_teacher_that_is_cut_is_given_whole_to_the_rank_that_keeps_it(ran):

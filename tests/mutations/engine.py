@@ -22,13 +22,13 @@ TESTS = {
         f"{ENGINE} tests/engine/test_large_batch.py tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
-        " or of_the_whole or stage_0 or same_at_every",
+        " or of_the_whole or stage_0 or same_at_every or tf32",
     ),
     "engine/zero": (
         ENGINE,
         "of_zero or fit_the_model or cannot_do or reaches_deepspeed or merged_last",
     ),
-    "engine/blocks": (ENGINE, "tuned"),
+    "engine/blocks": (ENGINE, "is_tuned or checkpointing or recomputed or compile"),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
     "engine/launch": (ENGINE, "launchers or tasks or wrong_gradients"),
     "engine/peers": ("tests/engine/test_peers.py", "closed_connection"),
@@ -90,6 +90,13 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('"grad_accum_dtype": zero', '"grad_accum_dtypes": zero'),
     ],
     "engine/blocks.fetched_as_one": [("lambda parameter: False", "is_leaf")],
+    "engine/blocks.recompute": [
+        ("if not _has_norms(block)]", "]"),
+        ('if how == "selective" else {}', "if how is True else {}"),
+        ("blocks_of(method) if", "blocks_of(method.encoder) if"),
+    ],
+    "engine/blocks.compile_blocks": [("torch.compile(block.forward)", "block.forward")],
+    "engine/engine.set_tf32": [('"high" if wanted', '"highest" if wanted')],
     "engine/launch.check_version": [("< LEAST", "> LEAST")],
     "engine/networks.networks_of": [("or not all(map(is_network, found))", "or False")],
     "engine/networks.encoder_files": [("if not frozen]", "if True]")],
