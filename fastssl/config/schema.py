@@ -15,6 +15,7 @@ from fastssl.data.views.streams import StreamViews
 from fastssl.engine.clipping import check_offload
 from fastssl.engine.config import CheckpointConfig, EngineConfig
 from fastssl.engine.optim import OptimConfig, check_optimizer
+from fastssl.engine.zero import SAME_NUMBERS
 from fastssl.methods.configs import METHODS, AnyMethodConfig
 from fastssl.registry import plugins_of
 from fastssl.schedules.config import SCHEDULES, schedules_in
@@ -299,11 +300,13 @@ def differences(
         *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),
         "data.changed",
         "engine.activation_checkpointing",
+        "engine.compile",
         "engine.max_skipped",
         "engine.watchdog",
         *("engine.spike", "engine.spike_norm", "engine.spike_window"),
         "engine.reduce_once",
         *("engine.zero_stage", "engine.precision"),
+        *(f"engine.zero.{key}" for key in SAME_NUMBERS),
         "optim.lr_batch",
     }
     for prefix in ("zero_optimization", "data_types"):  # as the stage and the precision want them

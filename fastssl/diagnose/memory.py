@@ -26,6 +26,7 @@ from fastssl.config import RunConfig
 from fastssl.engine.config import offloads_optimizer
 from fastssl.engine.large_batch import is_exact
 from fastssl.engine.optim import OptimConfig, build_optimizer
+from fastssl.engine.zero import deepspeed_keys
 from fastssl.models import frozen_in
 
 from .counting import Counts, Meter, Work
@@ -152,15 +153,17 @@ class Zero:
     cuts: bool  # gradients are cut as they come
 
     @classmethod
-    def of(cls, cfg: RunConfig, method: Any) -> "Zero":
+    def of(cls, cfg: RunConfig, method: Any, world: int, *, cuda: bool) -> "Zero":
         engine = cfg.engine
-        given, stage = engine.deepspeed.get("zero_optimization", {}), engine.zero_stage
-        overlap = given.get("overlap_comm")
+        stage, trained = engine.zero_stage, Sizes.of(method).trained
+        parts = 1 if is_exact(method, engine) else engine.accumulation
+        keys = deepspeed_keys(engine.zero, stage, trained, cuda=cuda, world=world, parts=parts)
+        given = {**keys["zero_optimization"], **engine.deepspeed.get("zero_optimization", {})}
         held = is_exact(method, engine) and engine.reduce_once
         return cls(
             stage,
             int(float(given.get("reduce_bucket_size", _BUCKET))),
-            stage == 3 if overlap is None else bool(overlap),
+            bool(given.get("overlap_comm")),
             int(float(given.get("stage3_max_live_parameters", _LIVE))),
             offloads_optimizer(engine),
             stage >= 2 and not held,

@@ -14,6 +14,7 @@ import torch
 from fastssl.config import ConfigError, RunConfig
 from fastssl.data.datasets import open_source
 from fastssl.data.loader import PretrainLoader
+from fastssl.engine.blocks import recompute
 from fastssl.engine.launch import deepspeed
 from fastssl.engine.optim import check_optimizer
 from fastssl.models import synchronize_batch_norms, widen_batch_norms
@@ -25,7 +26,7 @@ from .memory import MOMENTS, Memory, Rule, Sizes, Zero, memory
 from .speed import Cluster, Speed, Traffic, speed, traffic
 
 NOT_COUNTED = "evaluation, loader processes, and whether the data come as fast as they are trained"
-OFFLOAD = "engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"
+OFFLOAD = "engine.zero.offload_optimizer=cpu"
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def make_plan(
     with torch.device("meta"):
         method = build(cfg, channels)
     process = resident() if device.on_cpu else 0
-    sizes, zero = Sizes.of(method), Zero.of(cfg, method)
+    sizes, zero = Sizes.of(method), Zero.of(cfg, method, cluster.world, cuda=not device.on_cpu)
     half, parts = engine.precision == "bf16", engine.accumulation
     if half:
         widen_batch_norms(method)
@@ -163,9 +164,7 @@ def make_plan(
             parameter.data = parameter.data.to(torch.bfloat16)
     if cluster.world > 1 and engine.sync_batchnorm:
         synchronize_batch_norms(method)
-    for network in method.networks().values() if engine.activation_checkpointing else ():
-        if any(p.requires_grad for p in network.parameters()):
-            network.set_grad_checkpointing(True)  # type: ignore[operator]
+    recompute(method, engine)
     counts = count(method, cfg, channels, cluster.world)
     rule = Rule.of(cfg.optim, on_cpu=device.on_cpu)
     held = {
@@ -241,9 +240,10 @@ def _changes(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
         yield f"engine.accumulation={parts}", with_engine(accumulation=parts)
         parts *= 4
     if engine.zero_stage and not plan.zero.offloads:
-        zero = {**engine.deepspeed.get("zero_optimization", {})}
-        zero["offload_optimizer"] = {"device": "cpu"}
-        yield OFFLOAD, with_engine(deepspeed={**engine.deepspeed, "zero_optimization": zero})
+        yield (
+            OFFLOAD,
+            with_engine(zero=engine.zero.model_copy(update={"offload_optimizer": "cpu"})),
+        )
 
 
 def weak_scaling(plan: Plan, channels: Channels, worlds: list[int]) -> Iterator[Plan]:

@@ -40,7 +40,7 @@ def check_offload(cfg: OptimConfig, engine: EngineConfig) -> None:
     if restrains(cfg) and offloads_optimizer(engine):
         raise ValueError(
             "optim.clip_each, and optim.groups with clip or freeze_epochs, want gradients on the "
-            "device: leave out engine.deepspeed.zero_optimization.offload_optimizer"
+            "device: leave out engine.zero.offload_optimizer"
         )
 
 

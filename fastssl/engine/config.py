@@ -3,9 +3,11 @@
 import difflib
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastssl.section import Section
+
+from .zero import ZeroConfig, check_zero
 
 # What the run's own keys say, by the DeepSpeed key that would say it a second time.
 _OWN_KEYS = {
@@ -94,11 +96,24 @@ class EngineConfig(Section):
         description="The encoder's batch norms train on the joined batch of all ranks; false: each "
         "rank's on its own images, and their running statistics are averaged.",
     )
-    activation_checkpointing: bool = Field(
-        False, description="Recompute the backbone's blocks in backward: less memory, more time."
+    activation_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Recompute the blocks of encoders and decoders in backward: less memory, more "
+        "time. selective: but for their matrix products and attention.",
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile each block of encoders and decoders, in the first steps and at "
+        "each new shape.",
+    )
+    tf32: bool | None = Field(
+        None,
+        description="On CUDA multiply float32 matrices in TF32, of 10 bits, or in full; default: "
+        "as torch is set (products in full, convolutions in TF32).",
+    )
+    zero: ZeroConfig = ZeroConfig()  # type: ignore[call-arg]
     deepspeed: dict[str, Any] = Field(
-        {}, description="Raw DeepSpeed keys, merged last (offload, bucket sizes ...)."
+        {}, description="Raw DeepSpeed keys, merged last: what engine.zero has not."
     )
 
     @field_validator("deepspeed")
@@ -123,12 +138,39 @@ class EngineConfig(Section):
             )
         return given
 
+    @model_validator(mode="after")
+    def _zero_fits_the_stage(self) -> "EngineConfig":
+        check_zero(self.zero, self.zero_stage, self.precision, self.deepspeed)
+        if self.compile and self.zero_stage == 3 and not fetches_blocks(self):
+            raise ValueError(
+                "engine.compile=True at engine.zero_stage=3 wants whole blocks: leave out "
+                "engine.zero.leaf_blocks=False, and leaf_module of engine.deepspeed"
+            )
+        return self
+
+
+def accumulates_in(cfg: EngineConfig) -> tuple[str, Any]:
+    """The key that says what gradients are added up in, and its value; None where none does."""
+    if cfg.zero.accumulation_dtype is not None:
+        return "engine.zero.accumulation_dtype", cfg.zero.accumulation_dtype
+    given = cfg.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    return "engine.deepspeed.data_types.grad_accum_dtype", given
+
 
 def offloads_optimizer(cfg: EngineConfig) -> bool:
     """Whether DeepSpeed keeps the optimizer's state off the device."""
+    if cfg.zero.offload_optimizer != "none":
+        return True
     zero = cfg.deepspeed.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
     return offload.get("device", "none") != "none" or bool(zero.get("cpu_offload"))
+
+
+def fetches_blocks(cfg: EngineConfig) -> bool:
+    """Whether blocks are ZeRO-3's leaves: unless engine.deepspeed says in its own way what is."""
+    named = cfg.deepspeed.get("zero_optimization", {})
+    own = any("leaf" in key or "granularity" in key for key in named)
+    return cfg.zero_stage == 3 and cfg.zero.leaf_blocks is not False and not own
 
 
 class CheckpointConfig(Section):

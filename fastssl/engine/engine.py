@@ -26,19 +26,21 @@ from fastssl.models import (
 from fastssl.models.deferred import Deferred
 from fastssl.tree import count_rows, cut, join, map_leaves
 
+from .blocks import blocks_of, compile_blocks, fetched_as_one, recompute
 from .clipping import Clipping, restrains
-from .config import EngineConfig, EngineError
+from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
 from .fragments import ZeroPieces
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
 from .materialize import materialize
 from .norms import norm_limited
-from .optim import OptimConfig, after_initialize, build_optimizer
+from .optim import OptimConfig, after_initialize, build_optimizer, implementation_of
 from .scalars import MONITORS
 from .states import States, check_offloaded
 from .tensor_files import Kind
 from .verbs import Limits, Step, Verbs
 from .watchdog import heart
+from .zero import deepspeed_keys, runtime_problem
 
 _Done = tuple[dict[str, Tensor], Any, "torch.cuda.Event | None"]  # metrics, "keep", flags sent
 NEVER = 2**62  # DeepSpeed's own progress lines: ours are better
@@ -84,30 +86,38 @@ class Engine(Verbs):
                     f"engine.zero_stage=3 cannot cut {name}, a parameter without dimensions: give "
                     "it the shape (1,), or take stage 2"
                 )
-        networks = list(method.networks().values())  # type: ignore[operator]
-        for network in networks if cfg.activation_checkpointing else ():
-            if any(p.requires_grad for p in network.parameters()):  # neither a teacher's nor frozen
-                _checkpoint_activations(network)
         check_offloaded(cfg)
+        if problem := runtime_problem(cfg.zero, device, distributed.world_size()):
+            raise EngineError(problem)
         self.notes: list[str] = []
         if distributed.world_size() > 1:
             self._join_batch_norms(method, batch_size // shares)
         if cfg.precision == "bf16":
             widen_batch_norms(method)
+        set_tf32(cfg.tf32, device)
+        if cfg.compile:
+            self.notes.append(f"engine.compile: {compile_blocks(method)} blocks, each by itself")
+        recompute(method, cfg)
+        self._parameters = list(method.parameters())  # to walk through a model takes its time
+        # Nothing in DeepSpeed looks at these gradients before they are applied.
+        self._plain = cfg.zero_stage == 0 and cfg.precision == "fp32"
+        leaves = blocks_of(method) if fetches_blocks(cfg) else []
         try:
-            optimizer = build_optimizer(method, optim)
+            optimizer = build_optimizer(
+                method, optim, device=device, offloaded=offloads_optimizer(cfg)
+            )
+            self.notes.append(f"optimizer: {implementation_of(optimizer)}")
             groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
-            config = self._deepspeed_config(0.0 if restrains(optim) else optim.clip, batch_size)
+            clip = 0.0 if restrains(optim) or self._plain else optim.clip
+            config = self._deepspeed_config(clip, batch_size)
             if deferred is not None:
                 dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
                 zero = config if cfg.zero_stage == 3 else None
                 materialize(method, deferred, device, dtype, zero)
-            self.ds, *_ = deepspeed().initialize(
-                model=method,
-                optimizer=optimizer,
-                config=config,
-                dist_init_required=False,
-            )
+            with fetched_as_one(leaves):
+                self.ds, *_ = deepspeed().initialize(
+                    model=method, optimizer=optimizer, config=config, dist_init_required=False
+                )
         except ValidationError as error:
             raise EngineError(_refusal(error)) from error
         except (AssertionError, ValueError, TypeError, KeyError) as error:
@@ -116,7 +126,6 @@ class Engine(Verbs):
         self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())
         self._states = States(self.ds)
-        self._parameters = list(method.parameters())  # to walk through a model takes its time
         self._flags = torch.empty(4, pin_memory=device.type == "cuda")
         self._limits: Limits | None = None  # of the step under way
 
@@ -243,7 +252,7 @@ class Engine(Verbs):
             return tensor.detach()
         master = safe_get_full_fp32_param(tensor)
         if master is not None:
-            return master.reshape(getattr(tensor, "ds_shape", tensor.shape))
+            return master.float().reshape(getattr(tensor, "ds_shape", tensor.shape))
         if hasattr(tensor, "ds_id"):  # frozen at stage 3: cut, and without a master
             with deepspeed().zero.GatheredParameters([tensor]):
                 return tensor.detach().float().clone()
@@ -284,17 +293,17 @@ class Engine(Verbs):
             "train_micro_batch_size_per_gpu": batch_size // (distributed.world_size() * parts),
             "gradient_accumulation_steps": parts,
             "gradient_clipping": clip,
-            "zero_optimization": {"stage": self.cfg.zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": self.cfg.precision == "bf16"},
             "steps_per_print": NEVER,
         }
-        if self.cfg.zero_stage == 3:
-            # DeepSpeed's own linear rounds twice in bf16, once more after the bias: another loss.
-            config["zero_optimization"]["memory_efficient_linear"] = False
+        trained = sum(p.numel() for p in self._parameters if p.requires_grad)
+        where = {"cuda": self.device.type == "cuda", "world": distributed.world_size()}
+        stage = self.cfg.zero_stage
+        keys = deepspeed_keys(self.cfg.zero, stage, trained, parts=parts, **where)
         given = {k: v for k, v in self.cfg.deepspeed.items() if k not in MONITORS}
-        return _merge(config, given)
+        return _merge(_merge(config, keys), given)
 
     def _sizes(self, batch: dict[str, Any]) -> list[int]:
         """The rows of `accumulation` micro-batches: equal, or one row apart."""
@@ -342,20 +351,22 @@ class Engine(Verbs):
         limits = self._limits
         if limits is not None:
             step.loss, step.spike = float(self._flags[2]), finite and bool(self._flags[3] > 0)
-        if self.cfg.zero_stage == 0 and self.cfg.precision == "fp32":
-            # Nothing in DeepSpeed looks at these gradients before they are applied.
-            grads = [p.grad for p in self._parameters if p.grad is not None]
-            metrics["grad_norm"] = torch.nn.utils.get_total_norm(grads)
+        if self._plain:
+            trained = [p for p in self._parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            metrics["grad_norm"] = norm
             if limits is not None and not step.spike:
-                step.norm = float(metrics["grad_norm"])
+                step.norm = float(norm)
                 step.spike = limits.norm < step.norm < float("inf")
             if not step.spike:
-                step.finite = finite and bool(torch.isfinite(metrics["grad_norm"]))
+                step.finite = finite and bool(torch.isfinite(norm))
             if step.spike or not step.finite:
                 self.ds.zero_grad()
                 self.ds.micro_steps += 1
                 self.ds.skipped_steps += 1
                 return step
+            if self.clipping is None and self.optim.clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(trained, self.optim.clip, norm)
         if self.clipping is not None:
             self.clipping.measure()
         with nullcontext() if limits is None else norm_limited(self.ds, limits.norm) as norms:
@@ -392,14 +403,23 @@ def loss_of(method: nn.Module, out: Any) -> Tensor:
     return loss
 
 
-def _checkpoint_activations(encoder: nn.Module) -> None:
-    try:
-        encoder.set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AssertionError, AttributeError) as error:
-        name = type(encoder).__name__
-        raise EngineError(
-            f"engine.activation_checkpointing=True, which {name} does not offer"
-        ) from error
+def set_tf32(wanted: bool | None, device: torch.device) -> None:
+    """Of this process from here on.  Raises EngineError for TF32 without CUDA."""
+    if wanted is None:
+        return
+    if device.type != "cuda":
+        raise EngineError(f"engine.tf32={wanted} is for CUDA, and the run is on {device.type}")
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
+
+
+def _reads_nvme() -> bool:
+    """Whether DeepSpeed's asynchronous reads can be built here."""
+    deepspeed()
+    from deepspeed.ops import op_builder
+
+    builders: Any = op_builder  # which fills itself as it is imported
+    return builders.AsyncIOBuilder().is_compatible(verbose=False)
 
 
 def _refusal(error: ValidationError) -> str:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastssl.models import moving_in
 from fastssl.tree import count_rows, cut, join, leaves, map_leaves
 
-from .config import EngineConfig, EngineError, offloads_optimizer
+from .config import EngineConfig, EngineError, accumulates_in, offloads_optimizer
 from .watchdog import heart
 
 
@@ -35,19 +35,15 @@ def check_deepspeed(cfg: EngineConfig) -> None:
 
     DeepSpeed loses there what it has of parameters that a step's last backward does not reach.
     """
-    types = cfg.deepspeed.get("data_types", {})
+    key, dtype = accumulates_in(cfg)
     named = f"engine.large_batch=exact at engine.zero_stage={cfg.zero_stage}"
     if cfg.zero_stage > 1 and not cfg.reduce_once and offloads_optimizer(cfg):
         raise EngineError(
-            f"{named} takes no optimizer that is offloaded (engine.deepspeed.zero_optimization) "
-            "with engine.reduce_once=false"
+            f"{named} takes no optimizer that is offloaded with engine.reduce_once=false"
         )
-    wide = str(types.get("grad_accum_dtype")) in ("fp32", "float32", "float", "torch.float32")
+    wide = str(dtype) in ("fp32", "float32", "float", "torch.float32")
     if cfg.zero_stage < 2 and cfg.precision == "bf16" and wide:
-        raise EngineError(
-            f"{named} takes no engine.deepspeed.data_types.grad_accum_dtype="
-            f"{types['grad_accum_dtype']!r}: use engine.zero_stage=2"
-        )
+        raise EngineError(f"{named} takes no {key}={dtype!r}: use engine.zero_stage=2")
 
 
 def check_batch_norms(method: Any, cfg: EngineConfig, batch_size: int) -> None:

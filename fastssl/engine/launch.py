@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import time
@@ -17,6 +18,7 @@ from .peers import watched
 
 # What starts several processes without saying where they find each other -> how many it started.
 STARTERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+LEAST = (0, 19, 8)  # of DeepSpeed
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets
 
 
@@ -60,6 +62,7 @@ def deepspeed() -> Any:
     import deepspeed as module
     from deepspeed.utils import logger
 
+    check_version(module.__version__)
     # An all-reduce through shared memory, compiled at the first start: gloo needs no compiler.
     module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel("ERROR")
@@ -99,6 +102,22 @@ def _store_of_this_start() -> Iterator[None]:
         yield
     finally:
         env.update(MASTER_PORT=before, TORCHELASTIC_USE_AGENT_STORE="True")
+
+
+def check_version(version: str) -> None:
+    """Raise EngineError for a DeepSpeed that computes wrong gradients.
+
+    Before 0.19.8 it loses at stage 2 a part of the gradient of a module that is called twice.
+
+    >>> check_version("0.19.8+cu130")
+    >>> check_version("0.20.0rc1")
+    """
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:3]) < LEAST:
+        least = ".".join(map(str, LEAST))
+        raise EngineError(
+            f"deepspeed {version} computes wrong gradients at ZeRO stage 2 for an encoder that is "
+            f"called more than once in a step: pip install 'deepspeed>={least}'"
+        )
 
 
 def _launched() -> bool:

@@ -7,7 +7,9 @@ has not), but for "lars" and "lamb", which are ours: right under every ZeRO stag
 """
 
 import difflib
-from typing import Annotated, Any
+import inspect
+from importlib import import_module
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -35,6 +37,12 @@ class OptimConfig(Moves):
 
     name: str = Field(
         default="adamw", description="lars, lamb, or a name of timm.optim (adamw, sgd ...)."
+    )
+    implementation: Literal["auto", "torch", "apex", "deepspeed"] = Field(
+        default="auto",
+        description="Whose code steps: auto is torch's, fused where it has that (adam, adamw, sgd, "
+        "momentum); of adam and adamw also apex's FusedAdam, DeepSpeed's FusedAdam on CUDA and its "
+        "CPUAdam elsewhere.",
     )
     lr: float = Field(
         default=1e-3, gt=0, description="Peak learning rate, for the whole batch size."
@@ -93,6 +101,15 @@ class OptimConfig(Moves):
         return self
 
     @model_validator(mode="after")
+    def _somebody_implements_it(self) -> "OptimConfig":
+        if self.implementation in ("apex", "deepspeed") and self.name not in ("adam", "adamw"):
+            raise ValueError(
+                f"optim.implementation={self.implementation} is for adam and adamw, and optim.name "
+                f"is {self.name}: auto or torch"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rates_are_not_negative(self) -> "OptimConfig":
         if not self.schedule.counts_steps:
             for hundredth in range(101):
@@ -147,17 +164,70 @@ def check_optimizer(name: str, zero_stage: int) -> None:
         )
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    cfg: OptimConfig,
+    *,
+    device: torch.device | None = None,
+    offloaded: bool = False,
+) -> torch.optim.Optimizer:
     """The optimizer of `cfg` over `model`'s parameter groups, at its peak learning rate.
 
+    device: where it will step, by default where the parameters are; offloaded: on the CPU.
     Under DeepSpeed call `after_initialize` as well, and set each group's lr before each step.
+    Raises ValueError where the implementation asked for is not there.
     """
     groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, cfg.groups)
     if cfg.name == "lars":
         return LARS(groups, cfg.lr, **cfg.options())
     if cfg.name == "lamb":
         return LAMB(groups, cfg.lr, **cfg.options())
-    return _timm().create_optimizer_v2(groups, cfg.name, lr=cfg.lr, **cfg.options())
+    parameter: nn.Parameter = groups[0]["params"][0]
+    device = device or parameter.device
+    if cfg.implementation in ("apex", "deepspeed"):
+        kind, extra = _implementation(cfg.implementation, cfg.name, device, offloaded)
+        return kind(groups, lr=cfg.lr, **extra | cfg.options())
+    made = _timm().get_optimizer_info(cfg.name).opt_class
+    fuses = made.__module__.startswith("torch.") and device.type in ("cpu", "cuda")
+    extra = {"fused": True} if fuses and "fused" in inspect.signature(made).parameters else {}
+    return _timm().create_optimizer_v2(groups, cfg.name, lr=cfg.lr, **extra | cfg.options())
+
+
+def implementation_of(optimizer: torch.optim.Optimizer) -> str:
+    """Whose code it is, in a few words.
+
+    >>> parameters = [torch.zeros(1, requires_grad=True)]
+    >>> implementation_of(torch.optim.AdamW(parameters, fused=True))
+    'AdamW of torch, fused'
+    """
+    whose = type(optimizer).__module__.partition(".")[0]
+    fused = ", fused" if optimizer.defaults.get("fused") else ""
+    return f"{type(optimizer).__name__} of {whose}{fused}"
+
+
+def _implementation(
+    whose: str, name: str, device: torch.device, offloaded: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The class of apex or DeepSpeed for adam and adamw, and what makes it that.
+
+    ValueError where it is not there, or cannot step on the device.
+    """
+    on_cpu = "DeepSpeedCPUAdam" if offloaded or device.type == "cpu" else "FusedAdam"
+    module, kind = {
+        "apex": ("apex.optimizers", "FusedAdam"),
+        "deepspeed": ("deepspeed.ops.adam", on_cpu),
+    }[whose]
+    named = f"optim.implementation={whose}"
+    if kind == "FusedAdam" and (offloaded or device.type != "cuda"):
+        place = "an offloaded optimizer" if offloaded else f"device={device.type}"
+        raise ValueError(f"{named} steps on CUDA alone, and this is {place}: auto or torch")
+    try:
+        found = getattr(import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{named} needs {module}.{kind}, which is not installed") from error
+    decoupled = "adamw_mode" if kind == "DeepSpeedCPUAdam" else "adam_w_mode"
+    # Their defaults are not torch's.
+    return found, {decoupled: name == "adamw", "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def after_initialize(ds_engine: Any) -> None:

@@ -1,17 +1,21 @@
 """The engine's own promises, at every stage and precision, on two ranks."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import distributed
 from fastssl.engine import launch
+from fastssl.engine.blocks import recompute
 from fastssl.engine.config import EngineConfig, EngineError
-from fastssl.engine.engine import Engine
+from fastssl.engine.engine import Engine, set_tf32
 from fastssl.engine.optim import OptimConfig
 from fastssl.engine.verbs import Limits
+from fastssl.engine.zero import ZeroConfig, deepspeed_keys, runtime_problem
 from fastssl.methods import MAE, build_method
 from fastssl.models import build_backbone
 from fastssl.schedules import cosine
@@ -82,6 +86,8 @@ def steps(rank, world, folder):
         found["moved once"] = state_worker.moved_once(rank, world)
         for name in ("ijepa", "data2vec"):
             found[f"resumed {name}"] = state_worker.resumed(rank, world, folder, name)
+        # Last: DeepSpeed keeps its second copies' groups for as long as the process lives.
+        found["tuned"] = state_worker.tuned(rank, world) if world > 1 else []
     return found
 
 
@@ -149,6 +155,14 @@ def test_micro_batches_make_the_step_of_the_whole_batch(ran):
             assert state < 1e-6 and move < 2e-6
 
 
+def test_a_stage_that_is_tuned_makes_the_step_of_stage_0(ran):
+    """Also of an encoder that is called twice, as DeepSpeed before 0.19.8 did not at stage 2."""
+    _, two = ran
+    for rank in two:
+        for apart, (_, precision, _) in zip(rank["tuned"], state_worker.TUNED, strict=True):
+            assert apart < (2e-6 if precision == "fp32" else 0.02), apart
+
+
 def test_accumulation_moves_the_state_once(ran):
     assert [rank["moved once"] for ranks in ran for rank in ranks] == [[8, 1]] * 3
 
@@ -207,6 +221,22 @@ def test_lower_layers_move_less(stage, precision):
         torch.testing.assert_close(share.item(), scale, rtol=1e-3, atol=0)
 
 
+def test_a_clip_is_the_same_at_every_stage():
+    """At stage 0 in float32 it is ours; by half of the norm, which stays what it was."""
+    found = []
+    with launch.session("cpu"):
+        for stage in (0, 1):
+            optim = OptimConfig(name="momentum", momentum=0.0, weight_decay=0, clip=0.5)
+            cfg = EngineConfig(zero_stage=stage)
+            e = Engine(method(), optim, cfg, device=torch.device("cpu"), batch_size=8)
+            before = torch.cat([p.flatten() for p in e.encoder_state().values()])
+            norm = e.step(batch(), 1.0).metrics["grad_norm"].float()
+            after = torch.cat([p.flatten() for p in e.encoder_state().values()])
+            found.append([norm, after - before])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert found[0][0] > 1
+
+
 @pytest.mark.parametrize("out", [{}, torch.zeros(()), {"loss": torch.zeros(3)}], ids=str)
 def test_a_method_without_a_loss_is_named(out, monkeypatch):
     monkeypatch.setattr(MAE, "loss", lambda *args: out)
@@ -215,23 +245,74 @@ def test_a_method_without_a_loss_is_named(out, monkeypatch):
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():
+    """Decoders among them; selective multiplies no matrix twice."""
     results = []
     with launch.session("cpu"):
-        for on in (False, True):
-            e = engine(1, "fp32", activation_checkpointing=on)
+        for how in (False, True, "selective"):
+            e = engine(1, "fp32", activation_checkpointing=how)
             kept = []
 
             def keep(x, kept=kept):
                 kept.append(x.nbytes)
                 return x
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                e.ds(batch())
-            e.step(batch(), 1e-3)
-            results.append((sum(kept), e.encoder_state()))
-    (plain, a), (lean, b) = results
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert lean < 0.7 * plain
+            if how != "selective":  # which keeps its own apart
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                    e.ds(batch())
+            with FlopCounterMode(display=False) as counter:
+                e.step(batch(), 1e-3)
+            results.append((sum(kept), e.encoder_state(), counter.get_total_flops()))
+    (plain, a, least), (lean, b, most), (_, c, again) = results
+    for other in (b, c):
+        torch.testing.assert_close(a, other, rtol=1e-5, atol=1e-6)
+    assert lean < 0.45 * plain and least == again < most
+
+
+def test_what_cannot_be_recomputed_is_told():
+    resnet = build_backbone("test_resnet", shape=(1, 32, 32), kwargs={})
+    normed = build_method(resnet, tiny("simclr", ".").method)
+    recompute(normed, EngineConfig(activation_checkpointing=True))  # as timm does
+    assert resnet.grad_checkpointing
+    with pytest.raises(EngineError, match="activation_checkpointing=selective, which ResNet does"):
+        recompute(normed, EngineConfig(activation_checkpointing="selective"))
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at all of a tensor
+@pytest.mark.parametrize("stage, again", [(1, False), (3, True)])
+def test_blocks_compile_without_a_break_and_change_nothing(stage, again, monkeypatch):
+    whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", whole)
+    states, notes = [], []
+    with launch.session("cpu"):
+        for on in (False, True):
+            torch._dynamo.reset()
+            e = engine(stage, "fp32", compile=on, activation_checkpointing=again)
+            for _ in range(2):
+                e.step(batch(), 1e-3)
+            e.features(batch()["views"][0])
+            states.append(e.encoder_state())
+            notes += [note for note in e.notes if "compile" in note]
+    torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)
+    assert notes == ["engine.compile: 3 blocks, each by itself"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_compiled_blocks_of_stage_3_are_whole():
+    with pytest.raises(ValueError, match="compile=True at engine.zero_stage=3 .*leaf_blocks=False"):
+        EngineConfig(zero_stage=3, compile=True, zero={"leaf_blocks": False})
+
+
+def test_tf32_is_set_where_there_is_any(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    for wanted in (True, False):
+        set_tf32(wanted, torch.device("cuda"))
+        assert torch.backends.cudnn.allow_tf32 is wanted
+    set_tf32(None, torch.device("cpu"))
+    assert set_to == ["high", "highest"]
+    with pytest.raises(EngineError, match="engine.tf32=True is for CUDA, .* on cpu"):
+        set_tf32(True, torch.device("cpu"))
 
 
 def test_a_teacher_that_is_cut_is_given_whole_to_the_rank_that_keeps_it(ran):
@@ -267,8 +348,11 @@ def test_raw_deepspeed_keys_are_merged_last():
         config = [engine(stage, "fp32").ds.config for stage in (2, 3)]
         assert config[0]["steps_per_print"] == 1000  # in the place of the engine's own
         zero = [c["zero_optimization"] for c in config]
-        assert zero[0] == {"stage": 2, "stage3_param_persistence_threshold": 0}
-        assert zero[1] == {**zero[0], "stage": 3, "memory_efficient_linear": False}  # fault 39
+        raw = {"stage3_param_persistence_threshold": 0}
+        trained = sum(p.numel() for p in method().parameters() if p.requires_grad)
+        own = {"overlap_comm": False, "reduce_bucket_size": trained}
+        assert zero[0] == {"stage": 2, **own, **raw}
+        assert zero[1] == {"stage": 3, **own, **raw, "memory_efficient_linear": False}  # fault 39
 
 
 # fault 40
@@ -317,6 +401,92 @@ def test_a_misspelt_key_within_a_deepspeed_section_is_refused():
     cfg = EngineConfig(deepspeed={"zero_optimization": {"overlap_com": True}})
     with launch.session("cpu"), pytest.raises(EngineError, match="did you mean overlap_comm"):
         Engine(method(), OptimConfig(), cfg, device=torch.device("cpu"), batch_size=8)
+
+
+def keys(zero, stage=3, **how):
+    how = {"cuda": False, "world": 1, "parts": 1, **how}
+    return deepspeed_keys(ZeroConfig(**zero), stage, 10**8, **how)
+
+
+def test_what_zero_is_told_reaches_deepspeed():
+    """As DeepSpeed itself reads it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    given = {"offload_optimizer": "cpu", "offload_parameters": "nvme", "nvme_path": "/n"}
+    given |= {"overlap_comm": True, "reduce_bucket": 11, "prefetch_bucket": 12, "partition_size": 2}
+    given |= {"persistence_threshold": 13, "max_live_parameters": 14}
+    given |= {"quantized_weights": True, "quantized_gradients": True}
+    made = DeepSpeedZeroConfig(**keys(given)["zero_optimization"])
+    assert (made.offload_optimizer.device, made.offload_param.device) == ("cpu", "nvme")
+    assert (made.offload_optimizer.nvme_path, str(made.offload_param.nvme_path)) == (None, "/n")
+    assert made.overlap_comm and made.zero_quantized_weights and made.zero_quantized_gradients
+    numbers = made.reduce_bucket_size, made.prefetch_bucket_size, made.param_persistence_threshold
+    assert (*numbers, made.max_live_parameters, made.zero_hpz_partition_size) == (11, 12, 13, 14, 2)
+    bf16 = keys({"bf16_masters": True, "allgather_bucket": 15, "accumulation_dtype": "bf16"}, 2)
+    assert DeepSpeedZeroConfig(**bf16["zero_optimization"]).allgather_bucket_size == 15
+    assert bf16["bf16"] == {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    assert bf16["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    "stage, how, overlap, bucket",
+    [
+        (1, {}, False, 10**8),
+        (2, {"cuda": True}, False, 10**8),
+        (1, {"cuda": True, "world": 2}, True, 25_000_000),
+        (1, {"cuda": True, "world": 2, "parts": 2}, False, 10**8),
+        (2, {"cuda": True, "world": 2, "parts": 2}, True, 25_000_000),
+    ],
+)
+def test_buckets_fit_the_model(stage, how, overlap, bucket):
+    zero = keys({}, stage, **how)["zero_optimization"]
+    assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (overlap, bucket)
+
+
+@pytest.mark.parametrize(
+    "given, refusal",
+    [
+        ({"zero": {"offload_parameters": "cpu"}}, "parameters=cpu means nothing at .*=1: .* 3"),
+        ({"zero_stage": 3, "zero": {"allgather_bucket": 5}}, "bucket=5 .*=3: leave .* 1 or 2"),
+        ({"zero_stage": 0, "zero": {"overlap_comm": False}}, "overlap_comm=False .*=0"),
+        ({"zero": {"bf16_masters": True}}, "bf16_masters=True is for engine.precision=bf16"),
+        (
+            {"zero": {"bf16_masters": True, "accumulation_dtype": "fp32"}, "precision": "bf16"},
+            "accumulation_dtype=fp32 contradict",
+        ),
+        (
+            {"zero": {"bf16_masters": True, "offload_optimizer": "cpu"}, "precision": "bf16"},
+            "offload_optimizer=cpu exclude",
+        ),
+        ({"zero": {"offload_optimizer": "nvme"}}, "optimizer=nvme needs engine.zero_stage=3"),
+        ({"zero_stage": 3, "zero": {"offload_parameters": "nvme"}}, "directory: .*nvme_path"),
+        ({"zero": {"nvme_path": "/n"}}, "nvme_path=/n is given"),
+        (
+            {
+                "zero": {"reduce_bucket": 5},
+                "deepspeed": {"zero_optimization": {"reduce_bucket_size": 6}},
+            },
+            "reduce_bucket=5 and engine.deepspeed.zero_optimization.reduce_bucket_size=6 are given",
+        ),
+    ],
+)
+def test_keys_of_zero_without_a_use_are_refused(given, refusal):
+    with pytest.raises(ValueError, match=f"engine.zero.*{refusal}"):
+        EngineConfig(**given)
+
+
+@pytest.mark.parametrize("given", [{"quantized_weights": True}, {"partition_size": 2}])
+def test_what_the_machine_cannot_do_is_told(given):
+    key, value = next(iter(given.items()))
+    problem = runtime_problem(ZeroConfig(**given), torch.device("cpu"), 3)
+    assert problem.startswith(f"engine.zero.{key}={value} ")
+    assert not runtime_problem(ZeroConfig(**given), torch.device("cuda"), 4)
+
+
+def test_a_deepspeed_with_wrong_gradients_is_refused():
+    launch.check_version("0.20.0+cu130")
+    with pytest.raises(EngineError, match="deepspeed 0.19.7 .*pip install 'deepspeed>=0.19.8'"):
+        launch.check_version("0.19.7")
 
 
 # fault 17

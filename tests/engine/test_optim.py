@@ -1,5 +1,8 @@
 """Names, options, parameter groups and schedules of the optimizers."""
 
+import sys
+import types
+
 import pytest
 import timm
 import timm.optim
@@ -201,6 +204,71 @@ def test_built_as_asked(options, kind, expected):
     for group in optimizer.param_groups:
         assert group["lr"] == 0.25
         assert {key: group[key] for key in expected} == expected
+
+
+class Apex(torch.optim.AdamW):
+    """apex's FusedAdam as it is called, without the GPU."""
+
+    def __init__(self, params, lr, betas, eps, adam_w_mode):
+        super().__init__(params, lr=lr, betas=betas, eps=eps)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = adam_w_mode
+
+
+class CPU(Apex):
+    """DeepSpeed's CPUAdam as it is called."""
+
+    def __init__(self, params, lr, betas, eps, adamw_mode):
+        super().__init__(params, lr, betas, eps, adamw_mode)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum"])
+def test_every_implementation_makes_the_step_of_the_plain_one(name, monkeypatch):
+    import deepspeed.ops.adam
+
+    apex = types.SimpleNamespace(FusedAdam=Apex)
+    monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(optimizers=apex))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
+    monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", CPU)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    ways = [("auto", cpu, False, "fused"), ("torch", cpu, True, "fused")]
+    if name.startswith("adam"):
+        ways += [("apex", cuda, False, Apex), ("deepspeed", cuda, True, CPU)]
+        ways += [("deepspeed", cpu, False, CPU)]
+    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}.get(name, torch.optim.SGD)
+    nesterov = {} if name.startswith("adam") else {"momentum": 0.9, "nesterov": name == "sgd"}
+    for whose, device, offloaded, kind in ways:
+        cfg = OptimConfig(name=name, lr=0.02, weight_decay=0.1, implementation=whose)
+        models = Tower(), Tower()
+        models[1].load_state_dict(models[0].state_dict())
+        mine = build_optimizer(models[0], cfg, device=device, offloaded=offloaded)
+        assert mine.defaults.get("fused") if kind == "fused" else type(mine) is kind
+        theirs = plain(parameter_groups(models[1], 0.1), lr=0.02, **nesterov)
+        for step in range(3):
+            for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                p.grad = torch.full_like(p, 0.1 * step + 0.01) * (1 + p.detach())
+                q.grad = p.grad.clone()
+            mine.step()
+            theirs.step()
+        torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "words"),
+    [
+        ({"implementation": "apex"}, {}, "=apex steps on CUDA alone, and this is device=cpu"),
+        ({"implementation": "apex"}, {"offloaded": True}, "CUDA alone.*offloaded"),
+        ({"implementation": "deepspeed", "name": "lion"}, {}, "optim.name is lion: auto or torch"),
+        (
+            {"implementation": "apex"},
+            {"device": torch.device("cuda")},
+            "apex.optimizers.FusedAdam, which is not installed",
+        ),
+    ],
+)
+def test_an_implementation_that_is_not_there_is_refused(options, how, words):
+    with pytest.raises(ValueError, match=words):
+        build_optimizer(Tower(), OptimConfig(**options), **how)
 
 
 @pytest.mark.parametrize(

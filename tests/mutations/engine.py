@@ -26,11 +26,16 @@ TESTS = {
         f"{ENGINE} tests/engine/test_large_batch.py tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
-        " or of_the_whole or above_a_limit or skipped_step_changes",
+        " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every or tf32",
     ),
     "engine/norms": (ENGINE, "above_a_limit"),
+    "engine/zero": (
+        ENGINE,
+        "of_zero or fit_the_model or cannot_do or reaches_deepspeed or merged_last",
+    ),
+    "engine/blocks": (ENGINE, "is_tuned or checkpointing or recomputed or compile"),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
-    "engine/launch": (ENGINE, "launchers or tasks"),
+    "engine/launch": (ENGINE, "launchers or tasks or wrong_gradients"),
     "engine/peers": (
         "tests/engine/test_peers.py tests/engine/test_watchdog.py",
         "closed_connection or asked_to_stop or hang_end or does_not_answer or waited_for",
@@ -86,6 +91,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("finite and (step.applied", "finite or (step.applied"),
         ("spike or not step.finite:", "spike:"),
         ("if norms and not step.spike:", "if False:"),
+        ("self.optim.clip, norm)", "self.optim.clip, 2 * norm)"),
     ],
     "engine/norms.norm_limited": [("norms[-1] > limit", "False")],
     "engine/checkpoint._undisturbed": [("signal.SIG_DFL", "signal.getsignal(signal.SIGCHLD)")],
@@ -118,6 +124,36 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("st_size != size", "st_size < 0"),
         ("_sha256(file) != checksum", "_sha256(file) is checksum"),
     ],
+    "engine/zero.check_zero": [
+        ("stage not in stages", "stage == 0"),
+        ('precision != "bf16"', 'precision == "fp16"'),
+        ("if name in raw.get", "if name not in raw.get"),
+        ('accumulation_dtype == "fp32"', 'accumulation_dtype == "bf16"'),
+        ("and stage != 3", "and stage == 3"),
+        ("zero.nvme_path is None", "zero.nvme_path is not None"),
+        ("and not on_nvme", "and on_nvme"),
+    ],
+    "engine/zero.runtime_problem": [
+        ("world % zero.partition_size", "world < zero.partition_size"),
+        ('device.type != "cuda"', 'device.type == "cuda"'),
+    ],
+    "engine/zero.deepspeed_keys": [
+        ("cuda and world > 1 and", "cuda and"),
+        ("(stage > 1 or parts == 1)", "True"),
+        ("min(trained, OVERLAPPED if", "min(trained, WHOLE_MODEL if"),
+        ('["memory_efficient_linear"] = False', '["memory_efficient_linear"] = True'),
+        ("keys[names[0]] = value", "keys[names[0]] = 1"),
+        ('"grad_accum_dtype": zero', '"grad_accum_dtypes": zero'),
+    ],
+    "engine/blocks.fetched_as_one": [("lambda parameter: False", "is_leaf")],
+    "engine/blocks.recompute": [
+        ("if not _has_norms(block)]", "]"),
+        ('if how == "selective" else {}', "if how is True else {}"),
+        ("blocks_of(method) if", "blocks_of(method.encoder) if"),
+    ],
+    "engine/blocks.compile_blocks": [("torch.compile(block.forward)", "block.forward")],
+    "engine/engine.set_tf32": [('"high" if wanted', '"highest" if wanted')],
+    "engine/launch.check_version": [("< LEAST", "> LEAST")],
     "engine/networks.networks_of": [("or not all(map(is_network, found))", "or False")],
     "engine/networks.encoder_files": [("if not frozen]", "if True]")],
     "engine/networks.other_frozen": [("now.get(name, saved[name]) != saved[name]", "False")],
@@ -232,9 +268,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('endswith("running_mean")', 'endswith("running_std")'),
     ],
     "engine/engine._deepspeed_config": [
-        ('"] = False', '"] = True'),
-        ("self.cfg.zero_stage == 3", "self.cfg.zero_stage == 2"),
-        ("_merge(config, given)", "_merge(given, config)"),
+        ("_merge(config, keys), given)", "_merge(config, given), keys)"),
     ],
     "engine/launch._launched": [
         ('"RANK" in os.environ and missing', '"RANK" in os.environ and not missing'),
@@ -278,6 +312,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "schedules/config._filled": [
         ('("start", "end") if', '("start",) if'),
         ("{**whole, **value}", "value"),
+    ],
+    "engine/optim.build_optimizer": [("extra | cfg.options()", "cfg.options()")],
+    "engine/optim._implementation": [
+        ('name == "adamw"', 'name == "adam"'),
+        ('if offloaded or device.type == "cpu"', "if offloaded"),
     ],
     "engine/layerwise._scale": [
         ("(norms > 0).all(0)", "(norms >= 0).any(0)"),
