@@ -13,7 +13,8 @@ TESTS = {
     "config/keys": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or names_of or checked_like"),
     "config/schema": (
         f"{CONFIG} tests/methods/test_cmc.py tests/train/test_streams_run.py",
-        "rate_chosen or refus or differ or go_on_at or annealed or more_views or checked_like or do_not_fit",
+        "rate_chosen or refus or differ or go_on_at or annealed or more_views or checked_like"
+        " or do_not_fit",
     ),
     "config/errors": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or missing or checked_like"),
     "section": (CONFIG, "refusals"),
