@@ -9,7 +9,7 @@ parameters, the optimizer's other states and its groups' options, what modules k
 any other has written.  Nothing in these files is unpickled.
 
 A module whose 16-bit parameters have float32 masters that are not the optimizer's gives them by
-`masters(begin=...)`: see fastssl.models.EMA.  Of them, too, the masters are what is kept.
+`float32_masters(begin=...)`: see fastssl.models.EMA.  Of them, too, the masters are what is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -112,10 +112,13 @@ class States:
         """Into this rank's file in a folder that is there; what could not be written."""
         errors: list[str] = []
         with set_aside(self.ds.module):
-            attempt(errors, lambda: self._write(folder / state_file(distributed.rank())))
+            keepers = _keepers(self.ds.module).items()
+            extra = {name: module.get_extra_state() for name, module in keepers}  # of all ranks
+            path = folder / state_file(distributed.rank())
+            attempt(errors, lambda: self._write(path, extra))
         return errors
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, extra: dict[str, Any]) -> None:
         tensors = dict(self._pieces())
         rest = None
         if distributed.rank() == 0:
@@ -125,7 +128,7 @@ class States:
                 tensors[key_of("", REST, len(tensors))] = tensor
                 return len(tensors) - 1
 
-            rest = self._rest(keep)
+            rest = self._rest(keep) | {"extra": {n: packed(v, keep) for n, v in extra.items()}}
         write_shard(path, tensors, rest)
 
     def _pieces(self) -> Iterator[tuple[str, Tensor]]:
@@ -168,12 +171,10 @@ class States:
             {n: packed(v, keep) for n, v in group.items() if n not in _HOW and _is_plain(v)}
             for group in self._optimizer.param_groups
         ]
-        keepers = _keepers(self.ds.module).items()
         return {
             "shapes": self._shapes(),
             "groups": [list(pair) for pair in zip(self._groups, options, strict=True)],
             "states": states,
-            "extra": {name: packed(module.get_extra_state(), keep) for name, module in keepers},
             "counts": {name: getattr(self.ds, name) for name in _COUNTS},
         }
 
@@ -320,12 +321,12 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _masters(model: nn.Module, *, begin: bool = False) -> dict[Any, Tensor]:
     """Masters that modules keep of 16-bit parameters, by parameter."""
-    found = [m.masters(begin=begin) for m in model.modules() if _has_masters(m)]  # type: ignore
+    found = [m.float32_masters(begin=begin) for m in model.modules() if _has_masters(m)]  # type: ignore
     return {parameter: master for masters in found for parameter, master in masters.items()}
 
 
 def _has_masters(module: nn.Module) -> bool:
-    return callable(getattr(type(module), "masters", None))
+    return callable(getattr(type(module), "float32_masters", None))
 
 
 def _keepers(model: nn.Module) -> dict[str, nn.Module]:

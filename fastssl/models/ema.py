@@ -61,7 +61,7 @@ class EMA(nn.Module):
             mine.copy_(theirs)
         pieces.renew([mine for mine, _ in moving])
 
-    def masters(self, *, begin: bool = False) -> dict[nn.Parameter, Tensor]:
+    def float32_masters(self, *, begin: bool = False) -> dict[nn.Parameter, Tensor]:
         """The float32 mean of each piece here that has 16 bits, by its parameter.
 
         Before the first update there are none, unless they are to `begin`.

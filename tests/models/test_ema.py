@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.models import EMA, ema
+from fastssl.models import EMA, ema, freeze
 
 
 def student(dtype=torch.float32):
@@ -118,3 +118,18 @@ def test_means_of_16_bits_are_moved_some_at_a_time(monkeypatch):
     torch.testing.assert_close(teacher.get_extra_state(), wanted)
     moved = zip(teacher.model.parameters(), wanted, strict=True)
     assert all(torch.equal(mine, mean.bfloat16()) for mine, mean in moved)
+
+
+def test_the_float32_means_are_told_by_parameter():
+    model = student(torch.bfloat16)
+    freeze(model[0])
+    teacher = EMA(model)
+    assert teacher.float32_masters() == {}
+    begun = teacher.float32_masters(begin=True)
+    own = [*teacher.model[1].parameters(), *teacher.model[2].parameters()]
+    assert [*map(id, begun)] == [*map(id, own)]
+    assert all(torch.equal(mean, p.float()) for p, mean in begun.items())
+    next(iter(begun.values())).fill_(3.0)
+    teacher.update(model, 1.0)  # by these, as a run that was taken up
+    assert (own[0] == 3).all() and teacher.float32_masters().keys() == begun.keys()
+    assert EMA(student()).float32_masters(begin=True) == {}

@@ -13,7 +13,8 @@ TESTS = {
     "config/keys": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or names_of or checked_like"),
     "config/schema": (
         f"{CONFIG} tests/methods/test_cmc.py tests/train/test_streams_run.py",
-        "rate_chosen or refus or differ or annealed or more_views or checked_like or do_not_fit",
+        "rate_chosen or refus or differ or go_on_at or annealed or more_views or checked_like"
+        " or do_not_fit",
     ),
     "config/errors": (f"{CONFIG} tests/methods/test_cmc.py", "refusals or missing or checked_like"),
     "section": (CONFIG, "refusals"),
@@ -91,6 +92,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "config/schema._check_views": [("views.count < least or", "views.count < least and")],
     "config/schema._check_streams": [("names[:1] != wanted[:1]", "names[:1] == wanted[:1]")],
     "config/schema.differences": [
+        ('"engine.zero_stage", "engine.precision"', '"engine.zero_stage", ""'),
+        ('startswith(f"{name}.")', 'endswith(f"{name}.")'),
+        ("and not c.engine.micro_batchnorm", ""),
+        ('c.engine.large_batch == "exact" and', ""),
         ('", ".join(own.data.streams)', '", ".join(sorted(own.data.streams))'),
         ('"data.changed"', '"data.source"'),
         ("| new.keys()) - free_leaves", "| new.keys())"),

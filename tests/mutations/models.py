@@ -96,6 +96,10 @@ MUTATIONS = {
         ("mine.copy_(theirs)", "mine.copy_(mine)"),
     ],
     "models/ema.EMA": [("mine.float()", "mine")],
+    "models/ema.float32_masters": [
+        ("if begin and not", "if False and not"),
+        ("if id(p) not in shared", ""),
+    ],
     "models/ema.set_extra_state": [("copy=True", "copy=False")],
     "models/directpred.update": [
         ("1 - self.rho if", "self.rho if"),
