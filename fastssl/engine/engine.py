@@ -137,7 +137,7 @@ class Engine(Verbs):
     def _backward_each(self, batch: dict[str, Any], stop: bool) -> _Done:
         """The gradient of the mean of the micro-batches' losses."""
         finite = torch.ones((), device=self.device, dtype=torch.bool)
-        mean, limits_loss = torch.zeros((), device=self.device), self._limits is not None
+        mean: Any = 0.0  # of the losses, under limits
         sums: dict[str, Tensor] = {}
         kept: list[Any] = []
         event = None
@@ -151,7 +151,7 @@ class Engine(Verbs):
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
             finite = finite & torch.isfinite(loss.detach())
-            if limits_loss:
+            if self._limits is not None:
                 mean = mean + loss.detach().float() * share
             heart.beat()
             last = i == len(sizes) - 1
@@ -288,7 +288,7 @@ class Engine(Verbs):
         return map_leaves(lambda leaf: leaf.to(self.device, non_blocking=True), tree)
 
     def _agree(
-        self, finite: Tensor, stop: bool, loss: Tensor
+        self, finite: Tensor, stop: bool, loss: Any
     ) -> "tuple[Tensor, torch.cuda.Event | None]":
         """Send [any rank not finite, any rank to stop] to the host, without waiting for it; under
         limits [the mean loss, whether that is above its limit] as well.
@@ -323,7 +323,8 @@ class Engine(Verbs):
         limits = self._limits
         if limits is not None:
             step.loss, step.spike = float(self._flags[2]), finite and bool(self._flags[3] > 0)
-        if self.cfg.zero_stage == 0 and self.cfg.precision == "fp32":
+        plain = self.cfg.zero_stage == 0 and self.cfg.precision == "fp32"
+        if plain:
             # Nothing in DeepSpeed looks at these gradients before they are applied.
             grads = [p.grad for p in self._parameters if p.grad is not None]
             metrics["grad_norm"] = torch.nn.utils.get_total_norm(grads)
@@ -342,6 +343,8 @@ class Engine(Verbs):
         with nullcontext() if limits is None else norm_limited(self.ds, limits.norm) as norms:
             self.ds.step()
         step.applied = bool(self.ds.was_step_applied())
+        if norms == [] and step.applied and not plain:
+            raise EngineError("engine.spike: this engine of DeepSpeed tells no gradient's norm")
         if norms and not step.spike:
             step.norm = norms[-1]
             step.spike = limits is not None and limits.norm < step.norm < float("inf")
