@@ -165,7 +165,7 @@ class Engine(Verbs):
     def _backward_each(self, batch: dict[str, Any], stop: bool) -> _Done:
         """The gradient of the mean of the micro-batches' losses."""
         finite = torch.ones((), device=self.device, dtype=torch.bool)
-        mean, limits_loss = torch.zeros((), device=self.device), self._limits is not None
+        mean: Any = 0.0  # of the losses, under limits
         sums: dict[str, Tensor] = {}
         kept: list[Any] = []
         event = None
@@ -179,7 +179,7 @@ class Engine(Verbs):
             if "keep" in out:
                 kept.append(map_leaves(Tensor.detach, out.pop("keep")))
             finite = finite & torch.isfinite(loss.detach())
-            if limits_loss:
+            if self._limits is not None:
                 mean = mean + loss.detach().float() * share
             heart.beat()
             last = i == len(sizes) - 1
@@ -316,7 +316,7 @@ class Engine(Verbs):
         return map_leaves(lambda leaf: leaf.to(self.device, non_blocking=True), tree)
 
     def _agree(
-        self, finite: Tensor, stop: bool, loss: Tensor
+        self, finite: Tensor, stop: bool, loss: Any
     ) -> "tuple[Tensor, torch.cuda.Event | None]":
         """Send [any rank not finite, any rank to stop] to the host, without waiting for it; under
         limits [the mean loss, whether that is above its limit] as well.
@@ -372,6 +372,8 @@ class Engine(Verbs):
         with nullcontext() if limits is None else norm_limited(self.ds, limits.norm) as norms:
             self.ds.step()
         step.applied = bool(self.ds.was_step_applied())
+        if norms == [] and step.applied and not self._plain:
+            raise EngineError("engine.spike: this engine of DeepSpeed tells no gradient's norm")
         if norms and not step.spike:
             step.norm = norms[-1]
             step.spike = limits is not None and limits.norm < step.norm < float("inf")

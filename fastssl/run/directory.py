@@ -45,7 +45,7 @@ class Place:
     def undo(self) -> None:
         """Unless it has begun: it goes, and the run that it was to replace comes back; one that
         was to be taken up stays as it was."""
-        if not self.begun and self.before is not None:
+        if not self.begun and self.written and self.cfg.directory.is_dir():
             write_atomically(self.cfg.directory / "config.yaml", self.written)
         if self.begun or not self.made:
             return

@@ -26,7 +26,8 @@ TESTS = {
         f"{ENGINE} tests/engine/test_large_batch.py tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
-        " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every or tf32",
+        " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every"
+        " or tf32",
     ),
     "engine/norms": (ENGINE, "above_a_limit"),
     "engine/zero": (

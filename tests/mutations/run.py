@@ -33,7 +33,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "run/train.without_padding": [("leaf[:rows]", "leaf[: rows + 1]")],
     "run/train.agreed": [
-        ("if not self.engine.agree", "if self.engine.agree"),
+        ("if vote == LEAVE", "if vote != LEAVE"),
         ("best=False", "best=True"),
     ],
     "run/train.should_stop": [
@@ -69,7 +69,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("min(step, total - 1)", "step - 1"),
         ("if not changed", "if False"),
     ],
-    "run/directory.undo": [("self.before is not None", "False")],
+    "run/directory.undo": [("self.written and", "False and")],
     "run/train.leave": [("if stalled else", "if not stalled else")],
     "run/train.improves": [
         ("or not math.isfinite", "or math.isnan(0) and math.isfinite"),
@@ -96,7 +96,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/directory.prepared": [("except OSError as error", "except EOFError as error")],
     "run/directory._changed": [
         ('== "allow"', '== "refuse"'),
-        ("same_data=same or allowed", "same_data=allowed"),
+        ('"same_data": same or allowed', '"same_data": allowed'),
         ("or before is None or same", "or before is not None or same"),
         ("if counts[0] != counts[1]", "if counts[0] == counts[1]"),
     ],
