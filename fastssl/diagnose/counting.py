@@ -90,6 +90,12 @@ class Counts:
     loss: Work = field(default_factory=Work)
     encode_backward: Work = field(default_factory=Work)
 
+    @property
+    def collectives(self) -> int:
+        """Of a micro-batch and the loss."""
+        works = (self.encode, self.targets, self.loss, self.encode_backward)
+        return sum(work.collectives for work in works)
+
 
 @contextmanager
 def ranks(world: int) -> Iterator[None]:

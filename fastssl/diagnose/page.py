@@ -77,7 +77,7 @@ def time_table(plan: Plan, disk: float) -> Table:
         "images/s",
         f"{plan.images_per_s:,.0f}" if plan.images_per_s > 10 else f"{plan.images_per_s:.2f}",
     )
-    row("MFU", f"{100 * plan.mfu:.0f} %")
+    row("MFU", f"{100 * plan.mfu:.2g} %")
     if plan.total_steps:
         cfg, hours = plan.cfg, plan.seconds * cluster.world / 3600
         name = f"{cfg.epochs} epochs of {plan.images:,} images"
@@ -95,7 +95,7 @@ def remedy_lines(found: Iterable[Remedy]) -> Iterator[str]:
 
 def scaling_table(plans: Iterable[Plan]) -> Table:
     """Weak scaling: as many images a rank, whatever the ranks."""
-    heads = ("nodes", "batch", "step", "travel", "images/s", "of linear", "MiB a rank")
+    heads = ("nodes", "batch", "step", "travel", "images/s", "linear", "MiB")
     table = Table("devices", *_right(*heads))
     first = None
     for plan in plans:

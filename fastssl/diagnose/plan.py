@@ -142,11 +142,18 @@ def check_cluster(cfg: RunConfig, cluster: Cluster) -> None:
 
 
 def make_plan(
-    cfg: RunConfig, channels: Channels, cluster: Cluster, *, images: int, total_steps: int = 0
+    cfg: RunConfig,
+    channels: Channels,
+    cluster: Cluster,
+    *,
+    images: int,
+    total_steps: int = 0,
+    counts: Counts | None = None,
 ) -> Plan:
     """The plan of `cfg`, for items of `channels` channels.
 
-    total_steps: of all epochs; 0 where that is of no interest.
+    total_steps: of all epochs; 0 where that is of no interest.  counts: those of a plan with as
+    many images a rank, where they are the same.
     Raises ConfigError for ranks that do not divide, and for what `build` refuses.
     """
     check_cluster(cfg, cluster)
@@ -165,7 +172,7 @@ def make_plan(
     if cluster.world > 1 and engine.sync_batchnorm:
         synchronize_batch_norms(method)
     recompute(method, engine)
-    counts = count(method, cfg, channels, cluster.world)
+    counts = counts or count(method, cfg, channels, cluster.world)
     rule = Rule.of(cfg.optim, on_cpu=device.on_cpu)
     held = {
         "world": cluster.world,
@@ -252,12 +259,14 @@ def weak_scaling(plan: Plan, channels: Channels, worlds: list[int]) -> Iterator[
     Raises ConfigError where a number of ranks is no multiple of a node's.
     """
     share, per_node = plan.cfg.batch_size // plan.cluster.world, plan.cluster.per_node
+    alone = not plan.cfg.method_class.couples_batch and not plan.counts.collectives
+    same = plan.counts if alone and plan.cluster.world > 1 else None
     for world in worlds:
         if world > per_node and world % per_node:
             raise ConfigError(f"--scaling: {world} ranks do not divide into nodes of {per_node}")
         cfg = plan.cfg.model_copy(update={"batch_size": share * world})
         cluster = replace(plan.cluster, world=world, nodes=max(1, world // per_node))
-        yield make_plan(cfg, channels, cluster, images=plan.images)
+        yield make_plan(cfg, channels, cluster, images=plan.images, counts=same)
 
 
 def as_json(plan: Plan, disk: float) -> dict[str, Any]:
