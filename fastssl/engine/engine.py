@@ -25,6 +25,7 @@ from fastssl.models import (
 from fastssl.tree import count_rows, cut, join, map_leaves
 
 from .blocks import blocks_of, compile_blocks, fetched_as_one, recompute
+from .breakdown import Breakdown
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
 from .fragments import ZeroPieces
@@ -111,7 +112,15 @@ class Engine(Verbs):
         after_initialize(self.ds)
         self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())
+        self._times: Breakdown | None = None
         self._flags = torch.empty(2, pin_memory=device.type == "cuda")
+
+    def measure(self) -> None:
+        if self._times is None:
+            self._times = Breakdown(self.method, self.ds, self.device)
+
+    def breakdown(self) -> dict[str, float]:
+        return {} if self._times is None else self._times.read()
 
     @property
     def method(self) -> Any:
@@ -125,6 +134,15 @@ class Engine(Verbs):
         progress: float = 0.0,
         epoch: float | None = None,
         stop: bool = False,
+    ) -> Step:
+        if self._times is None:
+            return self._step(batch, lr, progress, epoch, stop)
+        self._times.begin()
+        with self._times.part("other"):
+            return self._step(batch, lr, progress, epoch, stop)
+
+    def _step(
+        self, batch: dict[str, Any], lr: float, progress: float, epoch: float | None, stop: bool
     ) -> Step:
         self.optim.set_rates(self.ds.optimizer.param_groups, lr, progress)
         if self.clipping is not None:

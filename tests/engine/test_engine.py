@@ -1,6 +1,7 @@
 """The engine's own promises, at every stage and precision, on two ranks."""
 
 import os
+import time
 from functools import partial
 
 import pytest
@@ -17,6 +18,8 @@ from fastssl.engine.optim import OptimConfig
 from fastssl.engine.zero import ZeroConfig, deepspeed_keys, runtime_problem
 from fastssl.methods import MAE, build_method
 from fastssl.models import build_backbone
+from fastssl.report import read_metrics
+from fastssl.run.train import pretrain
 from fastssl.schedules import cosine
 from fastssl.tree import cut, join
 from tests.engine import state_worker
@@ -265,6 +268,28 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     for other in (b, c):
         torch.testing.assert_close(a, other, rtol=1e-5, atol=1e-6)
     assert lean < 0.45 * plain and least == again < most
+
+
+def test_a_steps_time_is_told_by_part(monkeypatch):
+    loss, on_step = MAE.loss, MAE.on_step
+    monkeypatch.setattr(MAE, "loss", lambda *a: (time.sleep(0.2), loss(*a))[1])
+    monkeypatch.setattr(MAE, "on_step", lambda *a: (time.sleep(0.1), on_step(*a))[1])
+    with launch.session("cpu"):
+        e = engine(1, "fp32")
+        e.step(batch(), 1e-3)
+        assert e.breakdown() == {}
+        e.measure()
+        since = time.perf_counter()
+        e.step(batch(), 1e-3)
+        spent, took = e.breakdown(), time.perf_counter() - since
+        time.sleep(0.3)  # between two steps
+        e.step(batch(), 1e-3)
+        again = e.breakdown()
+    parts = {"encode", "loss", "backward", "reduction", "optimizer", "on_step", "other"}
+    assert spent.keys() == again.keys() == parts
+    assert 0.9 * took < sum(spent.values()) <= took
+    assert spent["loss"] > 0.2 and spent["on_step"] > 0.1 and min(spent.values()) > 0
+    assert spent["other"] < 0.2 and again["other"] < 0.3
 
 
 def test_what_cannot_be_recomputed_is_told():
@@ -525,3 +550,15 @@ def test_what_is_not_finite_moves_nothing(kind, monkeypatch):
             assert (step.finite, step.applied) == (False, False)
             torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
             del spoil[0]
+
+
+def test_rows_have_the_breakdown_where_it_is_asked_for(tmp_path):
+    log = {"every": 2, "tensorboard": False, "breakdown": True}
+    cfg = tiny("mae", tmp_path, epochs=1, log=log)
+    pretrain(cfg)
+    rows = [row for row in read_metrics(cfg.directory / "metrics.jsonl") if row["kind"] == "train"]
+    for row in rows:
+        parts = {key: value for key, value in row.items() if key.startswith("time/")}
+        assert len(parts) == 8 and parts["time/data"] >= 0
+        step = 1e3 * cfg.batch_size / row["images_per_s"]
+        assert 0.3 * step < sum(parts.values()) < 1.1 * step
