@@ -54,7 +54,8 @@ def steps_of(
     kwargs, side = ENCODERS[size], SIDES[size]
     encoder = build_backbone("vit_tiny_patch16_224", shape=(1, side, side), kwargs=kwargs)
     method: Any = build_method(encoder, METHODS[name])
-    views = [torch.randn(batch_size, 1, side, side)] * method.views
+    count = method.views if isinstance(method.views, int) else method.views[0]
+    views = [torch.randn(batch_size, 1, side, side)] * count
     batch = make_batch((*views, torch.arange(batch_size)))
     steps: dict[str, Callable] = {
         "bare": loop_of(copy.deepcopy(method), batch, fused=None),

@@ -150,6 +150,8 @@ def first_failure(code: int, log: Path) -> str:
     if code < 0:
         return f"ended with {code}"
     if code == 1 or failed:
+        if not failed:
+            return f"ended with {code}"
         return failed[0].partition(" ")[2].partition(" - ")[0].rpartition("::")[2]
     if code == 70 and any("PytestUnraisable" in line for line in lines):
         return "at the end"

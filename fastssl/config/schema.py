@@ -94,6 +94,9 @@ class EvaluateConfig(Section):
 
 class LogConfig(Section):
     every: int = Field(10, ge=1, description="Steps between two rows of metrics.jsonl.")
+    breakdown: bool = Field(
+        False, description="Rows tell where a step's time goes: milliseconds a step, as time/loss."
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard events through DeepSpeed.")
 
 

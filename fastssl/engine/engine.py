@@ -27,6 +27,7 @@ from fastssl.models.deferred import Deferred
 from fastssl.tree import count_rows, cut, join, map_leaves
 
 from .blocks import blocks_of, compile_blocks, fetched_as_one, recompute
+from .breakdown import Breakdown
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
 from .fragments import ZeroPieces
@@ -126,8 +127,16 @@ class Engine(Verbs):
         self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())
         self._states = States(self.ds)
+        self._times: Breakdown | None = None
         self._flags = torch.empty(4, pin_memory=device.type == "cuda")
         self._limits: Limits | None = None  # of the step under way
+
+    def measure(self) -> None:
+        if self._times is None:
+            self._times = Breakdown(self.method, self.ds, self.device)
+
+    def breakdown(self) -> dict[str, float]:
+        return {} if self._times is None else self._times.read()
 
     @property
     def method(self) -> Any:
@@ -143,13 +152,22 @@ class Engine(Verbs):
         stop: bool = False,
         limits: Limits | None = None,
     ) -> Step:
+        self._limits = limits
+        if self._times is None:
+            return self._step(batch, lr, progress, epoch, stop)
+        self._times.begin()
+        with self._times.part("other"):
+            return self._step(batch, lr, progress, epoch, stop)
+
+    def _step(
+        self, batch: dict[str, Any], lr: float, progress: float, epoch: float | None, stop: bool
+    ) -> Step:
         self.optim.set_rates(self.ds.optimizer.param_groups, lr, progress)
         if self.clipping is not None:
             self.clipping.begin(epoch)
         if not self.method.training:
             self.method.train()
-        undo = self.cfg.on_nonfinite == "skip" or limits is not None
-        self._limits = limits
+        undo = self.cfg.on_nonfinite == "skip" or self._limits is not None
         before = {n: b.clone() for n, b in self.method.named_buffers()} if undo else {}
         backward = self._backward_whole if self._exact else self._backward_each
         sums, kept, event = backward(batch, stop)
@@ -413,15 +431,6 @@ def set_tf32(wanted: bool | None, device: torch.device) -> None:
         raise EngineError(f"engine.tf32={wanted} is for CUDA, and the run is on {device.type}")
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     torch.backends.cudnn.allow_tf32 = wanted
-
-
-def _reads_nvme() -> bool:
-    """Whether DeepSpeed's asynchronous reads can be built here."""
-    deepspeed()
-    from deepspeed.ops import op_builder
-
-    builders: Any = op_builder  # which fills itself as it is imported
-    return builders.AsyncIOBuilder().is_compatible(verbose=False)
 
 
 def _refusal(error: ValidationError) -> str:

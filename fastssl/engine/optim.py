@@ -38,12 +38,6 @@ class OptimConfig(Moves):
     name: str = Field(
         default="adamw", description="lars, lamb, or a name of timm.optim (adamw, sgd ...)."
     )
-    implementation: Literal["auto", "torch", "apex", "deepspeed"] = Field(
-        default="auto",
-        description="Whose code steps: auto is torch's, fused where it has that (adam, adamw, sgd, "
-        "momentum); of adam and adamw also apex's FusedAdam, DeepSpeed's FusedAdam on CUDA and its "
-        "CPUAdam elsewhere.",
-    )
     lr: float = Field(
         default=1e-3, gt=0, description="Peak learning rate, for the whole batch size."
     )
@@ -68,6 +62,12 @@ class OptimConfig(Moves):
         default=None,
         gt=0,
         description="lars: a layer's step relative to its norm, 0.001 by default.",
+    )
+    implementation: Literal["auto", "torch", "apex", "deepspeed"] = Field(
+        default="auto",
+        description="Whose code steps: auto is torch's, fused where it has that (adam, adamw, sgd, "
+        "momentum); of adam and adamw also apex's FusedAdam, DeepSpeed's FusedAdam on CUDA and its "
+        "CPUAdam elsewhere.",
     )
     clip: float = Field(
         default=0.0, ge=0, description="Gradients' norm is clipped to this; 0: never."

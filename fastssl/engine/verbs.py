@@ -124,6 +124,13 @@ class Verbs(ABC):
     def whole_parameters(self) -> AbstractContextManager[Any]:
         """A context in which every rank sees the method's parameters whole, to be read."""
 
+    def measure(self) -> None:  # noqa: B027
+        """From here on keep times for `breakdown`; an engine need not."""
+
+    def breakdown(self) -> dict[str, float]:
+        """Seconds of this rank by part of a step since it was last asked; nothing unmeasured."""
+        return {}
+
     def agree(self, vote: int) -> int:
         """The least of all ranks' votes, on every rank, without waiting for the device."""
         return distributed.least(vote)

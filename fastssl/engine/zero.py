@@ -4,7 +4,6 @@ Counts are of elements, not bytes.  What is left out is set to the model and the
 `deepspeed_keys` says; what a stage has no use for is refused.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from pydantic import Field
 
 from fastssl.section import Section
 
-Device = Literal["none", "cpu", "nvme"]
+Device = Literal["none", "cpu"]  # not nvme: no checkpoint would find what is kept there
 WHOLE_MODEL = 500_000_000  # a bucket of DeepSpeed's, which holds most models whole
 OVERLAPPED = 25_000_000  # of those that travel while a backward goes on
 
@@ -20,12 +19,11 @@ OVERLAPPED = 25_000_000  # of those that travel while a backward goes on
 class ZeroConfig(Section):
     offload_optimizer: Device = Field(
         "none",
-        description="Stages 1 to 3: the optimizer's state and step on the CPU; at 3 also on NVMe.",
+        description="Stages 1 to 3: the optimizer's state and step on the CPU.",
     )
     offload_parameters: Device = Field(
         "none", description="Stage 3: parameters off the device until they are used."
     )
-    nvme_path: Path | None = Field(None, description="Directory of what is offloaded to nvme.")
     overlap_comm: bool | None = Field(
         None,
         description="Stages 1 to 3: reduce gradients while the backward goes on; default: on CUDA "
@@ -89,7 +87,7 @@ _ONLY_3 = (3,)
 # what a checkpoint holds.
 SAME_NUMBERS = (
     "overlap_comm reduce_bucket allgather_bucket prefetch_bucket max_live_parameters leaf_blocks "
-    "partition_size nvme_path"
+    "partition_size"
 ).split()
 # Where DeepSpeed's own configuration has what a key says.
 _RAW = {
@@ -120,7 +118,7 @@ def check_zero(zero: ZeroConfig, stage: int, precision: str, raw: dict[str, Any]
     given = _given(zero)
     for key, value in given.items():
         named, stages = f"engine.zero.{key}={value}", _STAGES.get(key, _ONLY_3)
-        if key != "nvme_path" and stage not in stages:
+        if stage not in stages:
             at = " or ".join(map(str, stages))
             raise ValueError(
                 f"{named} means nothing at engine.zero_stage={stage}: leave it out, or take {at}"
@@ -141,17 +139,6 @@ def check_zero(zero: ZeroConfig, stage: int, precision: str, raw: dict[str, Any]
         raise ValueError(
             "engine.zero.bf16_masters=True and engine.zero.offload_optimizer="
             f"{zero.offload_optimizer} exclude each other: offloaded moments are float32"
-        )
-    on_nvme = [key for key in ("offload_optimizer", "offload_parameters") if _on_nvme(zero, key)]
-    if "offload_optimizer" in on_nvme and stage != 3:
-        raise ValueError(
-            f"engine.zero.offload_optimizer=nvme needs engine.zero_stage=3, which is {stage}: cpu?"
-        )
-    if on_nvme and zero.nvme_path is None:
-        raise ValueError(f"engine.zero.{on_nvme[0]}=nvme needs a directory: engine.zero.nvme_path")
-    if zero.nvme_path is not None and not on_nvme:
-        raise ValueError(
-            f"engine.zero.nvme_path={zero.nvme_path} is given, and nothing is offloaded to nvme"
         )
 
 
@@ -184,8 +171,7 @@ def deepspeed_keys(
     keys |= {"overlap_comm": overlap, "reduce_bucket_size": bucket}
     for key in ("offload_optimizer", "offload_parameters"):
         if getattr(zero, key) != "none":
-            path = {"nvme_path": str(zero.nvme_path)} if _on_nvme(zero, key) else {}
-            keys[_RAW[key][1]] = {"device": getattr(zero, key), "pin_memory": cuda, **path}
+            keys[_RAW[key][1]] = {"device": getattr(zero, key), "pin_memory": cuda}
     own = {"overlap_comm", "reduce_bucket", "leaf_blocks"}
     for key, value in _given(zero).items():
         section, *names = _RAW.get(key, ("",))
@@ -208,7 +194,3 @@ def _given(zero: ZeroConfig) -> dict[str, Any]:
     """The keys that do not have their defaults."""
     fields = type(zero).model_fields
     return {k: getattr(zero, k) for k, f in fields.items() if getattr(zero, k) != f.default}
-
-
-def _on_nvme(zero: ZeroConfig, key: str) -> bool:
-    return getattr(zero, key) == "nvme"

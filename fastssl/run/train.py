@@ -143,6 +143,8 @@ class Run:
         self.scalars = Scalars(board, cfg.engine.deepspeed)
         self.log = RunLog(self.directory, watch, writing=distributed.rank() == 0)
         self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
+        if cfg.log.breakdown:
+            engine.measure()
         self.evaluator = Evaluator(cfg, split, loader.views, engine)
         self.progress, self.waits = Progress(), _Waits(iter(()))
         views, channels = self.evaluator.views, self.evaluator.split.train.channels
@@ -291,6 +293,10 @@ class Run:
             state.epoch_losses.append(metrics["loss"])
         row = {**metrics, "lr": lr, "images_per_s": images / seconds}
         row["data_wait"] = min(waited / seconds, 1.0)
+        steps = round(images / self.cfg.batch_size) or 1
+        if parts := self.engine.breakdown():
+            parts = {"data": waited, **parts}
+            row |= {f"time/{name}": round(1e3 * spent / steps, 3) for name, spent in parts.items()}
         epoch = state.step / self.steps_per_epoch
         self.scalars.write({f"train/{k}": v for k, v in row.items()}, state.step)
         return self.log.row("train", state.step, epoch=round(epoch, 4), **row)
