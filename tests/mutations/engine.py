@@ -185,7 +185,6 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("map(_share, held.pieces) if whole", "held.pieces if whole"),
     ],
     "engine/states.read": [
-        ("zero.checkpoint_event_prologue()", "zero"),
         ("            follow_masters(self.ds)", "            pass"),
         ("buffer.copy_(", "buffer.equal("),
         ("setattr(self.ds, name,", "print(self.ds, name,"),
