@@ -91,8 +91,12 @@ def test_a_single_process_that_hangs_ends(tmp_path):
     process = start(one, str(tmp_path), daemon=False)
     process.join(100)
     assert process.exitcode == 6 and "hangs_here" in (tmp_path / "said").read_text()
-    reader = Path(f"/proc/{(tmp_path / 'reader').read_text()}/stat")
-    assert not reader.exists() or reader.read_text().rpartition(")")[2].split()[0] == "Z"
+    reader = Path(f"/proc/{(tmp_path / 'reader').read_text()}/cmdline")
+    for _ in range(100):  # its own wait would be over after a minute
+        if not reader.exists() or not reader.read_bytes():  # gone, or as good as
+            return
+        time.sleep(0.1)
+    raise AssertionError("the reader lives on")
 
 
 @pytest.mark.parametrize("place, starved, late", [(DATA, 2, 3), (STEP, 9, 2), (SAVING, 9, 9)])

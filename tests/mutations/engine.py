@@ -42,7 +42,10 @@ TESTS = {
         "tests/engine/test_peers.py tests/engine/test_watchdog.py",
         "closed_connection or asked_to_stop or hang_end or does_not_answer or waited_for",
     ),
-    "engine/watchdog": ("tests/engine/test_watchdog.py", "the_time_to_save or is_named or single"),
+    "engine/watchdog": (
+        "tests/engine/test_watchdog.py",
+        "time_to_save or is_named or single or waited_for",
+    ),
     "engine/groups": ("tests/engine/test_optim.py", "not slices and not differ"),
     "engine/clipping": ("tests/engine/test_clipping.py", ""),
     "schedules/config": (
