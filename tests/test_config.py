@@ -90,7 +90,7 @@ def test_a_schedule_without_a_name_is_the_cosine():
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("optim.lrr=1", r"unknown key optim.lrr=1 \(did you mean lr\?\); there are: name, imp"),
+        ("optim.lrr=1", r"unknown key optim.lrr=1 \(did you mean lr\?\); there are: name, lr"),
         ("epoch=1", r"unknown key epoch=1 \(did you mean epochs\?\)"),
         ("method.temprature=1", r"unknown key method.temprature=1 \(did you mean temperature\?\)"),
         ("optim.schedule.warmpu=1", r"unknown key optim.schedule.warmpu=1 \(did you mean warmup"),

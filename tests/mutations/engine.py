@@ -134,7 +134,6 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('precision != "bf16"', 'precision == "fp16"'),
         ("if name in raw.get", "if name not in raw.get"),
         ('accumulation_dtype == "fp32"', 'accumulation_dtype == "bf16"'),
-        ("and stage != 3", "and stage == 3"),
     ],
     "engine/zero.runtime_problem": [
         ("world % zero.partition_size", "world < zero.partition_size"),
