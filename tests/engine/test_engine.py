@@ -482,7 +482,6 @@ def test_buckets_fit_the_model(stage, how, overlap, bucket):
             {"zero": {"bf16_masters": True, "offload_optimizer": "cpu"}, "precision": "bf16"},
             "offload_optimizer=cpu exclude",
         ),
-        ({"zero": {"offload_optimizer": "nvme"}}, "should be 'none' or 'cpu'"),
         (
             {
                 "zero": {"reduce_bucket": 5},
