@@ -266,13 +266,26 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     return box[0]
 
 
-def gather_objects(obj: Any) -> list[Any]:
-    """Every rank's picklable object in rank order, on every rank of the world."""
+def gather_objects(obj: Any, group: Group = None) -> list[Any]:
+    """Every rank's picklable object in rank order, on every rank of the world.
+
+    group: None, or that of `beside`.
+    """
     box = [obj]
     if world_size() > 1:
         box = [None] * world_size()
-        dist.all_gather_object(box, obj, group=_host_group(None))
+        dist.all_gather_object(box, obj, group=_host_group(None) if group is None else group)
     return box
+
+
+def beside() -> Group:
+    """The world again, for collectives of another thread beside this one's; collective."""
+    if world_size() == 1:
+        return None
+    key = ("beside", dist.group.WORLD)
+    if key not in _host_groups:
+        _host_groups[key] = dist.new_group(backend="gloo")
+    return _host_groups[key]
 
 
 def all_agree(flag: bool) -> bool:

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from fastssl.random import RESUME, mix
 
 from .config import CheckpointConfig
 from .networks import described, encoder_files, networks_of, other_frozen
-from .states import attempt, readable, state_file
+from .states import EncoderFile, attempt, readable, state_file
 from .tensor_files import in_order, named, write_split
 from .verbs import Verbs
 
@@ -64,6 +64,40 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
+class _Save(NamedTuple):
+    """What is still to be written of a checkpoint."""
+
+    aside: Path
+    name: str
+    best: bool
+    state: Callable[[Path], None]
+    generators: dict[str, Any]
+    encoders: dict[str, Callable[[Path], EncoderFile]]  # by file
+    trainer: str
+    group: distributed.Group
+
+
+class _Thread:
+    """A thread that began as it was made, and whose exception is that of `end`."""
+
+    def __init__(self, action: Callable[[], None]):
+        self._error: BaseException | None = None
+        self._action = action
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:
+            self._error = error
+
+    def end(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
 @dataclass
 class Checkpoints:
     """The checkpoints of one run's directory.
@@ -74,6 +108,7 @@ class Checkpoints:
     run: Path
     cfg: CheckpointConfig
     notes: list[str] = field(default_factory=list)
+    _writing: "_Thread | None" = None
 
     @property
     def folder(self) -> Path:
@@ -96,33 +131,63 @@ class Checkpoints:
             if (self.folder / name).is_dir():
                 raise IsADirectoryError(f"{self.folder / name} is a directory")
 
-    @_undisturbed()
     def save(self, engine: Verbs, step: int, trainer: dict[str, Any], *, best: bool) -> Path:
         """Write the state after `step` steps; collective.  trainer: what resume needs, JSON.
 
+        With cfg.asynchronous the state is copied into the host's memory, and written while training
+        goes on; `wait` tells how that ended.
         Raises CheckpointError on every rank when any rank could not write (full disk, read-only):
         nothing of it is left, and earlier checkpoints are untouched.
         """
-        name = f"step-{step:08d}"
-        aside = self.folder / f".{name}.partial"
-        errors: list[str] = []
-        if distributed.rank() == 0:
-            attempt(errors, lambda: _fresh_directory(aside))
-        self._all_ok(errors, aside)
-        networks = described(engine.method.networks())
-        for network, file in encoder_files(networks).items():  # one after another: each is whole
-            _write_encoder(engine, network, aside / file, errors)
-        self._all_ok(errors, aside)
-        errors += engine.state(aside)
-        attempt(errors, lambda: torch.save(_rng_state(), aside / f"rng-{distributed.rank()}.pt"))
-        if distributed.rank() == 0:
+        self.wait()
+        with _undisturbed():
+            name = f"step-{step:08d}"
+            aside = self.folder / f".{name}.partial"
+            errors: list[str] = []
+            if distributed.rank() == 0:
+                attempt(errors, lambda: _fresh_directory(aside))
+            self._all_ok(errors, aside)
+            networks = described(engine.method.networks())
             kept = {"format": FORMAT, "step": step, "world": distributed.world_size()}
-            text = json.dumps(kept | {"networks": networks} | trainer)
-            attempt(errors, lambda: write_atomically(aside / "trainer.json", text))
-        self._all_ok(errors, aside)
-        self._seal(aside, name, errors, best)
-        self._all_ok(errors, aside)
+            asynchronous = self.cfg.writes_aside(engine.device)
+            write = _Save(
+                aside=aside,
+                name=name,
+                best=best,
+                state=engine.snapshot(copied=asynchronous),
+                generators=_rng_state(),
+                encoders={f: engine.encoder_reader(n) for n, f in encoder_files(networks).items()},
+                trainer=json.dumps(kept | {"networks": networks} | trainer),
+                group=distributed.beside() if asynchronous else None,
+            )
+            if asynchronous:
+                self._writing = _Thread(lambda: self._write(write))
+            else:
+                self._write(write)
         return self.folder / name
+
+    def wait(self) -> None:
+        """Until what is written aside is whole; collective.  Raises CheckpointError as `save`."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with _undisturbed():
+                writing.end()
+
+    def _write(self, save: "_Save") -> None:
+        """Collective, in whichever thread."""
+        errors: list[str] = []
+        aside, first = save.aside, distributed.rank() == 0
+        attempt(errors, lambda: save.state(aside))
+        path = aside / f"rng-{distributed.rank()}.pt"
+        attempt(errors, lambda: torch.save(save.generators, path))
+        if first:
+            attempt(errors, lambda: write_atomically(aside / "trainer.json", save.trainer))
+        self._all_ok(errors, aside, save.group)
+        for file, reader in save.encoders.items() if first else ():
+            attempt(errors, lambda file=file, reader=reader: _write_encoder(aside, file, reader))
+        self._all_ok(errors, aside, save.group)
+        self._seal(save, errors)
+        self._all_ok(errors, aside, save.group)
 
     def load(
         self,
@@ -193,11 +258,12 @@ class Checkpoints:
             return parsed
         return None
 
-    def _seal(self, aside: Path, name: str, errors: list[str], best: bool) -> None:
+    def _seal(self, save: "_Save", errors: list[str]) -> None:
         """Checksums by all ranks; then on rank 0: manifest, rename, pointers, old ones go."""
-        sums: dict[str, Any] = {}
+        aside, name, sums = save.aside, save.name, {}
         attempt(errors, lambda: sums.update(_checksums(_files(aside)[_my_share()], aside)))
-        merged = {k: v for part in distributed.gather_objects(sums) for k, v in part.items()}
+        parts = distributed.gather_objects(sums, save.group)
+        merged = {key: value for part in parts for key, value in part.items()}
 
         def finish() -> None:
             text = json.dumps({"files": merged}, indent=1, sort_keys=True)
@@ -207,7 +273,7 @@ class Checkpoints:
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(aside, whole)
             sync(self.folder)
-            if best:
+            if save.best:
                 write_atomically(self.folder / "best", name)
             write_atomically(self.folder / "latest", name)
             self._prune()
@@ -224,9 +290,9 @@ class Checkpoints:
             if name not in keep:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _all_ok(self, errors: list[str], aside: Path) -> None:
+    def _all_ok(self, errors: list[str], aside: Path, group: distributed.Group = None) -> None:
         """Every rank goes on, or every rank raises and nothing half-written stays."""
-        seen = [e for part in distributed.gather_objects(errors) for e in part]
+        seen = [e for part in distributed.gather_objects(errors, group) for e in part]
         if not seen:
             return
         if distributed.rank() == 0:
@@ -293,26 +359,18 @@ def _unreadable(path: Path, *, share: bool) -> str | None:
     return None
 
 
-def _write_encoder(engine: Verbs, name: str, path: Path, errors: list[str]) -> None:
-    """Rank 0 writes what is finite, holding one tensor at a time.  Collective."""
-    parts = engine.encoder_parts(name)
-    kinds = {key: kind for key, (kind, _) in parts.items()}
-    bad: list[str] = []
+def _write_encoder(aside: Path, file: str, reader: Callable[[Path], EncoderFile]) -> None:
+    """Out of the state's files, a tensor at a time.  Raises ValueError for what is not finite."""
+    encoder = reader(aside)
 
     def tensors() -> Iterator[torch.Tensor]:
-        for key in in_order(kinds):
-            whole = parts[key][1]()
-            if distributed.rank() == 0 and not torch.isfinite(whole).all():
-                bad.append(key)
+        for key in in_order(encoder.kinds):
+            whole = encoder.tensor(key)
+            if not torch.isfinite(whole).all():
+                raise ValueError(f"{key} of {file} is not finite")
             yield whole
 
-    coming = tensors()
-    if distributed.rank() == 0:
-        attempt(errors, lambda: write_split(path, kinds, coming))
-    for _ in coming:  # what is not written must be asked for as well: other ranks wait
-        pass
-    if bad:
-        errors.append(f"the weights of the network {name} are not finite ({bad[0]})")
+    write_split(aside / file, encoder.kinds, tensors())
 
 
 def _fresh_directory(path: Path) -> None:

@@ -3,6 +3,7 @@
 import difflib
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from fastssl.section import Section
@@ -181,7 +182,16 @@ class CheckpointConfig(Section):
     every_minutes: float = Field(
         0, ge=0, description="Minutes between two checkpoints, by the first rank's clock; 0: none."
     )
+    asynchronous: bool | None = Field(
+        None,
+        description="Copy the state into the host's memory and write it while training goes on; "
+        "default: on CUDA.",
+    )
     keep: int = Field(2, ge=1, description="Newest checkpoints kept; the best one is kept as well.")
     best: Literal["knn", "linear", "rankme", "loss"] = Field(
         "knn", description="What makes a checkpoint the best one."
     )
+
+    def writes_aside(self, device: torch.device) -> bool:
+        """Whether checkpoints are written while training goes on."""
+        return device.type == "cuda" if self.asynchronous is None else self.asynchronous

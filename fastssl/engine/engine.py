@@ -37,8 +37,7 @@ from .materialize import materialize
 from .norms import norm_limited
 from .optim import OptimConfig, after_initialize, build_optimizer, implementation_of
 from .scalars import MONITORS
-from .states import States, check_offloaded
-from .tensor_files import Kind
+from .states import EncoderFile, States, check_offloaded, named_tensors
 from .verbs import Limits, Step, Verbs
 from .watchdog import heart
 from .zero import deepspeed_keys, runtime_problem
@@ -239,8 +238,8 @@ class Engine(Verbs):
         with torch.no_grad():
             return self.method.features(images.to(self.device, non_blocking=True))
 
-    def state(self, folder: Path) -> list[str]:
-        return self._states.write(folder)
+    def snapshot(self, *, copied: bool) -> Callable[[Path], None]:
+        return self._states.snapshot(copied=copied)
 
     def load(self, folder: Path) -> None:
         self._states.read(folder)
@@ -249,18 +248,21 @@ class Engine(Verbs):
         parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
         return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
 
-    def encoder_parts(self, name: str = "") -> dict[str, tuple[Kind, Callable[[], Tensor]]]:
-        networks = self.method.networks()
-        encoder = networks[name or next(iter(networks))]
-        # What two modules share has both names in a state_dict.
-        every: dict[str, Any] = {"remove_duplicate": False}
-        tensors = dict([*encoder.named_buffers(**every), *encoder.named_parameters(**every)])
-        return {key: self._part(tensors[key]) for key in encoder.state_dict()}
+    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
+        encoder, state = self._network(name), {}
+        tensors = named_tensors(encoder)
+        for key in encoder.state_dict():
+            whole = self._whole(tensors[key])
+            if kept:
+                state[key] = whole.cpu().clone()
+        return state
 
-    def _part(self, tensor: Tensor) -> tuple[Kind, Callable[[], Tensor]]:
-        dtype = torch.float32 if isinstance(tensor, nn.Parameter) else tensor.dtype
-        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-        return Kind(shape, dtype), lambda: self._whole(tensor)
+    def encoder_reader(self, name: str = "") -> Callable[[Path], EncoderFile]:
+        return self._states.reader_of(self._network(name))
+
+    def _network(self, name: str) -> nn.Module:
+        networks = self.method.networks()
+        return networks[name or next(iter(networks))]
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """A parameter in full and float32, wherever ZeRO keeps it; a buffer as it is."""

@@ -26,9 +26,10 @@ from fastssl.models import set_aside
 from .config import EngineConfig, EngineError
 from .fragments import follow_masters, held_at, locate, shape_of, stage_0_masters
 from .shards import REST, Shards, key_of, packed, tree_of, unpacked, write_shard
+from .tensor_files import Kind
 
 # A full disk is an OSError to Python, and these to torch.save and safetensors.
-WRITE_ERRORS = (OSError, RuntimeError, TypeError, SafetensorError)
+WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError)
 _COUNTS = ("global_steps", "global_samples", "skipped_steps")
 # Options of a group that say how it is computed, on the device of now, and not what.
 _HOW = ("params", "foreach", "fused", "capturable", "differentiable")
@@ -74,6 +75,19 @@ class _Held(NamedTuple):
     pieces: list[_Piece]
 
 
+class EncoderFile(NamedTuple):
+    """A state_dict whose tensors are read when they are asked for, float32 but for buffers."""
+
+    kinds: dict[str, Kind]
+    tensor: Callable[[str], Tensor]
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers by all their names: what two modules share has both."""
+    every: dict[str, Any] = {"remove_duplicate": False}
+    return dict([*network.named_buffers(**every), *network.named_parameters(**every)])
+
+
 class States:
     """What a DeepSpeed engine has to keep; collective, once it is initialized.
 
@@ -111,25 +125,72 @@ class States:
     def write(self, folder: Path) -> list[str]:
         """Into this rank's file in a folder that is there; what could not be written."""
         errors: list[str] = []
-        with set_aside(self.ds.module):
-            keepers = _keepers(self.ds.module).items()
-            extra = {name: module.get_extra_state() for name, module in keepers}  # of all ranks
-            path = folder / state_file(distributed.rank())
-            attempt(errors, lambda: self._write(path, extra))
+        attempt(errors, lambda: self.snapshot(copied=False)(folder))
         return errors
 
-    def _write(self, path: Path, extra: dict[str, Any]) -> None:
+    def snapshot(self, *, copied: bool) -> Callable[[Path], None]:
+        """What writes this rank's file into a folder; collective.  What cannot be kept is told as
+        it is written, so that no rank waits for another."""
+        name = state_file(distributed.rank())
+        try:
+            with set_aside(self.ds.module):
+                keepers = _keepers(self.ds.module).items()
+                extra = {name: module.get_extra_state() for name, module in keepers}  # of all ranks
+                tensors, rest = self._kept(extra)
+        except WRITE_ERRORS as error:
+            reason = error
+
+            def fail(folder: Path) -> None:
+                raise reason
+
+            return fail
+        if copied:
+            tensors = {key: x.detach().to("cpu", copy=True) for key, x in tensors.items()}
+        return lambda folder: write_shard(folder / name, tensors, rest)
+
+    def _kept(self, extra: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """The tensors of this rank's file, by key, and the tree."""
         tensors = dict(self._pieces())
-        rest = None
-        if distributed.rank() == 0:
-            tensors |= {key_of(n, "buffer", 0): b for n, b in _buffers(self.ds.module).items()}
+        if distributed.rank() > 0:
+            return tensors, None
+        tensors |= {key_of(n, "buffer", 0): b for n, b in _buffers(self.ds.module).items()}
 
-            def keep(tensor: Tensor) -> int:
-                tensors[key_of("", REST, len(tensors))] = tensor
-                return len(tensors) - 1
+        def keep(tensor: Tensor) -> int:
+            tensors[key_of("", REST, len(tensors))] = tensor
+            return len(tensors) - 1
 
-            rest = self._rest(keep) | {"extra": {n: packed(v, keep) for n, v in extra.items()}}
-        write_shard(path, tensors, rest)
+        rest = self._rest(keep) | {"extra": {n: packed(v, keep) for n, v in extra.items()}}
+        return tensors, rest
+
+    def reader_of(self, network: nn.Module) -> Callable[[Path], EncoderFile]:
+        """What reads a network's state_dict out of the files of all ranks."""
+        buffers = {id(buffer): name for name, buffer in _buffers(self.ds.module).items()}
+        places: dict[str, tuple[str, str]] = {}
+        kinds: dict[str, Kind] = {}
+        tensors = named_tensors(network)
+        for key in network.state_dict():
+            tensor = tensors[key]
+            if isinstance(tensor, nn.Parameter):
+                places[key] = (self._names[tensor], "parameter")
+                kinds[key] = Kind(tuple(shape_of(tensor)), torch.float32)
+            else:
+                places[key] = (buffers[id(tensor)], "buffer")
+                kinds[key] = Kind(tuple(tensor.shape), tensor.dtype)
+
+        def read(folder: Path) -> EncoderFile:
+            shards = Shards(sorted(folder.glob(state_file("*"))))
+
+            def tensor(key: str) -> Tensor:
+                name, field = places[key]
+                if field == "buffer":
+                    return shards.tensor(name, field)
+                flat = torch.empty(torch.Size(kinds[key].shape).numel())
+                shards.fill(flat, name, field, 0)
+                return flat.view(kinds[key].shape)
+
+            return EncoderFile(kinds, tensor)
+
+        return read
 
     def _pieces(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's share of all pieces, by key: of what every rank has whole, a part."""

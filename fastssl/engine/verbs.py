@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastssl import distributed
 
-from .tensor_files import Kind
+from .states import EncoderFile, attempt
 
 
 class Limits(NamedTuple):
@@ -88,37 +88,41 @@ class Verbs(ABC):
         """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode."""
 
     @abstractmethod
+    def snapshot(self, *, copied: bool) -> Callable[[Path], None]:
+        """This rank's share of the state, to be written into a folder that is there.
+
+        copied: what is written is the state of now, whatever happens to it until then; otherwise it
+        must be written at once.  To write it is no collective, and raises what the disk does.
+        """
+
     def state(self, folder: Path) -> list[str]:
         """Write this rank's share of the state into a folder that is there.
 
         Returns what could not be written and why, a sentence each, and raises nothing for it, so
         that no rank waits for another.
         """
+        errors: list[str] = []
+        attempt(errors, lambda: self.snapshot(copied=False)(folder))
+        return errors
 
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Take the state that any number of ranks wrote; raises what its files bring about."""
 
     @abstractmethod
-    def encoder_parts(self, name: str = "") -> dict[str, tuple[Kind, Callable[[], Tensor]]]:
-        """An encoder's state_dict: what each tensor is, and what gives it whole.
+    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
+        """An encoder's state_dict on the CPU: whole tensors, float32 masters where there are any.
 
         name: among the method's networks; the first of them by default.
-        A tensor that is given is a float32 master where there is one, on whatever device, and is
-        not to be changed.  To ask for one is collective: all ranks ask, in the same order.
-        """
-
-    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
-        """An encoder's state_dict on the CPU, of copies; collective.
-
         One rank that has kept=False takes part, and gets nothing.
         """
-        state: dict[str, Tensor] = {}
-        for key, (_, whole) in self.encoder_parts(name).items():
-            value = whole()
-            if kept:
-                state[key] = value.cpu().clone()
-        return state
+
+    @abstractmethod
+    def encoder_reader(self, name: str = "") -> Callable[[Path], EncoderFile]:
+        """What reads an encoder's state_dict out of the shares of all ranks, a tensor at a time.
+
+        name: as of `encoder_state`.  To read is no collective.
+        """
 
     @abstractmethod
     def whole_parameters(self) -> AbstractContextManager[Any]:

@@ -167,7 +167,11 @@ class Run:
         self.watch.begin(self.total, self.progress.step)
         try:
             with _Signals(self), heart.watched(self.cfg.engine.watchdog):
-                self.train()
+                try:
+                    self.train()
+                finally:
+                    heart.at(SAVING, self.progress.step)
+                    self.checkpoints.wait()
         except OSError as error:  # of TensorBoard, which opens its file anew each time
             if self.directory.is_dir():
                 raise
@@ -388,6 +392,7 @@ class Run:
             if state.skipped_in_row < min(self.cfg.engine.max_skipped, self.total):
                 return
             where += f", as in {state.skipped_in_row} steps in a row (engine.max_skipped)"
+        self.checkpoints.wait()
         last = self.checkpoints.latest()
         good = self.checkpoints.folder / last if last else "none yet"
         raise NonFinite(f"{where}; {some}; last good checkpoint: {good}")

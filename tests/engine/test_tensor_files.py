@@ -7,11 +7,13 @@ import torch
 from huggingface_hub import load_torch_model
 from safetensors.torch import load_file
 
-from fastssl.engine import tensor_files
-from fastssl.engine.checkpoint import CheckpointError
+from fastssl.engine import launch, tensor_files
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints
 from fastssl.engine.encoders import saved_encoder
+from fastssl.engine.engine import Engine
 from fastssl.engine.tensor_files import Kind, in_order, write_split
 from fastssl.export import load_encoder
+from fastssl.run.build import build
 from fastssl.run.train import pretrain
 from tests.runs import tiny
 
@@ -37,6 +39,19 @@ def test_an_encoder_in_several_files_is_whole_wherever_it_is_read(tmp_path, monk
     shutil.copy(parts[0], folder / "encoder-00001-of-00009.safetensors")
     with pytest.raises(CheckpointError, match="does not name encoder-00001-of-00009"):
         saved_encoder(cfg.directory)
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
+    cfg = tiny("simclr", tmp_path, engine__zero_stage=0)
+    cfg.directory.mkdir()
+    with launch.session("cpu") as device:
+        e = Engine(build(cfg, 1), cfg.optim, cfg.engine, device=device, batch_size=8)
+        checkpoints = Checkpoints(cfg.directory, cfg.checkpoint)
+        checkpoints.save(e, 1, {}, best=False)
+        e.method.encoder.norm.weight.data[3] = float("nan")
+        with pytest.raises(CheckpointError, match="norm.weight of encoder.* is not finite.*00001"):
+            checkpoints.save(e, 2, {}, best=False)
+    assert checkpoints.names() == ["step-00000001"]
 
 
 def test_a_file_takes_what_fits_and_large_elements_first(tmp_path, monkeypatch):

@@ -238,7 +238,9 @@ def test_a_reader_that_dies_meanwhile_fails_no_checkpoint(tmp_path):
     class Stub:
         method = SimpleNamespace(networks=lambda: {"encoder": None})
 
-        def encoder_parts(self, name):
+        device = torch.device("cpu")
+
+        def snapshot(self, copied):
             os.kill(os.getpid(), signal.SIGCHLD)
             raise Reached
 

@@ -41,6 +41,7 @@ def configuration(method: str, stage: int | str, output: Path, world: int):
         engine__deepspeed={} if stage == WHOLE else cut,
         batch_size=28,  # of 130 samples: a short batch of 18, which the ranks share
         data__last="pad",
+        checkpoint__asynchronous=method in ("mocov3", "nnclr"),
         **({"method__queue_size": 64} if method == "nnclr" else {}),  # begun anew at step 4
     )
 

@@ -21,6 +21,7 @@ from fastssl import distributed
 from fastssl.config import ConfigError, load
 from fastssl.data.errors import DataError
 from fastssl.data.loader import PretrainLoader
+from fastssl.engine import checkpoint
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
 from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.engine import Engine
@@ -281,10 +282,11 @@ def test_skipping_ends_after_so_many_steps_in_a_row(tmp_path):
         Run.refuse(Stub, batch)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_keeps_the_last_good_checkpoint(asynchronous, tmp_path, monkeypatch):
     """A limit on file sizes stands in for the disk: writes beyond it fail with EFBIG."""
-    cfg = tiny("mae", tmp_path, epochs=2)
-    save, handler = Engine.encoder_parts, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    cfg = tiny("mae", tmp_path, epochs=2, checkpoint__asynchronous=asynchronous)
+    save, handler = Engine.encoder_reader, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_the_disk(self, name):
@@ -292,7 +294,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         return save(self, name)
 
-    monkeypatch.setattr(Engine, "encoder_parts", fill_the_disk)
+    monkeypatch.setattr(Engine, "encoder_reader", fill_the_disk)
     try:
         with pytest.raises(
             CheckpointError, match="could not write.*last good one is.*step-00000005"
@@ -417,6 +419,37 @@ def test_what_is_not_a_number_is_never_the_best(tmp_path):
 
     told = [Run.improves(Stub, {"loss": loss}) for loss in (2.0, float("nan"), 5.0, 1.0, 1.0)]
     assert told == [True, False, False, True, False]
+
+
+def test_what_is_written_meanwhile_is_the_state_of_its_step(tmp_path, monkeypatch):
+    files, later = {}, threading.Event()
+    step, write = Engine.step, checkpoint.write_atomically
+
+    def steps_on(self, *args, **kwargs):
+        if self.ds.global_steps == 7:
+            later.set()
+        return step(self, *args, **kwargs)
+
+    def slow(path, content):
+        assert later.wait(60)
+        write(path, content)
+
+    monkeypatch.setattr(Engine, "step", steps_on)
+    for asynchronous in (False, True):
+        if asynchronous:
+            later.clear()
+            monkeypatch.setattr(checkpoint, "write_atomically", slow)
+        else:
+            later.set()
+        cfg = tiny("mocov3", tmp_path, name=f"run-{asynchronous}", epochs=2)
+        update = {"asynchronous": asynchronous, "keep": 3}
+        pretrain(cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update=update)}))
+        for path in cfg.directory.glob("checkpoints/step-*/*"):
+            files.setdefault(f"{path.parent.name}/{path.name}", []).append(path.read_bytes())
+    assert len(files) == 12
+    clocked = ("trainer.json", "manifest.json")
+    different = [name for name, (one, other) in files.items() if one != other]
+    assert all(name.endswith(clocked) for name in different)
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, run):
