@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def _connected() -> dict[socket.socket, int]:
 def _watch(peers: dict[socket.socket, int], agent: int | None, done: int, lost: list[int]) -> None:
     talk = _Talk(peers)
     while not lost:
-        ready, *_ = select.select([done, *peers], [], [], _TICK)
+        ready = _readable([done, *peers], _TICK)
         if done in ready:
             return
         for connection in [peer for peer in peers if peer in ready]:
@@ -124,10 +124,21 @@ def _watch(peers: dict[socket.socket, int], agent: int | None, done: int, lost: 
             agent = None
             os.kill(os.getpid(), signal.SIGTERM)
         talk.tick()
-    if not select.select([done], [], [], _GRACE)[0]:  # the main thread waits for the dead
+    if not _readable([done], _GRACE):  # the main thread waits for the dead
         sys.stderr.write(f"fastssl, rank {distributed.rank()}: {_sentence(lost[0])}\n")
         sys.stderr.flush()
         os._exit(RankLost.exit_code)
+
+
+def _readable(files: Sequence[Any], seconds: float) -> list[Any]:
+    """Those of which there is something to read, or an end, within so many seconds; their numbers
+    may be above the 1,023 that `select.select` takes."""
+    poll, by_number = select.poll(), {}
+    for file in files:
+        number = file if isinstance(file, int) else file.fileno()
+        by_number[number] = file
+        poll.register(number, select.POLLIN)
+    return [by_number[number] for number, _ in poll.poll(1000 * seconds)]
 
 
 class _Talk:

@@ -84,7 +84,9 @@ def test_every_way_has_the_statistics(name, way, monkeypatch):
     ours, formula = STATISTICS[name]
     a, b = views(36, 6)
     a[:, 1] *= 0.02  # a variance that VICReg pushes apart
-    assert_no_worse(ours, formula, (a, b + 0.5), slack=4 if name == "mmcr" else 2)
+    # SSL-EY's value is the difference of two terms, either larger than it.
+    slack = {"mmcr": 4.0, "ssl-ey": 8.0}.get(name, 2.0)
+    assert_no_worse(ours, formula, (a, b + 0.5), slack=slack)
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *STATISTICS])
