@@ -105,6 +105,7 @@ class States:
         with set_aside(ds.module):
             every = [p for p in ds.module.parameters() if self._names[p] not in stepped]
         self._others = every  # frozen ones, and teachers'
+        self._copies: dict[str, Tensor] = {}  # of the last snapshot
 
     def _held_here(self) -> Iterator[_Held]:
         if self.ds.zero_optimization_stage() == 0:
@@ -145,8 +146,21 @@ class States:
 
             return fail
         if copied:
-            tensors = {key: x.detach().to("cpu", copy=True) for key, x in tensors.items()}
+            tensors = self._copied(tensors)
         return lambda folder: write_shard(folder / name, tensors, rest)
+
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in the host's memory, the same as of the last snapshot: a page that is there
+        already is copied to in a fifth of the time."""
+        for key, x in tensors.items():
+            mine = self._copies.get(key)
+            if mine is None or (mine.shape, mine.dtype) != (x.shape, x.dtype):
+                mine = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+                self._copies[key] = mine
+            mine.copy_(x.detach(), non_blocking=True)
+        if any(x.is_cuda for x in tensors.values()):
+            torch.cuda.synchronize()
+        return {key: self._copies[key] for key in tensors}
 
     def _kept(self, extra: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """The tensors of this rank's file, by key, and the tree."""
