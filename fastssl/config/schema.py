@@ -97,6 +97,10 @@ class LogConfig(Section):
     breakdown: bool = Field(
         False, description="Rows tell where a step's time goes: milliseconds a step, as time/loss."
     )
+    profile: bool = Field(
+        False,
+        description="Record steps 4 to 6 by torch's profiler, on rank 0, into RUN/trace.json.",
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard events through DeepSpeed.")
 
 

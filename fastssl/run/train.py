@@ -49,6 +49,7 @@ from fastssl.run.rehearsal import rehearse
 from fastssl.run.restarts import after_restart
 from fastssl.run.spikes import Applied
 from fastssl.run.summary import count_parameters, summarize, write_summary
+from fastssl.run.trace import traced
 from fastssl.tree import count_rows, map_leaves
 
 LEAVE, SAVE, GO = range(3)  # votes before a step: no batch has come; save after it; neither
@@ -186,7 +187,9 @@ class Run:
         images, since = 0, time.perf_counter()
         stream = self.loader.stream(state.step, self.total, self.should_stop, self.readers)
         batches = self.waits = _Waits(stream)
-        for batch in self.agreed(batches):
+        first = distributed.rank() == 0
+        trace = self.directory / "trace.json" if self.cfg.log.profile and first else None
+        for batch in traced(self.agreed(batches), trace):
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             at = state.step / self.total
             self.bad += batch.pop("bad")

@@ -1,5 +1,8 @@
+import json
+
 """The engine's own promises, at every stage and precision, on two ranks."""
 
+import json
 import os
 import time
 from functools import partial
@@ -573,10 +576,14 @@ def test_what_is_above_a_limit_moves_nothing(kind):
         )
 
 
-def test_rows_have_the_breakdown_where_it_is_asked_for(tmp_path):
-    log = {"every": 2, "tensorboard": False, "breakdown": True}
-    cfg = tiny("mae", tmp_path, epochs=1, log=log)
+def test_rows_have_the_breakdown_and_steps_a_trace_where_it_is_asked_for(tmp_path):
+    log = {"every": 2, "tensorboard": False, "breakdown": True, "profile": True}
+    cfg = tiny("mae", tmp_path, epochs=2, log=log)
     pretrain(cfg)
+    events = json.loads((cfg.directory / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
+    assert steps == {f"ProfilerStep#{n}" for n in (3, 4, 5)}
+    assert any(event["name"] == "aten::addmm" for event in events)
     rows = [row for row in read_metrics(cfg.directory / "metrics.jsonl") if row["kind"] == "train"]
     for row in rows:
         parts = {key: value for key, value in row.items() if key.startswith("time/")}

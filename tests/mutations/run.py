@@ -22,10 +22,12 @@ TESTS = {
     "run/evaluation": (DATA, "mostly_bad"),
     "run/spikes": (TRAIN, "whole_window"),
     "run/restarts": ("tests/train/test_restarts.py", "nothing_else"),
+    "run/trace": ("tests/engine/test_engine.py", "breakdown"),
     "run/log": (TRAIN, "log_is_json or skipping_ends"),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "run/trace.traced": [("wait=SKIPPED - 1", "wait=SKIPPED")],
     "run/build.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
     "run/build.check_steps": [
         ("max(2 if couples", "max(1 if couples"),
