@@ -1,5 +1,3 @@
-import json
-
 """The engine's own promises, at every stage and precision, on two ranks."""
 
 import json
