@@ -77,13 +77,9 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one: parameters, masters, states, and the encoders in float32."""
-        half = self.cfg.engine.precision == "bf16"
-        w, T = 2 if half else 4, self.sizes.trained
-        masters = 4 * T if half or self.zero.stage else 0
-        means = 4 * self.sizes.teacher if half else 0
-        kept = w * (self.sizes.parameters - self.sizes.frozen) + means
-        return int(kept + masters + self.rule.states * T + 4 * self.sizes.networks)
+        """Bytes of one: float32 weights, states, and the encoders once more."""
+        kept = 4 * (self.sizes.parameters - self.sizes.frozen)
+        return int(kept + self.rule.states * self.sizes.trained + 4 * self.sizes.networks)
 
     @property
     def _speed(self) -> Speed:

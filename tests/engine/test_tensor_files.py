@@ -7,6 +7,9 @@ import torch
 from huggingface_hub import load_torch_model
 from safetensors.torch import load_file
 
+from fastssl.diagnose.hardware import GPUS
+from fastssl.diagnose.plan import make_plan
+from fastssl.diagnose.speed import Cluster
 from fastssl.engine import launch, tensor_files
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
 from fastssl.engine.encoders import saved_encoder
@@ -33,6 +36,10 @@ def test_an_encoder_in_several_files_is_whole_wherever_it_is_read(tmp_path, monk
         value.zero_()
     load_torch_model(encoder, folder, filename_pattern="encoder{suffix}.safetensors")
     torch.testing.assert_close(encoder.state_dict(), ours, rtol=0, atol=0)
+    plan = make_plan(cfg, 1, Cluster(GPUS["h200"], 1, 1), images=130)
+    files = [file.read_bytes() for file in folder.glob("*.safetensors")]
+    held = sum(len(file) - 8 - int.from_bytes(file[:8], "little") for file in files)
+    assert plan.checkpoint == pytest.approx(held, rel=0.02)
     parts[1].unlink()
     with pytest.raises(CheckpointError, match=f"{parts[1].name} is missing"):
         saved_encoder(cfg.directory)
