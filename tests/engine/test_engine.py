@@ -322,6 +322,12 @@ def test_blocks_compile_without_a_break_and_change_nothing(stage, again, monkeyp
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+def test_parameters_that_deepspeed_joins_at_stage_0_are_refused(monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
+    with launch.session("cpu"), pytest.raises(EngineError, match="take engine.zero_stage=1"):
+        engine(0, "bf16")
+
+
 def test_compiled_blocks_of_stage_3_are_whole():
     with pytest.raises(ValueError, match="compile=True at engine.zero_stage=3 .*leaf_blocks=False"):
         EngineConfig(zero_stage=3, compile=True, zero={"leaf_blocks": False})
