@@ -193,6 +193,9 @@ def test_a_run_may_go_on_at_another_stage_precision_and_accumulation(tmp_path):
     raw = {"zero_optimization": {"overlap_comm": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     elsewhere = {"engine__zero_stage": 3, "engine__precision": "bf16", "engine__deepspeed": raw}
     assert differences(one, tiny("simclr", tmp_path, engine__accumulation=2, **elsewhere)) == []
+    zero = {"offload_optimizer": "cpu", "persistence_threshold": 0, "accumulation_dtype": "fp32"}
+    tuned = {**elsewhere, "engine__zero": {**zero, "offload_parameters": "cpu"}}
+    assert differences(one, tiny("simclr", tmp_path, **tuned | {"engine__deepspeed": {}})) == []
     for key, value in {"large_batch": "plain", "micro_batchnorm": True}.items():
         keys = {"engine__accumulation": 2, f"engine__{key}": value}
         (parts, _) = differences(one, tiny("simclr", tmp_path, **keys))

@@ -153,6 +153,11 @@ class RunConfig(Section):
         """What the encoder of a stream is."""
         return self.model if isinstance(self.model, ModelConfig) else self.model[stream]
 
+    def begins_from_weights(self) -> bool:
+        """Whether an encoder that is trained has weights to start from."""
+        models = [self.model] if isinstance(self.model, ModelConfig) else [*self.model.values()]
+        return any(model.weights != "none" and not model.frozen for model in models)
+
     def stream_of(self, network: str) -> str:
         """The stream that a network reads: STREAM, or STREAM_x; any other the primary one.
 

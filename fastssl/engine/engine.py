@@ -122,6 +122,12 @@ class Engine(Verbs):
             raise EngineError(_refusal(error)) from error
         except (AssertionError, ValueError, TypeError, KeyError) as error:
             raise EngineError(f"DeepSpeed or the optimizer refuses this: {error}") from error
+        if cfg.zero_stage == 0 and hasattr(self.ds.optimizer, "fp32_groups_flat"):
+            raise EngineError(
+                f"optim.implementation={optim.implementation} at engine.zero_stage=0 with "
+                "engine.precision=bf16 has DeepSpeed join parameters where no checkpoint finds "
+                "them: take engine.zero_stage=1, or optim.implementation=torch"
+            )
         after_initialize(self.ds)
         self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())

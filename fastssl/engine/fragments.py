@@ -33,9 +33,20 @@ class ZeroPieces(Pieces):
         whole = [p for p in parameters if hasattr(p, "ds_numel") and p.numel() == p.ds_numel]
         for parameter in whole:
             parameter.partition()
+        forget_copies(parameters)
         kept = [parameter for parameter in whole if parameter.ds_persist]
         if kept:
             kept[0].all_gather(kept)
+
+
+def forget_copies(parameters: Sequence[Any]) -> None:
+    """Let nothing be gathered from second copies (hpZ) of pieces that have been written.
+
+    DeepSpeed forgets those of what it steps itself alone.  It makes them of whole parameters.
+    """
+    for parameter in parameters:
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fastssl import distributed, pieces
 from fastssl.models import set_aside
 
 from .config import EngineConfig, EngineError
-from .fragments import follow_masters, held_at, locate, shape_of, stage_0_masters
+from .fragments import follow_masters, forget_copies, held_at, locate, shape_of, stage_0_masters
 from .shards import REST, Shards, key_of, packed, tree_of, unpacked, write_shard
 from .tensor_files import Kind
 
@@ -281,11 +281,13 @@ class States:
                 self._read_states(held, shards, rest["states"], kept)
             self._read_groups(rest["groups"], kept)
             self._read_others(shards)
+            saved = {name: shards.tensor(name, "buffer") for name in shards.names("buffer")}
+            _told(self.ds.module, dict(saved))
             buffers = _buffers(self.ds.module)
-            saved = {n: list(shards.tensor(n, "buffer").shape) for n in shards.names("buffer")}
-            _same("buffer", saved, {n: list(b.shape) for n, b in buffers.items()})
+            two = ({n: list(b.shape) for n, b in one.items()} for one in (saved, buffers))
+            _same("buffer", *two)
             for name, buffer in buffers.items():
-                buffer.copy_(shards.tensor(name, "buffer"))
+                buffer.copy_(saved[name])
             keepers = _keepers(self.ds.module)
             _same("extra state", dict.fromkeys(rest["extra"]), dict.fromkeys(keepers))
             for name, module in keepers.items():
@@ -346,6 +348,7 @@ class States:
             _fill(master, shards, "parameter", [here])
             if master is not whole:
                 whole.copy_(master)
+        forget_copies(self._others)
 
 
 def readable(path: Path) -> None:
@@ -392,6 +395,15 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
+
+
+def _told(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Modules that look into a state_dict themselves see what of it there is, the buffers: a queue
+    takes its width from there, a predictor the steps that it has made."""
+    for name, module in model.named_modules():
+        if type(module)._load_from_state_dict is not nn.Module._load_from_state_dict:
+            prefix = f"{name}." if name else ""
+            module._load_from_state_dict(saved, prefix, {}, False, [], [], [])
 
 
 def _masters(model: nn.Module, *, begin: bool = False) -> dict[Any, Tensor]:

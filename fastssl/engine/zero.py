@@ -86,8 +86,9 @@ _ONLY_3 = (3,)
 # Keys that a run may be resumed with others of: what it computes is the same to rounding, and so is
 # what a checkpoint holds.
 SAME_NUMBERS = (
-    "overlap_comm reduce_bucket allgather_bucket prefetch_bucket max_live_parameters leaf_blocks "
-    "partition_size"
+    "offload_optimizer offload_parameters overlap_comm reduce_bucket allgather_bucket "
+    "prefetch_bucket persistence_threshold max_live_parameters leaf_blocks partition_size "
+    "accumulation_dtype"
 ).split()
 # Where DeepSpeed's own configuration has what a key says.
 _RAW = {

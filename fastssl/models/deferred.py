@@ -91,10 +91,13 @@ class Deferred(TorchDispatchMode):
 
     Raises NotDeferrable, inside, where a value is needed at once, and where torch's generator is
     seeded or used for what is not deferred.
+
+    refused: the last of these, which a constructor may have caught, and gone another way.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.refused: NotDeferrable | None = None
         self._operations: list[_Operation] = []
         self._of: dict[int, list[int]] = defaultdict(list)  # storage -> its operations' numbers
         self._alive: list[Any] = []  # storages: the address of one that is gone may come again
@@ -118,7 +121,7 @@ class Deferred(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except RuntimeError as error:  # of a value that is not there, as a rule
-            raise NotDeferrable(str(error).splitlines()[0]) from error
+            raise self._refuse(str(error).splitlines()[0]) from error
         results = tree_flatten(out)[0]
         before = {_storage(x) for x in given if _on_meta(x)}
         made = [(n, x) for n, x in enumerate(results) if _on_meta(x) and _storage(x) not in before]
@@ -142,7 +145,7 @@ class Deferred(TorchDispatchMode):
     ) -> None:
         given, spec = tree_flatten((args, kwargs))
         if any(isinstance(x, torch.Generator) for x in given):
-            raise NotDeferrable("a constructor draws from a generator of its own")
+            raise self._refuse("a constructor draws from a generator of its own")
         number = len(self._operations)
         if draws:
             self._note_draw(number)
@@ -169,7 +172,10 @@ class Deferred(TorchDispatchMode):
             return self._replayed(_place(tensor), len(self._operations))
 
     def check(self, model: nn.Module) -> None:
-        """Raise NotDeferrable where a model has a tensor on meta that cannot be made alone."""
+        """Raise NotDeferrable where a model has a tensor on meta that cannot be made alone, and
+        what was raised inside."""
+        if self.refused is not None:
+            raise self.refused
         self._find_draws()
         names: dict[int, str] = {}
         for name, tensor in tensors_on_meta(model):
@@ -184,6 +190,10 @@ class Deferred(TorchDispatchMode):
             if any(_on_meta(x) for x in tree_flatten(list(own))[0]):
                 raise NotDeferrable(f"{name} has a tensor that is no parameter and no buffer")
 
+    def _refuse(self, why: str) -> NotDeferrable:
+        self.refused = NotDeferrable(why)
+        return self.refused
+
     def _note_draw(self, number: int) -> None:
         """The generator must be where the draw before left it; it is moved on, so that a return to
         a state that it had is seen."""
@@ -191,7 +201,7 @@ class Deferred(TorchDispatchMode):
         if not self._draws:
             self._began = self._expected = now
         if not torch.equal(now, self._expected):
-            raise NotDeferrable("a constructor seeds torch's generator, or draws at once")
+            raise self._refuse("a constructor seeds torch's generator, or draws at once")
         torch.rand((), device="cpu")
         self._expected = torch.get_rng_state()
         self._draws[number] = None

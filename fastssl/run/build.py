@@ -16,13 +16,14 @@ from fastssl.data.sources.base import Source, Split
 from fastssl.data.streams import stream
 from fastssl.data.views.image import Views
 from fastssl.data.views.streams import StreamViews, of_stream
+from fastssl.engine.config import EngineError
 from fastssl.engine.large_batch import check_batch_norms
 from fastssl.engine.networks import is_network
 from fastssl.engine.optim import build_optimizer
 from fastssl.export import start
 from fastssl.methods import Method, build_method
 from fastssl.models import build_backbone, check_features, check_sizes, freeze, probe
-from fastssl.models.deferred import Deferred, NotDeferrable
+from fastssl.models.deferred import Deferred
 
 Encoders = torch.nn.Module | Mapping[str, torch.nn.Module] | None
 
@@ -61,8 +62,11 @@ def begin(
             deferred.check(method)
             notes[:] = said
             return method, deferred
-        except NotDeferrable as error:
-            notes.append(f"the model is built whole in each process: {error}")
+        except Exception as error:  # NotDeferrable, and what a constructor makes of it
+            if deferred.refused is None and isinstance(error, (ConfigError, EngineError)):
+                raise
+            why = deferred.refused or error
+            notes.append(f"the model is built whole in each process: {why}")
     return build(cfg, channels, notes, encoder, resumed=resumed), None
 
 

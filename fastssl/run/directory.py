@@ -62,7 +62,7 @@ def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator["Pl
     Raises ConfigError when a run of that name is going on, or exists and neither resume nor
     overwrite is asked for, and when the configuration or the data differ from what is resumed,
     naming each difference.  Data that are the same may lie elsewhere.
-    A mistake of the user's that comes out before the place has begun leaves things as they were.
+    What ends the run before the place has begun, a mistake or Ctrl-C, leaves things as they were.
     """
     place, launch = Place(cfg), launches()
     with contextlib.ExitStack() as stack:
@@ -84,8 +84,8 @@ def prepared(cfg: RunConfig, data: dict[str, Any] | None = None) -> Iterator["Pl
             raise ConfigError(problem)
         try:
             yield place
-        except Exception as error:
-            if distributed.rank() == 0 and getattr(error, "exit_code", 2) == 2:
+        except BaseException:
+            if distributed.rank() == 0:
                 place.undo()
             raise
 
@@ -174,8 +174,9 @@ def _prepare(place: "Place", data: dict[str, Any] | None, launch: dict[str, Any]
             f"{directory} already holds a run: resume=auto continues it, overwrite=true replaces "
             f"it, name=... makes another"
         )
+    elif saved.is_file() and _replaced(cfg).is_dir():  # it was to replace that, and never began
+        shutil.rmtree(directory)
     elif saved.is_file():
-        shutil.rmtree(_replaced(cfg), ignore_errors=True)
         directory.rename(_replaced(cfg))
     place.made = not directory.exists()
     directory.mkdir(exist_ok=True)

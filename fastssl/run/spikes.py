@@ -26,9 +26,11 @@ class Applied:
 
     def add(self, step: Step, cfg: EngineConfig) -> None:
         for kept, value in ((self.losses, step.loss), (self.norms, step.norm)):
-            if value is not None:
-                kept.append(value)
-                del kept[: -cfg.spike_window]
+            if value is None:  # nothing is watched: what was before is long past when it is again
+                kept.clear()
+                continue
+            kept.append(value)
+            del kept[: -cfg.spike_window]
 
     def limits(self, cfg: EngineConfig) -> Limits | None:
         """For the next step; None where nothing is watched."""

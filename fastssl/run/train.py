@@ -28,7 +28,7 @@ from fastssl.data.loader import PretrainLoader
 from fastssl.data.sources.base import Split
 from fastssl.data.views.image import Views
 from fastssl.engine import launch
-from fastssl.engine.checkpoint import Checkpoints
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints
 from fastssl.engine.engine import Engine
 from fastssl.engine.scalars import Scalars
 from fastssl.engine.verbs import Step, Verbs
@@ -105,7 +105,7 @@ def pretrain(
     cfg, note = with_backend(cfg, split.train)
     notes: list[str] = []
     goes_on = cfg.resume != "never" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
-    channels, resumed = split.train.channels, goes_on is not None
+    channels, resumed = split.train.channels, bool(goes_on)
     method, deferred = begin(cfg, channels, notes, given.encoder, resumed=resumed)
     with launch.session(cfg.device) as device:
         cfg = after_restart(cfg)
@@ -274,7 +274,8 @@ class Run:
         """Save the last finished step, as all ranks can; what to raise then."""
         stalled = [rank for rank in distributed.gather_objects(self.stalled) if rank]
         heart.at(SAVING, self.progress.step)
-        self.save(best=False)
+        with nullcontext() if stalled else heart.paused():
+            self.save(best=False)
         return Stalled(f"{'; '.join(stalled)}; {self.stopped()}") if stalled else self.interrupted()
 
     def without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -442,6 +443,11 @@ class Run:
         notes: list[str] = []
         parse = TypeAdapter(Progress).validate_python
         saved = self.checkpoints.load(self.engine, notes, parse, seed=self.cfg.seed)
+        if saved is None and notes and self.cfg.begins_from_weights():
+            raise CheckpointError(
+                f"no checkpoint in {self.checkpoints.folder} is intact ({notes[0]}), and the model "
+                "was built to take one up, without model.weights: resume=auto begins anew with them"
+            )
         if saved is None:
             self.log.cut(-1)  # of a run that died before its first checkpoint
             for note in notes:

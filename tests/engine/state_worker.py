@@ -224,7 +224,13 @@ def tuned(rank: int, world: int) -> list[float]:
         move = torch.cat([p.flatten() for p in e.encoder_state().values()]) - before
         right = wanted.setdefault(precision, move)
         found.append(float((move - right).norm() / right.norm()))
-    return found[2:]
+    losses = []
+    for zero in ({}, {"partition_size": 2}):  # a second copy of the teacher follows it
+        options = {"zero_stage": 3, "zero": {"persistence_threshold": 0, **zero}}
+        e = engine("mocov3", "vit_tiny_patch16_224", 8, **options)
+        steps = (e.step(batch(rank, world, 2, 16, s), 1.0) for s in range(3))
+        losses.append([step.metrics["loss"].item() for step in steps][-1])
+    return [*found[2:], abs(losses[1] / losses[0] - 1)]
 
 
 def at_once(rank: int, world: int) -> list[tuple[float, float]]:

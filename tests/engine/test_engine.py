@@ -163,7 +163,9 @@ def test_a_stage_that_is_tuned_makes_the_step_of_stage_0(ran):
     """Also of an encoder that is called twice, as DeepSpeed before 0.19.8 did not at stage 2."""
     _, two = ran
     for rank in two:
-        for apart, (_, precision, _) in zip(rank["tuned"], state_worker.TUNED, strict=True):
+        *steps, teacher = rank["tuned"]
+        assert teacher < 2e-6
+        for apart, (_, precision, _) in zip(steps, state_worker.TUNED, strict=True):
             assert apart < (2e-6 if precision == "fp32" else 0.02), apart
 
 
@@ -321,6 +323,12 @@ def test_blocks_compile_without_a_break_and_change_nothing(stage, again, monkeyp
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)
     assert notes == ["engine.compile: 3 blocks, each by itself"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_parameters_that_deepspeed_joins_at_stage_0_are_refused(monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
+    with launch.session("cpu"), pytest.raises(EngineError, match="take engine.zero_stage=1"):
+        engine(0, "bf16")
 
 
 def test_compiled_blocks_of_stage_3_are_whole():

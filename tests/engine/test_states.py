@@ -9,6 +9,9 @@ from fastssl.engine import launch
 from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.shards import Shards, key_of, packed, tree_of, unpacked, write_shard
 from fastssl.engine.states import check_offloaded
+from fastssl.losses import TiCoLoss
+from fastssl.losses.queue import Queue
+from fastssl.models import DirectPred
 from tests.engine import clip_worker
 from tests.engine.move_worker import CHAINS, worker
 from tests.ranks import run_ranks
@@ -92,6 +95,27 @@ def test_ranges_are_read_from_many_files(tmp_path):
     back = unpacked(tree_of(tmp_path / "1.safetensors"), kept.get)
     assert back["a"][0] == value["a"][0] and back["b"] == "x"
     torch.testing.assert_close([back["a"][1], back[3]], [value["a"][1], value[3]], rtol=0, atol=0)
+
+
+def test_modules_that_look_into_a_state_see_its_buffers(tmp_path):
+    """A queue and a covariance without a width until they are used, and steps that are counted."""
+    with launch.session("cpu"):
+        first, second = (clip_worker.engine("adamw", 0, "fp32", 1, groups=()) for _ in range(2))
+        for e in (first, second):
+            e.method.queue, e.method.loss_ = Queue(4), TiCoLoss()
+            e.method.predictor = DirectPred(3)
+        x = torch.randn(5, 3)
+        first.method.queue.push(x)
+        first.method.predictor.update(x)
+        first.method.loss_(x, x)
+        assert first.state(tmp_path) == []
+        second.load(tmp_path)
+        y = torch.randn(5, 3)
+        for e in (first, second):
+            e.method.predictor.update(y)
+        torch.testing.assert_close(
+            dict(second.method.named_buffers()), dict(first.method.named_buffers())
+        )
 
 
 def test_a_state_of_another_model_or_optimizer_is_refused(tmp_path):

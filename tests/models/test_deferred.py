@@ -1,5 +1,6 @@
 """Models built without memory have the bits of those that were built whole."""
 
+import contextlib
 import copy
 import math
 import os
@@ -89,6 +90,13 @@ class Seeds(nn.Linear):
             nn.init.normal_(self.weight)
 
 
+class GoesOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with contextlib.suppress(RuntimeError):
+            self.weight = Seeds().weight
+
+
 class SeedsBack(nn.Linear):
     def __init__(self) -> None:
         torch.manual_seed(5)
@@ -133,6 +141,7 @@ class Shared(nn.Module):
     ("make", "said"),
     [
         (Seeds, "seeds torch's generator"),
+        (GoesOn, "seeds torch's generator"),
         (SeedsBack, "seeds torch's generator"),
         (OwnGenerator, "a generator of its own"),
         (Reads, "called on meta"),
@@ -166,21 +175,47 @@ def test_a_run_is_the_same_however_its_model_was_built(
     assert ends[0] == ends[1]
 
 
-def test_a_constructor_that_cannot_wait_builds_the_whole_model(tmp_path, monkeypatch):
-    def seeded(*args, **kwargs):
-        model = build_backbone(*args, **kwargs)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            next(model.parameters()).normal_()
-        return model
+def seeds(model):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        next(model.parameters()).normal_()
+
+
+def seeds_and_is_not_taken(model):
+    try:  # as backbones do with what timm raises
+        seeds(model)
+    except RuntimeError as error:
+        raise ValueError("the model does not take 16-pixel images") from error
+
+
+def reads(method):
+    next(method.parameters()).detach().numpy()
+
+
+@pytest.mark.parametrize(
+    "name, does, why",
+    [
+        ("build_backbone", seeds, "a constructor seeds"),
+        ("build_backbone", seeds_and_is_not_taken, "a constructor seeds"),
+        ("build_method", reads, "can't convert meta device type tensor to numpy"),
+    ],
+)
+def test_a_constructor_that_cannot_wait_builds_the_whole_model(
+    name, does, why, tmp_path, monkeypatch
+):
+    build = getattr(building, name)
+
+    def built(*args, **kwargs):
+        does(made := build(*args, **kwargs))
+        return made
 
     monkeypatch.setattr(building, "LARGE", 0)
-    monkeypatch.setattr(building, "build_backbone", seeded)
+    monkeypatch.setattr(building, name, built)
     notes: list[str] = []
     method, deferred = building.begin(tiny("simclr", tmp_path), 1, notes)
     assert deferred is None and not [*tensors_on_meta(method)]
     (said,) = notes
-    assert said.startswith("the model is built whole in each process: a constructor seeds")
+    assert said.startswith(f"the model is built whole in each process: {why}")
 
 
 def on_a_rank(rank: int, world: int) -> list:

@@ -93,6 +93,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "config/schema._check_streams": [("names[:1] != wanted[:1]", "names[:1] == wanted[:1]")],
     "config/schema.differences": [
         ('"engine.zero_stage", "engine.precision"', '"engine.zero_stage", ""'),
+        ('f"engine.zero.{key}"', 'f"engine.{key}"'),
         ('startswith(f"{name}.")', 'endswith(f"{name}.")'),
         ("and not c.engine.micro_batchnorm", ""),
         ('c.engine.large_batch == "exact" and', ""),

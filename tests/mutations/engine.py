@@ -201,6 +201,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("group.update(", "dict(group).update("),
     ],
     "engine/states._read_others": [("whole.copy_(master)", "pass")],
+    "engine/states._told": [("is not nn.Module._load", "is nn.Module._load")],
     "engine/states._same": [("if saved[name] != now[name]", "if False")],
     "engine/states.attempt": [("errors.append(", "str(")],
     "engine/shards.fill": [
@@ -215,8 +216,12 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('getattr(parameter, "ds_tensor", parameter)', "parameter"),
         ("if parameter.ds_persist", "if not parameter.ds_persist"),
         ("            parameter.partition()", "            parameter"),
+        ("        forget_copies(parameters)", "        pass"),
     ],
-    "engine/engine.__init__": [("if batch_size % shares:", "if batch_size < shares:")],
+    "engine/engine.__init__": [
+        ("if batch_size % shares:", "if batch_size < shares:"),
+        ('hasattr(self.ds.optimizer, "fp32_groups_flat")', "False"),
+    ],
     "engine/engine.step": [
         ('on_nonfinite == "skip"', 'on_nonfinite == "stop"'),
         ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),

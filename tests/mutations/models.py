@@ -34,6 +34,7 @@ MUTATIONS = {
         ("| {", "& {"),
     ],
     "models/deferred.check": [
+        ("if self.refused is not None", "if False"),
         ("if storage in names", "if False"),
         ("if storage not in self._of", "if False"),
         ("if any(_on_meta(x)", "if any(False"),

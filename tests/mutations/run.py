@@ -7,17 +7,17 @@ TESTS = {
     "run/train": (
         f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
         "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding"
-        " or short_batch or not_come or no_trace or by_the_clock",
+        " or short_batch or not_come or no_trace or by_the_clock or with_its_weights",
     ),
     "run/build": (
-        f"tests/methods/test_methods.py {DATA} tests/test_plugins.py",
-        "one_image or short_batch",
+        f"tests/methods/test_methods.py {DATA} tests/test_plugins.py tests/models/test_deferred.py",
+        "one_image or short_batch or cannot_wait",
     ),
     "run/rehearsal": ("tests/test_given.py", "wrong_is_told"),
     "run/directory": (
         f"{DATA} {TRAIN} tests/train/test_damage.py tests/test_given.py",
         "wrong_is_told or other_data or may_lie or going_on or directory_in or that_is_a_file"
-        " or by_leave",
+        " or by_leave or can_start",
     ),
     "run/evaluation": (DATA, "mostly_bad"),
     "run/spikes": (TRAIN, "whole_window"),
@@ -28,6 +28,7 @@ TESTS = {
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/trace.traced": [("wait=SKIPPED - 1", "wait=SKIPPED")],
+    "run/build.begin": [("deferred.refused is None and", "")],
     "run/build.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
     "run/build.check_steps": [
         ("max(2 if couples", "max(1 if couples"),
@@ -52,7 +53,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("* distributed.world_size()", "* self.cfg.batch_size"),
         ("state.applied.add(step, self.cfg.engine)", "state.applied"),
     ],
-    "run/spikes.add": [("del kept[: -cfg.spike_window]", "kept")],
+    "run/spikes.add": [("del kept[: -cfg.spike_window]", "kept"), ("kept.clear()", "pass")],
     "run/spikes.limits": [
         (">= cfg.spike_window:", ">= 1:"),
         ("max(spread, abs(middle) / 100)", "spread"),
@@ -72,7 +73,12 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if not changed", "if False"),
     ],
     "run/directory.undo": [("self.written and", "False and")],
-    "run/train.leave": [("if stalled else", "if not stalled else")],
+    "run/train.leave": [
+        ("if stalled else self", "if not stalled else self"),
+        ("nullcontext() if stalled", "nullcontext() if True"),
+    ],
+    "run/train.pretrain": [("bool(goes_on)", "goes_on is not None")],
+    "run/train.resume": [("and self.cfg.begins_from_weights()", "and False")],
     "run/train.improves": [
         ("or not math.isfinite", "or math.isnan(0) and math.isfinite"),
         ("value <= self", "value < self"),
@@ -95,7 +101,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("path.unlink(missing_ok=True)", "path"),
         ("fcntl.LOCK_EX", "fcntl.LOCK_SH"),
     ],
-    "run/directory.prepared": [("except OSError as error", "except EOFError as error")],
+    "run/directory.prepared": [
+        ("except OSError as error", "except EOFError as error"),
+        ("except BaseException", "except Exception"),
+    ],
     "run/directory._changed": [
         ('== "allow"', '== "refuse"'),
         ('"same_data": same or allowed', '"same_data": allowed'),
@@ -103,6 +112,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if counts[0] != counts[1]", "if counts[0] == counts[1]"),
     ],
     "run/directory._prepare": [
+        ("and _replaced(cfg).is_dir()", "and False"),
         ('{"changed": "refuse"}', '{"changed": "allow"}'),
         ("if data is not None:", "if data is None:"),
     ],

@@ -252,6 +252,8 @@ def test_limits_stand_on_a_whole_window_and_one_outlier_hardly_moves_them():
         seen.add(Step({}, True, True, False, loss=loss, norm=loss), cfg)
     assert seen.losses == [1.0, 3.0, 900.0, 2.0, 4.0]
     assert seen.limits(cfg) == pytest.approx((3 + 2 * 1.4826 * 1, 9.0))
+    seen.add(Step({}, True, True, False), cfg)  # nothing was watched: those before are long past
+    assert seen == Applied()
     even = Applied([2.0] * 5, [])
     assert even.limits(cfg) == Limits(2.04, np.inf)
     assert even.limits(EngineConfig()) is None
@@ -390,8 +392,18 @@ def test_overwriting_needs_a_run_that_can_start(run, tmp_path):
     cfg = run.model_copy(update={"resume": "never", "epochs": 1})
     whole = final(cfg)
     broken = cfg.engine.model_copy(update={"deepspeed": {"train_batch_size": 3}})
-    with pytest.raises(EngineError, match="DeepSpeed or the optimizer refuses this"):
-        pretrain(cfg.model_copy(update={"overwrite": True, "engine": broken}))
+    for killed in (False, True):
+        if killed:  # one that was to replace it, before its first step
+            cfg.directory.rename(tmp_path / ".run.replaced")
+            cfg.directory.mkdir()
+            shutil.copy(tmp_path / ".run.replaced/config.yaml", cfg.directory)
+        with pytest.raises(EngineError, match="DeepSpeed or the optimizer refuses this"):
+            pretrain(cfg.model_copy(update={"overwrite": True, "engine": broken}))
+        assert final(cfg) == whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "evaluate", lambda self, step: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(cfg.model_copy(update={"overwrite": True}))
     assert final(cfg) == whole
     pretrain(cfg.model_copy(update={"overwrite": True}))
     assert not load(cfg.directory).overwrite  # or its config.yaml would replace it unasked
@@ -471,6 +483,21 @@ def test_with_no_intact_checkpoint_a_run_begins_anew(finished, run):
         manifest.write_text("{")
     pretrain(run)
     assert final(run) == final(finished[0])
+
+
+def test_with_no_intact_checkpoint_a_run_begins_anew_with_its_weights(finished, tmp_path):
+    cfg = tiny("mae", tmp_path, epochs=1, model__weights=str(finished[0].directory))
+    pretrain(cfg)
+    whole = final(cfg)
+    assert whole[0]["knn"] == final(finished[0])[-1]["knn"]  # it begins where that one ended
+    assert whole[0]["rankme"] == final(finished[0])[-1]["rankme"]
+    (manifest,) = cfg.directory.glob("checkpoints/step-*/manifest.json")
+    manifest.write_text("{")
+    again = cfg.model_copy(update={"resume": "auto"})
+    with pytest.raises(CheckpointError, match="is damaged.*without model.weights: resume=auto"):
+        pretrain(again)
+    pretrain(again)
+    assert final(cfg) == whole
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
