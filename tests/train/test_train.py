@@ -400,8 +400,12 @@ def test_overwriting_needs_a_run_that_can_start(run, tmp_path):
         with pytest.raises(EngineError, match="DeepSpeed or the optimizer refuses this"):
             pretrain(cfg.model_copy(update={"overwrite": True, "engine": broken}))
         assert final(cfg) == whole
+
+    def interrupt(self, step):
+        raise KeyboardInterrupt  # a signal is ignored in a background job
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "evaluate", lambda self, step: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Run, "evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pretrain(cfg.model_copy(update={"overwrite": True}))
     assert final(cfg) == whole
