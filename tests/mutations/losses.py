@@ -312,7 +312,7 @@ MUTATIONS = {
         ("dz.mul_(scale)", "pass"),
     ],
     "losses/mmcr._inverse_root": [
-        ("sigma > resolved", "sigma > 0 * resolved"),
+        ("[..., -1:] * resolved", "[..., -1:] * 0"),
         ("+ broken, root", ", root"),
     ],
     "losses/sie.terms": [("hinge) / 2", "hinge)"), ("unbiased=True", "unbiased=False")],
