@@ -20,7 +20,7 @@ from fastssl.bench.cases import select
 from fastssl.bench.measure.peaks import measure_ceilings
 from fastssl.bench.measure.run import Settings, plan, run_case
 from fastssl.bench.record import Ceiling, Run
-from fastssl.bench.registry import GRID, OURS, SIZES, Case
+from fastssl.bench.registry import GRID, OURS, SIZES, Case, Shape
 from fastssl.bench.report import compare, table
 from fastssl.bench.report.published import quote
 from fastssl.bench.report.scaling import fits
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="say which cases there are, and stop")
     add("--quick", action="store_true", help="small shapes, under a minute on a CPU")
     add("--size", choices=(*SIZES, GRID), help="shapes; by default cuda on a GPU, else cpu")
+    add("--shape", action="append", metavar="B=4096,D=512", help="your own instead; again for more")
     add("--sweep", action="store_true", help="the sweeps: how time and memory grow")
     add("--dtype", choices=DTYPES, action="append", help="may be given again; float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +74,10 @@ def _run(args: argparse.Namespace, cases: Sequence[Case], command: Sequence[str]
     device = _device(args.device)
     size = args.size or ("quick" if args.quick else device.type if device.type in SIZES else "cpu")
     dtypes = args.dtype or ["float32"]
-    todo = list(plan(cases, size, dtypes, sweep=args.sweep))
+    own = [_shape(text) for text in args.shape or ()]
+    if own and (args.sweep or args.size or args.quick):
+        raise ValueError("--shape stands for a size of shapes: without --size, --quick or --sweep")
+    todo = list(plan(cases, size, dtypes, sweep=args.sweep, own=own))
     if not todo:
         kind = "sweep" if args.sweep else "shape"
         raise ValueError(
@@ -143,6 +147,17 @@ def _settings(
         without=frozenset([SLOW_TO_START]) if quick else frozenset(),
         memory=not args.no_memory,
     )
+
+
+def _shape(text: str) -> Shape:
+    """The sides of "B=4096,D=512"."""
+    shape = {}
+    for part in text.split(","):
+        side, _, number = part.partition("=")
+        if not side.isidentifier() or not number.isdecimal() or int(number) < 1 or side in shape:
+            raise ValueError(f"--shape must be like B=4096,D=512, sides of 1 or more, got {text!r}")
+        shape[side] = int(number)
+    return shape
 
 
 def _device(name: str) -> torch.device:

@@ -213,15 +213,32 @@ def _row(base: Result, standing: _Standing, times: dict[str, Times]) -> Result:
 
 
 def plan(
-    cases: Sequence[Case], size: str, dtypes: Sequence[str], *, sweep: bool
+    cases: Sequence[Case],
+    size: str,
+    dtypes: Sequence[str],
+    *,
+    sweep: bool,
+    own: Sequence[Shape] = (),
 ) -> Iterator[tuple[Case, Shape, str, str]]:
-    """(case, shape, dtype, sweep's variable or "") of everything a run of this size measures."""
+    """(case, shape, dtype, sweep's variable or "") of everything a run measures.
+
+    It is what the cases have of a size, or the user's own shapes; ValueError where those have other
+    sides than a case.
+    """
     for case in cases:
+        sides = next(iter(case.shapes.values()))[0].keys()
+        for shape in own:
+            if shape.keys() != sides:
+                raise ValueError(
+                    f"case {case.name} has the sides {', '.join(sides)}, "
+                    f"--shape gives {', '.join(shape)}"
+                )
         for dtype in dtypes:
             if dtype not in case.dtypes:
                 continue
             if not sweep:
-                yield from ((case, dict(shape), dtype, "") for shape in case.shapes.get(size, ()))
+                shapes = own or case.shapes.get(size, ())
+                yield from ((case, dict(shape), dtype, "") for shape in shapes)
                 continue
             for one in case.sweeps.get(size, ()):
                 yield from ((case, shape, dtype, one.variable) for shape in one.shapes())

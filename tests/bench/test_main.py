@@ -79,6 +79,12 @@ def test_a_named_rival_is_there_even_in_a_quick_run(cases, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("has a rival called lightli\n")
 
 
+def test_shapes_of_ones_own_are_measured(cases, tmp_path):
+    path = tmp_path / "run.jsonl"
+    assert run("--shape", "N=12", "--shape", "N=30", "--rival", OURS, "--json", str(path)) == 0
+    assert {row.shape["N"] for row in record.read(path).results} == {12, 30}
+
+
 def test_a_sweep_is_fitted(cases, tmp_path, capsys):
     path = tmp_path / "run.jsonl"
     assert run("--quick", "--sweep", "--json", str(path)) == 0
@@ -129,6 +135,9 @@ def test_cases_are_listed(cases, capsys):
         (["--compare", "/nowhere/a", "/nowhere/b"], "/nowhere/a"),
         (["ntxent", "--device", "cuda:7"], "--device cuda:7"),
         (["ntxent", "--device", "meta"], "--device must be cpu or cuda, got meta"),
+        (["ntxent", "--shape", "B=8,K=2"], "case ntxent has the sides B, D, --shape gives B, K"),
+        (["ntxent", "--shape", "B=8,D=0"], "sides of 1 or more, got 'B=8,D=0'"),
+        (["ntxent", "--quick", "--shape", "B=8,D=2"], "without --size, --quick or --sweep"),
         (["ntxent-ranks", "--device", "cpu", "--dtype", "bfloat16"], "none of these cases has"),
     ],
 )
