@@ -107,6 +107,11 @@ class EngineConfig(Section):
         description="torch.compile each block of encoders and decoders, in the first steps and at "
         "each new shape.",
     )
+    channels_last: bool = Field(
+        False,
+        description="Convolutions work on images with channels innermost (NHWC), as tensor cores "
+        "want them.",
+    )
     tf32: bool | None = Field(
         None,
         description="On CUDA multiply float32 matrices in TF32, of 10 bits, or in full; default: "

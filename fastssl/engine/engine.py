@@ -26,7 +26,7 @@ from fastssl.models import (
 from fastssl.models.deferred import Deferred
 from fastssl.tree import count_rows, cut, join, map_leaves
 
-from .blocks import blocks_of, compile_blocks, fetched_as_one, recompute
+from .blocks import blocks_of, compile_blocks, convolve_channels_last, fetched_as_one, recompute
 from .breakdown import Breakdown
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
@@ -95,6 +95,8 @@ class Engine(Verbs):
         if cfg.precision == "bf16":
             widen_batch_norms(method)
         set_tf32(cfg.tf32, device)
+        if cfg.channels_last:
+            convolve_channels_last(method)
         if cfg.compile:
             self.notes.append(f"engine.compile: {compile_blocks(method)} blocks, each by itself")
         recompute(method, cfg)

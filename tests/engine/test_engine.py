@@ -305,6 +305,26 @@ def test_what_cannot_be_recomputed_is_told():
         recompute(normed, EngineConfig(activation_checkpointing="selective"))
 
 
+def test_channels_last_changes_no_number():
+    images, found = state_worker.batch(0, 1, 2, 32), []
+    with launch.session("cpu"):
+        for stage, on in [(0, False), *((stage, True) for stage in range(4))]:
+            cfg = {"zero_stage": stage, "channels_last": on, "deepspeed": state_worker.CUT}
+            e = state_worker.engine("simclr", "test_resnet", 8, **cfg)
+            norms = [m for m in e.method.encoder.modules() if "BatchNorm" in type(m).__name__]
+            seen: list[torch.Tensor] = []
+            for norm in norms[1:]:  # the first convolution's one channel lies both ways
+                norm.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+            losses = [e.step(images, 1e-2).metrics["loss"] for _ in range(2)]
+            innermost = [x.stride(1) == 1 for x in seen if x.shape[-1] > 1]
+            assert len(innermost) > 10 and set(innermost) == {on}
+            found.append([*losses, *e.encoder_state().values()])
+        with pytest.raises(EngineError, match="there are none here but those that cut patches"):
+            engine(1, "fp32", channels_last=True)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at all of a tensor
 @pytest.mark.parametrize("stage, again", [(1, False), (3, True)])
 def test_blocks_compile_without_a_break_and_change_nothing(stage, again, monkeypatch):

@@ -34,7 +34,7 @@ TESTS = {
         "of_zero or fit_the_model or cannot_do or reaches_deepspeed or merged_last",
     ),
     "engine/breakdown": (ENGINE, "by_part"),
-    "engine/blocks": (ENGINE, "is_tuned or checkpointing or recomputed or compile"),
+    "engine/blocks": (ENGINE, "is_tuned or checkpointing or recomputed or compile or channels"),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
     "engine/launch": (ENGINE, "launchers or tasks or wrong_gradients"),
     "engine/peers": (
@@ -153,6 +153,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("blocks_of(method) if", "blocks_of(method.encoder) if"),
     ],
     "engine/blocks.compile_blocks": [("torch.compile(block.forward)", "block.forward")],
+    "engine/blocks.convolve_channels_last": [
+        ("kernel > stride", "kernel >= stride"),
+        ("for each in convolutions:", "for each in ():"),
+    ],
     "engine/engine.set_tf32": [('"high" if wanted', '"highest" if wanted')],
     "engine/breakdown.begin": [("between=True", "between=False")],
     "engine/breakdown._mark": [("self._stack[-1]", "self._stack[0]")],
