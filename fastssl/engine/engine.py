@@ -370,15 +370,17 @@ class Engine(Verbs):
     def _finish(self, metrics: dict[str, Tensor], event: "torch.cuda.Event | None") -> Step:
         """Apply the step unless something is not finite, or above its limit.
 
-        The host waits for the forward pass; at stage 0 in float32 for the gradients as well.
+        The host waits for the forward pass, whose answer is under way, and for the gradients' norm:
+        here at stage 0 in float32, elsewhere in DeepSpeed's step.
         """
         if event is not None:
             event.synchronize()
-        finite, stop = bool(self._flags[0] == 0), bool(self._flags[1] > 0)
-        step = Step(metrics, applied=False, finite=finite, stop=stop)
+        bad, stop, loss, above = self._flags.tolist()
+        finite = bad == 0
+        step = Step(metrics, applied=False, finite=finite, stop=stop > 0)
         limits = self._limits
         if limits is not None:
-            step.loss, step.spike = float(self._flags[2]), finite and bool(self._flags[3] > 0)
+            step.loss, step.spike = loss, finite and above > 0
         if self._plain:
             trained = [p for p in self._parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -410,9 +412,10 @@ class Engine(Verbs):
         if self.clipping is not None and self.clipping.counts and step.applied:
             metrics["grad_norm"] = self.clipping.norm
         elif step.norm is not None:
-            metrics["grad_norm"] = torch.as_tensor(step.norm, device=self.device)
+            metrics["grad_norm"] = torch.full((), step.norm, device=self.device)
         elif norm is not None and "grad_norm" not in metrics:
-            metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
+            known = isinstance(norm, Tensor)  # a number is filled in: a copy would wait
+            metrics["grad_norm"] = norm if known else torch.full((), norm, device=self.device)
         return step
 
 

@@ -2,12 +2,15 @@
 
 import json
 import os
+import sys
 import time
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import distributed
@@ -294,6 +297,36 @@ def test_a_steps_time_is_told_by_part(monkeypatch):
     assert 0.9 * took < sum(spent.values()) <= took
     assert spent["loss"] > 0.2 and spent["on_step"] > 0.1 and min(spent.values()) > 0
     assert spent["other"] < 0.2 and again["other"] < 0.3
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers read, shapes that depend on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_a_step(monkeypatch):
+    """For the norm of the gradients; in bfloat16 DeepSpeed asks more often."""
+    found = {}
+    with launch.session("cpu"):
+        for stage, precision in product(range(4), ("fp32", "bf16")):
+            e = engine(stage, precision)
+            for _ in range(2):  # stage 3 learns in which order it fetches
+                e.step(batch(), 1e-3)
+            for module in [*sys.modules.values()]:  # checks that read values on a CPU alone
+                if "can_read_values" in vars(module):
+                    monkeypatch.setattr(module, "can_read_values", lambda *_: False)
+            with Waits() as waits:
+                step = e.step(batch(), 1e-3)
+            assert step.applied and isinstance(step.metrics["grad_norm"], torch.Tensor)
+            found[stage, precision] = waits.count
+    assert [found[stage, "fp32"] for stage in range(4)] == [1, 1, 1, 1]
+    assert [found[stage, "bf16"] for stage in range(4)] == [6, 2, 2, 1]
 
 
 def test_what_cannot_be_recomputed_is_told():

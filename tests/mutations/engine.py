@@ -26,7 +26,7 @@ TESTS = {
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
         " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every"
-        " or tf32",
+        " or tf32 or host_waits",
     ),
     "engine/norms": (ENGINE, "above_a_limit"),
     "engine/zero": (
@@ -88,10 +88,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("finite & ~spike", "finite"),
     ],
     "engine/engine._finish": [
+        ("self._flags.tolist()", "(x.item() for x in self._flags)"),
         ("step.spike = limits.norm < step.norm", "step.spike = 0 < step.norm"),
         ("if step.spike or not step.finite:", "if not step.finite:"),
         ("(step.applied or step.spike)", "step.applied"),
-        ("self._flags[0] == 0", "self._flags[0] != 0"),
+        ("finite = bad == 0", "finite = bad != 0"),
         ("finite and (step.applied", "finite or (step.applied"),
         ("spike or not step.finite:", "spike:"),
         ("if norms and not step.spike:", "if False:"),
@@ -153,6 +154,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("blocks_of(method) if", "blocks_of(method.encoder) if"),
     ],
     "engine/blocks.compile_blocks": [("torch.compile(block.forward)", "block.forward")],
+    "engine/optim._any_not_finite": [('float("inf")', "2"), ("if not grads", "if False")],
     "engine/blocks.convolve_channels_last": [
         ("kernel > stride", "kernel >= stride"),
         ("for each in convolutions:", "for each in ():"),
