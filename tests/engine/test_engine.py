@@ -473,6 +473,7 @@ def test_micro_batches_of_one_image_need_joined_norms(monkeypatch):
         ({"optimizer": {"type": "Adam"}}, "use optim"),
         ({"scheduler": {"type": "WarmupLR"}}, "use optim.schedule"),
         ({"train_micro_batch_size_per_gpu": 2}, "use batch_size"),
+        ({"compile": {"deepcompile": True}}, "use engine.compile .DeepCompile is not served"),
         ({"zero_optimizaton": {}}, "did you mean zero_optimization"),
         ({"zero_optimization": 3}, "must be a section"),
         ({"zero_optimization": {"stage": 2}}, "use engine.zero_stage"),
