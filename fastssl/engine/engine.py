@@ -37,7 +37,7 @@ from .materialize import materialize
 from .norms import norm_limited
 from .optim import OptimConfig, after_initialize, build_optimizer, implementation_of
 from .scalars import MONITORS
-from .states import EncoderFile, States, check_offloaded, named_tensors
+from .states import EncoderFile, States, check_offloaded
 from .verbs import Limits, Step, Verbs
 from .watchdog import heart
 from .zero import deepspeed_keys, runtime_problem
@@ -256,44 +256,12 @@ class Engine(Verbs):
         parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
         return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
 
-    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
-        encoder, state = self._network(name), {}
-        tensors = named_tensors(encoder)
-        for key in encoder.state_dict():
-            whole = self._whole(tensors[key])
-            if kept:
-                state[key] = whole.cpu().clone()
-        return state
-
     def encoder_reader(self, name: str = "") -> Callable[[Path], EncoderFile]:
         return self._states.reader_of(self._network(name))
 
     def _network(self, name: str) -> nn.Module:
         networks = self.method.networks()
         return networks[name or next(iter(networks))]
-
-    def _whole(self, tensor: Tensor) -> Tensor:
-        """A parameter in full and float32, wherever ZeRO keeps it; a buffer as it is."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if not isinstance(tensor, nn.Parameter):
-            return tensor.detach()
-        master = safe_get_full_fp32_param(tensor)
-        if master is not None:
-            return master.float().reshape(getattr(tensor, "ds_shape", tensor.shape))
-        if hasattr(tensor, "ds_id"):  # frozen at stage 3: cut, and without a master
-            with deepspeed().zero.GatheredParameters([tensor]):
-                return tensor.detach().float().clone()
-        groups = zip(
-            getattr(self.ds.optimizer, "fp16_groups", []),
-            getattr(self.ds.optimizer, "fp32_groups", []),
-            strict=True,
-        )
-        for halves, masters in groups:  # bfloat16 at stage 0
-            for half, master in zip(halves, masters, strict=True):
-                if half is tensor:
-                    return master.detach()
-        return tensor.detach().float()
 
     def _join_batch_norms(self, method: nn.Module, micro: int) -> None:
         W = distributed.world_size()
