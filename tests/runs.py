@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl.config import RunConfig, from_mapping
 
@@ -189,3 +189,40 @@ def without_pictures(setattr: Callable[[Any, str, Any], None] = setattr) -> None
     for name in ("plot_views", "plot_curves", "plot_embedding", "plot_reconstructions"):
         assert hasattr(evaluation, name)
         setattr(evaluation, name, lambda *args, **kwargs: None)
+
+
+def weights_of(engine: Any, name: str = "") -> dict[str, Tensor]:
+    """A network's state_dict, whole and of the float32 masters, past what checkpoints are made of;
+    collective.
+
+    name: among the method's networks; the first of them by default.
+    """
+    networks = engine.method.networks()
+    network = networks[name or next(iter(networks))]
+    every = [*network.named_buffers(remove_duplicate=False)]
+    tensors = dict([*every, *network.named_parameters(remove_duplicate=False)])
+    return {key: whole(engine, tensors[key]).cpu().clone() for key in network.state_dict()}
+
+
+def whole(engine: Any, tensor: Tensor) -> Tensor:
+    """A parameter in full and float32, wherever ZeRO keeps it; a buffer as it is; collective."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.detach()
+    master = safe_get_full_fp32_param(tensor)
+    if master is not None:
+        return master.float().reshape(getattr(tensor, "ds_shape", tensor.shape))
+    if hasattr(tensor, "ds_id"):  # frozen at stage 3: cut, and without a master
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().float().clone()
+    optimizer = engine.ds.optimizer
+    groups = zip(
+        getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
+    )
+    for halves, masters in groups:  # bfloat16 at stage 0
+        for half, wide in zip(halves, masters, strict=True):
+            if half is tensor:
+                return wide.detach()
+    return tensor.detach().float()

@@ -312,7 +312,7 @@ def differences(
         *("data.workers", "data.readers", "data.backend", "data.dali_on", "data.max_bad"),
         "data.changed",
         "engine.activation_checkpointing",
-        "engine.compile",
+        *("engine.compile", "engine.channels_last"),
         "engine.max_skipped",
         "engine.watchdog",
         *("engine.spike", "engine.spike_norm", "engine.spike_window"),

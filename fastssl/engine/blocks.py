@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -100,6 +100,27 @@ def compile_blocks(method: nn.Module) -> int:
     for block in blocks:
         block.forward = torch.compile(block.forward)
     return len(blocks)
+
+
+def convolve_channels_last(method: nn.Module) -> None:
+    """Give convolutions their input with channels innermost, which what comes after them keeps.
+
+    Weights stay as they are: ZeRO lays them into flat tensors.  Raises EngineError where each
+    convolution only cuts patches.
+    """
+    convolutions = [part for part in method.modules() if isinstance(part, nn.Conv2d)]
+    sizes = [zip(each.kernel_size, each.stride, strict=True) for each in convolutions]
+    if not any(kernel > stride for pairs in sizes for kernel, stride in pairs):
+        raise EngineError(
+            "engine.channels_last=True is for encoders of convolutions, and there are none here "
+            "but those that cut patches: leave it out"
+        )
+    for each in convolutions:
+        each.register_forward_pre_hook(_channels_last)
+
+
+def _channels_last(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    return (given[0].contiguous(memory_format=torch.channels_last),)
 
 
 def _unless_frozen(again: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:

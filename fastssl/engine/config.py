@@ -20,10 +20,11 @@ _OWN_KEYS = {
     "scheduler": "optim.schedule",
     **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp", "torch_autocast"), "engine.precision"),
     "tensorboard": "log.tensorboard",
+    "compile": "engine.compile (DeepCompile is not served)",
 }
 _SECTIONS = (
-    "zero_optimization activation_checkpointing aio checkpoint comet comms_logger compile "
-    "csv_monitor data_types flops_profiler timers wandb"
+    "zero_optimization activation_checkpointing aio checkpoint comet comms_logger csv_monitor "
+    "data_types flops_profiler timers wandb"
 ).split()
 _VALUES = (
     "communication_data_type disable_allgather disable_python_gc dump_state gradient_allreduce_op "
@@ -106,6 +107,11 @@ class EngineConfig(Section):
         False,
         description="torch.compile each block of encoders and decoders, in the first steps and at "
         "each new shape.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="Convolutions work on images with channels innermost (NHWC), as tensor cores "
+        "want them.",
     )
     tf32: bool | None = Field(
         None,

@@ -26,7 +26,7 @@ from fastssl.models import (
 from fastssl.models.deferred import Deferred
 from fastssl.tree import count_rows, cut, join, map_leaves
 
-from .blocks import blocks_of, compile_blocks, fetched_as_one, recompute
+from .blocks import blocks_of, compile_blocks, convolve_channels_last, fetched_as_one, recompute
 from .breakdown import Breakdown
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
@@ -37,7 +37,7 @@ from .materialize import materialize
 from .norms import norm_limited
 from .optim import OptimConfig, after_initialize, build_optimizer, implementation_of
 from .scalars import MONITORS
-from .states import EncoderFile, States, check_offloaded, named_tensors
+from .states import EncoderFile, States, check_offloaded
 from .verbs import Limits, Step, Verbs
 from .watchdog import heart
 from .zero import deepspeed_keys, runtime_problem
@@ -95,6 +95,8 @@ class Engine(Verbs):
         if cfg.precision == "bf16":
             widen_batch_norms(method)
         set_tf32(cfg.tf32, device)
+        if cfg.channels_last:
+            convolve_channels_last(method)
         if cfg.compile:
             self.notes.append(f"engine.compile: {compile_blocks(method)} blocks, each by itself")
         recompute(method, cfg)
@@ -254,44 +256,12 @@ class Engine(Verbs):
         parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
         return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
 
-    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
-        encoder, state = self._network(name), {}
-        tensors = named_tensors(encoder)
-        for key in encoder.state_dict():
-            whole = self._whole(tensors[key])
-            if kept:
-                state[key] = whole.cpu().clone()
-        return state
-
     def encoder_reader(self, name: str = "") -> Callable[[Path], EncoderFile]:
         return self._states.reader_of(self._network(name))
 
     def _network(self, name: str) -> nn.Module:
         networks = self.method.networks()
         return networks[name or next(iter(networks))]
-
-    def _whole(self, tensor: Tensor) -> Tensor:
-        """A parameter in full and float32, wherever ZeRO keeps it; a buffer as it is."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if not isinstance(tensor, nn.Parameter):
-            return tensor.detach()
-        master = safe_get_full_fp32_param(tensor)
-        if master is not None:
-            return master.float().reshape(getattr(tensor, "ds_shape", tensor.shape))
-        if hasattr(tensor, "ds_id"):  # frozen at stage 3: cut, and without a master
-            with deepspeed().zero.GatheredParameters([tensor]):
-                return tensor.detach().float().clone()
-        groups = zip(
-            getattr(self.ds.optimizer, "fp16_groups", []),
-            getattr(self.ds.optimizer, "fp32_groups", []),
-            strict=True,
-        )
-        for halves, masters in groups:  # bfloat16 at stage 0
-            for half, master in zip(halves, masters, strict=True):
-                if half is tensor:
-                    return master.detach()
-        return tensor.detach().float()
 
     def _join_batch_norms(self, method: nn.Module, micro: int) -> None:
         W = distributed.world_size()
@@ -368,15 +338,17 @@ class Engine(Verbs):
     def _finish(self, metrics: dict[str, Tensor], event: "torch.cuda.Event | None") -> Step:
         """Apply the step unless something is not finite, or above its limit.
 
-        The host waits for the forward pass; at stage 0 in float32 for the gradients as well.
+        The host waits for the forward pass, whose answer is under way, and for the gradients' norm:
+        here at stage 0 in float32, elsewhere in DeepSpeed's step.
         """
         if event is not None:
             event.synchronize()
-        finite, stop = bool(self._flags[0] == 0), bool(self._flags[1] > 0)
-        step = Step(metrics, applied=False, finite=finite, stop=stop)
+        bad, stop, loss, above = self._flags.tolist()
+        finite = bad == 0
+        step = Step(metrics, applied=False, finite=finite, stop=stop > 0)
         limits = self._limits
         if limits is not None:
-            step.loss, step.spike = float(self._flags[2]), finite and bool(self._flags[3] > 0)
+            step.loss, step.spike = loss, finite and above > 0
         if self._plain:
             trained = [p for p in self._parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -408,9 +380,10 @@ class Engine(Verbs):
         if self.clipping is not None and self.clipping.counts and step.applied:
             metrics["grad_norm"] = self.clipping.norm
         elif step.norm is not None:
-            metrics["grad_norm"] = torch.as_tensor(step.norm, device=self.device)
+            metrics["grad_norm"] = torch.full((), step.norm, device=self.device)
         elif norm is not None and "grad_norm" not in metrics:
-            metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
+            known = isinstance(norm, Tensor)  # a number is filled in: a copy would wait
+            metrics["grad_norm"] = norm if known else torch.full((), norm, device=self.device)
         return step
 
 

@@ -8,6 +8,7 @@ has not), but for "lars" and "lamb", which are ours: right under every ZeRO stag
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, Literal
 
@@ -235,7 +236,7 @@ def after_initialize(ds_engine: Any) -> None:
 
     Binds LARS and LAMB to their parameters.  In bf16 at stage 0 DeepSpeed has already stepped
     once on zero gradients, to allocate state: that decayed the float32 masters and counted as
-    a step, so it is undone.
+    a step, so it is undone; and it would look at one gradient after another.
     """
     optimizer, wrapper = ds_engine.basic_optimizer, ds_engine.optimizer
     if ds_engine.zero_optimization_stage() == 0 and wrapper is not optimizer:
@@ -243,7 +244,16 @@ def after_initialize(ds_engine: Any) -> None:
         for group in optimizer.param_groups:
             group.pop("step", None)
         wrapper.refresh_fp32_params()
+        wrapper.overflow_checker.has_overflow_serial = _any_not_finite
     bind_fragments(ds_engine)
+
+
+def _any_not_finite(params: Sequence[Any]) -> bool:
+    """Whether a gradient has an infinity or a NaN: one wait, where DeepSpeed has one for each."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return False
+    return not torch.stack(torch._foreach_norm(grads, float("inf"))).isfinite().all()
 
 
 def _options(name: str) -> tuple[str, ...]:

@@ -123,12 +123,6 @@ class States:
             here = [_Piece(names[owner], offset, *span) for owner, offset, span in parts]
             yield _Held(flat, lie.group, names, here)
 
-    def write(self, folder: Path) -> list[str]:
-        """Into this rank's file in a folder that is there; what could not be written."""
-        errors: list[str] = []
-        attempt(errors, lambda: self.snapshot(copied=False)(folder))
-        return errors
-
     def snapshot(self, *, copied: bool) -> Callable[[Path], None]:
         """What writes this rank's file into a folder; collective.  What cannot be kept is told as
         it is written, so that no rank waits for another."""

@@ -3,8 +3,8 @@
     build             Engine(method, optim, cfg, device=..., batch_size=...)
     step              one optimizer step, or none where something is not finite
     features          what the encoder makes of images
-    state, load       all that a run needs to go on, into a folder and from it
-    full parameters   whole tensors: as copies, or in place for as long as a context lasts
+    snapshot, load    all that a run needs to go on, into a folder and from it
+    full parameters   whole tensors: read out of such a folder, or in place while a context lasts
     piece             what this process holds of a parameter: fastssl.pieces, which the engine fills
     agree             the least that any rank votes
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastssl import distributed
 
-from .states import EncoderFile, attempt
+from .states import EncoderFile
 
 
 class Limits(NamedTuple):
@@ -95,33 +95,15 @@ class Verbs(ABC):
         must be written at once.  To write it is no collective, and raises what the disk does.
         """
 
-    def state(self, folder: Path) -> list[str]:
-        """Write this rank's share of the state into a folder that is there.
-
-        Returns what could not be written and why, a sentence each, and raises nothing for it, so
-        that no rank waits for another.
-        """
-        errors: list[str] = []
-        attempt(errors, lambda: self.snapshot(copied=False)(folder))
-        return errors
-
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Take the state that any number of ranks wrote; raises what its files bring about."""
 
     @abstractmethod
-    def encoder_state(self, name: str = "", *, kept: bool = True) -> dict[str, Tensor]:
-        """An encoder's state_dict on the CPU: whole tensors, float32 masters where there are any.
-
-        name: among the method's networks; the first of them by default.
-        One rank that has kept=False takes part, and gets nothing.
-        """
-
-    @abstractmethod
     def encoder_reader(self, name: str = "") -> Callable[[Path], EncoderFile]:
         """What reads an encoder's state_dict out of the shares of all ranks, a tensor at a time.
 
-        name: as of `encoder_state`.  To read is no collective.
+        name: among the method's networks; the first of them by default.  To read is no collective.
         """
 
     @abstractmethod

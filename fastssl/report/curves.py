@@ -1,6 +1,7 @@
 """A run's curves from the rows of its metrics.jsonl, one panel for each thing that was measured.
 
-{"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", ...}
+{"kind": "train", "step", "epoch", "loss", "lr", "images_per_s", ...}     with "time/loss", ...,
+    milliseconds a step since the row before, where they were measured: stacked in one panel
 {"kind": "eval", "step", "epoch", "knn", "linear", "rankme", ...}
 {"kind": "baseline", "encoder", "knn", "linear", "rankme", ...}     drawn as a dashed line
 {"kind": "event", "step", "what", "detail"}                some are marked on the loss
@@ -21,6 +22,17 @@ from fastssl.report.figure import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED
 
 Row = dict[str, Any]
 _BASELINES = {"random initialization": (MUTED, (0, (4, 2))), "raw input": (INK, (0, (1, 1.5)))}
+# From below in the order of a step; others above them.
+_TIMES = {
+    "time/data": ("waiting for data", RED),
+    "time/encode": ("encode", BLUE),
+    "time/loss": ("loss", GREEN),
+    "time/backward": ("backward", "#56b4e9"),
+    "time/reduction": ("reduction, waited for", ORANGE),
+    "time/optimizer": ("optimizer", PURPLE),
+    "time/on_step": ("teachers, queues", "#e69f00"),
+    "time/other": ("other", "#b8c0c8"),
+}
 _MARKED_EVENTS = ("resumed", "extended", "nonfinite", "spike")
 
 
@@ -52,22 +64,26 @@ def plot_curves(rows: Sequence[Row], path: Path) -> bool:
     ordered = sorted(latest.values(), key=lambda row: row["step"])
     series = [(panel, _series(ordered, panel)) for panel in _PANELS]
     drawn = [(panel, points) for panel, points in series if len(points)]
+    times = [row for row in ordered if row.get("kind") == "train" and _TIMES.keys() & row.keys()]
     if not drawn:
         return False
     columns = min(2, len(drawn))
-    lines = math.ceil(len(drawn) / columns)
+    lines = math.ceil(len(drawn) / columns) + bool(times)
     drawing = figure.new_figure(5.0 * columns, 2.45 * lines + 0.2)
+    grid = drawing.add_gridspec(lines, columns)
     baselines = [row for row in rows if row.get("kind") == "baseline"]
-    for place, (panel, points) in enumerate(drawn, start=1):
-        axes = drawing.add_subplot(lines, columns, place)
+    for place, (panel, points) in enumerate(drawn):
+        axes = drawing.add_subplot(grid[place // columns, place % columns])
         figure.tidy(axes, panel.title, grid="y")
         _draw(axes, panel, points)
         _draw_baselines(axes, panel.key, baselines)
         if panel.key == "loss":
             _mark_events(axes, [row for row in rows if row.get("what") in _MARKED_EVENTS])
-        if place > len(drawn) - columns:
+        if place >= len(drawn) - columns and not times:
             axes.set_xlabel("step", fontsize=8, color=MUTED)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if times:
+        _stack(drawing.add_subplot(grid[-1, :]), times)
     figure.save(drawing, path)
     return True
 
@@ -128,6 +144,31 @@ def _draw(axes: Axes, panel: _Panel, points: np.ndarray) -> None:
         last = finite[-1]
         text = f"{last:.1f}" if panel.key == "rankme" else f"{100 * last:.1f} %"
         axes.set_title(text, loc="right", fontsize=10, fontweight="bold", color=panel.color)
+
+
+def _stack(axes: Axes, rows: Sequence[Row]) -> None:
+    """Milliseconds a step by part; a row's are those of the steps since the row before it."""
+    figure.tidy(axes, "Milliseconds a step", grid="y")
+    steps = [row["step"] for row in rows]
+    begin = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0
+    keys = [key for key in _TIMES if any(row.get(key) for row in rows)]
+    parts = np.array([[row.get(key) or 0.0 for row in rows] for key in keys])
+    labels = [f"{_TIMES[k][0]}  {np.median(ms):.3g}" for k, ms in zip(keys, parts, strict=True)]
+    axes.stackplot(
+        [begin, *steps],
+        np.concatenate([parts[:, :1], parts], axis=1),
+        labels=labels,
+        colors=[_TIMES[key][1] for key in keys],
+        step="pre",
+        linewidth=0,
+    )
+    total = parts.sum(0)
+    axes.set(xlim=(begin, steps[-1]), ylim=(0, min(1.05 * total.max(), 2 * np.median(total))))
+    axes.set_xlabel("step", fontsize=8, color=MUTED)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    quiet: dict[str, Any] = {"fontsize": 8, "frameon": False, "labelcolor": MUTED}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.18), "ncols": 4}
+    axes.legend(**quiet, **place, handlelength=1.0)
 
 
 def _draw_baselines(axes: Axes, key: str, baselines: Sequence[Row]) -> None:

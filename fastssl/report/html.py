@@ -23,7 +23,8 @@ _CAPTIONS = {
     "curves": "The run over its steps. Faint lines are raw values, strong ones their moving mean. "
     "Accuracies are on held-out {items}; broken lines, where drawn, are what the same "
     "measure gives without any pretraining. RankMe counts the dimensions the features really use: "
-    "a fall towards 1 is collapse.",
+    "a fall towards 1 is collapse. Milliseconds a step, where measured, are the first rank's, with "
+    "their medians; what is above twice the median step is cut off.",
     "embedding": "Held-out {items} on a plane, colored by class, which the pretraining never "
     "saw. Islands of one class are what the encoder has found by itself. Distances between "
     "far islands and the axes have no meaning.",

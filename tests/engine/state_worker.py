@@ -15,7 +15,7 @@ from fastssl.engine.optim import OptimConfig
 from fastssl.engine.verbs import Limits
 from fastssl.methods import build_method
 from fastssl.models import build_backbone, freeze
-from tests.runs import VIT, saved_state, tiny
+from tests.runs import VIT, saved_state, tiny, weights_of, whole
 
 # (encoder, stage, precision, synchronized); the second encoder has timm's BatchNormAct2d
 NORMED = [
@@ -133,12 +133,11 @@ def skipped(rank: int, world: int) -> list[str]:
 
 
 def teachers(rank: int, world: int) -> list[dict[str, Tensor]]:
-    """The teacher's encoder before and after a step at stage 3, and the student's after it, on the
-    first rank alone."""
+    """The teacher's encoder before and after a step at stage 3, and the student's after it."""
     e = engine("mocov3", "vit_tiny_patch16_224", 8, zero_stage=3, deepspeed=CUT)
-    before = e.encoder_state("teacher", kept=rank == 0)
+    before = weights_of(e, "teacher")
     assert e.step(batch(rank, world, 2, 16), 1e-1, progress=0.1).applied
-    return [before, *(e.encoder_state(name, kept=rank == 0) for name in ("teacher", ""))]
+    return [before, *(weights_of(e, name) for name in ("teacher", ""))]
 
 
 def frozen(rank: int, world: int, folder: str) -> dict[str, list[Any]]:
@@ -150,9 +149,9 @@ def frozen(rank: int, world: int, folder: str) -> dict[str, list[Any]]:
         first, run = begun(), Path(folder) / f"{stage}-{precision}"
         if rank == 0:
             run.mkdir()
-        before = first.encoder_state()
+        before = weights_of(first)
         _steps(first, rank, world, 0)
-        moved = [k for k, v in first.encoder_state("teacher").items() if not v.equal(before[k])]
+        moved = [k for k, v in weights_of(first, "teacher").items() if not v.equal(before[k])]
         checkpoints = Checkpoints(run, CheckpointConfig())  # type: ignore[call-arg]
         path = checkpoints.save(first, 2, {}, best=False)
         saved = [key for key in saved_state(path) if "student.0." in key or "model.0." in key]
@@ -202,7 +201,7 @@ def resumed(rank: int, world: int, folder: str, name: str) -> tuple[list[float],
     if rank == 0:
         (Path(folder) / name).mkdir(parents=True)
     distributed.barrier()
-    assert first.state(Path(folder) / name) == []
+    first.snapshot(copied=False)(Path(folder) / name)
     second = engine(name, "vit_tiny_patch16_224", 8, zero_stage=3)
     second.load(Path(folder) / name)
     return steps(first, 2, 4), steps(second, 2, 4)
@@ -227,9 +226,9 @@ def tuned(rank: int, world: int) -> list[float]:
         options = {"zero_stage": stage, "precision": precision, "zero": zero}
         options |= {"accumulation": 2, "large_batch": "plain", "activation_checkpointing": True}
         e = engine("simclr", "vit_tiny_patch16_224", 16, **options)
-        before = torch.cat([p.flatten() for p in e.encoder_state().values()])
+        before = torch.cat([p.flatten() for p in weights_of(e).values()])
         e.step(batch(rank, world, 2, 16, rows=16), 16.0)
-        move = torch.cat([p.flatten() for p in e.encoder_state().values()]) - before
+        move = torch.cat([p.flatten() for p in weights_of(e).values()]) - before
         right = wanted.setdefault(precision, move)
         found.append(float((move - right).norm() / right.norm()))
     return [*found[2:], abs(losses[1] / losses[0] - 1)]
@@ -244,9 +243,9 @@ def at_once(rank: int, world: int) -> list[tuple[float, float]]:
         for parts in ({}, {"accumulation": 4, **options}):
             parts = {"zero_stage": stage, "deepspeed": CUT, **parts}
             e = engine(name, "vit_tiny_patch16_224", 16, **parts)
-            before = [e._whole(p).clone() for p in e.method.parameters() if p.requires_grad]
+            before = [whole(e, p).clone() for p in e.method.parameters() if p.requires_grad]
             step = e.step(batch(rank, world, 2, 16, rows=16), 16.0, progress=0.1)
-            after = [e._whole(p) for p in e.method.parameters() if p.requires_grad]
+            after = [whole(e, p) for p in e.method.parameters() if p.requires_grad]
             moves.append(torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)]))
             state = [step.metrics["loss"], *e.method.buffers()]
             states.append(torch.cat([value.float().flatten().nan_to_num() for value in state]))

@@ -2,12 +2,15 @@
 
 import json
 import os
+import sys
 import time
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import distributed
@@ -26,7 +29,7 @@ from fastssl.schedules import cosine
 from fastssl.tree import cut, join
 from tests.engine import state_worker
 from tests.ranks import run_ranks
-from tests.runs import VIT, tiny
+from tests.runs import VIT, tiny, weights_of
 
 KINDS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]
 
@@ -70,17 +73,17 @@ def steps(rank, world, folder):
     with launch.session("cpu"):
         for kind in KINDS:
             e = engine(*kind)
-            before = e.encoder_state()
+            before = weights_of(e)
             first = e.step(batch(rank, world), 1e-4, stop=rank == world - 1)
             mine = batch(rank, world)
             if rank == 0:  # one rank's images are not finite: no rank may step
                 mine["views"][0][0, 0, 0, 0] = float("nan")
-            after = e.encoder_state()
+            after = weights_of(e)
             second = e.step(mine, 1e-4)
             features = e.features(batch()["views"][0])
             flags = [first.finite, first.applied, first.stop, second.finite, second.applied]
             norm = first.metrics["grad_norm"].float()
-            found[str(kind)] = [before, after, e.encoder_state(), features, flags, norm]
+            found[str(kind)] = [before, after, weights_of(e), features, flags, norm]
         found["norms"] = state_worker.norms(rank, world)
         found["halves"] = state_worker.halves(rank, world)
         found["skipped"] = state_worker.skipped(rank, world)
@@ -214,9 +217,9 @@ def test_lower_layers_move_less(stage, precision):
         for decay in (1.0, 0.5):
             optim = OptimConfig(name="momentum", momentum=0.0, weight_decay=0, layer_decay=decay)
             e = Engine(method(), optim, cfg, device=torch.device("cpu"), batch_size=8)
-            before = e.encoder_state()
+            before = weights_of(e)
             e.step(batch(), 1e-2)
-            after = e.encoder_state()
+            after = weights_of(e)
             moved.append({n: (after[n] - before[n]).norm() for n in before})
     for layer, scale in {
         "blocks.1.mlp.fc1": 1.0,
@@ -235,9 +238,9 @@ def test_a_clip_is_the_same_at_every_stage():
             optim = OptimConfig(name="momentum", momentum=0.0, weight_decay=0, clip=0.5)
             cfg = EngineConfig(zero_stage=stage)
             e = Engine(method(), optim, cfg, device=torch.device("cpu"), batch_size=8)
-            before = torch.cat([p.flatten() for p in e.encoder_state().values()])
+            before = torch.cat([p.flatten() for p in weights_of(e).values()])
             norm = e.step(batch(), 1.0).metrics["grad_norm"].float()
-            after = torch.cat([p.flatten() for p in e.encoder_state().values()])
+            after = torch.cat([p.flatten() for p in weights_of(e).values()])
             found.append([norm, after - before])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
     assert found[0][0] > 1
@@ -267,7 +270,7 @@ def test_activation_checkpointing_changes_nothing_but_memory():
                     e.ds(batch())
             with FlopCounterMode(display=False) as counter:
                 e.step(batch(), 1e-3)
-            results.append((sum(kept), e.encoder_state(), counter.get_total_flops()))
+            results.append((sum(kept), weights_of(e), counter.get_total_flops()))
     (plain, a, least), (lean, b, most), (_, c, again) = results
     for other in (b, c):
         torch.testing.assert_close(a, other, rtol=1e-5, atol=1e-6)
@@ -296,6 +299,36 @@ def test_a_steps_time_is_told_by_part(monkeypatch):
     assert spent["other"] < 0.2 and again["other"] < 0.3
 
 
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers read, shapes that depend on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_a_step(monkeypatch):
+    """For the norm of the gradients; in bfloat16 DeepSpeed asks more often."""
+    found = {}
+    with launch.session("cpu"):
+        for stage, precision in product(range(4), ("fp32", "bf16")):
+            e = engine(stage, precision)
+            for _ in range(2):  # stage 3 learns in which order it fetches
+                e.step(batch(), 1e-3)
+            for module in [*sys.modules.values()]:  # checks that read values on a CPU alone
+                if "can_read_values" in vars(module):
+                    monkeypatch.setattr(module, "can_read_values", lambda *_: False)
+            with Waits() as waits:
+                step = e.step(batch(), 1e-3)
+            assert step.applied and isinstance(step.metrics["grad_norm"], torch.Tensor)
+            found[stage, precision] = waits.count
+    assert [found[stage, "fp32"] for stage in range(4)] == [1, 1, 1, 1]
+    assert [found[stage, "bf16"] for stage in range(4)] == [6, 2, 2, 1]
+
+
 def test_what_cannot_be_recomputed_is_told():
     resnet = build_backbone("test_resnet", shape=(1, 32, 32), kwargs={})
     normed = build_method(resnet, tiny("simclr", ".").method)
@@ -303,6 +336,26 @@ def test_what_cannot_be_recomputed_is_told():
     assert resnet.grad_checkpointing
     with pytest.raises(EngineError, match="activation_checkpointing=selective, which ResNet does"):
         recompute(normed, EngineConfig(activation_checkpointing="selective"))
+
+
+def test_channels_last_changes_no_number():
+    images, found = state_worker.batch(0, 1, 2, 32), []
+    with launch.session("cpu"):
+        for stage, on in [(0, False), *((stage, True) for stage in range(4))]:
+            cfg = {"zero_stage": stage, "channels_last": on, "deepspeed": state_worker.CUT}
+            e = state_worker.engine("simclr", "test_resnet", 8, **cfg)
+            norms = [m for m in e.method.encoder.modules() if "BatchNorm" in type(m).__name__]
+            seen: list[torch.Tensor] = []
+            for norm in norms[1:]:  # the first convolution's one channel lies both ways
+                norm.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+            losses = [e.step(images, 1e-2).metrics["loss"] for _ in range(2)]
+            innermost = [x.stride(1) == 1 for x in seen if x.shape[-1] > 1]
+            assert len(innermost) > 10 and set(innermost) == {on}
+            found.append([*losses, *weights_of(e).values()])
+        with pytest.raises(EngineError, match="there are none here but those that cut patches"):
+            engine(1, "fp32", channels_last=True)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at all of a tensor
@@ -318,7 +371,7 @@ def test_blocks_compile_without_a_break_and_change_nothing(stage, again, monkeyp
             for _ in range(2):
                 e.step(batch(), 1e-3)
             e.features(batch()["views"][0])
-            states.append(e.encoder_state())
+            states.append(weights_of(e))
             notes += [note for note in e.notes if "compile" in note]
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)
     assert notes == ["engine.compile: 3 blocks, each by itself"]
@@ -349,7 +402,7 @@ def test_tf32_is_set_where_there_is_any(monkeypatch):
         set_tf32(True, torch.device("cpu"))
 
 
-def test_a_teacher_that_is_cut_is_given_whole_to_the_rank_that_keeps_it(ran):
+def test_a_teacher_that_is_cut_is_read_whole(ran):
     (one,), (first, second) = ran
     torch.testing.assert_close(first["teachers"], one["teachers"], rtol=1e-4, atol=1e-6)
     before, teacher, student = first["teachers"]
@@ -358,7 +411,8 @@ def test_a_teacher_that_is_cut_is_given_whole_to_the_rank_that_keeps_it(ran):
     wanted = {k: m * before[k] + (1 - m) * student[k] for k in before}
     torch.testing.assert_close(teacher, wanted, rtol=1e-6, atol=1e-7)
     moved = [(teacher[k] - before[k]).abs().max() > 1e-5 for k in student]
-    assert sum(moved) > len(moved) / 2 and second["teachers"] == [{}, {}, {}]
+    assert sum(moved) > len(moved) / 2
+    torch.testing.assert_close(second["teachers"], first["teachers"], rtol=0, atol=0)
 
 
 def test_a_frozen_encoder_moves_in_nothing_and_is_in_no_checkpoint(ran):
@@ -374,7 +428,7 @@ def test_what_modules_share_has_both_names():
         e = engine(1, "fp32")
         encoder = e.method.encoder
         encoder.twin = next(m for m in encoder.modules() if isinstance(m, nn.Linear))
-        assert e.encoder_state().keys() == encoder.state_dict().keys()
+        assert weights_of(e).keys() == encoder.state_dict().keys()
 
 
 def test_raw_deepspeed_keys_are_merged_last():
@@ -420,6 +474,7 @@ def test_micro_batches_of_one_image_need_joined_norms(monkeypatch):
         ({"optimizer": {"type": "Adam"}}, "use optim"),
         ({"scheduler": {"type": "WarmupLR"}}, "use optim.schedule"),
         ({"train_micro_batch_size_per_gpu": 2}, "use batch_size"),
+        ({"compile": {"deepcompile": True}}, "use engine.compile .DeepCompile is not served"),
         ({"zero_optimizaton": {}}, "did you mean zero_optimization"),
         ({"zero_optimization": 3}, "must be a section"),
         ({"zero_optimization": {"stage": 2}}, "use engine.zero_stage"),
@@ -550,11 +605,11 @@ def test_what_is_not_finite_moves_nothing(kind, monkeypatch):
     monkeypatch.setattr(MAE, "loss", lambda *a: {"loss": spoil[0](loss(*a)["loss"])})
     with launch.session("cpu"):
         e = engine(*kind)
-        before = e.encoder_state()
+        before = weights_of(e)
         while spoil:
             step = e.step(batch(), 1e-3)
             assert (step.finite, step.applied) == (False, False)
-            torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
+            torch.testing.assert_close(weights_of(e), before, rtol=0, atol=0)
             del spoil[0]
 
 
@@ -564,7 +619,7 @@ def test_what_is_above_a_limit_moves_nothing(kind):
     with launch.session("cpu"):
         e = engine(*kind)
         first = e.step(batch(), 0.0, limits=none)
-        before = e.encoder_state()
+        before = weights_of(e)
         for limits in (
             none._replace(loss=first.loss * 0.99),
             none._replace(norm=first.norm * 0.99),
@@ -573,13 +628,11 @@ def test_what_is_above_a_limit_moves_nothing(kind):
             assert (step.finite, step.spike, step.applied) == (True, True, False)
             assert step.loss == pytest.approx(first.loss)
             assert (step.norm is None) == (limits.norm == none.norm)
-            torch.testing.assert_close(e.encoder_state(), before, rtol=0, atol=0)
+            torch.testing.assert_close(weights_of(e), before, rtol=0, atol=0)
         step = e.step(batch(), 1e-3, limits=Limits(first.loss * 1.01, first.norm * 1.01))
         assert (step.finite, step.spike, step.applied) == (True, False, True)
         assert step.norm == pytest.approx(first.norm, rel=0.01)
-        assert not e.encoder_state()["patch_embed.proj.weight"].equal(
-            before["patch_embed.proj.weight"]
-        )
+        assert not weights_of(e)["patch_embed.proj.weight"].equal(before["patch_embed.proj.weight"])
 
 
 def test_rows_have_the_breakdown_and_steps_a_trace_where_it_is_asked_for(tmp_path):

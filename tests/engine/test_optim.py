@@ -15,6 +15,7 @@ from fastssl.engine.layerwise import LAMB, LARS
 from fastssl.engine.optim import (
     ELEMENTWISE,
     OptimConfig,
+    _any_not_finite,
     build_optimizer,
     check_optimizer,
 )
@@ -384,3 +385,13 @@ def test_infinite_knows_the_end_only_to_anneal():
     assert annealed.factor(99, 100) == pytest.approx(0.5 * 0.01**0.95)
     with pytest.raises(ValueError, match="anneal_steps=10 leaves nothing .* run of 10 steps"):
         annealed.factor(3, 10)
+
+
+@pytest.mark.parametrize("value, bad", [("inf", 1), ("-inf", 1), ("nan", 1), ("3e38", 0)])
+def test_one_value_that_is_not_finite_is_found(value, bad):
+    params = [torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16)) for _ in range(3)]
+    for parameter in params[:2]:
+        parameter.grad = torch.full((3, 5), 3e38, dtype=torch.bfloat16)
+    assert not _any_not_finite(params) and not _any_not_finite(params[2:])
+    params[1].grad[2, 1] = float(value)  # type: ignore[index]
+    assert _any_not_finite(params) is bool(bad)

@@ -24,9 +24,9 @@ TESTS = {
     "engine/engine": (
         f"{ENGINE} tests/engine/test_large_batch.py tests/train/test_train.py tests/test_given.py",
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
-        " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
+        " or micro_batches or moves_the or padding or that_is_cut or without_a_loss or one_step"
         " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every"
-        " or tf32",
+        " or tf32 or host_waits",
     ),
     "engine/norms": (ENGINE, "above_a_limit"),
     "engine/zero": (
@@ -34,7 +34,7 @@ TESTS = {
         "of_zero or fit_the_model or cannot_do or reaches_deepspeed or merged_last",
     ),
     "engine/breakdown": (ENGINE, "by_part"),
-    "engine/blocks": (ENGINE, "is_tuned or checkpointing or recomputed or compile"),
+    "engine/blocks": (ENGINE, "is_tuned or checkpointing or recomputed or compile or channels"),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
     "engine/launch": (ENGINE, "launchers or tasks or wrong_gradients"),
     "engine/peers": (
@@ -88,10 +88,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("finite & ~spike", "finite"),
     ],
     "engine/engine._finish": [
+        ("self._flags.tolist()", "(x.item() for x in self._flags)"),
         ("step.spike = limits.norm < step.norm", "step.spike = 0 < step.norm"),
         ("if step.spike or not step.finite:", "if not step.finite:"),
         ("(step.applied or step.spike)", "step.applied"),
-        ("self._flags[0] == 0", "self._flags[0] != 0"),
+        ("finite = bad == 0", "finite = bad != 0"),
         ("finite and (step.applied", "finite or (step.applied"),
         ("spike or not step.finite:", "spike:"),
         ("if norms and not step.spike:", "if False:"),
@@ -153,6 +154,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("blocks_of(method) if", "blocks_of(method.encoder) if"),
     ],
     "engine/blocks.compile_blocks": [("torch.compile(block.forward)", "block.forward")],
+    "engine/optim._any_not_finite": [('float("inf")', "2"), ("if not grads", "if False")],
+    "engine/blocks.convolve_channels_last": [
+        ("kernel > stride", "kernel >= stride"),
+        ("for each in convolutions:", "for each in ():"),
+    ],
     "engine/engine.set_tf32": [('"high" if wanted', '"highest" if wanted')],
     "engine/breakdown.begin": [("between=True", "between=False")],
     "engine/breakdown._mark": [("self._stack[-1]", "self._stack[0]")],
@@ -165,7 +171,6 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("name = name or next", "name = next"),
     ],
     "engine/engine._network": [("name or next(", "next(")],
-    "engine/engine.encoder_state": [("if kept:", "if True:")],
     "engine/checkpoint._write_encoder": [("not torch.isfinite(whole).all()", "False")],
     "engine/checkpoint.save": [("self.wait()", "pass")],
     "engine/checkpoint.end": [("if self._error is not None", "if False")],

@@ -69,6 +69,26 @@ def test_only_panels_with_data_are_drawn(tmp_path, figures):
     }
 
 
+def test_the_times_of_a_step_are_stacked(tmp_path, drawn):
+    parts = {"time/data": 2.0, "time/backward": 5.0, "time/on_step": 0.0, "time/other": 1.0}
+    rows = [row | parts if row["kind"] == "train" else row for row in training()]
+    slow = {"kind": "train", "step": 10, "loss": 5.0, "time/data": 90.0, "time/backward": None}
+    assert plot_curves([*rows, slow], tmp_path / "curves.png")
+    axes = panels(drawn[0])["Milliseconds a step"]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["waiting for data  2", "backward  5", "other  1"]
+    tops = {c.get_label(): c.get_paths()[0].vertices for c in axes.collections}
+    data = tops["waiting for data  2"]
+    assert set(data[data[:, 1] == 90, 0]) == {9, 10}  # of the steps since the row before
+    assert axes.get_ylim() == (0, 16)
+    later = tops["other  1"][tops["other  1"][:, 0] > 10]
+    assert (later[:, 1].min(), later[:, 1].max()) == (7, 8)
+    above = min(
+        each.get_window_extent().y0 for name, each in panels(drawn[0]).items() if name[0] != "M"
+    )
+    assert axes.get_window_extent().y1 < above  # nothing is drawn over another panel
+
+
 def test_a_panel_alone_is_drawn(tmp_path, drawn):
     assert plot_curves(ONLY_LOSS, tmp_path / "one.png")
     assert set(panels(drawn[0])) == {"Loss"}
