@@ -136,6 +136,9 @@ class Engine(Verbs):
         self._flags = torch.empty(4, pin_memory=device.type == "cuda")
         self._limits: Limits | None = None  # of the step under way
 
+    def close(self) -> None:
+        self.ds.destroy()  # hooks of autograd's, which no collection of garbage sees through
+
     def measure(self) -> None:
         if self._times is None:
             self._times = Breakdown(self.method, self.ds, self.device)
