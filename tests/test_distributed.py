@@ -193,7 +193,6 @@ def test_plain_helpers(ranks):
         assert seen["agree"] == [True, False, False]
 
 
-@pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_mistake_of_one_rank_is_that_of_all(ranks, where):
     """And who has met it says so in its own words."""
@@ -205,7 +204,7 @@ def test_a_mistake_of_one_rank_is_that_of_all(ranks, where):
         assert seen["first"] == 0
 
 
-@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])
 def test_statistics_of_the_joined_batch(ranks, unbiased):
     W, name = len(ranks), "unbiased" if unbiased else "biased"
     make = lambda r: rows(r, 5) + 1000 + 10 * r  # noqa: E731

@@ -147,7 +147,7 @@ def test_gloo_is_given_the_interface_that_leads_to_the_others(
     monkeypatch.setattr(launch, "_address_towards", ways.__getitem__)
     for name, value in {"MASTER_ADDR": "node0", "RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    told = {f"fastssl/address/{rank}": other.encode() for rank, other in others.items()}
-    store = SimpleNamespace(set=told.__setitem__, get=told.__getitem__)
+    told = {f"fastssl/address/{rank}": other for rank, other in others.items()}
+    store = SimpleNamespace(set=told.__setitem__, get=lambda key: told[key].encode())
     assert launch._interface(store) == interface
     assert told["fastssl/address/0"] == known

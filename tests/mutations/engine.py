@@ -26,7 +26,7 @@ TESTS = {
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or to_the_rank or without_a_loss or one_step"
         " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every"
-        " or tf32",
+        " or tf32 or the_same_run",
     ),
     "engine/norms": (ENGINE, "above_a_limit"),
     "engine/zero": (
@@ -87,6 +87,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if silent:", "if False:"),
     ],
     "engine/watchdog.end": [("os._exit(EXIT)", "os._exit(1)"), ("child.kill()", "child")],
+    "engine/engine.close": [("self.ds.destroy()", "pass")],
     "engine/engine._agree": [
         ("flags[2] > self._limits.loss", "loss > self._limits.loss"),
         ("loss / distributed.world_size()", "loss"),

@@ -1,5 +1,6 @@
 """Whole runs in one process: they learn, they are reproducible, and bad luck is handled."""
 
+import gc
 import io
 import itertools
 import json
@@ -66,9 +67,14 @@ def test_a_run_learns_and_shows_itself(method, tmp_path, request):
 
 
 def test_the_same_configuration_gives_the_same_run(tmp_path):
+    """And leaves nothing open behind: neither files nor engines."""
     one, two = (tiny("simclr", tmp_path, name=n, data__workers=w) for n, w in (("a", 0), ("b", 2)))
     pretrain(one)
+    gc.collect()
+    opened = len(os.listdir("/proc/self/fd"))
     pretrain(two)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= opened
     assert final(one) == final(two)
 
 
