@@ -132,7 +132,7 @@ def test_a_rank_that_fails_in_its_step_is_named_by_the_other(place, port, tmp_pa
         ("10.0.0.1", {}, "eth1"),
         ("127.0.1.1", {2: "127.0.0.1", 1: "10.0.0.2"}, "eth1"),  # by the master's own name
         ("127.0.0.1", {2: "127.0.0.1", 1: "127.0.0.1", 0: "127.0.0.1"}, "lo"),  # all on one
-        ("fd00::5", {}, "eth2"),
+        *((known, {}, "eth2") for known in ("fd00::5", "fe80::2")),
         ("10.9.9.9", {}, None),
     ],
 )
