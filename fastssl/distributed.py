@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch import Tensor
 
 LOCAL: Literal["local"] = "local"  # the group of this rank alone
 Group = Any  # ProcessGroup | None | LOCAL; ProcessGroup is absent from builds without distributed
+T = TypeVar("T")
 _Exchange = Callable[[Tensor, Group], Tensor]
 
 _BUILT = dist.is_available()  # with torch: losses ask at every step
@@ -264,6 +265,47 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     box = [obj]
     dist.broadcast_object_list(box, src=src, group=_host_group(None))
     return box[0]
+
+
+class ElsewhereError(ValueError):
+    """Another rank has met a mistake that this one has not; it says which."""
+
+    exit_code, on_every_rank = 2, True
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """What `action` returns on the first rank, on every rank; or a ValueError where it raises one.
+
+    A disk that several machines share may show them different things for a while.
+    """
+    made, error = None, None
+    if rank() == 0:
+        try:
+            made = action()
+        except ValueError as mistake:
+            error = mistake
+    made, said = broadcast_object((made, str(error) if error else None))
+    if error is not None:
+        raise error
+    if said is not None:
+        raise ElsewhereError(f"rank 0: {said}")
+    return made
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Inside, nothing collective: where a ValueError leaves it on some rank, it does on all."""
+    error = None
+    try:
+        yield
+    except ValueError as mistake:
+        error = mistake
+    said = gather_objects(str(error) if error else None)
+    if error is not None:
+        raise error
+    for number, other in enumerate(said):
+        if other is not None:
+            raise ElsewhereError(f"on rank {number}: {other}")
 
 
 def gather_objects(obj: Any, group: Group = None) -> list[Any]:

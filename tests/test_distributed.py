@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -46,6 +48,20 @@ def without_cpu_backend(rank):
     return {"votes": votes, "words": words, "groups": len(D._host_groups)}
 
 
+def mistaken(rank, where, *, first):
+    """A mistake that rank `where` meets: in what only the first does, or in what each does."""
+
+    def mend():
+        if rank == where:
+            raise ValueError("no such folder")
+        return rank
+
+    if first:
+        return D.from_first(mend)
+    with D.alike():
+        return mend()
+
+
 def each_rank(rank, world):
     """Everything in one start of the ranks: it costs seconds."""
     seen = {"size": (D.world_size(), D.rank(), D.world_size(D.LOCAL), D.rank(D.LOCAL))}
@@ -57,6 +73,10 @@ def each_rank(rank, world):
         x = rows(rank, 2, 5, dtype=dtype)
         seen[f"gather {dtype}"] = value_and_grad(D.all_gather_rows, x)
         seen[f"reduce {dtype}"] = value_and_grad(D.all_reduce_sum, x)
+    for where in (0, 1):
+        calls = [partial(mistaken, rank, where, first=first) for first in (True, False)]
+        seen[f"mistake {where}"] = [refusal(call) for call in calls]
+    seen["first"] = mistaken(rank, -1, first=True)
     x = rows(rank, 4)
     seen["gather expanded"] = grads(D.all_gather_rows, [x.T.contiguous().T], lambda out: out.sum())
     seen["plain"] = [
@@ -171,6 +191,17 @@ def test_plain_helpers(ranks):
         assert seen["object"] == {"from": 1}
         assert seen["halves"] == torch.full((W,), 255.0 + W).bfloat16().tolist()
         assert seen["agree"] == [True, False, False]
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_mistake_of_one_rank_is_that_of_all(ranks, where):
+    """And who has met it says so in its own words."""
+    for r, seen in enumerate(ranks):
+        wrong = "no such folder" if r == where else f"on rank {where}: no such folder"
+        assert seen[f"mistake {where}"][1] == wrong
+        first = "no such folder" if r == 0 else "rank 0: no such folder"
+        assert seen[f"mistake {where}"][0] == (first if where == 0 else "not refused")
+        assert seen["first"] == 0
 
 
 @pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])

@@ -35,7 +35,7 @@ ROOMS = {
     "methods": "models losses kernels masking random schedules section registry pydantic",
     "data": "random distributed files section registry *",
     "engine": "models distributed pieces random schedules section files tree registry "
-    "deepspeed timm pydantic safetensors numpy",
+    "deepspeed timm pydantic safetensors numpy psutil",
     "evaluate": "data kernels random distributed sklearn numpy",
     "report": "files *",
     "config": "methods models engine data schedules section registry pydantic yaml",

@@ -32,7 +32,7 @@ from fastssl.engine import launch
 from fastssl.engine.engine import Engine
 from fastssl.engine.verbs import Verbs
 from fastssl.random import REPLACE, mix
-from fastssl.run.build import build, build_loader, fitted, with_backend
+from fastssl.run.build import build, build_loader, fitted, kept_backend, with_backend
 from fastssl.tree import map_leaves
 
 Batch = dict[str, Any]
@@ -112,7 +112,7 @@ def examine(cfg: RunConfig, seconds: float = 5.0) -> tuple[RunConfig, list[Measu
         raise ValueError(f"seconds: want more than 0, got {seconds}")
     source = open_source(cfg.data.source, cfg.seed, cfg.data.streams).train
     cfg = fitted(cfg, source)
-    cfg, _ = with_backend(cfg, source)
+    cfg, _ = with_backend(cfg, source, kept_backend(cfg))
     method = build(cfg, source.channels)
     with launch.session(cfg.device) as device:
         loader = build_loader(cfg, source, device, parameters=method.needs_view_params)

@@ -166,6 +166,10 @@ class Checkpoints:
                 self._write(write)
         return self.folder / name
 
+    def writing(self) -> bool:
+        """Whether one is being written aside."""
+        return self._writing is not None
+
     def wait(self) -> None:
         """Until what is written aside is whole; collective.  Raises CheckpointError as `save`."""
         writing, self._writing = self._writing, None

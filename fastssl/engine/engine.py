@@ -138,6 +138,14 @@ class Engine(Verbs):
         self._flags = torch.empty(4, pin_memory=device.type == "cuda")
         self._limits: Limits | None = None  # of the step under way
 
+    def close(self) -> None:
+        """Autograd holds DeepSpeed's hooks, and they all that there is: else it stays for ever.
+
+        At stage 3 it does: there a module that was given is whole by these hooks alone.
+        """
+        if self.cfg.zero_stage < 3:
+            self.ds.destroy()
+
     def measure(self) -> None:
         if self._times is None:
             self._times = Breakdown(self.method, self.ds, self.device)

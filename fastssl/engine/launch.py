@@ -1,6 +1,7 @@
 """Processes and devices: one process needs no launcher, several come from torchrun."""
 
 import contextlib
+import ipaddress
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from .peers import watched
 # What starts several processes without saying where they find each other -> how many it started.
 STARTERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LEAST = (0, 19, 8)  # of DeepSpeed
+_MEET = timedelta(minutes=30)  # until all ranks are there, as torch.distributed has it
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets
 
 
@@ -36,7 +38,7 @@ def session(device: str) -> Iterator[torch.device]:
     on_cuda = device != "cpu" and torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
     found = torch.distributed.is_initialized()
-    alone = {} if found or _launched() else _world_of_one()
+    alone = {} if launched() else _world_of_one()
     os.environ.update(alone)
     place = torch.device("cpu")
     if on_cuda:
@@ -44,7 +46,7 @@ def session(device: str) -> Iterator[torch.device]:
         torch.cuda.set_device(place)
     backend = "nccl" if on_cuda else "gloo"
     try:
-        with contextlib.nullcontext() if found else _store_of_this_start():
+        with contextlib.nullcontext() if found else _ways_to_each_other():
             deepspeed().init_distributed(dist_backend=backend, verbose=False)
             try:
                 with contextlib.nullcontext() if found else watched():
@@ -70,8 +72,37 @@ def deepspeed() -> Any:
 
 
 @contextlib.contextmanager
-def _store_of_this_start() -> Iterator[None]:
-    """Inside, MASTER_PORT is that of a store of the ranks' own, under torchrun.
+def _ways_to_each_other() -> Iterator[None]:
+    """Inside, MASTER_PORT is that of a store that belongs to these ranks alone, under torchrun; and
+    gloo has the network interface that leads to the other machines, where there are any.
+    """
+    env = os.environ
+    names = ("MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "GLOO_SOCKET_IFNAME")
+    before = {name: env.get(name) for name in names}
+    agents = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"  # DeepSpeed's launcher says
+    apart = int(local) < int(env["WORLD_SIZE"]) and "GLOO_SOCKET_IFNAME" not in env
+    store = None
+    if agents and env["WORLD_SIZE"] != "1":
+        store = _store_of_this_start()
+        env.update(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="False")
+    elif apart:  # the one that torch.distributed will open or find there
+        where = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        store = TCPStore(*where, is_master=env["RANK"] == "0", multi_tenant=True, timeout=_MEET)
+    if apart and store is not None and (name := _interface(store)):
+        env["GLOO_SOCKET_IFNAME"] = name
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
+
+
+def _store_of_this_start() -> TCPStore:
+    """A store that these ranks have opened themselves.
 
     The launcher's own store outlives the ranks that it starts again (--max-restarts), and holds the
     addresses of those that are gone, which the new ones would take for each other's (pytorch issue
@@ -79,29 +110,54 @@ def _store_of_this_start() -> Iterator[None]:
     says in the launcher's where it has opened another, and those who read an old answer ask again.
     """
     env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["WORLD_SIZE"] == "1":
-        yield
-        return
-    host, before, wait = env["MASTER_ADDR"], env["MASTER_PORT"], timedelta(seconds=1)
-    met = TCPStore(host, int(before), is_master=False)
+    host, wait = env["MASTER_ADDR"], timedelta(seconds=1)
+    met = TCPStore(host, int(env["MASTER_PORT"]), is_master=False)
     if env["RANK"] == "0":
         own, word = TCPStore(host, 0, is_master=True, multi_tenant=True), secrets.token_hex(16)
         own.set("word", word)
         met.set("fastssl/store", f"{own.port} {word}")
-    else:
-        own = None
-        while own is None:
-            port, word = met.get("fastssl/store").decode().split()
-            with contextlib.suppress(OSError, DistError):  # of a start that is over
-                socket.create_connection((host, int(port)), timeout=1).close()
-                there = TCPStore(host, int(port), is_master=False, timeout=wait)
-                own = there if there.get("word").decode() == word else None
-            time.sleep(0 if own else 0.2)
-    env.update(MASTER_PORT=str(own.port), TORCHELASTIC_USE_AGENT_STORE="False")
-    try:
-        yield
-    finally:
-        env.update(MASTER_PORT=before, TORCHELASTIC_USE_AGENT_STORE="True")
+        return own
+    while True:
+        port, word = met.get("fastssl/store").decode().split()
+        with contextlib.suppress(OSError, DistError):  # of a start that is over
+            socket.create_connection((host, int(port)), timeout=1).close()
+            own = TCPStore(host, int(port), is_master=False, timeout=wait)
+            if own.get("word").decode() == word:
+                own.set_timeout(_MEET)
+                return own
+        time.sleep(0.2)
+
+
+def _interface(store: TCPStore) -> str | None:
+    """The network interface of this machine that leads to the other ones; None if it has no name.
+
+    Gloo would take the one of the host's name, which on many machines is 127.0.1.1, and on others
+    unknown.  A machine that knows MASTER_ADDR by such a name asks the other ranks for theirs.
+    """
+    from psutil import net_if_addrs
+
+    env = os.environ
+    here = _address_towards(env["MASTER_ADDR"])
+    store.set(f"fastssl/address/{env['RANK']}", here)
+    for rank in reversed(range(int(env["WORLD_SIZE"]))):
+        if not ipaddress.ip_address(here).is_loopback:
+            break
+        there = store.get(f"fastssl/address/{rank}").decode()
+        if not ipaddress.ip_address(there).is_loopback:
+            here = _address_towards(there)
+    for name, addresses in net_if_addrs().items():
+        if here in [address.address.partition("%")[0] for address in addresses]:
+            return name
+    return None
+
+
+def _address_towards(host: str) -> str:
+    """The address that this machine has for `host`; of a loopback where it cannot be reached."""
+    for family, kind, protocol, _, there in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as way:
+            way.connect(there)  # sends nothing
+            return way.getsockname()[0].partition("%")[0]
+    return "127.0.0.1"
 
 
 def check_version(version: str) -> None:
@@ -120,8 +176,11 @@ def check_version(version: str) -> None:
         )
 
 
-def _launched() -> bool:
-    """Whether a launcher has set this process up as one of several, or as the only one."""
+def launched() -> bool:
+    """Whether this process has been set up as one of several, or as the only one: by a launcher, or
+    by a process group that is there."""
+    if torch.distributed.is_initialized():
+        return True
     missing = [name for name in LAUNCHER if name not in os.environ]
     if "RANK" in os.environ and missing:
         raise EngineError(

@@ -2,7 +2,8 @@
 
 A collective notices a dead peer over its open connection; the making of a group waits half an hour
 for the peer's address.  Here each rank keeps a connection to the first one: the kernel closes it
-with the process, whatever killed it, and the first rank passes that on by ending as well.
+with the process, whatever killed it, and where a machine or its network is gone, as soon as it has
+not answered for `_SILENCE` seconds.  The first rank tells the others who it was, and ends as well.
 
 Over the same connections the ranks tell each other, in a line of JSON, that they do not move, and
 the first one asks all of them before it says that the run hangs (watchdog.py).
@@ -31,6 +32,7 @@ _BYE = b"."
 _GRACE = 3.0  # seconds in which a rank may end by itself, with a better message
 _TICK = 1.0  # seconds between two looks at the clock
 _ANSWER = 5.0  # seconds in which a rank answers, unless its process or its machine hangs
+_SILENCE = 40  # seconds after which a machine that does not even acknowledge counts as gone
 
 
 class RankLost(RuntimeError):
@@ -43,20 +45,24 @@ class RankLost(RuntimeError):
 def watched() -> Iterator[None]:
     """Inside, this process ends soon after another rank has died: RankLost, or exit code 1.
 
-    A rank that leaves by an exception that is not `on_every_rank` counts as dead; one that leaves
-    otherwise does not.  Under torchrun the launcher's death is a SIGTERM to this process.
+    A rank that leaves by an exception that is not `on_every_rank`, or by Ctrl-C, counts as dead;
+    one that leaves otherwise does not.  Under torchrun the launcher's death is a SIGTERM to this
+    process.
     """
     peers = _connected() if distributed.world_size() > 1 else {}
     agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     done, leave = os.pipe()
-    lost: list[int] = []
+    lost: list[str] = []
     watch = threading.Thread(target=_watch, args=(dict(peers), agent, done, lost), daemon=True)
     watch.start()
-    together = True
+    last = b""  # words: none, if this rank leaves alone and knows not why
     try:
         yield
-    except Exception as error:
-        together = getattr(error, "on_every_rank", False)
+        last = _BYE
+    except BaseException as error:
+        last = _BYE if getattr(error, "on_every_rank", False) else _line(fails=_told(error))
+        if not isinstance(error, Exception):  # Ctrl-C: it came to the others as well, or it did not
+            raise
         if not isinstance(error, ValueError):  # a broken collective may be why; the watch knows
             watch.join(1.0 if peers else 0.0)
         if lost:
@@ -69,8 +75,7 @@ def watched() -> Iterator[None]:
         os.close(done)
         for connection in peers:
             with contextlib.suppress(OSError):
-                if together:
-                    connection.sendall(_BYE)
+                connection.sendall(last)
                 connection.shutdown(socket.SHUT_RDWR)  # a reader forked from here holds it open
             connection.close()
 
@@ -84,6 +89,7 @@ def _connected() -> dict[socket.socket, int]:
         connection = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=60)
         connection.sendall(f"{word}{rank:08d}".encode())
         connection.settimeout(None)
+        _end_when_silent(connection)
         return {connection: 0}
     word, peers = secrets.token_hex(16), {}
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -103,23 +109,36 @@ def _connected() -> dict[socket.socket, int]:
             with contextlib.suppress(OSError):
                 said = connection.recv(40, socket.MSG_WAITALL)
             if said[:32] == word.encode():
+                _end_when_silent(connection)
                 peers[connection] = int(said[32:])
             else:  # a stranger, of which a network has many
                 connection.close()
     return peers
 
 
-def _watch(peers: dict[socket.socket, int], agent: int | None, done: int, lost: list[int]) -> None:
+def _end_when_silent(connection: socket.socket) -> None:
+    """The kernel asks for a sign of life, and gives the connection up without one."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    every = max(1, _SILENCE // 8)
+    seconds = {"TCP_KEEPIDLE": every, "TCP_KEEPINTVL": every, "TCP_KEEPCNT": 7}
+    for name, value in (seconds | {"TCP_USER_TIMEOUT": 1000 * _SILENCE}).items():
+        if hasattr(socket, name):  # macOS has other names
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _watch(peers: dict[socket.socket, int], agent: int | None, done: int, lost: list[str]) -> None:
     talk = _Talk(peers)
+    talk.tell({"host": socket.gethostname()})
     while not lost:
         ready = _readable([done, *peers], _TICK)
         if done in ready:
             return
         for connection in [peer for peer in peers if peer in ready]:
             if not talk.hear(connection):
-                rank = peers.pop(connection)
-                if not talk.parted(connection):
-                    lost.append(rank)
+                del peers[connection]
+                if why := talk.parted(connection):
+                    lost.append(why)
+                    talk.tell({"lost": why})
         if agent is not None and os.getppid() != agent:
             agent = None
             os.kill(os.getpid(), signal.SIGTERM)
@@ -143,11 +162,16 @@ def _readable(files: Sequence[Any], seconds: float) -> list[Any]:
 
 class _Talk:
     """What goes over the connections: {"late": true} to the first rank, {"ask": true} from it and
-    {"is": status} to it, {"verdict": sentence} from it; {"stop": true} from whoever was asked to.
+    {"is": status} to it, {"verdict": sentence} from it; {"stop": true} from whoever was asked to;
+    {"host": name} at first, {"fails": error} at last, and {"lost": who} from the first rank.
     """
 
     def __init__(self, peers: dict[socket.socket, int]):
         self.peers, self.rank = peers, distributed.rank()
+        self.ranks = dict(peers)  # also of those that have gone
+        self.hosts: dict[int, str] = {}
+        self.why: dict[int, str] = {}  # a rank, or the connection to it, has ended
+        self.lost = ""  # who was it, as the first rank has said
         self.begun: dict[socket.socket, bytes] = {}  # of a message
         self.answers: dict[int, dict[str, Any] | None] | None = None  # to a question of the first
         self.asked = self.told = 0.0  # when: the first rank the others, this one the first
@@ -155,19 +179,26 @@ class _Talk:
 
     def hear(self, connection: socket.socket) -> bool:
         """Read what has come and act on it; False where that was the last."""
+        came = b""
         try:
             came = connection.recv(1 << 16)
-        except OSError:
-            came = b""
+        except ConnectionError:
+            pass
+        except OSError as error:
+            self.why[self.ranks[connection]] = f"cannot be reached any more ({error.strerror})"
         *lines, rest = (self.begun.get(connection, b"") + came).split(b"\n")
         self.begun[connection] = rest
         for line in lines:
-            self.act(json.loads(line), self.peers[connection])
+            self.act(json.loads(line), self.ranks[connection])
         return bool(came) and rest != _BYE
 
-    def parted(self, connection: socket.socket) -> bool:
-        """Whether it was the other's will that the connection ends."""
-        return self.begun.pop(connection, b"") == _BYE
+    def parted(self, connection: socket.socket) -> str:
+        """Who is lost with this connection, and why; empty where all was well."""
+        if self.begun.pop(connection, b"") == _BYE:
+            return ""
+        rank = self.ranks[connection]
+        host = f" on {self.hosts[rank]}" if rank in self.hosts else ""
+        return self.lost or f"rank {rank}{host} {self.why.get(rank, 'has ended')}"
 
     def act(self, said: dict[str, Any], rank: int) -> None:
         self.told = 0.0
@@ -181,12 +212,17 @@ class _Talk:
             end(self.rank, said["verdict"])
         if "stop" in said:
             heart.asked_to_stop = True
+        if "host" in said:
+            self.hosts[rank] = said["host"]
+        if "fails" in said:
+            self.why[rank] = f"has ended ({said['fails']})"
+        if "lost" in said and rank == 0:
+            self.lost = said["lost"]
 
     def tell(self, said: dict[str, Any]) -> None:
-        line = json.dumps(said).encode() + b"\n"
         for connection in self.peers:
             with contextlib.suppress(OSError):
-                connection.sendall(line)
+                connection.sendall(_line(**said))
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -220,5 +256,15 @@ class _Talk:
             end(self.rank, sentence)
 
 
-def _sentence(rank: int) -> str:
-    return f"rank {rank} has ended, and the others with it: resume=auto takes the run up again"
+def _line(**said: Any) -> bytes:
+    return json.dumps(said).encode() + b"\n"
+
+
+def _told(error: BaseException) -> str:
+    """An error by its type and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
+
+
+def _sentence(lost: str) -> str:
+    return f"{lost}, and the others with it: resume=auto takes the run up again"

@@ -110,6 +110,9 @@ class Verbs(ABC):
     def whole_parameters(self) -> AbstractContextManager[Any]:
         """A context in which every rank sees the method's parameters whole, to be read."""
 
+    def close(self) -> None:  # noqa: B027
+        """The run is over: give back what would outlive it; no other verb is used any more."""
+
     def measure(self) -> None:  # noqa: B027
         """From here on keep times for `breakdown`; an engine need not."""
 

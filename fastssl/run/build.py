@@ -11,7 +11,7 @@ from fastssl.config.errors import about_stream
 from fastssl.config.models import ModelConfig
 from fastssl.data.batch.ops import check_batch_ops
 from fastssl.data.loader import PretrainLoader
-from fastssl.data.render.backend import Rendering, choose_backend
+from fastssl.data.render.backend import Backend, Rendering, choose_backend
 from fastssl.data.sources.base import Source, Split
 from fastssl.data.streams import stream
 from fastssl.data.views.image import Views
@@ -234,15 +234,20 @@ def check_side(encoder: torch.nn.Module, channels: int, side: int) -> None:
         ) from error
 
 
-def with_backend(cfg: RunConfig, source: Source) -> tuple[RunConfig, str]:
+def kept_backend(cfg: RunConfig) -> Backend:
+    """That of the run which `cfg` takes up; "auto" where there is none."""
+    if cfg.resume != "never" and (cfg.directory / "config.yaml").is_file():
+        return load(cfg.directory).data.backend
+    return "auto"
+
+
+def with_backend(cfg: RunConfig, source: Source, before: Backend) -> tuple[RunConfig, str]:
     """`cfg` with data.backend settled, and what a user should know of that.
 
-    A run that is taken up keeps the back end that it began with, unless another is asked for.
+    before: `kept_backend`, with which a run that is taken up goes on unless another is asked for.
     Raises DataError for DALI where it cannot serve.
     """
-    asked, before = cfg.data.backend, "auto"
-    if cfg.resume != "never" and (cfg.directory / "config.yaml").is_file():
-        before = load(cfg.directory).data.backend
+    asked = cfg.data.backend
     backend, note = choose_backend(before if asked == "auto" else asked, cfg.views(), source)
     if before not in ("auto", backend):
         note = f"views are made by {backend} from here on, and were by {before}: near, not the same"

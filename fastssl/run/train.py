@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -33,6 +33,8 @@ from fastssl.engine.engine import Engine
 from fastssl.engine.scalars import Scalars
 from fastssl.engine.verbs import Step, Verbs
 from fastssl.engine.watchdog import DATA, SAVING, STEP, Stalled, heart
+from fastssl.methods import Method
+from fastssl.models.deferred import Deferred
 from fastssl.run.build import (
     NOTHING,
     Given,
@@ -40,6 +42,7 @@ from fastssl.run.build import (
     build_loader,
     check_steps,
     fitted,
+    kept_backend,
     with_backend,
 )
 from fastssl.run.directory import Place, extension, prepared
@@ -100,20 +103,14 @@ def pretrain(
     Stalled where data do not come, and CheckpointError when the disk refuses: each leaves the last
     good checkpoint in place.
     """
-    split = given.split or open_source(cfg.data.source, cfg.seed, cfg.data.streams)
-    cfg = fitted(cfg, split.train)
-    cfg, note = with_backend(cfg, split.train)
-    notes: list[str] = []
-    goes_on = cfg.resume != "never" and Checkpoints(cfg.directory, cfg.checkpoint).latest()
-    channels, resumed = split.train.channels, bool(goes_on)
-    method, deferred = begin(cfg, channels, notes, given.encoder, resumed=resumed)
+    # A single process tells of a mistake before it loads DeepSpeed; several do it together.
+    ready = None if launch.launched() else prepare(cfg, given)
     with launch.session(cfg.device) as device:
-        cfg = after_restart(cfg)
+        cfg, split, method, deferred, goes_on, notes = ready or prepare(cfg, given)
         if watch is None or distributed.rank() > 0:
             watch = Silent()
-        for said in (note, *notes):
-            if said:
-                watch.say(said)
+        for said in notes:
+            watch.say(said)
         loader = build_loader(cfg, split.train, device, parameters=method.needs_view_params)
         check_steps(cfg, loader)
         if not goes_on:
@@ -123,7 +120,40 @@ def pretrain(
             engine = Engine(
                 method, cfg.optim, cfg.engine, device=device, batch_size=size, deferred=deferred
             )
-            return Run(cfg, split, loader, engine, watch, place).go(command)
+            try:
+                return Run(cfg, split, loader, engine, watch, place).go(command)
+            finally:
+                engine.close()
+
+
+class Ready(NamedTuple):
+    """What a run is made of, before there is an engine; goes_on: there is a run to take up."""
+
+    cfg: RunConfig
+    split: Split
+    method: Method
+    deferred: Deferred | None
+    goes_on: bool
+    notes: list[str]
+
+
+def prepare(cfg: RunConfig, given: Given = NOTHING) -> Ready:
+    """Open the data and build the method.  Collective: what the disk holds the first rank says, as
+    a file system may show it to others later; a mistake that one rank meets all of them raise."""
+    cfg, notes = after_restart(cfg), []
+    goes_on, backend = distributed.from_first(
+        lambda: (
+            cfg.resume != "never"
+            and Checkpoints(cfg.directory, cfg.checkpoint).latest() is not None,
+            kept_backend(cfg),
+        )
+    )
+    with distributed.alike():
+        split = given.split or open_source(cfg.data.source, cfg.seed, cfg.data.streams)
+        cfg, note = with_backend(fitted(cfg, split.train), split.train, backend)
+        channels = split.train.channels
+        method, deferred = begin(cfg, channels, notes, given.encoder, resumed=goes_on)
+        return Ready(cfg, split, method, deferred, goes_on, [note, *notes] if note else notes)
 
 
 class Run:
@@ -170,6 +200,10 @@ class Run:
             with _Signals(self), heart.watched(self.cfg.engine.watchdog):
                 try:
                     self.train()
+                except KeyboardInterrupt:
+                    if self.checkpoints.writing():
+                        self.watch.say("a checkpoint is being written: once more leaves it")
+                    raise
                 finally:
                     heart.at(SAVING, self.progress.step)
                     self.checkpoints.wait()
@@ -417,7 +451,8 @@ class Run:
 
     def finish(self, command: str) -> dict[str, Any]:
         """Evaluate at the end if the loop did not, and write what the run shows for itself."""
-        evals = {row["step"]: row for row in self.log.rows() if row["kind"] == "eval"}
+        rows = distributed.from_first(self.log.rows)
+        evals = {row["step"]: row for row in rows if row["kind"] == "eval"}
         trained = evals.get(self.total)
         if trained is None or self.evaluator.test is None:
             trained = self.evaluator.metrics()

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from fastssl.engine.peers import _Talk, _watch, watched
+from fastssl.engine.peers import _end_when_silent, _Talk, _watch, watched
 from fastssl.engine.watchdog import heart
 from tests.ranks import start
 
@@ -41,10 +41,18 @@ def test_a_rank_does_not_wait_for_a_dead_one(how, codes, tmp_path):
     assert ended == codes
 
 
-@pytest.mark.parametrize("said, lost", [(b"", [1]), (b".", [])])
-def test_a_closed_connection_is_a_death_unless_it_was_announced(said, lost):
+@pytest.mark.parametrize(
+    "rank, said, lost",
+    [
+        (1, b"", ["rank 1 has ended"]),
+        (1, b'{"host": "b"}\n{"fails": "OSError"}\n', ["rank 1 on b has ended (OSError)"]),
+        (0, b'{"host": "a"}\n{"lost": "rank 2 on c has ended"}\n', ["rank 2 on c has ended"]),
+        (1, b".", []),
+    ],
+)
+def test_a_closed_connection_is_a_death_unless_it_was_announced(rank, said, lost):
     (ours, theirs), (done, leave), found = socket.socketpair(), os.pipe(), []
-    watch = threading.Thread(target=_watch, args=({ours: 1}, None, done, found))
+    watch = threading.Thread(target=_watch, args=({ours: rank}, None, done, found))
     theirs.sendall(said)
     theirs.close()
     watch.start()
@@ -56,6 +64,18 @@ def test_a_closed_connection_is_a_death_unless_it_was_announced(said, lost):
     for descriptor in (done, leave):
         os.close(descriptor)
     ours.close()
+
+
+def test_a_machine_that_is_silent_is_given_up_within_a_minute():
+    """What the kernel does then: test_hosts, where there is a cable to be pulled."""
+    with socket.socket() as connection:
+        _end_when_silent(connection)
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        idle, every, count, limit = (
+            connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names
+        )
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert 20 < idle + every * count < 50 and 20_000 < limit < 50_000
 
 
 def test_who_is_asked_to_stop_tells_the_others_and_they_pass_it_on():

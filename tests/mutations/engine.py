@@ -26,7 +26,7 @@ TESTS = {
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or that_is_cut or without_a_loss or one_step"
         " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every"
-        " or tf32 or host_waits",
+        " or tf32 or host_waits or the_same_run",
     ),
     "engine/norms": (ENGINE, "above_a_limit"),
     "engine/zero": (
@@ -36,10 +36,13 @@ TESTS = {
     "engine/breakdown": (ENGINE, "by_part"),
     "engine/blocks": (ENGINE, "is_tuned or checkpointing or recomputed or compile or channels"),
     "engine/large_batch": ("tests/engine/test_large_batch.py", ""),
-    "engine/launch": (ENGINE, "launchers or tasks or wrong_gradients"),
+    "engine/launch": (
+        f"{ENGINE} tests/engine/test_hosts.py",
+        "launchers or tasks or wrong_gradients or interface",
+    ),
     "engine/peers": (
         "tests/engine/test_peers.py tests/engine/test_watchdog.py",
-        "closed_connection or asked_to_stop or hang_end or does_not_answer or waited_for",
+        "closed_connection or silent or asked_to_stop or hang_end or does_not_answer or waited_for",
     ),
     "engine/watchdog": (
         "tests/engine/test_watchdog.py",
@@ -60,6 +63,8 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/peers.act": [
         ("heart.asked_to_stop = True", "heart.asked_to_stop"),
         ('self.tell({"is": heart.status()})', "heart.status()"),
+        ('self.hosts[rank] = said["host"]', "pass"),
+        ("has ended ({said['fails']})", "has ended"),
     ],
     "engine/peers.tick": [
         ("self.passed_on = heart.asked_to_stop", "self.passed_on = False"),
@@ -82,6 +87,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if silent:", "if False:"),
     ],
     "engine/watchdog.end": [("os._exit(EXIT)", "os._exit(1)"), ("child.kill()", "child")],
+    "engine/engine.close": [("self.ds.destroy()", "pass")],
     "engine/engine._agree": [
         ("flags[2] > self._limits.loss", "loss > self._limits.loss"),
         ("loss / distributed.world_size()", "loss"),
@@ -283,11 +289,22 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/engine._deepspeed_config": [
         ("_merge(config, keys), given)", "_merge(config, given), keys)"),
     ],
-    "engine/launch._launched": [
+    "engine/launch._interface": [
+        ("if not ipaddress.ip_address(here)", "if ipaddress.ip_address(here)"),
+        ("if not ipaddress.ip_address(there)", "if ipaddress.ip_address(there)"),
+        ('.partition("%")[0] for', " for"),
+    ],
+    "engine/peers.parted": [("self.lost or", "")],
+    "engine/peers._end_when_silent": [
+        ("SO_KEEPALIVE, 1", "SO_KEEPALIVE, 0"),
+        ("1000 * _SILENCE", "_SILENCE"),
+        ('"TCP_KEEPCNT": 7', '"TCP_KEEPCNT": 70'),
+    ],
+    "engine/launch.launched": [
         ('"RANK" in os.environ and missing', '"RANK" in os.environ and not missing'),
         ('not in ("", "1")', 'in ("", "1")'),
     ],
-    "engine/peers._watch": [("!= _BYE", "== _BYE"), ("lost.append(rank)", "lost.append(0)")],
+    "engine/peers._watch": [("!= _BYE", "== _BYE"), ("lost.append(why)", "lost")],
     "engine/groups._is_plain": [("param.ndim <= 1", "param.ndim <= 0"), ('"_token"', '"token_"')],
     "engine/optim._options_fit_the_name": [("0 <= beta < 1", "0 <= beta <= 1")],
     "engine/groups._layer_scales": [("|= _scales_of", "= _scales_of")],

@@ -332,5 +332,10 @@ MUTATIONS = {
     "distributed.all_reduce_sum": [("_reduce, _reduce)", "_reduce, lambda grad, group: grad)")],
     "distributed._scatter_sum": [("mine.to(x.dtype)", "x[: len(mine)]")],
     "distributed._reduce": [("x.float() if half", "x.clone() if half")],
+    "distributed.from_first": [
+        ("except ValueError as mistake", "except OSError as mistake"),
+        ("if said is not None", "if False"),
+    ],
+    "distributed.alike": [("if other is not None", "if False")],
     "distributed.least": [("ReduceOp.MIN", "ReduceOp.MAX")],
 }

@@ -7,7 +7,8 @@ TESTS = {
     "run/train": (
         f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
         "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding"
-        " or short_batch or not_come or no_trace or by_the_clock or with_its_weights",
+        " or short_batch or not_come or no_trace or by_the_clock or with_its_weights"
+        " or first_rank_says or second_interrupt",
     ),
     "run/build": (
         f"tests/methods/test_methods.py {DATA} tests/test_plugins.py tests/models/test_deferred.py",
@@ -77,7 +78,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if stalled else self", "if not stalled else self"),
         ("nullcontext() if stalled", "nullcontext() if True"),
     ],
-    "run/train.pretrain": [("bool(goes_on)", "goes_on is not None")],
+    "run/train.prepare": [
+        ("distributed.from_first(", "(lambda look: look())("),
+        (".latest() is not None", " is not None"),
+    ],
+    "run/train.go": [("if self.checkpoints.writing()", "if not self.checkpoints.writing()")],
     "run/train.resume": [("and self.cfg.begins_from_weights()", "and False")],
     "run/train.improves": [
         ("or not math.isfinite", "or math.isnan(0) and math.isfinite"),

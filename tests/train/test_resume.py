@@ -12,7 +12,7 @@ import torch
 from fastssl import distributed
 from fastssl.config import load
 from fastssl.data.sources.arrays import ArrayImages
-from fastssl.engine.checkpoint import damaged
+from fastssl.engine.checkpoint import Checkpoints, damaged
 from fastssl.engine.engine import Engine
 from fastssl.engine.watchdog import SAVING, Stalled, heart
 from fastssl.run import train
@@ -20,6 +20,7 @@ from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import Silent
 from fastssl.run.train import Interrupted, Progress, Run, _Signals, pretrain
 from tests.data.photos import folder
+from tests.ranks import run_ranks
 from tests.runs import final, saved_state, tiny
 
 
@@ -125,6 +126,42 @@ def test_data_that_do_not_come_end_a_run_once_it_is_saved(workers, tmp_path, mon
     assert caught.value.exit_code == 6
     assert damaged(cfg.directory / "checkpoints/step-00000002") is None
     assert "in stalls_here" in capfd.readouterr().err
+
+
+def lagging(rank, world, output):
+    """Whether there is a run to take up; to the second rank the disk shows nothing as yet."""
+    if rank == 1:
+        Checkpoints.latest = lambda self: None
+    return train.prepare(tiny("mae", output, resume="auto")).goes_on
+
+
+def test_whether_there_is_a_run_the_first_rank_says(run):
+    assert run_ranks(lagging, 2, run.output) == [True, True]
+
+
+def test_a_second_interrupt_says_what_it_waits_for(tmp_path, monkeypatch):
+    cfg = tiny("mae", tmp_path, checkpoint__asynchronous=True)
+    step, write, said = Engine.step, Checkpoints._write, threading.Event()
+
+    def interrupted(self, *args, **options):
+        if self.ds.global_steps == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    def slow(self, save):
+        assert said.wait(60)
+        write(self, save)
+
+    class Ear(Silent):
+        def say(self, text):
+            if text.startswith("a checkpoint is being written"):
+                said.set()
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    monkeypatch.setattr(Checkpoints, "_write", slow)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cfg, Ear())
+    assert damaged(cfg.directory / "checkpoints/step-00000005") is None
 
 
 def test_a_rank_leaves_with_another_that_was_asked_to_stop(monkeypatch):
