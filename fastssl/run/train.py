@@ -123,6 +123,7 @@ def pretrain(
             engine = Engine(
                 method, cfg.optim, cfg.engine, device=device, batch_size=size, deferred=deferred
             )
+            deferred = None  # and what it has written down
             return Run(cfg, split, loader, engine, watch, place).go(command)
 
 
