@@ -31,7 +31,7 @@ from .blocks import blocks_of, compile_blocks, fetched_as_one, recompute
 from .breakdown import Breakdown
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
-from .fragments import ZeroPieces
+from .fragments import ZeroPieces, forget_order
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
 from .materialize import materialize
@@ -242,11 +242,13 @@ class Engine(Verbs):
 
     def features(self, images: Tensor) -> Tensor:
         self.method.eval()
+        forget_order(self.ds)
         with torch.no_grad():
             return self.method.features(images.to(self.device, non_blocking=True))
 
     def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         self.method.eval()
+        forget_order(self.ds)
         blocks = {id(p) for block in blocks_of(self.method) for p in block.parameters()}
         others = [p for p in self.method.parameters() if id(p) not in blocks]
         with torch.no_grad(), self._whole_ones(others):  # ZeRO-3 gathers blocks one by one

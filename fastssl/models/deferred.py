@@ -157,9 +157,9 @@ class Deferred(TorchDispatchMode):
         """What a pickle holds: it stays mapped into memory, which takes none."""
         try:
             found = _outside(_LOAD, f, *args, **kwargs | {"mmap": True})
-        except RuntimeError as error:
-            if "mmap" in str(error):  # as torch wrote them before 1.6
-                raise self._refuse(f"{f} is a pickle of an old kind") from error
+        except (RuntimeError, ValueError) as error:
+            if "mmap" in str(error):  # torch wrote it before 1.6, or it is no file
+                raise self._refuse(f"{f} is a pickle that cannot be mapped into memory") from error
             raise
         return tree_map_only(Tensor, lambda x: self._later(x, x.detach), found)
 

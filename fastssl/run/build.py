@@ -52,7 +52,7 @@ def begin(
 ) -> tuple[Method, Deferred | None]:
     """The method of `cfg`, as of `build`; a large one without memory, and what makes its tensors.
 
-    Constructors that need values at once have it built whole, as does a pickle of an old kind.
+    Constructors that need values at once have it built whole, as do weights that cannot be mapped.
     """
     if _is_large(cfg, channels, encoder):
         deferred, said = Deferred(), [*notes]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -127,9 +128,11 @@ def test_weights_are_read_as_they_are_asked_for(weights, tmp_path, monkeypatch):
     with deferred:
         found = [read_weights(tmp_path / name) for name in ("w.pth", "w.safetensors")]
         known = timm_weights("test_vit")
-        with pytest.raises(ValueError, match="old.pth is a pickle of an old kind"):
+        with pytest.raises(ValueError, match="old.pth is a pickle that cannot be mapped"):
             read_weights(tmp_path / "old.pth")
-    assert isinstance(deferred.refused, NotDeferrable)
+        assert isinstance(deferred.refused, NotDeferrable)
+        with pytest.raises(NotDeferrable, match="BytesIO .* cannot be mapped"):
+            torch.load(io.BytesIO((tmp_path / "w.pth").read_bytes()))
     for own, wanted in zip([*found, known], [state, state, hub], strict=True):
         torch.testing.assert_close({k: deferred.value(x) for k, x in own.items()}, wanted, **EXACT)
     (tmp_path / "w.safetensors").unlink()

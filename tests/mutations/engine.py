@@ -179,7 +179,9 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("if not frozen_as(network)", "if False"),
         ("distributed.broadcast_object(found)", "found"),
     ],
+    "engine/engine.features": [("forget_order(self.ds)", "pass")],
     "engine/engine.reconstruct": [
+        ("forget_order(self.ds)", "pass"),
         ("id(p) not in blocks", "True"),
         ("self.method.eval()", "pass"),
     ],
