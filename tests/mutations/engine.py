@@ -187,7 +187,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "engine/states.snapshot": [("if copied:", "if not copied:"), ("raise reason", "pass")],
     "engine/states.reader_of": [('buffers[id(tensor)], "buffer"', 'key, "buffer"')],
-    "engine/encoders.weights": [("weights |= load_file", "weights = load_file")],
+    "engine/encoders.weights": [("weights |= safetensors", "weights = safetensors")],
     "engine/tensor_files.in_order": [("-kinds", "kinds")],
     "engine/tensor_files.write_split": [
         ("> LARGEST", "> 2 * LARGEST"),
@@ -240,7 +240,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "engine/engine.step": [
         ('on_nonfinite == "skip"', 'on_nonfinite == "stop"'),
-        ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),
+        ("before.restore()", "pass"),
     ],
     "engine/engine._backward_each": [
         ('float("nan"))', "1.0)"),
