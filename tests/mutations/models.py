@@ -12,7 +12,6 @@ TESTS = {
     "models/ema": ("tests/models/test_ema.py tests/train/test_frozen.py", "ema or leave_a_frozen"),
     "models/frozen": ("tests/train/test_frozen.py", "leave_a_frozen or resumes_and"),
     "models/deferred": ("tests/models/test_deferred.py", ""),
-    "models/weights": ("tests/models/test_deferred.py", "asked_for or made_alone"),
     "models/buffers": ("tests/engine/test_engine.py", "finite_moves"),
     "models/directpred": ("tests/models/test_directpred.py", ""),
     "models/masked_vit": ("tests/models/test_masked_vit.py", ""),
@@ -36,7 +35,6 @@ MUTATIONS = {
         ("x.detach)", "x.new_zeros(x.shape).detach)"),
     ],
     "models/deferred._load_file": [("partial(_of_file, filename, key)", "x.clone")],
-    "models/weights._files": [("names)]", "[*names][:1])]")],
     "models/buffers.restore": [
         ("buffer.copy_(value)", "pass"),
         ("del module._buffers[name]", "pass"),
