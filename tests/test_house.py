@@ -31,7 +31,7 @@ ROOMS = {
     "kernels.tokens": "kernels.common triton",
     "kernels.regression": "kernels.common triton",
     "losses": "kernels distributed random",
-    "models": "kernels masking distributed pieces registry timm",
+    "models": "kernels masking distributed pieces registry timm safetensors",
     "methods": "models losses kernels masking random schedules section registry pydantic",
     "data": "random distributed files section registry *",
     "engine": "models distributed pieces random schedules section files tree registry "

@@ -16,8 +16,8 @@ class ModelConfig(Section):
     kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model (depth=4 ...).")
     weights: str = Field(
         "none",
-        description="What it starts from: none, timm (its own), a file, or a run's directory, its "
-        "primary encoder or another: RUN:NAME.",
+        description="What it starts from: none, timm (its own), a file, the .index.json of "
+        "several, or a run's directory, its primary encoder or another: RUN:NAME.",
     )
     partial: bool = Field(
         False, description="Start from weights that fill a part of the model, or are used in part."

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoint import CheckpointError, Checkpoints, damaged
@@ -34,7 +34,7 @@ class Saved(NamedTuple):
         folder, weights = self.path.parent, {}
         try:
             for name in files_of(self.path.name, [file.name for file in folder.iterdir()]):
-                weights |= load_file(folder / name)
+                weights |= safetensors.torch.load_file(folder / name)  # a Deferred replaces it
             return weights
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path} holds no weights: {error}") from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastssl import distributed, pieces
 from fastssl.models import (
+    Buffers,
     average_running_statistics,
     frozen_as,
     synchronize_batch_norms,
@@ -30,7 +31,7 @@ from .blocks import blocks_of, compile_blocks, convolve_channels_last, fetched_a
 from .breakdown import Breakdown
 from .clipping import Clipping, restrains
 from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimizer
-from .fragments import ZeroPieces
+from .fragments import ZeroPieces, forget_order
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
 from .materialize import materialize
@@ -134,6 +135,7 @@ class Engine(Verbs):
         self.clipping = Clipping(self.ds, groups, optim) if restrains(optim) else None
         pieces.cut_by(ZeroPieces())
         self._states = States(self.ds)
+        self._states.check()
         self._times: Breakdown | None = None
         self._flags = torch.empty(4, pin_memory=device.type == "cuda")
         self._limits: Limits | None = None  # of the step under way
@@ -183,16 +185,15 @@ class Engine(Verbs):
         if not self.method.training:
             self.method.train()
         undo = self.cfg.on_nonfinite == "skip" or self._limits is not None
-        before = {n: b.clone() for n, b in self.method.named_buffers()} if undo else {}
+        before = Buffers(self.method) if undo else None
         backward = self._backward_whole if self._exact else self._backward_each
         sums, kept, event = backward(batch, stop)
         step = self._finish(sums, event)
         if step.applied:
             average_running_statistics(self.method)
             self.method.on_step(kept, progress)
-        else:
-            for name, buffer in self.method.named_buffers() if undo else ():
-                buffer.copy_(before[name])
+        elif before is not None:
+            before.restore()
         return step
 
     def _backward_each(self, batch: dict[str, Any], stop: bool) -> _Done:
@@ -251,8 +252,17 @@ class Engine(Verbs):
 
     def features(self, images: Tensor) -> Tensor:
         self.method.eval()
+        forget_order(self.ds)
         with torch.no_grad():
             return self.method.features(images.to(self.device, non_blocking=True))
+
+    def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        self.method.eval()
+        forget_order(self.ds)
+        blocks = {id(p) for block in blocks_of(self.method) for p in block.parameters()}
+        others = [p for p in self.method.parameters() if id(p) not in blocks]
+        with torch.no_grad(), self._whole_ones(others):  # ZeRO-3 gathers blocks one by one
+            return self.method.reconstruct(images.to(self.device), seeds.to(self.device))
 
     def snapshot(self, *, copied: bool) -> Callable[[Path], None]:
         return self._states.snapshot(copied=copied)
@@ -261,8 +271,11 @@ class Engine(Verbs):
         self._states.read(folder)
 
     def whole_parameters(self) -> AbstractContextManager[Any]:
-        parameters = list(self.method.parameters()) if self.cfg.zero_stage == 3 else []
-        return deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters))
+        return self._whole_ones([*self.method.parameters()])
+
+    def _whole_ones(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        cut = self.cfg.zero_stage == 3
+        return deepspeed().zero.GatheredParameters(parameters, enabled=cut)
 
     def encoder_reader(self, name: str = "") -> Callable[[Path], EncoderFile]:
         return self._states.reader_of(self._network(name))

@@ -94,6 +94,18 @@ def locate(ds_engine: Any, least_dims: int = 2) -> dict[Tensor, Fragments]:
     }
 
 
+def forget_order(ds_engine: Any) -> None:
+    """Let stage 3 let go of each module's parameters after its forward.
+
+    Once it knows the order of a step it keeps those that the backward will need, and would so
+    gather the whole encoder, and leave it so, where there is no backward.
+    """
+    if ds_engine.zero_optimization_stage() == 3:
+        coordinator = ds_engine.optimizer.parameter_offload.get_param_coordinator()
+        if coordinator.is_complete_trace():
+            coordinator._invalidate_trace()
+
+
 def follow_masters(ds_engine: Any) -> None:
     """Let the weights that a forward pass reads be the optimizer's float32 ones; collective."""
     zero, stage = ds_engine.optimizer, ds_engine.zero_optimization_stage()

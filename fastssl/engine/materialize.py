@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import distributed
+from fastssl.models import fingerprint, frozen_as, frozen_in
 from fastssl.models.deferred import Deferred, tensors_on_meta
 
 from .launch import deepspeed
@@ -24,6 +25,7 @@ def materialize(
     each as soon as it is there, so that none but the largest is ever whole.
     Rank 0 computes the parameters, and DeepSpeed gives them to the other ranks.
     """
+    _take_fingerprints(model, deferred)
     cut: Any = None
     for _, tensor in [*tensors_on_meta(model)]:
         if not isinstance(tensor, nn.Parameter):
@@ -42,6 +44,18 @@ def materialize(
             cut = tensor.convert_to_zero_parameters  # type: ignore[attr-defined]
         else:
             cut(param_list=[tensor])
+
+
+def _take_fingerprints(model: nn.Module, deferred: Deferred) -> None:
+    """Of frozen networks whose tensors were not there when they were frozen; by rank 0."""
+
+    def value(tensor: Tensor) -> Tensor:
+        return deferred.value(tensor) if tensor.device.type == "meta" else tensor.detach()
+
+    for network in frozen_in(model):
+        if not frozen_as(network):
+            found = fingerprint(network, value) if distributed.rank() == 0 else ""
+            network.frozen_as = distributed.broadcast_object(found)  # type: ignore[assignment]
 
 
 def _become(tensor: Tensor, real: Tensor) -> None:

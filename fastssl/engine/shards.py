@@ -20,6 +20,8 @@ from .tensor_files import DTYPE_NAMES, DTYPES, Kind, in_order, write_tensors
 
 REST = "rest"  # the field of tensors that are no pieces: those of the tree
 
+_MAPPED = 2**28  # bytes of files that are in memory at one time
+
 
 def key_of(name: str, field: str, offset: int) -> str:
     return f"{name}|{field}|{offset}"
@@ -57,6 +59,7 @@ class Shards:
             for places in fields.values():
                 places.sort(key=lambda place: place[0])
         self._open = lru_cache(maxsize=8)(lambda path: safe_open(path, "pt"))
+        self._read = 0  # bytes of files that are open, which stay mapped as long as they are
 
     def names(self, field: str) -> list[str]:
         """The tensors of which there is a field."""
@@ -88,7 +91,11 @@ class Shards:
                 stop = min(begin + length, end)
                 part = self._open(path).get_slice(key)[at - begin : stop - begin]
                 into[at - offset : stop - offset].copy_(part)
-                at = stop
+                at, self._read = stop, self._read + part.nbytes
+                del part
+                if self._read > _MAPPED:
+                    self._open.cache_clear()
+                    self._read = 0
         if at < end:
             raise ValueError(f"{name}: no {field} of its elements {at} to {end}")
 

@@ -26,7 +26,7 @@ from fastssl.models import set_aside
 from .config import EngineConfig, EngineError
 from .fragments import follow_masters, forget_copies, held_at, locate, shape_of, stage_0_masters
 from .shards import REST, Shards, key_of, packed, tree_of, unpacked, write_shard
-from .tensor_files import Kind
+from .tensor_files import DTYPE_NAMES, Kind
 
 # A full disk is an OSError to Python, and these to torch.save and safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError)
@@ -122,6 +122,15 @@ class States:
             parts = zip(lie.owners.tolist(), lie.offsets, lie.spans, strict=True)
             here = [_Piece(names[owner], offset, *span) for owner, offset, span in parts]
             yield _Held(flat, lie.group, names, here)
+
+    def check(self) -> None:
+        """Raise EngineError, naming it, for what a module keeps and no file takes."""
+        with set_aside(self.ds.module):
+            for name, module in _keepers(self.ds.module).items():
+                what = f"{type(module).__name__}.get_extra_state() of {name or 'the method'}"
+                _check_kept(module.get_extra_state(), what)
+            for name, buffer in _buffers(self.ds.module).items():
+                _check_kept(buffer, f"the buffer {name}")
 
     def snapshot(self, *, copied: bool) -> Callable[[Path], None]:
         """What writes this rank's file into a folder; collective.  What cannot be kept is told as
@@ -418,6 +427,18 @@ def _keepers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if type(module).get_extra_state is not base and not _has_masters(module)
     }
+
+
+def _check_kept(value: Any, what: str) -> None:
+    def keep(tensor: Tensor) -> int:
+        if tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(f"a checkpoint keeps no tensors of {tensor.dtype}")
+        return 0
+
+    try:
+        packed(value, keep)
+    except TypeError as error:
+        raise EngineError(f"{what}: {error}") from error
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
     build             Engine(method, optim, cfg, device=..., batch_size=...)
     step              one optimizer step, or none where something is not finite
-    features          what the encoder makes of images
+    features          what the encoder makes of images; reconstruct, what the method makes of them
     snapshot, load    all that a run needs to go on, into a folder and from it
     full parameters   whole tensors: read out of such a folder, or in place while a context lasts
     piece             what this process holds of a parameter: fastssl.pieces, which the engine fills
@@ -86,6 +86,10 @@ class Verbs(ABC):
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, F) float32 of images (B, C, H, W), in evaluation mode."""
+
+    @abstractmethod
+    def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The method's own `reconstruct` of images (B, C, H, W), in evaluation mode."""
 
     @abstractmethod
     def snapshot(self, *, copied: bool) -> Callable[[Path], None]:

@@ -10,6 +10,7 @@ from .backbones import feature_dim as feature_dim
 from .backbones import is_vit as is_vit
 from .backbones import probe as probe
 from .backbones import register_model as register_model
+from .buffers import Buffers as Buffers
 from .decoders import CrossDecoder as CrossDecoder
 from .decoders import LatentPredictor as LatentPredictor
 from .decoders import LatentRegressor as LatentRegressor

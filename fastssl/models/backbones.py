@@ -180,7 +180,7 @@ def backbone_arguments(name: str, shape: tuple[int, ...], kwargs: dict[str, Any]
     if name in MODELS:
         return {"num_classes": 0, **family, **MODELS[name](shape), **asked}
     fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
-    if fixed or is_vit(name):
+    if fixed or is_vit(name) or asked.get("dynamic_img_size") is False:
         family["img_size"] = shape[-1]
     return {"num_classes": 0, "in_chans": shape[0], **family, **asked}
 

@@ -7,27 +7,32 @@
 What a constructor does to tensors is written down instead of done: each operation, with where in a
 storage it reads and writes and which draw of the generator it is.  A tensor is then what its own
 operations make of it.  So a model takes the memory of its largest tensor, and every process that
-asks has the bits that the constructor would have made.
+asks has the bits that the constructor would have made.  Of a file of weights, likewise, is written
+down where each tensor lies.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 # After these in-place operations nothing is left of what a tensor was.
 _OVERWRITE = (
     "uniform_ normal_ zero_ fill_ copy_ exponential_ _no_grad_trunc_normal_"  # of torch.nn.init
 ).split()
 _TRUNCATED = nn.init._no_grad_trunc_normal_
+_LOAD, _LOAD_FILE = torch.load, safetensors.torch.load_file
 _FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.asarray)
 _IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
@@ -71,7 +76,8 @@ class _Operation(NamedTuple):
     def overwrites(self, storage: int) -> bool:
         """Whether nothing that the storage held before can be seen after it."""
         read = [x for x in self.given if isinstance(x, _Place) and x.storage == storage]
-        name = getattr(self.function, "overloadpacket", self.function).__name__
+        called = getattr(self.function, "overloadpacket", self.function)
+        name = getattr(called, "__name__", "")
         return name in _OVERWRITE and len(read) == 1 and read[0] in self.changed and read[0].fills()
 
 
@@ -89,8 +95,10 @@ class _Constructing(TorchFunctionMode):
 class Deferred(TorchDispatchMode):
     """Inside, tensors are made on meta, and what befalls them is written down.
 
-    Raises NotDeferrable, inside, where a value is needed at once, and where torch's generator is
-    seeded or used for what is not deferred.
+    torch.load and safetensors.torch.load_file give tensors on meta too, each read from its file as
+    it is made; the file must still be there then.
+    Raises NotDeferrable, inside, where a value is needed at once, where torch's generator is seeded
+    or used for what is not deferred, and for a pickle that can only be read whole.
 
     refused: the last of these, which a constructor may have caught, and gone another way.
     """
@@ -108,7 +116,12 @@ class Deferred(TorchDispatchMode):
     def __enter__(self) -> Any:
         self._inside.enter_context(torch.device("meta"))
         self._inside.enter_context(_Constructing())
-        self._inside.enter_context(_replaced(nn.init, "_no_grad_trunc_normal_", self._truncated))
+        for owner, name, mine in (
+            (nn.init, "_no_grad_trunc_normal_", self._truncated),
+            (torch, "load", self._load),
+            (safetensors.torch, "load_file", self._load_file),
+        ):
+            self._inside.enter_context(_replaced(owner, name, mine))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -138,6 +151,27 @@ class Deferred(TorchDispatchMode):
         if not _on_meta(tensor):
             return _TRUNCATED(tensor, *args, **kwargs)
         self._note(_TRUNCATED, (tensor.detach(), *args), kwargs, [tensor], [], draws=True)
+        return tensor
+
+    def _load(self, f: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a pickle holds: it stays mapped into memory, which takes none."""
+        try:
+            found = _outside(_LOAD, f, *args, **kwargs | {"mmap": True})
+        except (RuntimeError, ValueError) as error:
+            if "mmap" in str(error):  # torch wrote it before 1.6, or it is no file
+                raise self._refuse(f"{f} is a pickle that cannot be mapped into memory") from error
+            raise
+        return tree_map_only(Tensor, lambda x: self._later(x, x.detach), found)
+
+    def _load_file(self, filename: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What a safetensors file holds: it is opened anew for each tensor."""
+        found = _outside(_LOAD_FILE, filename, *args, **kwargs)  # mapped, and let go
+        return {key: self._later(x, partial(_of_file, filename, key)) for key, x in found.items()}
+
+    def _later(self, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that `make` will make."""
+        tensor = torch.empty(like.shape, dtype=like.dtype, device="meta")
+        self._note(make, (), {}, [], [(0, tensor)], draws=False)
         return tensor
 
     def _note(
@@ -257,6 +291,17 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def _outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Of a function in a thread, where none of torch's modes is."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args, **kwargs).result()
+
+
+def _of_file(filename: Any, key: str) -> Tensor:
+    with safetensors.safe_open(filename, "pt") as file:
+        return file.get_tensor(key)
 
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")

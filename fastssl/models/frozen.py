@@ -5,16 +5,18 @@ What such a network holds is known from where it came from; its fingerprint says
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
 def freeze(network: nn.Module) -> None:
-    """Let a network stay as it is.  Its fingerprint is taken, except on the meta device."""
+    """Let a network stay as it is.  Its fingerprint is taken, on the meta device later."""
     network.requires_grad_(False).eval()
-    network.frozen_as = fingerprint(network)  # type: ignore[assignment]
+    tensors = [x for x in network.state_dict().values() if isinstance(x, Tensor)]
+    later = any(x.device.type == "meta" for x in tensors)
+    network.frozen_as = "" if later else fingerprint(network)  # type: ignore[assignment]
 
 
 def frozen_as(network: nn.Module) -> str | None:
@@ -59,14 +61,12 @@ def set_aside(model: nn.Module) -> Iterator[None]:
             network.__dict__.update(whole)
 
 
-def fingerprint(network: nn.Module) -> str:
-    """The SHA-256 of a network's names and tensors."""
+def fingerprint(network: nn.Module, value: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
+    """The SHA-256 of a network's names and tensors, of these what `value` gives."""
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        if isinstance(value, Tensor) and value.is_meta:
-            return ""
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            plain = value.detach().cpu().contiguous().reshape(-1)
+    for name, tensor in network.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            plain = value(tensor).cpu().contiguous().reshape(-1)
             digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -4,9 +4,11 @@ A ViT's positions and patches are resampled to another image or patch size, as t
 first convolution of a model for color is adapted to other channels.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import adapt_input_conv
@@ -18,18 +20,27 @@ _SHOWN = 4  # names in a sentence
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of what torch.save wrote of tensors alone, also within
-    "state_dict" or "model".
+    "state_dict" or "model"; of an .index.json those of the files that it names.
 
     Raises ValueError, naming the file, for one that is missing or holds no weights.
     """
     if not path.is_file():
         raise ValueError(f"model.weights={path}: there is no such file")
     try:
-        found = timm.models.load_state_dict(str(path), use_ema=False)
+        found: dict[str, Any] = {}
+        for file in _files(path):
+            found |= timm.models.load_state_dict(str(file), use_ema=False)
         return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     except Exception as error:  # of safetensors, zipfile, pickle: each has its own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model.weights={path} holds no weights: {first}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.name.endswith(".index.json"):
+        return [path]
+    names = json.loads(path.read_text())["weight_map"].values()
+    return [path.with_name(name) for name in dict.fromkeys(names)]
 
 
 def timm_weights(name: str) -> dict[str, Tensor]:

@@ -52,9 +52,9 @@ def begin(
 ) -> tuple[Method, Deferred | None]:
     """The method of `cfg`, as of `build`; a large one without memory, and what makes its tensors.
 
-    Weights that are loaded, and constructors that need values at once, have it built whole.
+    Constructors that need values at once have it built whole, as do weights that cannot be mapped.
     """
-    if _is_large(cfg, channels, encoder, resumed):
+    if _is_large(cfg, channels, encoder):
         deferred, said = Deferred(), [*notes]
         try:
             with deferred:
@@ -70,15 +70,11 @@ def begin(
     return build(cfg, channels, notes, encoder, resumed=resumed), None
 
 
-def _is_large(
-    cfg: RunConfig, channels: int | dict[str, int], encoder: Encoders, resumed: bool
-) -> bool:
+def _is_large(cfg: RunConfig, channels: int | dict[str, int], encoder: Encoders) -> bool:
     """Whether the encoders that are to be built have more than LARGE parameters together."""
     by_stream = channels if isinstance(channels, dict) else {"": channels}
     models = {name: cfg.model_of(name or cfg.stream_of("")) for name in by_stream}
-    if encoder is not None or any(
-        model.frozen or model.weights != "none" and not resumed for model in models.values()
-    ):
+    if encoder is not None:
         return False
     count = 0
     for name, model in models.items():

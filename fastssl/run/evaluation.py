@@ -99,11 +99,7 @@ class Evaluator:
         if not sheet:
             return None
         images = sheet[0]
-        seeds = torch.arange(len(images))
-        method.eval()
-        place = self.engine.device
-        with self.engine.whole_parameters():
-            masked, painted = method.reconstruct(images.to(place), seeds.to(place))
+        masked, painted = self.engine.reconstruct(images, torch.arange(len(images)))
         return tuple(  # type: ignore[return-value]
             self.views.shown(x.float().cpu()) for x in (images, masked, painted)
         )

@@ -16,6 +16,7 @@ from fastssl.data.loader import PretrainLoader
 from fastssl.engine.engine import loss_of
 from fastssl.engine.large_batch import check_rows
 from fastssl.methods import Method
+from fastssl.models import Buffers
 from fastssl.run.build import LARGE
 from fastssl.run.summary import count_parameters
 
@@ -33,21 +34,14 @@ def rehearse(method: Method, loader: PretrainLoader) -> None:
         return
     batch = loader.first(ROWS)
     del batch["bad"]
-    before = [(m, dict(m._buffers.items())) for m in method.modules()]
-    values = [(b, b.clone()) for b in method.buffers()]
+    before = Buffers(method)
     try:
         with torch.random.fork_rng(devices=[]):
             _once(method.train(), batch)
     except _Unknown:
         pass
     finally:
-        for buffer, value in values:
-            buffer.copy_(value)
-        for module, buffers in before:  # it may have been given others
-            for name in [*module._buffers]:
-                if name not in buffers:
-                    del module._buffers[name]
-            module._buffers.update(buffers)
+        before.restore()
 
 
 def _once(method: Method, batch: Any) -> None:

@@ -121,6 +121,7 @@ def pretrain(
                 method, cfg.optim, cfg.engine, device=device, batch_size=size, deferred=deferred
             )
             try:
+                ready = deferred = None  # and what it has written down
                 return Run(cfg, split, loader, engine, watch, place).go(command)
             finally:
                 engine.close()

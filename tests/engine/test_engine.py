@@ -601,16 +601,41 @@ def test_tasks_that_know_nothing_of_each_other_are_refused(name, monkeypatch):
 @pytest.mark.parametrize("kind", [(0, "fp32"), (1, "fp32"), (0, "bf16")])
 def test_what_is_not_finite_moves_nothing(kind, monkeypatch):
     """An infinite loss of finite gradients, and a finite loss of infinite ones."""
-    loss, spoil = MAE.loss, [lambda x: x + torch.inf, lambda x: x + (x - x.detach()).sqrt()]
-    monkeypatch.setattr(MAE, "loss", lambda *a: {"loss": spoil[0](loss(*a)["loss"])})
+    plain, spoil = MAE.loss, [lambda x: x + torch.inf, lambda x: x + (x - x.detach()).sqrt()]
+
+    def loss(self, *args):
+        self.register_buffer("queue", torch.ones(2))  # which was not there
+        self.seen, self.kept = torch.ones(3), self.kept.add_(1)
+        return {"loss": spoil[0](plain(self, *args)["loss"])}
+
+    monkeypatch.setattr(MAE, "loss", loss)
     with launch.session("cpu"):
-        e = engine(*kind)
+        e = engine(*kind, on_nonfinite="skip")
+        e.method.register_buffer("seen", None)
+        e.method.register_buffer("kept", torch.zeros(1))
         before = weights_of(e)
         while spoil:
             step = e.step(batch(), 1e-3)
             assert (step.finite, step.applied) == (False, False)
             torch.testing.assert_close(weights_of(e), before, rtol=0, atol=0)
+            assert not hasattr(e.method, "queue") and e.method.seen is None and e.method.kept == 0
             del spoil[0]
+
+
+def test_to_evaluate_gathers_a_block_at_a_time():
+    with launch.session("cpu"):
+        one, cut = (engine(stage, "fp32") for stage in (0, 3))
+        for _ in range(3):  # then DeepSpeed knows the order of a step
+            one.step(batch(), 1e-3), cut.step(batch(), 1e-3)
+        first, *_, last = cut.method.encoder.blocks
+        held: list[int] = []
+        last.register_forward_hook(
+            lambda *_: held.append(sum(p.numel() for p in first.parameters()))
+        )
+        (images,), seeds = batch()["views"], batch()["seeds"]
+        torch.testing.assert_close(cut.features(images), one.features(images))
+        torch.testing.assert_close(cut.reconstruct(images, seeds), one.reconstruct(images, seeds))
+        assert held == [0, 0] and not any(p.numel() for p in cut.method.parameters())
 
 
 @pytest.mark.parametrize("kind", [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")])

@@ -1,6 +1,7 @@
 """A state is the same to the last bit wherever it is taken up."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,29 @@ def test_modules_that_look_into_a_state_see_its_buffers(tmp_path):
         torch.testing.assert_close(
             dict(second.method.named_buffers()), dict(first.method.named_buffers())
         )
+
+
+@pytest.mark.parametrize(
+    "kept, buffer, told",
+    [
+        ({"seen": {3}}, torch.ones(1), r"Linear.get_extra_state\(\) of head: .* no set"),
+        ([torch.ones(2, dtype=torch.complex64)], torch.ones(1), "of head: .* torch.complex64"),
+        (None, torch.ones(2, dtype=torch.complex64), "the buffer body.0.b: .* torch.complex64"),
+    ],
+)
+def test_what_no_file_takes_is_told_at_the_start(kept, buffer, told, monkeypatch):
+    class Linear(torch.nn.Linear):
+        def get_extra_state(self):
+            return kept
+
+    def linear(*sizes):
+        made = Linear(*sizes) if sizes == (13, 3) else torch.nn.Linear(*sizes)
+        made.register_buffer("b", buffer)
+        return made
+
+    monkeypatch.setattr(clip_worker, "nn", SimpleNamespace(**vars(torch.nn) | {"Linear": linear}))
+    with launch.session("cpu"), pytest.raises(EngineError, match=told):
+        clip_worker.engine("adamw", 0, "fp32", 1, groups=())
 
 
 def test_a_state_of_another_model_or_optimizer_is_refused(tmp_path):

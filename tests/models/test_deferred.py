@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import io
+import json
 import math
 import os
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
+from timm.models import _hub
 from torch import nn
 
 from fastssl.engine import launch
@@ -17,7 +21,15 @@ from fastssl.engine.engine import Engine
 from fastssl.engine.materialize import materialize
 from fastssl.engine.optim import OptimConfig
 from fastssl.methods import build_method
-from fastssl.models import EMA, build_backbone
+from fastssl.models import (
+    EMA,
+    build_backbone,
+    freeze,
+    frozen_as,
+    load_weights,
+    read_weights,
+    timm_weights,
+)
 from fastssl.models.deferred import Deferred, NotDeferrable, tensors_on_meta
 from fastssl.run import build as building
 from fastssl.run.train import pretrain
@@ -28,9 +40,14 @@ from tests.runs import VIT, final, tiny
 class Everything(nn.Module):
     """What constructors do, as far as it can be done later."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Path) -> None:
         super().__init__()
-        self.encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+        name, kinds = "vit_tiny_patch16_224", {"num_classes": 0, "in_chans": 1, **VIT}
+        self.encoder = timm.create_model(name, img_size=16, **kinds)
+        load_weights(self.encoder, read_weights(weights), "w")  # resized, from color
+        self.frozen = timm.create_model(name, img_size=48, **kinds)
+        load_weights(self.frozen, read_weights(weights), "w")
+        freeze(self.frozen)
         self.norm = nn.BatchNorm1d(4)
         self.scale = nn.Parameter(torch.tensor([math.log(10)]))  # data from Python
         self.table = nn.Parameter(torch.zeros(3, 5))
@@ -55,7 +72,22 @@ class Everything(nn.Module):
         self.twice = copy.deepcopy(self.turned)
 
 
-def built(make=Everything):
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The index of a classifier's weights, in two files."""
+    torch.manual_seed(6)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, **VIT)
+    path, where = tmp_path_factory.mktemp("weights"), {}
+    state = {f"module.{name}": x for name, x in model.state_dict().items()}
+    for n, name in enumerate(("one.safetensors", "two.safetensors")):
+        part = {key: state[key] for key in [*state][n::2]}
+        save_file(part, path / name)
+        where |= dict.fromkeys(part, name)
+    (path / "w.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return path / "w.safetensors.index.json"
+
+
+def built(make):
     torch.manual_seed(5)
     deferred = Deferred()
     with deferred:
@@ -68,10 +100,10 @@ def tensors_of(model):
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
-def test_each_tensor_made_alone_is_what_the_constructor_would_have_made():
+def test_each_tensor_made_alone_is_what_the_constructor_would_have_made(weights):
     torch.manual_seed(5)
-    whole = tensors_of(Everything())
-    model, deferred = built()
+    whole = tensors_of(Everything(weights))
+    model, deferred = built(lambda: Everything(weights))
     before = torch.get_rng_state()
     names = {name for name, _ in tensors_on_meta(model)}
     assert names == whole.keys() - {"known"}
@@ -80,6 +112,35 @@ def test_each_tensor_made_alone_is_what_the_constructor_would_have_made():
         assert made.dtype == whole[name].dtype and made.stride() == whole[name].stride()
         assert made.equal(whole[name]), name
     assert torch.get_rng_state().equal(before)
+
+
+def test_weights_are_read_as_they_are_asked_for(weights, tmp_path, monkeypatch):
+    files = [weights.with_name(name) for name in ("one.safetensors", "two.safetensors")]
+    state = {key.removeprefix("module."): x for path in files for key, x in load_file(path).items()}
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save({"model": state}, tmp_path / "w.pth")
+    torch.save({"model": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.manual_seed(7)
+    hub = timm.create_model("test_vit").state_dict()
+    save_file(hub, tmp_path / "hub.safetensors")
+    monkeypatch.setattr(_hub, "hf_hub_download", lambda **which: tmp_path / "hub.safetensors")
+    deferred = Deferred()
+    with deferred:
+        found = [read_weights(tmp_path / name) for name in ("w.pth", "w.safetensors")]
+        known = timm_weights("test_vit")
+        with pytest.raises(ValueError, match="old.pth is a pickle that cannot be mapped"):
+            read_weights(tmp_path / "old.pth")
+        assert isinstance(deferred.refused, NotDeferrable)
+        with pytest.raises(NotDeferrable, match="BytesIO .* cannot be mapped"):
+            torch.load(io.BytesIO((tmp_path / "w.pth").read_bytes()))
+    for own, wanted in zip([*found, known], [state, state, hub], strict=True):
+        torch.testing.assert_close({k: deferred.value(x) for k, x in own.items()}, wanted, **EXACT)
+    (tmp_path / "w.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        deferred.value(found[1]["cls_token"])
+
+
+EXACT = {"rtol": 0, "atol": 0}
 
 
 class Seeds(nn.Linear):
@@ -160,18 +221,24 @@ ELSEWHERE = nn.Linear(2, 2, device="meta")
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "precision"), [("mocov3", 3, "bf16"), ("simclr", 0, "fp32")]
+    ("method", "stage", "precision", "frozen"),
+    [("mocov3", 3, "bf16", False), ("mocov3", 3, "bf16", True), ("simclr", 0, "fp32", False)],
 )
 def test_a_run_is_the_same_however_its_model_was_built(
-    method, stage, precision, tmp_path, monkeypatch
+    method, stage, precision, frozen, weights, tmp_path, monkeypatch
 ):
     ends: list[list[dict]] = []
     for large in (math.inf, 0):
         monkeypatch.setattr(building, "LARGE", large)
         engine = {"zero_stage": stage, "precision": precision}
         cfg = tiny(method, tmp_path, name=f"of-{large}", engine=engine, epochs=1)
+        if stage == 3:
+            start = {"weights": str(weights), "frozen": frozen}
+            cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=start)})
         pretrain(cfg)
-        ends.append(final(cfg))
+        (trainer,) = cfg.directory.glob("checkpoints/*/trainer.json")
+        ends.append([*final(cfg), json.loads(trainer.read_text())["networks"]])
+        assert all(bool(known) == frozen for known in ends[-1][-1].values())
     assert ends[0] == ends[1]
 
 
@@ -218,13 +285,13 @@ def test_a_constructor_that_cannot_wait_builds_the_whole_model(
     assert said.startswith(f"the model is built whole in each process: {why}")
 
 
-def on_a_rank(rank: int, world: int) -> list:
-    """What a rank holds of each parameter, and the parameters whole."""
+def on_a_rank(rank: int, world: int, weights: Path) -> list:
+    """What a rank holds of each parameter, the parameters whole, and the frozen network's name."""
     os.environ["LOCAL_RANK"] = str(rank)
     torch.manual_seed(5 + rank)  # the first rank's values are everybody's
     deferred = Deferred()
     with deferred:
-        model = Everything()
+        model = Everything(weights)
     ids = [id(p) for p in model.parameters()]
     zero = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     with launch.session("cpu") as device:
@@ -232,13 +299,16 @@ def on_a_rank(rank: int, world: int) -> list:
         assert [id(p) for p in model.parameters()] == ids
         held = {name: (p.numel(), p.ds_tensor.numel()) for name, p in model.named_parameters()}
         with launch.deepspeed().zero.GatheredParameters([*model.parameters()]):
-            return [held, {name: p.detach().clone() for name, p in model.named_parameters()}]
+            whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+            return [held, whole, frozen_as(model.frozen)]
 
 
-def test_stage_3_cuts_each_parameter_as_it_is_made():
+def test_stage_3_cuts_each_parameter_as_it_is_made(weights):
     torch.manual_seed(5)
-    whole = {name: p.detach().bfloat16() for name, p in Everything().named_parameters()}
-    for held, gathered in run_ranks(on_a_rank, 2):
+    model = Everything(weights)
+    whole = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    for held, gathered, known in run_ranks(on_a_rank, 2, weights):
+        assert known == frozen_as(model.frozen) != ""
         torch.testing.assert_close(gathered, whole, rtol=0, atol=0)
         assert held == {name: (0, -(-p.numel() // 2)) for name, p in whole.items()}
 

@@ -294,7 +294,16 @@ def test_decoder_predicts_hidden_patches_in_their_order():
 
 
 @pytest.mark.parametrize(
-    "name, kwargs, width", [("resnet10t", {}, 512), ("vit_tiny_patch16_224", {}, 192)]
+    "name, kwargs, width",
+    [
+        ("resnet10t", {}, 512),
+        ("vit_tiny_patch16_224", {}, 192),
+        (
+            "vit_base_patch16_sapiens2",
+            {"depth": 1, "num_kv_heads": 12, "dynamic_img_size": False},
+            768,
+        ),
+    ],
 )
 def test_backbone_features(name, kwargs, width):
     model = build_backbone(name, shape=(1, 32, 32), kwargs=kwargs)

@@ -15,6 +15,7 @@ TESTS = {
     ),
     "engine/tensor_files": ("tests/engine/test_tensor_files.py", ""),
     "engine/states": ("tests/engine/test_states.py", ""),
+    "engine/materialize": ("tests/models/test_deferred.py", "cuts_each or however"),
     "engine/shards": ("tests/engine/test_states.py", "ranges"),
     "engine/fragments": (f"{ENGINE} {STATES}", "zero_3_keeps_whole or that_is_cut or moves_bet"),
     "engine/networks": (
@@ -26,7 +27,7 @@ TESTS = {
         "wrong_is_told or not_finite or merged_last or one_process or as_one or of_one or divide"
         " or micro_batches or moves_the or padding or that_is_cut or without_a_loss or one_step"
         " or of_the_whole or above_a_limit or skipped_step_changes or stage_0 or same_at_every"
-        " or tf32 or host_waits or the_same_run",
+        " or tf32 or host_waits or the_same_run or a_block_at_a_time",
     ),
     "engine/norms": (ENGINE, "above_a_limit"),
     "engine/zero": (
@@ -180,9 +181,24 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "engine/checkpoint._write_encoder": [("not torch.isfinite(whole).all()", "False")],
     "engine/checkpoint.save": [("self.wait()", "pass")],
     "engine/checkpoint.end": [("if self._error is not None", "if False")],
+    "engine/states.check": [
+        ("_check_kept(module.get", "(lambda *a: None)(module.get"),
+        ("_check_kept(buffer", "(lambda *a: None)(buffer"),
+    ],
+    "engine/states._check_kept": [("if tensor.dtype not in", "if tensor.dtype in ()")],
+    "engine/materialize._take_fingerprints": [
+        ("if not frozen_as(network)", "if False"),
+        ("distributed.broadcast_object(found)", "found"),
+    ],
+    "engine/engine.features": [("forget_order(self.ds)", "pass")],
+    "engine/engine.reconstruct": [
+        ("forget_order(self.ds)", "pass"),
+        ("id(p) not in blocks", "True"),
+        ("self.method.eval()", "pass"),
+    ],
     "engine/states.snapshot": [("if copied:", "if not copied:"), ("raise reason", "pass")],
     "engine/states.reader_of": [('buffers[id(tensor)], "buffer"', 'key, "buffer"')],
-    "engine/encoders.weights": [("weights |= load_file", "weights = load_file")],
+    "engine/encoders.weights": [("weights |= safetensors", "weights = safetensors")],
     "engine/tensor_files.in_order": [("-kinds", "kinds")],
     "engine/tensor_files.write_split": [
         ("> LARGEST", "> 2 * LARGEST"),
@@ -235,7 +251,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "engine/engine.step": [
         ('on_nonfinite == "skip"', 'on_nonfinite == "stop"'),
-        ("buffer.copy_(before[name])", "buffer.copy_(buffer)"),
+        ("before.restore()", "pass"),
     ],
     "engine/engine._backward_each": [
         ('float("nan"))', "1.0)"),

@@ -12,6 +12,7 @@ TESTS = {
     "models/ema": ("tests/models/test_ema.py tests/train/test_frozen.py", "ema or leave_a_frozen"),
     "models/frozen": ("tests/train/test_frozen.py", "leave_a_frozen or resumes_and"),
     "models/deferred": ("tests/models/test_deferred.py", ""),
+    "models/buffers": ("tests/engine/test_engine.py", "finite_moves"),
     "models/directpred": ("tests/models/test_directpred.py", ""),
     "models/masked_vit": ("tests/models/test_masked_vit.py", ""),
     "models/point": ("tests/models/test_point.py", ""),
@@ -28,6 +29,16 @@ MUTATIONS = {
     ],
     "models/deferred.__enter__": [
         ("self._inside.enter_context(_replaced(", "(lambda context: None)(_replaced(")
+    ],
+    "models/deferred._load": [
+        ('if "mmap" in str(error)', "if False"),
+        ("x.detach)", "x.new_zeros(x.shape).detach)"),
+    ],
+    "models/deferred._load_file": [("partial(_of_file, filename, key)", "x.clone")],
+    "models/buffers.restore": [
+        ("buffer.copy_(value)", "pass"),
+        ("del module._buffers[name]", "pass"),
+        ("module._buffers.update(buffers)", "pass"),
     ],
     "models/deferred._note": [
         ("if any(isinstance(x, torch.Generator)", "if not any(True"),

@@ -125,10 +125,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("len(bad) > cfg.data.max_bad", "len(bad) < cfg.data.max_bad"),
         ("if unreadable:", "if not unreadable and not problem:"),
     ],
-    "run/rehearsal.rehearse": [
-        ("buffer.copy_(value)", "buffer.copy_(buffer)"),
-        ("module._buffers.update(buffers)", "buffers"),
-    ],
+    "run/rehearsal.rehearse": [("before.restore()", "before")],
     "run/rehearsal._called": [("raise _Unknown from error", "raise")],
     "run/rehearsal._once": [('check_rows(method, "encode", encoded, ROWS)', "None")],
     "run/directory.Place": [("if self.begun or not self.made", "if True or not self.made")],
