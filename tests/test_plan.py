@@ -25,10 +25,10 @@ ADAMW = Rule(states=8, one=8, many=12, whole=False, moved=84, calls=14)
 MILLION = 10**6
 
 
-def counted(cfg, world=1):
+def counted(cfg, world=1, **kind):
     with torch.device("meta"):
         method = build(cfg, 1)
-    return count(method, cfg, 1, world)
+    return count(method, cfg, 1, world, **kind)
 
 
 @pytest.mark.parametrize("method", ["simclr", "mocov3", "mae", "gmml", "cropmae"])
@@ -91,6 +91,26 @@ def test_of_an_exact_large_batch_the_loss_has_all_rows_and_the_encoder_a_micro_b
     other = make_plan(cfg.model_copy(update={"engine": plain}), 1, Cluster(H200, 2, 1), images=1)
     assert other.counts.rows == 8 and other.counts.rows_held == 0
     assert other.speed.flops == other.speed.useful and other.speed.replay == 0 < plan.speed.replay
+    # Views wait on the host: those of 2,048 images would be more than all that the encoder keeps.
+    many = tiny("simclr", tmp_path, batch_size=4096, engine__accumulation=512)
+    kept = make_plan(many, 1, Cluster(H200, 2, 1), images=1).memory.parts["activations"][0]
+    assert kept < 2 * 2048 * 16 * 16 * 4
+
+
+def test_a_gpu_launches_kernels_where_a_processor_has_chunks(tmp_path):
+    calls = {}
+    for rows in (64, 4096):
+        cfg = tiny("mae", tmp_path, batch_size=rows)
+        for on_gpu in (False, True):
+            calls[rows, on_gpu] = len(counted(cfg, on_gpu=on_gpu).loss.calls)
+    assert calls[64, True] == calls[4096, True] < calls[64, False] < calls[4096, False]
+
+
+def test_images_or_clips_need_not_be_there(tmp_path):
+    words = ("--gpu", "h100", "--images", 2000)
+    assert "2,000 training images" in call("plan", "videomae-clips", "batch_size=8", *words)
+    with pytest.raises(ConfigError, match="--images 2000 is for plain images and clips"):
+        call("plan", "signal-mae-signals", *words)
 
 
 def test_what_an_optimizer_takes_is_measured(tmp_path):

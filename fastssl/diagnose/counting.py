@@ -8,7 +8,7 @@ bytes that it reads and writes, its operations, and what it sends to other ranks
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,11 +22,13 @@ from torch.utils.flop_counter import flop_registry
 from fastssl import distributed
 from fastssl.config import RunConfig
 from fastssl.engine.large_batch import is_exact
+from fastssl.kernels.common.gpu import Gpu, pretend
 from fastssl.methods.base import PARAMETERS
 from fastssl.tree import leaves, map_leaves
 
 Channels = int | dict[str, int]
 LARGE = 32 << 20  # bytes: glibc's malloc gives a block of more back as it is freed
+_SOME_GPU = Gpu("sm_90", 132)  # whichever: nothing is launched
 
 
 class Call(NamedTuple):
@@ -120,13 +122,19 @@ def ranks(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def count(method: nn.Module, cfg: RunConfig, channels: Channels, world: int) -> Counts:
-    """What a step of `method`, on the meta device, does on each of `world` ranks."""
+def count(
+    method: nn.Module, cfg: RunConfig, channels: Channels, world: int, *, on_gpu: bool = False
+) -> Counts:
+    """What a step of `method`, on the meta device, does on each of `world` ranks.
+
+    on_gpu: with the kernels that a GPU launches, each as one operator, where Triton is installed.
+    """
     rows = cfg.batch_size // world
     micro = rows // cfg.engine.accumulation
     exact = is_exact(method, cfg.engine)
     found = Counts(micro, rows if exact else micro)
-    with FakeTensorMode(allow_non_fake_inputs=True), ranks(world):
+    launched = pretend(_SOME_GPU) if on_gpu else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), ranks(world), launched:
         method.to_empty(device="cpu").train()
         _run(method, cfg, channels, found)
     return found
@@ -149,7 +157,7 @@ def _run(method: Any, cfg: RunConfig, channels: Channels, found: Counts) -> None
             with meter.into(found.targets):
                 batch["targets"] = method(batch, "targets")
         if found.rows != found.micro:
-            batch = _grown(batch, found, meter)
+            batch = _grown(batch, found.rows, reads_views=method.loss_reads_views)
         joined = map_leaves(lambda leaf: _joined(leaf, found), encoded)
         found.rows_held = sum(2 * row.nbytes for row in leaves(joined) if row.requires_grad)
         if found.rows == found.micro:
@@ -181,11 +189,18 @@ def _joined(leaf: Tensor, found: Counts) -> Tensor:
     return row.requires_grad_(leaf.requires_grad)
 
 
-def _grown(batch: dict[str, Any], found: Counts, meter: "Meter") -> dict[str, Any]:
-    """The rank's whole batch: of an exact large batch the loss sees that."""
-    whole = map_leaves(lambda leaf: leaf.new_empty(found.rows, *leaf.shape[1:]), batch)
-    meter.ignore([*leaves(whole.get("views"))])
-    return whole
+def _grown(batch: dict[str, Any], rows: int, *, reads_views: bool) -> dict[str, Any]:
+    """The rank's whole batch, as the loss gets it: of views that it does not read the shapes."""
+
+    def whole(leaf: Tensor) -> Tensor:
+        return leaf.new_empty(rows, *leaf.shape[1:])
+
+    def shape(leaf: Tensor) -> Tensor:
+        return leaf.new_empty(1).expand(rows, *leaf.shape[1:])
+
+    as_shape = {"views"} if not reads_views else set()
+    parts = batch.items()
+    return {key: map_leaves(shape if key in as_shape else whole, part) for key, part in parts}
 
 
 def _batch(cfg: RunConfig, channels: Channels, n: int) -> dict[str, Any]:

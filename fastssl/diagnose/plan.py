@@ -98,8 +98,8 @@ class Data:
 
 
 def data_of(cfg: RunConfig, world: int, images: int | None) -> tuple[RunConfig, Data]:
-    """`cfg` with what it leaves to the data, and those; images: there are so many, of 3 channels,
-    and the source is not opened.
+    """`cfg` with what it leaves to the data, and those; images: there are so many images or clips,
+    of 3 channels, and the source is not opened.
 
     Raises ConfigError and DataError for what a run refuses, and for streams that are not opened.
     """
@@ -111,8 +111,10 @@ def data_of(cfg: RunConfig, world: int, images: int | None) -> tuple[RunConfig, 
         check_steps(cfg, loader)
         found = (split.train.channels, len(split.train), len(split.test), loader.steps_per_epoch)
         return cfg, Data(*found)
-    if cfg.data.streams or getattr(cfg.views(), "kind", "image") != "image":
-        raise ConfigError(f"--images {images} is for plain images: leave it out for these data")
+    if cfg.data.streams or getattr(cfg.views(), "kind", "image") not in ("image", "clip"):
+        raise ConfigError(
+            f"--images {images} is for plain images and clips: leave it out for these data"
+        )
     if images < cfg.batch_size:
         raise ConfigError(f"--images {images} are fewer than batch_size={cfg.batch_size}")
     try:
@@ -168,7 +170,7 @@ def make_plan(
     if cluster.world > 1 and engine.sync_batchnorm:
         synchronize_batch_norms(method)
     recompute(method, engine)
-    counts = counts or count(method, cfg, channels, cluster.world)
+    counts = counts or count(method, cfg, channels, cluster.world, on_gpu=not device.on_cpu)
     rule = Rule.of(cfg.optim, on_cpu=device.on_cpu)
     held = {
         "world": cluster.world,

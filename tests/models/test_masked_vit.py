@@ -42,6 +42,10 @@ KINDS = {
     "rotary, checkpointed": (*MIXED, {}),
     "dinov3": ("vit_small_patch16_dinov3", *ROPE[1:], {"dynamic_img_size": False}),
     "eva02": ("eva02_tiny_patch14_224", *ROPE[1:], {}),
+    "sapiens2": (
+        *("vit_base_patch16_sapiens2", *ROPE[1:]),
+        {"dynamic_img_size": False, "num_kv_heads": (3, 1)},
+    ),
     "clip, fixed positions": (*CLIP, {}),
     "clip, learned, registers": (*CLIP, {"positions": "learned", "reg_tokens": 1}),
     "signal": (*SIGNAL, {}),

@@ -5,9 +5,9 @@ PLAN = "tests/test_plan.py"
 TESTS = {
     "diagnose/memory": (PLAN, "by_hand or cut_at"),
     "diagnose/speed": (PLAN, "by_hand"),
-    "diagnose/counting": (PLAN, "of_all_ranks or transformer or exact_large"),
+    "diagnose/counting": (PLAN, "of_all_ranks or transformer or exact_large or launches_kernels"),
     "diagnose/hardware": (PLAN, "makers or by_hand or refusals"),
-    "diagnose/plan": (PLAN, "refusals or micro_batches_do or command"),
+    "diagnose/plan": (PLAN, "refusals or micro_batches_do or command or not_be_there"),
     "distributed": (PLAN, "of_all_ranks"),
 }
 
@@ -38,12 +38,18 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "diagnose/counting._joined": [
         ("row = leaf.new_empty(found.rows,", "row = leaf.new_empty(found.micro,")
     ],
+    "diagnose/counting._grown": [("shape if key in as_shape else whole", "whole")],
+    "diagnose/counting.count": [("pretend(_SOME_GPU) if on_gpu", "nullcontext() if on_gpu")],
     "diagnose/hardware._gpu": [("TERA * rate for", "GB * rate for")],
     "diagnose/hardware.with_rates": [("0 < efficiency <= 1", "0 < efficiency")],
     "diagnose/plan.check_cluster": [
         ("if W % nodes:", "if nodes % W:"),
         ("cfg.batch_size % (W * parts)", "cfg.batch_size % W"),
     ],
-    "diagnose/plan.data_of": [("images < cfg.batch_size", "images < 1")],
+    "diagnose/plan.data_of": [
+        ("images < cfg.batch_size", "images < 1"),
+        ('not in ("image", "clip")', 'not in ("image",)'),
+        ('not in ("image", "clip")', "is None"),
+    ],
     "distributed.require_all_even": [("== 1 or _alike", "== 1")],
 }
