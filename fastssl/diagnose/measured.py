@@ -28,7 +28,7 @@ from fastssl.methods.base import PARAMETERS
 from fastssl.run.build import build, fitted
 from fastssl.tree import map_leaves
 
-STEPS = 5
+STEPS = 8
 
 
 def measure(cfg: RunConfig, channels: int | dict[str, int], steps: int = STEPS) -> dict[str, Any]:
