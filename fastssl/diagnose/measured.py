@@ -56,8 +56,8 @@ def measure(cfg: RunConfig, channels: int | dict[str, int], steps: int = STEPS) 
         return {
             "before": before,
             "peak": peak,
-            "seconds": median(clock[2:]),
-            "processor_seconds": min(busy[2:]),
+            "seconds": median(clock[2:] or clock),
+            "processor_seconds": min(busy[2:] or busy),
         }
 
 

@@ -173,8 +173,7 @@ def make_plan(
     counts = counts or count(method, cfg, channels, cluster.world)
     with using(device.threads if device.on_cpu else torch.get_num_threads()):
         rule = Rule.of(cfg.optim, on_cpu=device.on_cpu)
-        if device.on_cpu:
-            rate = device.rate(engine.precision)
+        if device.on_cpu and (rate := device.rate(engine.precision)):
             replay.measure(counts.works, lambda call: by_rates(call, device, rate))
     held = {
         "world": cluster.world,
