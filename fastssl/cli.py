@@ -140,15 +140,14 @@ def plan(
 ) -> None:
     """Memory, time and traffic of a recipe on any number of devices; nothing is run."""
     from fastssl.config import ConfigError, resolve
-    from fastssl.diagnose.hardware import find, own, with_rates
+    from fastssl.diagnose.hardware import planned_on, with_rates
     from fastssl.diagnose.speed import Cluster
 
     if disk <= 0:
         raise ConfigError(f"--disk {disk:g} must be more than 0 GB/s")
     cfg = resolve(recipe, overrides, plugin)
     threads = 1 if gpus > 1 else None  # as torchrun starts ranks
-    precision = cfg.engine.precision
-    device = find(gpu, precision, threads) if gpu else own(precision, threads)
+    device = planned_on(gpu, cfg.device, cfg.engine.precision, threads)
     device = with_rates(device, efficiency, nic)
     least = 1 if device.on_cpu else -(-gpus // 8)
     cluster = Cluster(device, gpus, least if nodes is None else nodes)
@@ -400,13 +399,12 @@ def _print_plan(
 
 def _here(cfg: Any) -> Any:
     """The ranks that a launcher has started, on this machine's devices."""
-    from fastssl.diagnose.hardware import find, own
+    from fastssl.diagnose.hardware import planned_on
     from fastssl.diagnose.speed import Cluster
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    precision = cfg.engine.precision
-    device = find("cpu", precision) if cfg.device == "cpu" else own(precision)
+    device = planned_on(None, cfg.device, cfg.engine.precision)
     return Cluster(device, world, max(1, world // local))
 
 

@@ -10,8 +10,9 @@ import torch
 
 from fastssl.bench.measure.peaks import DATASHEETS
 from fastssl.config import ConfigError, resolve
-from fastssl.diagnose.counting import Call, Counts, Work, count
-from fastssl.diagnose.hardware import GPUS, find, with_rates
+from fastssl.diagnose import hardware, replay
+from fastssl.diagnose.counting import Blank, Call, Counts, Operator, Work, count
+from fastssl.diagnose.hardware import GPUS, find, planned_on, with_rates
 from fastssl.diagnose.memory import FIRST_STEP, Memory, Rule, Sizes, Zero, at_stage, memory
 from fastssl.diagnose.plan import check_cluster, make_plan, remedies, weak_scaling
 from fastssl.diagnose.speed import ALPHA, KERNEL, Cluster, speed, traffic, work_seconds
@@ -123,12 +124,14 @@ def test_what_an_optimizer_takes_is_measured(tmp_path):
     assert lars.states == 4 and lars.whole
 
 
-def by_hand(stage, *, world=4, device=H200, half=True, parts=1, offloads=False, cuts=False):
+def by_hand(
+    stage, *, world=4, device=H200, half=True, parts=1, offloads=False, cuts=False, bucket=10
+):
     """10 M parameters: 6 M trained, 3 M of a teacher, 1 M frozen; backward holds 50 MB."""
     sizes = Sizes(10 * MILLION, 6 * MILLION, MILLION, 2 * MILLION, 6 * MILLION, 30, 50)
     counts = Counts(8, 8, kept=40 * MILLION, heads=4 * MILLION, lean=45 * MILLION)
     counts.backward, counts.grads = 50 * MILLION, 2 * MILLION
-    zero = Zero(stage, 10 * MILLION, stage == 3, 10**9, offloads, cuts)
+    zero = Zero(stage, bucket * MILLION, stage == 3, 10**9, offloads, cuts)
     kind = {"world": world, "half": half, "parts": parts, "inputs": MILLION, "process": 0}
     found = memory(sizes, counts, ADAMW, zero, device, **kind)
     return {name: tuple(n / MILLION for n in row) for name, row in found.parts.items()}
@@ -147,6 +150,8 @@ def test_bytes_by_hand():
     assert one["optimizer's temporaries"] == (0, 0, 8 * 1.5)
     held = 14 + 18 + 6 + 12 + 1
     assert one["allocator's slack"][1] == pytest.approx(0.05 * (held + 20 + 12))
+
+    assert by_hand(1, bucket=1)["flat copy for the collective"][1] == 2 * 2  # the largest tensor
 
     none = by_hand(0)
     assert none["float32 masters"][0] == 24 and none["optimizer states"][0] == 48
@@ -195,6 +200,38 @@ def test_seconds_by_hand():
     assert Cluster(device, 8, 8).bus == pytest.approx(0.8 * 25e9)
     assert eight.seconds(64e9, 1) == pytest.approx(63e9 / 160e9 + 6 * ALPHA)
     assert Cluster(device, 1, 1).seconds(1e9, 5) == 0
+
+
+def test_seconds_of_a_processor_are_those_measured():
+    device = replace(H200, on_cpu=True, fp32=1e9, cached=1e9, efficiency=1, launch=1e-3)
+    timed = Call(1e9, 0, seconds=5e-3), Call(1e9, 0, seconds=1e-4)  # and one that does nothing
+    assert work_seconds(Work([*timed]), device, "fp32") == pytest.approx(5e-3 + 1e-3)
+    assert work_seconds(Work([Call(2e6, 0)]), device, "fp32") == pytest.approx(2e-3 + 1e-3)
+
+
+def test_each_kind_of_operator_is_run_once(monkeypatch):
+    shapes = Blank((4, 3), (0, 1), torch.float32), Blank((2, 3), (3, 1), torch.bool)
+    made = [replay._filled(blank) for blank in shapes]
+    assert [Blank((*x.shape,), x.stride(), x.dtype) for x in made] == [*shapes]
+    add, draw = (Operator(f, (made[0].dtype,), {}) for f in (torch.add, torch.multinomial))
+    works = [Work([Call(1, 1, operator=add)] * 3), Work([Call(1, 1, operator=draw), Call(1, 1)])]
+    seen = []
+    monkeypatch.setattr(replay, "_known", {})
+    monkeypatch.setattr(replay, "alone", lambda op: seen.append(op) or 7.0 * len(seen))
+    replay.measure(works, lambda call: 1.0)
+    assert seen == [add, draw] * 2  # the kind that takes most first, and the least of two passes
+    assert [call.seconds for work in works for call in work.calls] == [7, 7, 7, 14, 0]
+    monkeypatch.undo()
+    ones = Blank((8,), (1,), torch.float32)
+    assert replay.alone(Operator(torch.ops.aten.mul.Tensor, (ones, ones), {})) > 0
+    assert replay.alone(Operator(torch.ops.aten.mm.default, (ones, ones), {})) == 0
+
+
+def test_a_run_is_planned_where_it_would_be(monkeypatch):
+    monkeypatch.setattr(hardware, "own", lambda *_: H200)
+    monkeypatch.setattr(hardware, "find", lambda name, *_: name)
+    assert planned_on(None, "auto", "fp32") is H200
+    assert (planned_on(None, "cpu", "fp32"), planned_on("l4", "cpu", "fp32")) == ("cpu", "l4")
 
 
 def test_traffic_and_overlap_by_hand():
@@ -284,7 +321,7 @@ def test_a_batch_that_micro_batches_do_not_divide(tmp_path):
 
 # fault 24
 def test_a_real_step_takes_what_was_planned():
-    """Of a ViT-S and one process: its peak beyond that process, and its processor's seconds."""
+    """Of a ViT-S and one process: its peak beyond that process; and what it calls was timed."""
     keys = ["name=x", "device=cpu", "batch_size=8", "model.name=vit_small_patch16_224"]
     keys += ["model.kwargs={patch_size: 8}"]
     command = [sys.executable, "-m", "fastssl.diagnose.measured", "mae-digits", *keys]
@@ -294,4 +331,5 @@ def test_a_real_step_takes_what_was_planned():
     plan = make_plan(cfg, 1, Cluster(find("cpu", "fp32", 1), 1, 1), images=1000)
     own = plan.memory.peak - plan.memory.parts["process"][0] + FIRST_STEP
     assert own == pytest.approx(found["peak"] - found["before"], rel=0.2)
-    assert 0.5 < plan.speed.step / found["processor_seconds"] < 2
+    calls = [call for work in plan.counts.works for call in work.calls]
+    assert sum(call.seconds > 0 for call in calls) > 0.95 * len(calls)

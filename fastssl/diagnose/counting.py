@@ -6,6 +6,7 @@ right shape.  Every operator is seen on its way: what it allocates and when that
 bytes that it reads and writes, its operations, and what it sends to other ranks.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fastssl import distributed
@@ -31,14 +32,34 @@ LARGE = 32 << 20  # bytes: glibc's malloc gives a block of more back as it is fr
 _SOME_GPU = Gpu("sm_90", 132)  # whichever: nothing is launched
 
 
+@dataclass(frozen=True)
+class Blank:
+    """A tensor without its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Operator(NamedTuple):
+    """What was called, with `Blank`s for tensors."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+
+
 class Call(NamedTuple):
     """One operator: operations; bytes that it reads and writes; of these in blocks so large that
-    a processor's system hands them out anew each time; whether it is attention."""
+    a processor's system hands them out anew each time; whether it is attention; what it is, and
+    its seconds where they were measured."""
 
     flops: float
     moved: int
     fresh: int = 0
     attends: bool = False
+    operator: Operator | None = None
+    seconds: float = 0.0
 
 
 @dataclass
@@ -95,8 +116,11 @@ class Counts:
     @property
     def collectives(self) -> int:
         """Of a micro-batch and the loss."""
-        works = (self.encode, self.targets, self.loss, self.encode_backward)
-        return sum(work.collectives for work in works)
+        return sum(work.collectives for work in self.works)
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        return self.encode, self.targets, self.loss, self.encode_backward
 
 
 @contextmanager
@@ -134,9 +158,13 @@ def count(
     exact = is_exact(method, cfg.engine)
     found = Counts(micro, rows if exact else micro)
     launched = pretend(_SOME_GPU) if on_gpu else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), ranks(world), launched:
-        method.to_empty(device="cpu").train()
-        _run(method, cfg, channels, found)
+    gc.freeze()  # what is there already is not looked through again: a third of the time
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), ranks(world), launched:
+            method.to_empty(device="cpu").train()
+            _run(method, cfg, channels, found)
+    finally:
+        gc.unfreeze()
     return found
 
 
@@ -308,7 +336,13 @@ class Meter(TorchDispatchMode):
         fresh = [x.untyped_storage() for x in made]
         large = {s._cdata: s.nbytes() for s in fresh if s.nbytes() > LARGE}
         new = sum(size for key, size in large.items() if key not in sources)
-        work.calls.append(Call(flops, moved, new, "attention" in func._schema.name))
+        blank = tree_map_only(Tensor, _blank, (args, kwargs))
+        attends = "attention" in func._schema.name
+        work.calls.append(Call(flops, moved, new, attends, Operator(func, *blank)))
+
+
+def _blank(tensor: Tensor) -> Blank:
+    return Blank((*tensor.shape,), (*tensor.stride(),), tensor.dtype)
 
 
 def _pairs(products: int) -> Callable[[list[Tensor]], int]:

@@ -6,8 +6,8 @@ take here and now.
 
 import difflib
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.config import ConfigError
+
+from .replay import host, seconds
 
 GB, TERA = 1e9, 1e12
 
@@ -28,8 +30,8 @@ class Device:
     an operator.  efficiency: the share of the rates that is reached, assumed of GPUs, and 1 where
     the rates are measured.
     Of a processor: attention, its rate in operations a second; cached, of what lies in its caches;
-    fresh, seconds for a byte that the system has to hand out first.  Rates of a precision that was
-    not measured are 0.
+    fresh, seconds for a byte that the system has to hand out first; threads of a rank.  Rates of a
+    precision that was not measured are 0.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Device:
     attention: float = 0.0
     cached: float = 0.0
     fresh: float = 0.0
+    threads: int = 1
 
     def rate(self, precision: str) -> float:
         """Operations a second of matrix products: in float32 torch uses no TF32 unless told to."""
@@ -90,6 +93,16 @@ GPUS = {
 }
 
 
+def planned_on(name: str | None, asked: str, precision: str, threads: int | None = None) -> Device:
+    """The device of that name; without one, where the run would be: its key `device` is `asked`.
+
+    Raises ConfigError for another name.
+    """
+    if name is None and asked != "cpu":
+        return own(precision, threads)
+    return find(name or "cpu", precision, threads)
+
+
 def find(name: str, precision: str = "fp32", threads: int | None = None) -> Device:
     """The GPU of that name, or this machine's processor where it is "cpu".
 
@@ -118,17 +131,11 @@ def own(precision: str, threads: int | None = None) -> Device:
 
 
 def this_cpu(precision: str, threads: int | None = None) -> Device:
-    """This machine's processor, measured in a second; threads: of a rank, by default torch's.
-
-    Timed is the processor's own time, divided by its threads: others may be at work here.
-    """
-    before, dtype = torch.get_num_threads(), _DTYPES[precision]
-    torch.set_num_threads(threads or before)
-    try:
+    """This machine's processor, measured in a second; threads: of a rank, by default torch's."""
+    dtype, count = _DTYPES[precision], threads or torch.get_num_threads()
+    with using(count):
         products, attention = _products(dtype), _attention(dtype)
-        cached, launch, (hbm, fresh) = _cached(dtype), _launch(), _memory()
-    finally:
-        torch.set_num_threads(before)
+        cached, launch, (hbm, fresh) = _cached(dtype), host(), _memory()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
         "cpu",
@@ -145,6 +152,7 @@ def this_cpu(precision: str, threads: int | None = None) -> Device:
         attention=attention,
         cached=cached,
         fresh=fresh,
+        threads=count,
     )
 
 
@@ -164,20 +172,31 @@ def with_rates(device: Device, efficiency: float | None, nic: float | None) -> D
     return device
 
 
+@contextmanager
+def using(threads: int) -> Iterator[None]:
+    """Inside, torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _products(dtype: torch.dtype) -> float:
     """Of a linear layer's three products, forward and backward."""
     x, w = (torch.randn(rows, 512).to(dtype).requires_grad_() for rows in (256, 1024))
-    return 6 * 256 * w.numel() / _seconds(lambda: _passed(F.linear(x, w)))
+    return 6 * 256 * w.numel() / seconds(lambda: _passed(F.linear(x, w)))
 
 
 def _attention(dtype: torch.dtype) -> float:
     """Forward has two products, backward five."""
     q, k, v = (torch.randn(2, 6, 128, 64).to(dtype).requires_grad_() for _ in range(3))
     flops = 14 * 2 * 6 * 128**2 * 64
-    return flops / _seconds(lambda: _passed(F.scaled_dot_product_attention(q, k, v)))
+    return flops / seconds(lambda: _passed(F.scaled_dot_product_attention(q, k, v)))
 
 
 def _cached(dtype: torch.dtype) -> float:
@@ -188,43 +207,17 @@ def _cached(dtype: torch.dtype) -> float:
         _passed(F.gelu(F.layer_norm(x, (512,))) + x)
 
     # Read and written: norm 2 and 3, activation 2 and 3, addition 3 and 3.
-    return 16 * x.nbytes / _seconds(call)
-
-
-def _launch() -> float:
-    """Of small operators and their gradients."""
-    x = torch.randn(8, requires_grad=True)
-
-    def call() -> None:
-        y = x
-        for _ in range(10):
-            y = y * y
-        _passed(y)
-
-    return _seconds(call) / 40  # one forward, three backward
+    return 16 * x.nbytes / seconds(call)
 
 
 def _memory() -> tuple[float, float]:
     """Bytes a second of memory, in place; seconds for a fresh byte."""
     x = torch.zeros(1 << 24)
-    both = _seconds(lambda: x.mul_(1.0), 0.05) / (2 * x.nbytes)
-    there = _seconds(lambda: x.fill_(1.0), 0.05) / x.nbytes
-    fresh = _seconds(lambda: torch.ones(1 << 24), 0.05) / x.nbytes
+    both = seconds(lambda: x.mul_(1.0), 0.05) / (2 * x.nbytes)
+    there = seconds(lambda: x.fill_(1.0), 0.05) / x.nbytes
+    fresh = seconds(lambda: torch.ones(1 << 24), 0.05) / x.nbytes
     return 1 / both, max(fresh - there, 0.0)
 
 
 def _passed(y: Tensor) -> None:
     y.backward(torch.ones_like(y))
-
-
-def _seconds(call: Callable[[], object], least: float = 0.02) -> float:
-    """Of one call, the least of five rounds: a processor that is shared is slow at times."""
-    call()
-    rounds = []
-    for _ in range(5):
-        calls, since = 0, time.process_time()
-        while time.process_time() - since < least:
-            call()
-            calls += 1
-        rounds.append((time.process_time() - since) / calls)
-    return min(rounds) / torch.get_num_threads()

@@ -28,7 +28,7 @@ from fastssl.methods.base import PARAMETERS
 from fastssl.run.build import build, fitted
 from fastssl.tree import map_leaves
 
-STEPS = 5
+STEPS = 8
 
 
 def measure(cfg: RunConfig, channels: int | dict[str, int], steps: int = STEPS) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def measure(cfg: RunConfig, channels: int | dict[str, int], steps: int = STEPS) 
         return {
             "before": before,
             "peak": peak,
-            "seconds": median(clock[2:]),
-            "processor_seconds": min(busy[2:]),
+            "seconds": median(clock[2:] or clock),
+            "processor_seconds": min(busy[2:] or busy),
         }
 
 

@@ -31,6 +31,7 @@ from fastssl.models import frozen_in
 
 from .counting import Counts, Meter, Work
 from .hardware import Device
+from .replay import seconds
 
 MOMENTS = ("backward", "reduce", "update")
 _BUCKET = 500_000_000  # elements: DeepSpeed's, and of its all-reduce without ZeRO
@@ -85,6 +86,7 @@ class Rule:
     states: kept.  one: temporaries of its step, of a single flat tensor; many: of several tensors,
     of which `whole` says whether they are there for all at once or for the largest.
     moved: read and written.
+    calls: operators for one tensor; each: for each one more.  seconds: a parameter, on a processor.
     """
 
     states: float
@@ -93,10 +95,15 @@ class Rule:
     whole: bool
     moved: float
     calls: int
+    each: int = 0
+    seconds: float = 0.0
+
+    def calls_of(self, tensors: int) -> int:
+        return self.calls + self.each * (tensors - 1)
 
     @classmethod
     def of(cls, cfg: OptimConfig, *, on_cpu: bool) -> "Rule":
-        """Measured on float32 tensors of 2^14 elements."""
+        """Measured on float32 tensors of 2^14 elements; seconds on one of 2^20."""
         plain = cfg.model_copy(update={"groups": ()})
         single, several = (_measured(plain, n, on_cpu) for n in (1, 3))
         whole = several.peak > 2.5 * single.peak
@@ -108,6 +115,8 @@ class Rule:
             whole,
             single.work.moved / single.elements,
             len(single.work.calls),
+            (len(several.work.calls) - len(single.work.calls)) // 2,
+            _seconds_of(plain) if on_cpu else 0.0,
         )
 
 
@@ -119,18 +128,31 @@ class _Step:
     work: Work
 
 
-def _measured(cfg: OptimConfig, tensors: int, on_cpu: bool) -> _Step:
-    side = 128
+def _seconds_of(cfg: OptimConfig) -> float:
+    """Of a step, for each parameter."""
+    side = 1024
+    optimizer, _ = _small(cfg, 1, side)
+    return seconds(optimizer.step, 0.01, 3) / side**2
+
+
+def _small(cfg: OptimConfig, tensors: int, side: int) -> tuple[torch.optim.Optimizer, nn.Module]:
+    """An optimizer that has taken a step, and its model of square tensors."""
     model = nn.Module()
     for n in range(tensors):
         model.register_parameter(f"w{n}", nn.Parameter(torch.ones(side, side)))
     optimizer = build_optimizer(model, cfg)
-    for group in optimizer.param_groups:
-        if "foreach" in group and not on_cpu:  # torch's default on a GPU
-            group["foreach"] = True
     for p in model.parameters():
         p.grad = torch.full_like(p, 0.1)
     optimizer.step()
+    return optimizer, model
+
+
+def _measured(cfg: OptimConfig, tensors: int, on_cpu: bool) -> _Step:
+    side = 128
+    optimizer, model = _small(cfg, tensors, side)
+    for group in optimizer.param_groups:
+        if "foreach" in group and not on_cpu:  # torch's default on a GPU
+            group["foreach"] = True
     kept = [x for state in optimizer.state.values() for x in state.values()]
     kept = [x for x in kept if isinstance(x, torch.Tensor)]
     known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -234,8 +256,10 @@ def memory(
     grads, b = w * T, min(T, zero.bucket)
     full = b if on_cpu else zero.bucket  # untouched pages of a bucket take no memory on a CPU
     buckets = w * full * (2 if zero.overlap and stage in (1, 2) else 1) if stage else 0
+    # A tensor that is larger than a bucket travels by itself.
+    flat = w * max(b, sizes.largest) if W > 1 or stage else 0
     # gloo knows no reduce-scatter, and makes another copy for its all-reduce
-    flat = w * b * (2 if on_cpu and stage == 3 else 1) if W > 1 or stage else 0
+    flat *= 2 if on_cpu and stage == 3 else 1
     piece = w * T / W
     gathered = w * min(P, zero.live) if stage == 3 else 0
     if stage == 3:

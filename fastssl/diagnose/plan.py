@@ -20,10 +20,12 @@ from fastssl.engine.optim import check_optimizer
 from fastssl.models import synchronize_batch_norms, widen_batch_norms
 from fastssl.run.build import build, check_steps, fitted
 
+from . import replay
 from .counting import LARGE, Channels, Counts, count
+from .hardware import using
 from .measured import resident
 from .memory import MOMENTS, Memory, Rule, Sizes, Zero, memory
-from .speed import Cluster, Speed, Traffic, speed, traffic
+from .speed import Cluster, Speed, Traffic, by_rates, speed, traffic
 
 NOT_COUNTED = "evaluation, loader processes, and whether the data come as fast as they are trained"
 OFFLOAD = "engine.zero.offload_optimizer=cpu"
@@ -171,7 +173,10 @@ def make_plan(
         synchronize_batch_norms(method)
     recompute(method, engine)
     counts = counts or count(method, cfg, channels, cluster.world, on_gpu=not device.on_cpu)
-    rule = Rule.of(cfg.optim, on_cpu=device.on_cpu)
+    with using(device.threads if device.on_cpu else torch.get_num_threads()):
+        rule = Rule.of(cfg.optim, on_cpu=device.on_cpu)
+        if device.on_cpu and (rate := device.rate(engine.precision)):
+            replay.measure(counts.works, lambda call: by_rates(call, device, rate))
     held = {
         "world": cluster.world,
         "half": half,

@@ -2,7 +2,8 @@
 
 An operator takes the longer of its operations over the matrix rate and its bytes over the memory's,
 each times `efficiency`.  A GPU works while its host goes on to the next: a step takes the longer of
-both.  On a processor the host is the device, and what it takes comes on top.
+both.  On a processor an operator takes what was measured of it by itself (`replay`), or else by the
+rates; the host is the device, and takes no less than it does for an operator that does nothing.
 
 Of T trained parameters of w bytes, over W ranks, collectives move these bytes through each rank, in
 passes over a ring, each (W - 1) / W of the whole (an all-reduce has two):
@@ -28,9 +29,9 @@ from .memory import Rule, Sizes, Zero
 KERNEL = 2e-6  # seconds of a GPU's smallest kernel: assumed
 ALPHA = 1e-5  # seconds of a message between ranks, and its kernels: assumed
 # Seconds that DeepSpeed's host takes for a tensor at each stage: measured beside a bare loop, 26
-# blocks of a ViT on two ranks of a processor whose operators take 3 us to launch.
-_HOST = (6e-5, 8e-5, 8e-5, 1e-3)
-_HOST_LAUNCH = 3e-6
+# blocks of a ViT on two ranks of a processor whose host takes _HOST_LAUNCH for an operator.
+_HOST = (6e-5, 8e-5, 8e-5, 7e-4)
+_HOST_LAUNCH = 3e-5
 _LINK = 0.8  # of a link's bandwidth that a ring reaches: assumed
 
 
@@ -121,11 +122,17 @@ def work_seconds(work: Work, device: Device, precision: str) -> float:
 
 
 def _on_cpu(call: Call, device: Device, rate: float) -> float:
-    """Here the host is the device: what it takes to launch comes on top."""
+    if call.seconds:
+        return max(call.seconds, device.launch)
+    return by_rates(call, device, rate) + device.launch
+
+
+def by_rates(call: Call, device: Device, rate: float) -> float:
+    """Of an operator of a processor."""
     flops = device.attention if call.attends else rate
     moved = device.hbm if call.moved > LARGE else device.cached
     busy = max(call.flops / flops, call.moved / moved)
-    return (busy + call.fresh * device.fresh) / device.efficiency + device.launch
+    return (busy + call.fresh * device.fresh) / device.efficiency
 
 
 def traffic(sizes: Sizes, counts: Counts, zero: Zero, world: int, parts: int, w: int) -> Traffic:
@@ -191,12 +198,15 @@ def speed(
     # Besides the optimizer: the gradient's norm, copies between precisions, and of ZeRO those into
     # the bucket and out of it.
     moved = (rule.moved + 16) * share + (4 * w * sizes.trained if zero.stage else 0)
+    if rule.seconds:
+        moved -= rule.moved * share
     cached = device.on_cpu and moved < LARGE
     update = moved / (device.efficiency * (device.cached if cached else device.hbm))
     walk = _HOST[zero.stage] * sizes.tensors
     if device.on_cpu:
-        walk *= max(1.0, device.launch / _HOST_LAUNCH)
-        update += device.fresh * fresh + walk + rule.calls * device.launch
+        walk *= device.launch / _HOST_LAUNCH
+        update += rule.seconds * share + device.fresh * fresh + walk
+        update += rule.calls_of(1 if zero.stage else sizes.tensors) * device.launch
     calls = parts * sum(len(w.calls) for w in (counts.encode, counts.encode_backward))
     calls += parts * len(counts.targets.calls) + losses * len(counts.loss.calls) + rule.calls
     calls += (parts - 1) * len(counts.encode.calls) if exact else 0

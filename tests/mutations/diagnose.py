@@ -4,9 +4,10 @@ PLAN = "tests/test_plan.py"
 
 TESTS = {
     "diagnose/memory": (PLAN, "by_hand or cut_at"),
-    "diagnose/speed": (PLAN, "by_hand"),
+    "diagnose/speed": (PLAN, "by_hand or those_measured"),
     "diagnose/counting": (PLAN, "of_all_ranks or transformer or exact_large or launches_kernels"),
-    "diagnose/hardware": (PLAN, "makers or by_hand or refusals"),
+    "diagnose/hardware": (PLAN, "makers or by_hand or refusals or would_be"),
+    "diagnose/replay": (PLAN, "kind_of_operator"),
     "diagnose/plan": (PLAN, "refusals or micro_batches_do or command or not_be_there"),
     "distributed": (PLAN, "of_all_ranks"),
 }
@@ -19,6 +20,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("masters = 4 * share if half or stage else 0", "masters = 4 * share if stage else 0"),
         ("full = b if on_cpu", "full = zero.bucket if on_cpu"),
         ("lower = 0 if stage == 3", "lower = w if stage == 3"),
+        ("max(b, sizes.largest)", "b"),
         ("most = T if rule.whole", "most = T if not rule.whole"),
         ("(grads if not zero.cuts else 0)", "0"),
     ],
@@ -32,6 +34,16 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("2 * grads * times", "grads * times"),
     ],
     "diagnose/speed.work_seconds": [("call.moved / moved, KERNEL", "KERNEL")],
+    "diagnose/speed._on_cpu": [
+        ("max(call.seconds, device.launch)", "call.seconds"),
+        ("rate) + device.launch", "rate)"),
+    ],
+    "diagnose/replay.measure": [
+        ("key=cost, reverse=True", "key=cost"),
+        ("min(found, _known", "max(found, _known"),
+    ],
+    "diagnose/replay._filled": [("(n - 1) * step", "n * step - n")],
+    "diagnose/hardware.planned_on": [('asked != "cpu"', 'asked == "cpu"')],
     "diagnose/counting._run": [
         ("with meter.into(found.encode_backward)", "with meter.into(found.encode)")
     ],
