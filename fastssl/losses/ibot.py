@@ -86,7 +86,9 @@ class IBOTPatchLoss(Loss):
         if can_read_values(masked) and int(masked.sum()) != len(student_out):
             got = f"{int(masked.sum())} of {len(student_out)} rows"
             raise ValueError(f"mask must be True once for each row of student_out, got {got}")
-        return self._loss(teacher_out, student_out, by_image(masked, len(student_out)), teacher_temp)
+        return self._loss(
+            teacher_out, student_out, by_image(masked, len(student_out)), teacher_temp
+        )
 
     def _loss(
         self, teacher: Tensor, student: Tensor, weight: Tensor, teacher_temp: float | None
@@ -135,7 +137,11 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
             return self._loss(teacher, student, weight, teacher_temp)
         _check_mask(mask)
         masked = mask.flatten(1)
-        if masked.numel() != len(student) or student_out.ndim == 3 and len(mask) != len(student_out):
+        if (
+            masked.numel() != len(student)
+            or student_out.ndim == 3
+            and len(mask) != len(student_out)
+        ):
             got = f"{tuple(mask.shape)} for {tuple(student_out.shape)}"
             raise ValueError(f"mask must have an entry for each patch, got {got}")
         hidden = masked.float()

@@ -23,7 +23,9 @@ class KoLeoLoss(Loss):
     Raises   ValueError: another shape or dtype, fewer than 2 rows, p or eps not > 0.
     Ranks    no collective: each rank's own rows, as in DINOv2.
     Memory   x twice; the B x B cosines are never stored.
-    Source   Sablayrolles et al. 2019, arXiv:1806.03198, section 3.2; as in lightly and DINOv2.
+    Source   Sablayrolles et al. 2019, arXiv:1806.03198, section 3.2; as in DINOv2.
+    Differs  from lightly.loss.KoLeoLoss, whose value and gradient it has: refuses a single row, and
+             has no module pairwise_distance.
 
     >>> round(KoLeoLoss()(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).item(), 4)  # -log sqrt 2
     -0.3466

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl.distributed import LOCAL, Group
 from fastssl.kernels import sinkhorn
-from fastssl.losses._checks import check_counts, check_positive
+from fastssl.losses._checks import check_counts, check_positive, check_temperature
 from fastssl.losses._loss import Loss
 from fastssl.losses.dino import check_views, cross_entropies
 
@@ -29,7 +29,7 @@ class SwaVLoss(Loss):
     Source   Caron et al. 2020, arXiv:2006.09882, eq. 2 and 3.
     Differs  from lightly.loss.SwaVLoss, whose value and gradient it has: assignments are made in
              the log domain, finite where scores / sinkhorn_epsilon pass 88, and over ranks of
-             unlike sizes exact; the result has no dimension.
+             unlike sizes exact; the result has no dimension, and there is no subloss.
 
     >>> loss, scores = SwaVLoss(), torch.zeros(2, 4)
     >>> round(loss([scores, scores], []).item(), 4)  # log 4
@@ -48,7 +48,8 @@ class SwaVLoss(Loss):
         process_group: Group = None,
     ) -> None:
         super().__init__(sinkhorn_gather_distributed, process_group)
-        check_positive(temperature=temperature, sinkhorn_epsilon=sinkhorn_epsilon)
+        check_temperature(temperature)
+        check_positive(sinkhorn_epsilon=sinkhorn_epsilon)
         check_counts(sinkhorn_iterations=sinkhorn_iterations)
         self.temperature, self.sinkhorn_epsilon = temperature, sinkhorn_epsilon
         self.sinkhorn_iterations = sinkhorn_iterations

@@ -29,6 +29,7 @@ from ..common.dispatch import declare
 from ..common.operators import launches
 
 Pairs = Sequence[Sequence[float]]
+MOST = 16, 2  # views of the student and of the teacher that a program takes
 
 
 def soft_cross_entropy_reference(student, teacher, center, pairs, sharp_s, sharp_t):
@@ -111,7 +112,7 @@ def _cross_entropies(
     sharp_s: float,
     sharp_t: float,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (V, R), and what the gradients are helped by: of the kernels, log-sum-exps."""
+    """The losses (V, R), and what the gradients are helped by: of the kernels (2, V + T, R)."""
     loss = student.new_empty(student.shape[:2], dtype=accumulator(student.dtype))
 
     def made(v: int, i: slice, x: Tensor, mix: Tensor, mass: float) -> None:
@@ -150,7 +151,8 @@ def _rows_of(pairs: list[float], student: Tensor) -> Pairs:
 
 def _fake_cross_entropies(student, teacher, center, pairs, sharp_s, sharp_t):
     (V, R, _), T = student.shape, len(teacher)
-    return (student.new_empty(n, R, dtype=torch.float32) for n in (V, V + T))
+    loss = student.new_empty(V, R, dtype=torch.float32)
+    return loss, loss.new_empty(2, V + T, R)
 
 
 def _fake_gradients(grad, student, teacher, center, stats, pairs, sharp_s, sharp_t):
@@ -211,6 +213,7 @@ def soft_cross_entropy(
     or (T, K): one for each view.  weight: (R,), by which each row's is multiplied.
     Gradient to student, in its dtype; none to anything else; first order only.
     impl: "auto", "triton", "torch" or "reference" (holds both distributions, in the inputs' dtype).
+    Triton takes up to 16 views and 2 of the teacher; more are torch's under auto.
     Raises ValueError for shapes or devices that disagree, a temperature <= 0 and an unknown impl.
 
     >>> s, t = torch.zeros(1, 4), torch.tensor([[9.0, 0.0, 0.0, 0.0]])
@@ -220,7 +223,9 @@ def soft_cross_entropy(
     require_float(student=student, teacher=teacher)
     if student.ndim not in (2, 3) or student.ndim != teacher.ndim:
         got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(f"student and teacher must be (R, K), or (V, R, K) and (T, R, K), got {got}")
+        raise ValueError(
+            f"student and teacher must be (R, K), or (V, R, K) and (T, R, K), got {got}"
+        )
     if student.ndim == 2:
         if pairs is not None:
             raise ValueError(f"pairs is for student (V, R, K), got {tuple(student.shape)}")
@@ -236,7 +241,12 @@ def soft_cross_entropy(
         center = center.detach().reshape(-1, student.shape[2])
     sharp = 1 / student_temp, 1 / teacher_temp
     arguments = student, teacher.detach(), center, tuple(map(tuple, pairs)), *sharp
-    loss = _SOFT(impl, *arguments, inputs={"student": student, "teacher": teacher})
+    problem = ""
+    if sizes[0] > MOST[0] or sizes[1] > MOST[1]:
+        most = f"at most {MOST[0]} views of the student and {MOST[1]} of the teacher"
+        problem = f"impl='triton' is for {most}, got {sizes[0]} and {sizes[1]}"
+    inputs = {"student": student, "teacher": teacher}
+    loss = _SOFT(impl, *arguments, inputs=inputs, problem=problem)
     loss = loss[0] if one else loss
     return loss if weight is None else loss * weight.detach()
 
@@ -286,7 +296,8 @@ def check_soft(
     """Refuse what `soft_cross_entropy` cannot take, of (V, R, K) and (T, R, K)."""
     require_features(student=student, teacher=teacher)
     if student.shape[1:] != teacher.shape[1:] or student.device != teacher.device:
-        got = f"{tuple(student.shape)} on {student.device}, {tuple(teacher.shape)} on {teacher.device}"
+        shapes = tuple(student.shape), tuple(teacher.shape)
+        got = f"{shapes[0]} on {student.device} and {shapes[1]} on {teacher.device}"
         raise ValueError(f"student and teacher must share rows, prototypes and device, got {got}")
     if center is not None:
         require_float(center=center)

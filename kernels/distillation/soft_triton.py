@@ -7,7 +7,7 @@ gradient has a program for each block of a row:
     ds_v = g_v / a (m_v softmax(s_v / a) - sum_t m_vt q_t),  m_v = sum_t m_vt
 
 No atomics.  In the kernels capitals are pointers; r is a row of R, k a prototype of K, v a view of
-V by the student, t one of T by the teacher.  Logits are in units of log 2.
+V by the student, t one of T by the teacher.  Logits are scaled when the largest is taken off.
 """
 
 from typing import Any
@@ -20,100 +20,106 @@ from torch import Tensor
 from ..common.gpu import gpu_of, on_gpu
 from ..common.launch import ROWS, Part, configs, dtype_name, kernel_by_part, launcher, named, random
 from ..common.tuning import Config, Kernel, config_for
-from .soft import pairs_on
+from .soft import MOST, pairs_on
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _student(S, v, k, V, K, s_v, s_k, sharp):
+def _student(S, v, k, V, K, s_v, s_k):
     """(v, k) logits; 0 of views that are not, -inf of prototypes that are not."""
     there = (v < V)[:, None] & (k < K)[None, :]
     at = v.to(tl.int64)[:, None] * s_v + k.to(tl.int64)[None, :] * s_k
-    x = tl.load(S + at, there, 0.0).to(tl.float32) * sharp
+    x = tl.load(S + at, there, 0.0).to(tl.float32)
     return tl.where((k < K)[None, :], x, -float("inf"))
 
 
 @triton.jit
-def _teacher(X, C, t, k, T, K, t_v, t_k, c_v, sharp):
+def _teacher(X, C, t, k, T, K, t_v, t_k, c_v):
     there = (t < T)[:, None] & (k < K)[None, :]
     at = t.to(tl.int64)[:, None] * t_v + k.to(tl.int64)[None, :] * t_k
     x = tl.load(X + at, there, 0.0).to(tl.float32)
     if C is not None:
         x -= tl.load(C + t[:, None] * c_v + k[None, :], there, 0.0).to(tl.float32)
-    return tl.where((k < K)[None, :], x * sharp, -float("inf"))
+    return tl.where((k < K)[None, :], x, -float("inf"))
 
 
 @triton.jit
 def _forward(
-    S, X, C, PAIRS, LOSS, STATS, TOP, SUM, FAR, R, K, V, T, span, sharp_s, sharp_t,
+    S, X, C, PAIRS, LOSS, TOP, SUM, FAR, R, K, V, T, span, sharp_s, sharp_t,
     s_v, s_r, s_k, t_v, t_r, t_k, c_v,
     SPLIT: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """TOP, SUM (parts, V + T, R): the largest logit, and the sum of exps from there; of parts of
+    the prototypes also FAR (parts, V, T, R), sum_k q_tk (s_vk - top_v)."""
     r, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v, t = tl.arange(0, BV), tl.arange(0, BT)
     S += r * s_r
     X += r * t_r
-    top_s, top_t = tl.full([BV], -float("inf"), tl.float32), tl.full([BT], -float("inf"), tl.float32)
+    top_s, top_t = (
+        tl.full([BV], -float("inf"), tl.float32),
+        tl.full([BT], -float("inf"), tl.float32),
+    )
     sum_s, sum_t = tl.zeros([BV], tl.float32), tl.zeros([BT], tl.float32)
-    far = tl.zeros([BV, BT], tl.float32)  # sum_k e_tk (s_vk - top_v)
+    far = tl.zeros([BV, BT], tl.float32)
     for start in range(part * span, tl.minimum((part + 1) * span, K), BLOCK):
         k = start + tl.arange(0, BLOCK)
-        s = _student(S, v, k, V, K, s_v, s_k, sharp_s)
-        x = _teacher(X, C, t, k, T, K, t_v, t_k, c_v, sharp_t)
+        s = _student(S, v, k, V, K, s_v, s_k)
+        x = _teacher(X, C, t, k, T, K, t_v, t_k, c_v)
         high_s, high_t = tl.maximum(top_s, tl.max(s, 1)), tl.maximum(top_t, tl.max(x, 1))
-        fade_s, fade_t = tl.exp2(top_s - high_s), tl.exp2(top_t - high_t)
-        moved = tl.where(sum_s > 0.0, top_s - high_s, 0.0)
         s -= high_s[:, None]
-        e = tl.exp2(x - high_t[:, None])
-        sum_s = sum_s * fade_s + tl.sum(tl.exp2(s), 1)
+        e = tl.exp2((x - high_t[:, None]) * sharp_t)
+        fade_t = tl.exp2((top_t - high_t) * sharp_t)
+        sum_s = sum_s * tl.exp2((top_s - high_s) * sharp_s) + tl.sum(tl.exp2(s * sharp_s), 1)
         s = tl.where((k < K)[None, :], s, 0.0)
-        far = (far + moved[:, None] * sum_t[None, :]) * fade_t[None, :] + tl.sum(s[:, None, :] * e[None, :, :], 2)
+        moved = tl.where(start == part * span, 0.0, top_s - high_s)
+        far = (far + moved[:, None] * sum_t[None, :]) * fade_t[None, :]
+        far += tl.sum(s[:, None, :] * e[None, :, :], 2)
         sum_t = sum_t * fade_t + tl.sum(e, 1)
         top_s, top_t = high_s, high_t
     far = far / sum_t[None, :]
+    rows = part * (V + T) * R + r
+    tl.store(TOP + rows + v * R, top_s, v < V)
+    tl.store(SUM + rows + v * R, sum_s, v < V)
+    tl.store(TOP + rows + (V + t) * R, top_t, t < T)
+    tl.store(SUM + rows + (V + t) * R, sum_t, t < T)
+    both = (v < V)[:, None] & (t < T)[None, :]
     if SPLIT:
-        rows = part * (V + T) * R + r
-        tl.store(TOP + rows + v * R, top_s, v < V)
-        tl.store(SUM + rows + v * R, sum_s, v < V)
-        tl.store(TOP + rows + (V + t) * R, top_t, t < T)
-        tl.store(SUM + rows + (V + t) * R, sum_t, t < T)
         at = (part * V + v[:, None]) * T + t[None, :]
-        tl.store(FAR + at * R + r, far, (v < V)[:, None] & (t < T)[None, :])
+        tl.store(FAR + at * R + r, far, both)
     else:
-        both = (v < V)[:, None] & (t < T)[None, :]
         pairs = tl.load(PAIRS + v[:, None] * T + t[None, :], both, 0.0)
-        loss = tl.sum(pairs, 1) * tl.log2(sum_s) - tl.sum(pairs * far, 1)
+        loss = tl.sum(pairs, 1) * tl.log2(sum_s) - sharp_s * tl.sum(pairs * far, 1)
         tl.store(LOSS + v * R + r, loss * LN2, v < V)
-        tl.store(STATS + v * R + r, top_s + tl.log2(sum_s), v < V)
-        tl.store(STATS + (V + t) * R + r, top_t + tl.log2(sum_t), t < T)
 
 
 @triton.jit
 def _backward(
-    G, S, X, C, PAIRS, STATS, OUT, R, K, V, T, sharp_s, sharp_t, scale, g_v, g_r,
+    G, S, X, C, PAIRS, TOP, SUM, OUT, R, K, V, T, sharp_s, sharp_t, scale, g_v, g_r,
     s_v, s_r, s_k, t_v, t_r, t_k, c_v,
     BV: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OUT (V, R, K).  scale: 1 / student_temp."""
     r, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     v, t = tl.arange(0, BV), tl.arange(0, BT)
-    s = _student(S + r * s_r, v, k, V, K, s_v, s_k, sharp_s)
-    x = _teacher(X + r * t_r, C, t, k, T, K, t_v, t_k, c_v, sharp_t)
+    s = _student(S + r * s_r, v, k, V, K, s_v, s_k)
+    x = _teacher(X + r * t_r, C, t, k, T, K, t_v, t_k, c_v)
     both = (v < V)[:, None] & (t < T)[None, :]
     pairs = tl.load(PAIRS + v[:, None] * T + t[None, :], both, 0.0)
-    p = tl.exp2(s - tl.load(STATS + v * R + r, v < V, 0.0)[:, None])
-    q = tl.exp2(x - tl.load(STATS + (V + t) * R + r, t < T, 0.0)[:, None])
-    mix = tl.sum(pairs[:, :, None] * q[None, :, :], 1)
+    top_s, top_t = tl.load(TOP + v * R + r, v < V, 0.0), tl.load(TOP + (V + t) * R + r, t < T, 0.0)
+    sum_s, sum_t = tl.load(SUM + v * R + r, v < V, 1.0), tl.load(SUM + (V + t) * R + r, t < T, 1.0)
     g = tl.load(G + v * g_v + r * g_r, v < V, 0.0) * scale
-    out = (tl.sum(pairs, 1)[:, None] * p - mix) * g[:, None]
+    p = tl.exp2((s - top_s[:, None]) * sharp_s) * (tl.sum(pairs, 1) / sum_s)[:, None]
+    q = tl.exp2((x - top_t[:, None]) * sharp_t)
+    mix = tl.sum((pairs / sum_t[None, :])[:, :, None] * q[None, :, :], 1)
     at = (v.to(tl.int64)[:, None] * R + r) * K + k[None, :]
+    out = (p - mix) * g[:, None]
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), (v < V)[:, None] & (k < K)[None, :])
 
 
 CORES, WAVES, LEAST = 8, 2, 2  # without a GPU; programs a core, blocks of a part at least
-VIEWS = {"one": (1, 1), "two": (2, 2), "crops": (16, 2)}  # the student's and the teacher's at most
+VIEWS = {"one": (1, 1), "two": (2, 2), "crops": MOST}  # the student's and the teacher's at most
 
 
 def part_of(V: int, T: int) -> str:
@@ -142,28 +148,27 @@ def cross_entropies(
     sharp_t: float,
 ) -> tuple[Tensor, Tensor]:
     (V, R, K), T = student.shape, len(teacher)
-    loss = student.new_empty(V, R, dtype=torch.float32)
-    stats = loss.new_empty(V + T, R)
     span, parts = _split(student, T)
     config = _config(FORWARD, student, T, "-split" if parts > 1 else "")
-    top, sums = (loss.new_empty(parts, V + T, R) if parts > 1 else None for _ in range(2))
-    far = loss.new_empty(parts, V, T, R) if parts > 1 else None
+    top, sums = student.new_empty(2, parts, V + T, R, dtype=torch.float32)
+    loss = top.new_empty(V, R)
+    far = top.new_empty(parts, V, T, R) if parts > 1 else None
     on = pairs_on(student.device, tuple(pairs))
     center, c_v = _by_view(center)
     if R:
         with torch.cuda.device_of(student):
             _forward[(R, parts)](
-                student, teacher, center, on, loss, stats, top, sums, far, R, K, V, T, span,
+                student, teacher, center, on, loss, top, sums, far, R, K, V, T, span,
                 sharp_s * LOG2E, sharp_t * LOG2E, *student.stride(), *teacher.stride(), c_v,
                 SPLIT=parts > 1, **_sides(V, T), **config.arguments,
             )  # fmt: skip
-        if top is not None and sums is not None and far is not None:
-            return _joined(top, sums, far, on.view(V, T))
-    return loss, stats
+    if far is None:
+        return loss, torch.cat([top, sums])
+    return _joined(top, sums, far, on.view(V, T), sharp_s, sharp_t)
 
 
 def _split(student: Tensor, T: int) -> tuple[int, int]:
-    """How many prototypes a program has, and in how many parts a row's are: enough for all cores."""
+    """How many prototypes a program has, in how many parts of a row: as many as fill the device."""
     _, R, K = student.shape
     step = _config(FORWARD, student, T, "-split").blocks["BLOCK"]
     cores = gpu_of(student.device).processors if on_gpu(student.device) else CORES
@@ -177,17 +182,20 @@ def _config(kernel: Kernel, student: Tensor, T: int, ending: str = "") -> Config
     return config_for(kernel, f"{dtype_name(student)}-{part}", student.device)
 
 
-def _joined(top: Tensor, sums: Tensor, far: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exps of parts of the prototypes: see `_forward`."""
+def _joined(
+    top: Tensor, sums: Tensor, far: Tensor, pairs: Tensor, sharp_s: float, sharp_t: float
+) -> tuple[Tensor, Tensor]:
+    """What `_forward` would have given of all prototypes at once."""
     V = len(pairs)
     high = top.amax(0)
     below = top - high
-    share = sums * below.exp2()
+    sharp = torch.cat([below[:, :V] * sharp_s, below[:, V:] * sharp_t], 1)
+    share = sums * sharp.exp()
     whole = share.sum(0)
     near = (far + below[:, :V, None]) * (share / whole)[:, None, V:]
-    lse = whole.log2()
-    loss = pairs.sum(1, keepdim=True) * lse[:V] - (pairs[..., None] * near.sum(0)).sum(1)
-    return loss * LN2.value, high + lse
+    own = (pairs[..., None] * near.sum(0)).sum(1)
+    loss = pairs.sum(1, keepdim=True) * whole[:V].log() - sharp_s * own
+    return loss, torch.stack([high, whole])
 
 
 def gradients(
@@ -207,7 +215,7 @@ def gradients(
     if R:
         with torch.cuda.device_of(student):
             _backward[(R, triton.cdiv(K, config.blocks["BLOCK"]))](
-                grad, student, teacher, center, pairs_on(student.device, tuple(pairs)), stats, out,
+                grad, student, teacher, center, pairs_on(student.device, tuple(pairs)), *stats, out,
                 R, K, V, T, sharp_s * LOG2E, sharp_t * LOG2E, sharp_s, *grad.stride(),
                 *student.stride(), *teacher.stride(), c_v, **_sides(V, T), **config.arguments,
             )  # fmt: skip
@@ -240,7 +248,7 @@ def _try_backward(dtype: str, part: str, config: Config, device: torch.device) -
 # Sizes and strides are taken to be divisible by 16, prototypes adjacent, a center to be there.
 TYPES = named("i32:16", "R K span s_v s_r t_v t_r g_v c_v") | named("i32", "V T g_r")
 TYPES |= named("fp32", "sharp_s sharp_t scale") | named(ROWS, "S X OUT")
-TYPES |= named("*fp32:16", "C PAIRS LOSS STATS TOP SUM FAR G")
+TYPES |= named("*fp32:16", "C PAIRS LOSS TOP SUM FAR G")
 ONE_WAY = {"s_k": 1, "t_k": 1}
 BLOCKS = {
     "one": ([(2048, 4, 2), (4096, 8, 2)], [(2048, 4, 2), (4096, 8, 2)]),
@@ -254,7 +262,7 @@ def _part(name: str, way: int, **given: Any) -> Part:
     return Part({**ONE_WAY, "BV": BV, "BT": BT, **given}, configs("BLOCK", BLOCKS[name][way]))
 
 
-WHOLE = {name: _part(name, 0, SPLIT=False, TOP=None, SUM=None, FAR=None) for name in VIEWS}
+WHOLE = {name: _part(name, 0, SPLIT=False, FAR=None) for name in VIEWS}
 SPLIT = {f"{name}-split": _part(name, 0, SPLIT=True) for name in VIEWS}
 GRADIENTS = {name: _part(name, 1) for name in VIEWS}
 FORWARD = kernel_by_part("soft_forward", _forward, TYPES, WHOLE | SPLIT, _try_forward)
