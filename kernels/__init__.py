@@ -16,6 +16,7 @@ from .correlation import (
     mixed_correlation,
     standardize,
 )
+from .distillation import sinkhorn, soft_cross_entropy
 from .pairwise import (
     PairMask,
     different_group,
@@ -61,6 +62,8 @@ __all__ = [
     "same_group",
     "scaled_cosine_error",
     "scatter_tokens",
+    "sinkhorn",
+    "soft_cross_entropy",
     "standardize",
 ]
 

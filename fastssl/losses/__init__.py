@@ -7,10 +7,14 @@ from .clip import CLIPLoss as ClipLoss  # noqa: F401  open_clip's name of it
 from .dcl import DCLLoss as DCLLoss
 from .dcl import DCLWLoss as DCLWLoss
 from .dense import DenseInfoNCELoss as DenseInfoNCELoss
+from .dino import DINOLoss as DINOLoss
 from .groco import GroCoLoss as GroCoLoss
 from .grouped import GroupedNTXentLoss as GroupedNTXentLoss
 from .hcl import HCLLoss as HCLLoss
+from .ibot import IBOTPatchLoss as IBOTPatchLoss
+from .ibot import IBOTPlusPlusPatchLoss as IBOTPlusPlusPatchLoss
 from .isogclr import ISogCLRLoss as ISogCLRLoss
+from .koleo import KoLeoLoss as KoLeoLoss
 from .latents import ChamferLoss as ChamferLoss
 from .latents import ScaledCosineLoss as ScaledCosineLoss
 from .matryoshka import MatryoshkaLoss as MatryoshkaLoss
@@ -26,6 +30,7 @@ from .siglip import SigLIPLoss as SigLIPLoss
 from .siglip import SigLIPLoss as SigLipLoss  # noqa: F401  open_clip's name of it
 from .ssl_ey import SSLEYLoss as SSLEYLoss
 from .supcon import SupConLoss as SupConLoss
+from .swav import SwaVLoss as SwaVLoss
 from .tico import TiCoLoss as TiCoLoss
 from .vicreg import VICRegLoss as VICRegLoss
 from .vicregl import VICRegLLoss as VICRegLLoss

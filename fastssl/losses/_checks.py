@@ -21,6 +21,13 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless temperature is finite, and 1 / temperature a number to work with."""
+    check_positive(temperature=temperature)
+    if temperature < 1e-8:
+        raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
+
+
 def check_not_negative(**numbers: float) -> None:
     """Raise ValueError, naming the first of them, unless all numbers are >= 0 and finite."""
     for name, value in numbers.items():

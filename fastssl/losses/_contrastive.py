@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl.distributed import Group, rank
 from fastssl.kernels import exclude_self, pairwise_lse
-from fastssl.losses._checks import check_batch, check_positive
+from fastssl.losses._checks import check_batch, check_temperature
 from fastssl.losses._loss import Loss
 from fastssl.losses._sharded import Rule, check_strategy, sharded_lse
 from fastssl.losses._unit import unit
@@ -75,9 +75,7 @@ class ContrastiveLoss(Loss):
         self.strategy = check_strategy(strategy)
 
     def check_temperature(self, temperature: float) -> None:
-        check_positive(temperature=temperature)
-        if temperature < 1e-8:
-            raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
+        check_temperature(temperature)
 
     def two_views(self, z0: Tensor, z1: Tensor, *, least: int = 1, **ids: Tensor) -> TwoViews:
         """Check z0, z1 (B, D) and ids (B,), then lay the views of an image side by side."""

@@ -341,6 +341,23 @@ def _scaled_cosine(dtype, B, L, D):
     return Trial(lambda p, t: call(p, t, ids), eager, [rows(dtype, B, L, D) for _ in range(2)])
 
 
+def _soft(dtype, V, R, K):
+    T = min(V, 2)
+    pairs = [[float(v != t or V == 1) for t in range(T)] for v in range(V)]
+    teacher, center = rows(torch.float32, T, R, K), 0.1 * rows(torch.float32, K)
+
+    def eager(student):
+        q = ((teacher - center) / 0.04).softmax(-1).to(student.dtype)
+        log_p = (student / 0.1).log_softmax(-1)
+        weights = student.new_tensor(pairs, dtype=_wide(student).dtype)[..., None]
+        each = torch.stack([-(q * log_p[v]).sum(-1) for v in range(V)]).to(weights.dtype)
+        return (weights * each).sum(1)
+
+    call = partial(kernels.soft_cross_entropy, impl=impl("soft_cross_entropy"))
+    ours = lambda s: call(s, teacher, center=center, pairs=pairs)  # noqa: E731
+    return Trial(ours, eager, [rows(dtype, V, R, K)])
+
+
 def _chamfer(dtype, G, N, M):
     def eager(x, y):
         far = (_wide(x)[:, :, None] - _wide(y)[:, None]).square().sum(-1)
@@ -482,6 +499,13 @@ SUBJECTS = [
         ((64, 196, 768), (7, 11, 1031)),
         (3, 9, 5),
         "scaled_cosine_error",
+    ),
+    Subject(
+        "soft_cross_entropy",
+        _soft,
+        ((10, 64, 8192), (1, 1031, 4099), (2, 3, 65536)),
+        (3, 2, 37),
+        "soft_cross_entropy",
     ),
     Subject("chamfer", _chamfer, ((512, 32, 32), (8, 1031, 700)), (3, 9, 5), "chamfer"),
     Subject("ntxent", _ntxent, ((2048, 128), (1000, 2048)), (9, 5)),

@@ -37,6 +37,8 @@ FORCED = {
     "bias_unpick": {"BLOCK_I": 4, "BLOCK_J": 4},
     "scaled_cosine_forward": {"BLOCK_R": 4, "BLOCK_D": 8},
     "scaled_cosine_backward": {"BLOCK_R": 4, "BLOCK_D": 8},
+    "soft_forward": {"BLOCK": 8},
+    "soft_backward": {"BLOCK": 8},
     "chamfer_nearest": {"BLOCK_N": 8, "BLOCK_M": 4},
     "chamfer_pull": {"BLOCK_N": 8, "BLOCK_M": 4},
 }

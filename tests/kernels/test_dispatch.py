@@ -24,6 +24,7 @@ PRIMITIVES = {
     "restore_tokens",
     "scaled_cosine_error",
     "scatter_tokens",
+    "soft_cross_entropy",
     "standardize",
 }
 

@@ -20,6 +20,7 @@ from fastssl.kernels import (
     restore_tokens,
     scaled_cosine_error,
     scatter_tokens,
+    soft_cross_entropy,
     standardize,
 )
 
@@ -64,6 +65,7 @@ CASES = [
     (lambda x, i: gather_bias(x(2, 5, 5), ids(0, 3), impl=i), (0, 2, 3, 3)),
     (lambda x, i: scaled_cosine_error(*x(2, 2, 4, 3), ids(2, 0), impl=i), (2, 0)),
     (lambda x, i: scaled_cosine_error(*x(2, 0, 3), impl=i), (0,)),
+    (lambda x, i: soft_cross_entropy(x(0, 3), ORDER[:0, :3].float(), impl=i), (0,)),
     (lambda x, i: chamfer(x(0, 4, 3), x(0, 5, 3), impl=i), (0,)),
     (
         lambda x, i: gather_patches(x(2, 0, 4, 4), ids(2, 1), 2, impl=i),

@@ -1,6 +1,7 @@
 """One line is changed, the import: what the libraries' users write, read and save."""
 
 import inspect
+import operator
 
 import lightly.loss
 import open_clip.loss
@@ -21,6 +22,11 @@ OF_LIGHTLY = {
     "DCLLoss": (0.2, None, False),
     "DCLWLoss": (0.2, 0.4, False),
     "MMCRLoss": (4e-3,),
+    "DINOLoss": (8, 0.03, 0.05, 4, 0.2, 0.8, "mean"),
+    "IBOTPatchLoss": (8, 0.05, 0.2, "mean", 0.8),
+    "IBOTPlusPlusPatchLoss": (8, 0.05, 0.2, "mean", 0.8),
+    "KoLeoLoss": (2, 1e-7),
+    "SwaVLoss": (0.2, 2, 0.1, False),
     "VICRegLLoss": (24.0, 26.0, 2.0, 0.6, False, 1e-3, (3, 2)),
 }
 OF_OPEN_CLIP = {
@@ -51,6 +57,16 @@ def inputs(name, rival=None):
         **dict.fromkeys(("out1", "z_b"), b),
         "online": a.unflatten(0, (6, 2)),
         "momentum": b.unflatten(0, (6, 2)),
+        "teacher_out": [a, b],
+        "student_out": [b, a, a + b],
+        "teacher_temp": 0.03,
+        "epoch": 2,
+        "high_resolution_outputs": [a, b],
+        "low_resolution_outputs": [a + b],
+        "queue_outputs": [b, a],
+        "x": a,
+        "mask": torch.arange(16).view(2, 2, 4) % 4 > 0,
+        "visible_loss_weight": 0.5,
         "image_features": F.normalize(a),
         "text_features": F.normalize(b),
         "logit_scale": torch.tensor(5.0),
@@ -64,6 +80,13 @@ def inputs(name, rival=None):
         "embeddings": a,
         "labels": torch.arange(12) % 5,
     }
+    if name == "IBOTPatchLoss":
+        known |= {"teacher_out": a, "student_out": b}
+    if name == "IBOTPlusPlusPatchLoss":
+        known |= {
+            "teacher_out": a[:, None].expand(12, 8, 8)[:2],
+            "student_out": b[:16, None].expand(12, 8, 8)[:2],
+        }
     rival = rival or RIVALS[name]
     asked = inspect.signature(getattr(rival, name).forward).parameters
     left = {argument for argument in asked if argument not in ("self", *known)}
@@ -115,6 +138,7 @@ def test_arguments_by_name_are_the_rivals(name):
     ours, theirs = (getattr(m, name) for m in (losses, RIVALS[name]))
     asked = inspect.signature(theirs).parameters
     made = {argument: about.default for argument, about in asked.items()}
+    made |= {"output_dim": 8} if "output_dim" in asked else {}
     given = inputs(name)
     want = theirs(**made)(**given).squeeze()
     torch.testing.assert_close(ours(**made)(**given), want, rtol=1e-4, atol=1e-5)
@@ -149,7 +173,8 @@ def test_what_a_rivals_instance_has_is_there_or_is_told(name):
     for attribute in attributes(theirs) | {*theirs._modules}:
         want = getattr(theirs, attribute)
         if hasattr(ours, attribute) and not isinstance(want, nn.Module) and not callable(want):
-            assert getattr(ours, attribute) == want, attribute
+            same = torch.equal if isinstance(want, torch.Tensor) else operator.eq
+            assert same(getattr(ours, attribute), want), attribute
         else:
             assert hasattr(ours, attribute) or attribute in differs, attribute
 
