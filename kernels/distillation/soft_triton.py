@@ -239,10 +239,10 @@ def _try_forward(dtype: str, part: str, config: Config, device: torch.device) ->
 
 
 def _try_backward(dtype: str, part: str, config: Config, device: torch.device) -> Any:
-    *sides, pairs, sharp_s, sharp_t = _trial(dtype, part, device)
-    loss, stats = cross_entropies(*sides, pairs, sharp_s, sharp_t)
-    rest = stats, pairs, sharp_s, sharp_t
-    return launcher(BACKWARD.name, config, gradients, torch.ones_like(loss), *sides, *rest)
+    student, teacher, center, *rest = _trial(dtype, part, device)
+    loss, stats = cross_entropies(student, teacher, center, *rest)
+    arguments = torch.ones_like(loss), student, teacher, center, stats, *rest
+    return launcher(BACKWARD.name, config, gradients, *arguments)
 
 
 # Sizes and strides are taken to be divisible by 16, prototypes adjacent, a center to be there.

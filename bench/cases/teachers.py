@@ -1,0 +1,164 @@
+"""The losses of a student with a teacher, beside the formula as written and lightly's.
+
+V views by the student and two by the teacher of B images, K prototypes; D features.  Exponentials
+and what else happens elementwise is counted: a flop each.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.bench.cases.rivals import beside, by_implementation, library, nbytes
+from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
+from fastssl.kernels import soft_cross_entropy
+from fastssl.kernels.distillation.sinkhorn import sinkhorn_reference
+from fastssl.losses import DINOLoss, KoLeoLoss, SwaVLoss
+from fastssl.losses.dino import dino_reference
+from fastssl.losses.koleo import koleo_reference
+
+_STUDENT, _TEACHER = 0.1, 0.04
+_EPSILON = 0.05
+
+
+def _logits(n: int, shape: Shape, dtype: torch.dtype, device: torch.device, *, learn: bool) -> list:
+    """Views (B, K) of the same images: alike, as after some training."""
+    same = torch.randn(shape["B"], shape["K"], device=device)
+    views = (same + 0.5 * torch.randn_like(same) for _ in range(n))
+    return [(0.1 * view).to(dtype).requires_grad_(learn) for view in views]
+
+
+_VIEWS = shapes_of(
+    "V B K",
+    quick=[(4, 16, 4096)],
+    cpu=[(8, 64, 65536), (2, 256, 8192)],
+    cuda=[(10, 64, 65536), (10, 64, 131072), (2, 1024, 65536)],
+)
+
+
+@case(
+    "dino",
+    test="tests/losses/test_teachers.py",
+    shapes=_VIEWS,
+    sweeps={
+        "quick": [Sweep("K", (256, 1024, 4096), {"V": 4, "B": 16})],
+        "cpu": [Sweep("K", (1024, 4096, 16384, 65536), {"V": 8, "B": 64})],
+        "cuda": [Sweep("K", (4096, 16384, 65536, 262144), {"V": 10, "B": 64})],
+    },
+    gate_shape={"B": 16, "K": 4096},
+)
+def dino(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """DINO: each view predicts the teacher's distribution of two others.
+
+    A logit takes 4 flops each way on the student's side (scale, exponential, sum, product), and 4
+    on the teacher's.
+    """
+    V, K = shape["V"], shape["K"]
+    teacher = _logits(2, shape, dtype, device, learn=False)
+    student = _logits(V, shape, dtype, device, learn=True)
+    ours = DINOLoss(K, center_momentum=1.0).to(device)  # the center stays, and is worked out
+    zero = torch.zeros((), dtype=dtype, device=device)
+
+    def reference(*views: Tensor) -> Tensor:
+        return dino_reference(torch.stack(views[:2]), torch.stack(views[2:]), zero, 0.04, 0.1)
+
+    rivals = beside(lambda *views: ours(views[:2], views[2:]), reference)
+    rivals["lightly"] = library("lightly.loss", lambda m: _dino_lightly(m, zero.new_zeros(K)))
+    each = float(shape["B"] * K)
+    read = nbytes(*teacher, *student)
+    return Problem(
+        inputs=(*teacher, *student),
+        rivals=rivals,
+        flops={"fwd": 4 * (V + 2) * each, "bwd": 4 * V * each},
+        bytes_moved={"fwd": read + 4, "bwd": read + nbytes(*student)},
+        items=(shape["B"], "images"),
+    )
+
+
+def _dino_lightly(losses, like: Tensor):
+    loss = losses.DINOLoss(len(like), center_momentum=1.0).to(like)  # its products want one dtype
+    return lambda *views: loss(list(views[:2]), list(views[2:]))
+
+
+@case(
+    "soft-cross-entropy",
+    test="tests/kernels/test_soft.py",
+    shapes=shapes_of("B K", quick=[(64, 4096)], cpu=[(256, 65536)], cuda=[(1024, 65536)]),
+    gate_shape={"B": 16, "K": 4096},
+)
+def soft(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Rows of patches, each with its own target: as `dino`, of one view."""
+    (teacher,) = _logits(1, shape, dtype, device, learn=False)
+    (student,) = _logits(1, shape, dtype, device, learn=True)
+    each, read = float(shape["B"] * shape["K"]), nbytes(student, teacher)
+    return Problem(
+        inputs=(student, teacher),
+        rivals=by_implementation(soft_cross_entropy, device),
+        flops={"fwd": 8 * each, "bwd": 4 * each},
+        bytes_moved={"fwd": read + 4 * shape["B"], "bwd": read + nbytes(student)},
+        items=(shape["B"], "patches"),
+    )
+
+
+@case(
+    "swav",
+    test="tests/losses/test_teachers.py",
+    shapes=shapes_of(
+        "V B K", quick=[(4, 64, 512)], cpu=[(8, 256, 3000), (2, 1024, 16384)], cuda=[(8, 512, 3000)]
+    ),
+    dtypes=("float32", "bfloat16"),  # exp(score / 0.05) is no float16, in any rival
+    gate_shape={"B": 64, "K": 512},
+)
+def swav(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """SwAV: each crop predicts the Sinkhorn assignments of two others, three iterations.
+
+    Scores are those of unit rows.  Beside `dino`'s flops, 4 a score and iteration.
+    """
+    V = shape["V"]
+    views = _logits(V, shape, torch.float32, device, learn=False)
+    crops = [(x / x.abs().max()).to(dtype).requires_grad_() for x in views]
+    ours = SwaVLoss(_STUDENT, 3, _EPSILON)
+
+    def reference(*crops: Tensor) -> Tensor:
+        log_p = [F.log_softmax(x / _STUDENT, 1) for x in crops]
+        q = [sinkhorn_reference(x.detach(), _EPSILON) for x in crops[:2]]
+        pairs = [(t, v) for t in range(2) for v in range(V) if v != t]
+        return torch.stack([-(q[t] * log_p[v]).sum(1).mean() for t, v in pairs]).mean()
+
+    rivals = beside(lambda *crops: ours(crops[:2], crops[2:]), reference)
+    rivals["lightly"] = library("lightly.loss", _swav_lightly)
+    each = float(shape["B"] * shape["K"])
+    return Problem(
+        inputs=tuple(crops),
+        rivals=rivals,
+        flops={"fwd": (4 * V + 2 * 12) * each, "bwd": 4 * V * each},
+        bytes_moved={"fwd": nbytes(*crops) + 4, "bwd": 2 * nbytes(*crops)},
+        items=(shape["B"], "images"),
+    )
+
+
+def _swav_lightly(losses):
+    loss = losses.SwaVLoss(_STUDENT, 3, _EPSILON)
+    return lambda *crops: loss(list(crops[:2]), list(crops[2:])).squeeze()
+
+
+@case(
+    "koleo",
+    test="tests/losses/test_teachers.py",
+    shapes=shapes_of("B D", quick=[(256, 256)], cpu=[(8192, 384)], cuda=[(8192, 1024)]),
+    gate_shape={"B": 333},
+    gpu_gate_shape={"B": 3000},
+)
+def koleo(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """KoLeo: each embedding away from its nearest neighbor; B x B cosines, 2 B^2 D flops."""
+    x = torch.randn(shape["B"], shape["D"], device=device).to(dtype).requires_grad_()
+    rivals = beside(KoLeoLoss(), lambda x: koleo_reference(x, 2, 1e-8))
+    rivals["lightly"] = library("lightly.loss", lambda m: m.KoLeoLoss())
+    return Problem(
+        inputs=(x,),
+        rivals=rivals,
+        flops={"fwd": 2.0 * shape["B"] ** 2 * shape["D"], "bwd": 6.0 * x.numel()},
+        bytes_moved={"fwd": nbytes(x) + 4, "bwd": 2 * nbytes(x)},
+        items=(shape["B"], "images"),
+    )
