@@ -53,7 +53,7 @@ class KoLeoLoss(Loss):
         u = wide / norm.clamp_min(self.eps)
         near = pairwise_topk(u, u, 1, mask=exclude_self)[1].squeeze(1)
         du, value = torch.zeros_like(u), u.new_zeros(())
-        for i in row_spans(u, 2 * u.shape[1]):
+        for i in row_spans(u, 4 * u.shape[1]):
             apart = u[i] - u[near[i]] + self.eps
             far = torch.linalg.vector_norm(apart, self.p, dim=1, keepdim=True)
             value -= (far + self.eps).log().sum()
@@ -65,7 +65,7 @@ class KoLeoLoss(Loss):
             du.index_add_(0, near[i], apart, alpha=-1)
         value /= len(u)
         if need[0]:
-            along = (u * du).sum(1, keepdim=True).masked_fill_(norm <= self.eps, 0)
+            along = torch.linalg.vecdot(u, du).unsqueeze(1).masked_fill_(norm <= self.eps, 0)
             du.addcmul_(u, along, value=-1).div_(norm.clamp_min_(self.eps))
         return value, [du]
 
