@@ -4,6 +4,7 @@ from .barlow_twins import BarlowTwinsLoss as BarlowTwinsLoss
 from .barlow_twins import MixedBarlowTwinsLoss as MixedBarlowTwinsLoss
 from .clip import CLIPLoss as CLIPLoss
 from .clip import CLIPLoss as ClipLoss  # noqa: F401  open_clip's name of it
+from .cosine import NegativeCosineSimilarity as NegativeCosineSimilarity
 from .dcl import DCLLoss as DCLLoss
 from .dcl import DCLWLoss as DCLWLoss
 from .dense import DenseInfoNCELoss as DenseInfoNCELoss
@@ -22,6 +23,9 @@ from .mmcr import MMCRLoss as MMCRLoss
 from .mochi import MoCHiLoss as MoCHiLoss
 from .moco import MoCoLoss as MoCoLoss
 from .moco import MoCoV3Loss as MoCoV3Loss
+from .msn import MSNLoss as MSNLoss
+from .msn import PMSNCustomLoss as PMSNCustomLoss
+from .msn import PMSNLoss as PMSNLoss
 from .nnclr import NNCLRLoss as NNCLRLoss
 from .ntxent import NTXentLoss as NTXentLoss
 from .reconstruction import MAELoss as MAELoss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.kernels import exclude_self, pairwise_topk
@@ -43,7 +44,8 @@ class KoLeoLoss(Loss):
         if len(x) < 2:
             raise ValueError(f"x must have at least 2 rows, got {tuple(x.shape)}")
         if torch.compiler.is_compiling():
-            return koleo_reference(x, self.p, self.eps)
+            u = _unit(x, self.eps)
+            return _spread(u, _nearest(u.detach()), self.p, self.eps)
         return ahead(self._made, x)
 
     def _made(self, tensors: Sequence[Tensor], need: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
@@ -51,7 +53,7 @@ class KoLeoLoss(Loss):
         wide = x.to(accumulator(x.dtype))
         norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
         u = wide / norm.clamp_min(self.eps)
-        near = pairwise_topk(u, u, 1, mask=exclude_self)[1].squeeze(1)
+        near = _nearest(u)
         du, value = torch.zeros_like(u), u.new_zeros(())
         for i in row_spans(u, 4 * u.shape[1]):
             apart = u[i] - u[near[i]] + self.eps
@@ -70,8 +72,19 @@ class KoLeoLoss(Loss):
         return value, [du]
 
 
+def _nearest(u: Tensor) -> Tensor:
+    return pairwise_topk(u, u, 1, mask=exclude_self)[1].squeeze(1)
+
+
+def _unit(x: Tensor, eps: float) -> Tensor:
+    return F.normalize(x.to(accumulator(x.dtype)), dim=-1, eps=eps)
+
+
+def _spread(u: Tensor, near: Tensor, p: float, eps: float) -> Tensor:
+    return -(F.pairwise_distance(u, u[near], p, eps) + eps).log().mean()
+
+
 def koleo_reference(x: Tensor, p: float, eps: float) -> Tensor:
     """The formula, with the B x B cosines."""
-    u = torch.nn.functional.normalize(x.to(accumulator(x.dtype)), dim=-1, eps=eps)
-    cos = (u @ u.T).detach().fill_diagonal_(-2)
-    return -(torch.nn.functional.pairwise_distance(u, u[cos.argmax(1)], p, eps) + eps).log().mean()
+    u = _unit(x, eps)
+    return _spread(u, (u @ u.T).detach().fill_diagonal_(-2).argmax(1), p, eps)

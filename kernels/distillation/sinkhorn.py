@@ -37,7 +37,12 @@ def sinkhorn_reference(scores: Tensor, temp: float, iterations: int = 3) -> Tens
 
 
 def sinkhorn(
-    scores: Tensor, temp: float, *, iterations: int = 3, process_group: Group = LOCAL
+    scores: Tensor,
+    temp: float,
+    *,
+    iterations: int = 3,
+    process_group: Group = LOCAL,
+    normalized: bool = False,
 ) -> Tensor:
     """The center c (K,) with which softmax((scores - c) / temp) uses all prototypes alike.
 
@@ -64,8 +69,11 @@ def sinkhorn(
         raise ValueError(f"iterations must be >= 1, got {iterations!r}")
     scores, acc = scores.detach(), accumulator(scores.dtype)
     with full_precision(scores.device):
-        f = _column_lse(scores, 1 / temp, acc, process_group)
-        for _ in range(iterations - 1):
+        if normalized:
+            f = scores.new_zeros(scores.shape[1], dtype=acc)
+        else:
+            f = _column_lse(scores, 1 / temp, acc, process_group)
+        for _ in range(iterations if normalized else iterations - 1):
             used = torch.zeros_like(f)
             for i in row_spans(scores, 2 * scores.shape[1]):
                 used += (scores[i].to(acc, copy=True).mul_(1 / temp) - f).softmax(1).sum(0)

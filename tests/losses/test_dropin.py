@@ -27,6 +27,10 @@ OF_LIGHTLY = {
     "IBOTPlusPlusPatchLoss": (8, 0.05, 0.2, "mean", 0.8),
     "KoLeoLoss": (2, 1e-7),
     "SwaVLoss": (0.2, 2, 0.1, False),
+    "MSNLoss": (0.3, 2, 0.7, False),
+    "PMSNLoss": (0.3, 0, 0.7, 0.5, False),
+    "PMSNCustomLoss": (lambda mean: torch.full_like(mean, 1 / len(mean)), 0.3, 2, 0.7, False),
+    "NegativeCosineSimilarity": (1, 1e-7),
     "VICRegLLoss": (24.0, 26.0, 2.0, 0.6, False, 1e-3, (3, 2)),
 }
 OF_OPEN_CLIP = {
@@ -67,6 +71,11 @@ def inputs(name, rival=None):
         "x": a,
         "mask": torch.arange(16).view(2, 2, 4) % 4 > 0,
         "visible_loss_weight": 0.5,
+        "anchors": torch.cat([a, b]),
+        "targets": a + b,
+        "prototypes": torch.cat([a, b])[3:10],
+        "target_sharpen_temperature": 0.4,
+        **dict(zip(("x0", "x1"), (a, b), strict=True)),
         "image_features": F.normalize(a),
         "text_features": F.normalize(b),
         "logit_scale": torch.tensor(5.0),
@@ -138,6 +147,7 @@ def test_arguments_by_name_are_the_rivals(name):
     ours, theirs = (getattr(m, name) for m in (losses, RIVALS[name]))
     asked = inspect.signature(theirs).parameters
     made = {argument: about.default for argument, about in asked.items()}
+    made |= {"target_distribution": OF_LIGHTLY[name][0]} if "target_distribution" in asked else {}
     made |= {"output_dim": 8} if "output_dim" in asked else {}
     given = inputs(name)
     want = theirs(**made)(**given).squeeze()

@@ -25,6 +25,8 @@ BAD = {  # what each argument must refuse beside infinities and NaN
     "p": [0, -1],
     "sinkhorn_epsilon": [0, -1],
     "center_momentum": [-0.1, 1.1],
+    "regularization_weight": [],
+    "power_law_exponent": [],
     **{name: [0, -1] for name in ("student_temp", "teacher_temp", "warmup_teacher_temp")},
     **{name: [0, 1.5] for name in ("output_dim", "sinkhorn_iterations")},
     "warmup_teacher_temp_epochs": [-1, 1.5],
@@ -34,6 +36,7 @@ BAD = {  # what each argument must refuse beside infinities and NaN
     **{name: [-1, 2.5] for name in ("s", "s_prime")},
 }
 NEEDED = {"ISogCLRLoss": {"size": 8}, "MoCHiLoss": {"dim": 4, "size": 8, "top_n": 2}}
+NEEDED |= {"PMSNCustomLoss": {"target_distribution": abs}}
 NEEDED |= {"MoCoLoss": {"dim": 4}, "MAELoss": {"patch": 2}, "NNCLRLoss": {"size": 8}}
 OTHERS = {"MatryoshkaLoss"}  # sequences: see its own tests
 KINDS = {"negatives": "GroCoLoss"}  # elsewhere a word
@@ -56,6 +59,8 @@ def test_refuses_a_number_by_its_name(name, argument):  # fault 35
     kind, needed = getattr(losses, name), NEEDED.get(name, {})
     kind(**needed)
     own = [b for b in BAD[argument] if not (argument == "gamma" and name != "ScaledCosineLoss")]
+    if argument == "sinkhorn_iterations" and name != "SwaVLoss":
+        own = [-1, 1.5]  # MSN's without any take targets as they are
     for bad in [*own, INF, -INF, NAN, "a word"]:
         with pytest.raises(ValueError, match=f"(?s){argument}.* must .*got .*{bad}"):
             kind(**(needed | {argument: bad}))

@@ -11,6 +11,7 @@ from fastssl.losses import (
     IBOTPatchLoss,
     IBOTPlusPlusPatchLoss,
     KoLeoLoss,
+    MSNLoss,
     SwaVLoss,
 )
 from fastssl.losses.dino import dino_reference
@@ -119,6 +120,30 @@ def test_koleo_of_duplicates_is_finite():
     assert loss.item() == pytest.approx(17.6, abs=0.4) and x.grad.isfinite().all()
 
 
+COMPILED = {  # a loss, and its arguments of three views that learn
+    "DINO": (DINOLoss(K), lambda s: (views(2, seed=1), s)),
+    "iBOT": (IBOTPatchLoss(K), lambda s: (views(1, seed=1)[0], s[0], torch.ones(2, 3) > 0)),
+    "SwAV": (SwaVLoss(), lambda s: (s[:2], s[2:])),
+    "MSN": (MSNLoss(), lambda s: (s[0], s[1], s[2])),
+    "KoLeo": (KoLeoLoss(), lambda s: (s[0],)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_whole(name):
+    loss, arguments = COMPILED[name]
+    student = [x.requires_grad_() for x in views(3)]
+    compiled = torch.compile(loss.eval(), fullgraph=True, backend="aot_eager")
+    got, want = (
+        torch.autograd.grad(f(*arguments(student)), student, allow_unused=True)
+        for f in (compiled, loss)
+    )
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        if g is not None:
+            torch.testing.assert_close(g, w)
+
+
 def each_rank(rank, world):
     """Ranks with 4 and 2 images: the center is that of all 6, the mean value that of all."""
     teacher, student = views(2, seed=1), views(3)
@@ -135,12 +160,26 @@ def each_rank(rank, world):
     crops = [x[:3] if rank == 0 else x[3:] for x in student]
     values = [torch.zeros(()) for _ in range(world)]
     torch.distributed.all_gather(values, joined(crops[:2], crops[2:]))
-    return torch.stack(values).mean(), alone(student[:2], student[2:])
+    pairs = [(torch.stack(values).mean(), alone(student[:2], student[2:]))]
+    own = slice(0, 3) if rank == 0 else slice(3, 6)
+    for kind, anchors in (("joined", student[0][own]), ("alone", student[0])):
+        joint, targets = kind == "joined", student[1][own] if kind == "joined" else student[1]
+        c = teacher[0].clone().requires_grad_()
+        value = MSNLoss(gather_distributed=joint)(anchors, targets, c)
+        (g,) = torch.autograd.grad(value, c)
+        if joint:
+            both = torch.cat([value.detach()[None], g.flatten()])
+            torch.distributed.all_reduce(both)
+            got = both / world
+        else:
+            pairs.append((got, torch.cat([value.detach()[None], g.flatten()])))
+    return pairs
 
 
 def test_ranks_join():
-    for got, want in run_ranks(each_rank, 2):
-        torch.testing.assert_close(got, want)
+    for pairs in run_ranks(each_rank, 2):
+        for got, want in pairs:
+            torch.testing.assert_close(got, want)
 
 
 V, M = torch.zeros(2, K), torch.ones(1, 2, dtype=torch.bool)
@@ -165,6 +204,9 @@ V, M = torch.zeros(2, K), torch.ones(1, 2, dtype=torch.bool)
         (lambda: IBOTPlusPlusPatchLoss(K)(V[None], V[None], M[:, :1]), "an entry for each patch"),
         (lambda: SwaVLoss()([V], []), "must have another crop, got 1 of 1"),
         (lambda: SwaVLoss()([V, V], [], [V]), "queue_outputs must be 2 tensors, got 1"),
+        (lambda: MSNLoss()(V[:1], V, V), "anchors must be as many as targets, or .*, got 1 for 2"),
+        (lambda: MSNLoss()(V, V, V[:, :3]), r"prototypes must be of 21 features, .* got \(2, 3\)"),
+        (lambda: MSNLoss()(V, V, V, 0.0), "target_sharpen_temperature must be > 0"),
         (lambda: KoLeoLoss()(V[:1]), r"at least 2 rows, got \(1, 21\)"),
     ],
 )

@@ -67,6 +67,12 @@ TESTS = {
         "tests/kernels/test_scaled_cosine.py",
         "triton and not compiles",
     ),
+    "kernels/distillation/soft": (
+        "tests/kernels/test_soft.py tests/losses/test_teachers.py",
+        "not compiles",
+    ),
+    "kernels/distillation/soft_triton": ("tests/kernels/test_soft.py", "triton and not compiles"),
+    "kernels/distillation/sinkhorn": ("tests/kernels/test_soft.py", "sinkhorn"),
     "kernels/regression/chamfer_triton": (
         "tests/kernels/test_chamfer.py",
         "triton and not compiles",
@@ -531,6 +537,48 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("total = after", "total = g"),
         ("(tl.program_id(0).to(tl.int64) * H + h) * L", "h * L"),
         ("% blocks * BLOCK_I", "// blocks * BLOCK_I"),
+    ],
+    "kernels/distillation/soft._mixture": [
+        ("chosen[0][1] == 1", "True"),
+        ("alpha=m", "alpha=1"),
+    ],
+    "kernels/distillation/soft._distributions": [("center[t % len(center)]", "center[0]")],
+    "kernels/distillation/soft._value": [("alpha=mass", "alpha=1")],
+    "kernels/distillation/soft._slope": [("p.mul_(mass)", "p")],
+    "kernels/distillation/soft.soft_cross_entropy": [
+        ("loss * weight.detach()", "loss"),
+        ("sizes[0] > MOST[0] or ", ""),
+    ],
+    "kernels/distillation/soft.soft_cross_entropy_ahead": [
+        ("@ of_row[i]", ".sum()"),
+        ("of_row[i] * sharp_s", "of_row[i]"),
+    ],
+    "kernels/distillation/soft_triton._forward": [
+        ("* fade_t + tl.sum(e, 1)", "+ tl.sum(e, 1)"),
+        ("far + moved[:, None] * sum_t[None, :]", "far"),
+        ("start == part * span, 0.0", "start == 0, 0.0"),
+        ("sum_s * tl.exp2((top_s - high_s) * sharp_s)", "sum_s"),
+        ("- sharp_s * tl.sum(pairs * far, 1)", "- tl.sum(pairs * far, 1)"),
+        ("tl.where((k < K)[None, :], s, 0.0)", "s"),
+    ],
+    "kernels/distillation/soft_triton._teacher": [("t[:, None] * c_v", "0 * t[:, None]")],
+    "kernels/distillation/soft_triton._backward": [
+        ("tl.sum(pairs, 1) / sum_s", "1.0 / sum_s"),
+        ("r * g_r", "r"),
+        ("(s - top_s[:, None])", "s"),
+    ],
+    "kernels/distillation/soft_triton._joined": [
+        ("(far + below[:, :V, None])", "far"),
+        ("below[:, V:] * sharp_t", "below[:, V:] * sharp_s"),
+        ("(share / whole)", "share"),
+    ],
+    "kernels/distillation/sinkhorn.sinkhorn": [
+        ("range(iterations - 1)", "range(iterations)"),
+        ("all_reduce_sum(used, process_group)", "used"),
+    ],
+    "kernels/distillation/sinkhorn._column_lse": [
+        ("parts = all_gather_nograd(parts, group, check=False)", "pass"),
+        ("x.sub_(top).exp_()", "x.exp_()"),
     ],
     "kernels/regression/cosine_triton._power": [
         ("gamma == 1.0, 1.0, 0.0", "gamma == 1.0, 0.0, 0.0"),
