@@ -41,6 +41,7 @@ VIEWS = {  # V, T, R, K: none is a block's multiple
     "two": (2, 2, 3, 21),
     "crops": (5, 2, 3, 19),
     "few rows": (2, 1, 1, 300),
+    "many rows": (2, 2, 17, 19),  # none of which is split
 }
 
 
