@@ -16,6 +16,7 @@ from fastssl.engine import launch
 from fastssl.engine.engine import Engine
 from fastssl.run import build
 from tests.ranks import run_ranks
+from tests.runs import weights_of
 
 spec = spec_from_file_location("make_scale", Path(__file__).parents[1] / "docs/make_scale.py")
 assert spec and spec.loader
@@ -90,14 +91,14 @@ def steps(cfg: RunConfig, device: torch.device) -> tuple[list[str], list[float],
     loader = build.build_loader(cfg, split.train, device)
     how: dict[str, Any] = {"device": device, "batch_size": cfg.batch_size, "deferred": deferred}
     engine = Engine(method, cfg.optim, cfg.engine, **how)
-    before, losses, total = engine.encoder_state(), [], loader.steps_per_epoch
+    before, losses, total = weights_of(engine), [], loader.steps_per_epoch
     assert total == 2
     for step, batch in enumerate(loader.stream(0, total)):
         assert batch.pop("bad") == []
         lr = cfg.optim.lr * cfg.optim.schedule.factor(step, total)
         done = engine.step(batch, lr, progress=(step + 1) / total, epoch=step / total)
         losses.append(done.metrics["loss"].item() if done.applied else math.nan)
-    after = engine.encoder_state()
+    after = weights_of(engine)
     return notes, losses, {key for key in after if torch.equal(after[key], before[key])}
 
 
