@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from fastssl.losses._checks import check_not_negative
@@ -30,4 +30,4 @@ class NegativeCosineSimilarity(Loss):
         self.dim, self.eps = dim, eps
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
-        return -F.cosine_similarity(x0, x1, self.dim, self.eps).mean()
+        return -torch.cosine_similarity(x0, x1, self.dim, self.eps).mean()

@@ -573,7 +573,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("(share / whole)", "share"),
     ],
     "kernels/distillation/sinkhorn.sinkhorn": [
-        ("range(iterations - 1)", "range(iterations)"),
+        ("else iterations - 1", "else iterations"),
         ("all_reduce_sum(used, process_group)", "used"),
     ],
     "kernels/distillation/sinkhorn._column_lse": [
