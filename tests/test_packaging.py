@@ -1,6 +1,7 @@
 """What is installed from the built wheel works with torch alone, away from the source tree."""
 
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -69,7 +70,10 @@ def torch_and_its_needs(tmp_path_factory):
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(out), str(ROOT)], check=True, cwd=out)
+    # A copy is built: two processes of tests would write into one build/ of the tree.
+    left = shutil.ignore_patterns(".*", "build", "runs", "dist", "*.egg-info", "__pycache__")
+    source = shutil.copytree(ROOT, out / "source", ignore=left)
+    subprocess.run([*build, "--wheel-dir", str(out), str(source)], check=True, cwd=out)
     (found,) = out.glob("fastssl_torch-*.whl")
     return found
 
