@@ -16,6 +16,7 @@ from fastssl.config import RunConfig, from_mapping
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+_SCORES = {"prototypes": 24, "hidden_dim": 32, "bottleneck_dim": 16, "layers": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"name": "simclr", "hidden_dim": 32, "projection_dim": 16},
     "dcl": {"name": "dcl", "hidden_dim": 32, "projection_dim": 16},
@@ -39,6 +40,9 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"name": "mochi", "hidden_dim": 32, "projection_dim": 16, "queue_size": 64},
         **{"top_n": 8, "synthetic": 6, "from_query": 3, "momentum": 0.9},
     },
+    "dino": {"name": "dino", **_SCORES},
+    "ibot": {"name": "ibot", **_SCORES},
+    "dinov2": {"name": "dinov2", "assignment": "sinkhorn", "patch_prototypes": 20, **_SCORES},
     "global_local": {
         **{"name": "global_local", "hidden_dim": 32, "projection_dim": 16},
         **{"upsampled": 1, "local_dim": 8},
@@ -54,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ijepa": {"name": "ijepa", "target": 0.2, "blocks": 3, **_DECODER},
     "data2vec": {"name": "data2vec", "layers": 2, "masks": 2, "mask_ratio": 0.75, **_DECODER},
 }
+OF_TOKENS = ("ibot", "dinov2")  # that train class tokens
 BASE: dict[str, Any] = {
     "name": "run",
     "seed": 3,
@@ -120,6 +125,8 @@ def _base(method: str) -> dict[str, Any]:
     base = copy.deepcopy(BASE)
     if method in METHODS:
         base["data"]["source"] = few_digits()  # 5 batches, and some
+        if method in OF_TOKENS:
+            base["model"]["kwargs"]["global_pool"] = "token"
         return base | {"method": dict(METHODS[method])}
     own = copy.deepcopy(OTHERS[method])
     data = {k: own[k] for k in ("source", "image_size", "overrides") if k in own}

@@ -8,6 +8,7 @@ and there is no state to checkpoint.
 from .blocks import Blocks as Blocks
 from .blocks import block_masking as block_masking
 from .blocks import multi_block_masking as multi_block_masking
+from .blocks import some_blocks as some_blocks
 from .corruption import corrupt as corrupt
 from .fields import connected_masking as connected_masking
 from .fields import noise_masking as noise_masking

@@ -88,32 +88,81 @@ def block_masking(
     torch.Size([2, 78])
     """
     H, W = grid_of(grid, 2)
-    L = H * W
-    check_keep(keep, L - 1)
-    hide = L - keep
+    check_keep(keep, H * W - 1)
+    hide = H * W - keep
     if least < 1 or not 0 <= tries < 128:
         raise ValueError(f"want least >= 1 and tries in 0..127, got {least} and {tries}")
-    least = min(least, hide)
-    steps = tries or min(48, 8 * ceil(L / keep))
-    device = seeds.device
-    rows, columns = coordinates((H, W), device)
+    steps = tries or min(48, 8 * ceil(H * W / keep))
+    wanted = torch.full((len(seeds), 1), hide, device=seeds.device)
+    step_of, ties = _blocks(seeds, (H, W), wanted, (min(least, hide), hide), aspect, steps)
+    return masking_of(~smallest(ranked(step_of, ties), hide), keep)
+
+
+def some_blocks(
+    seeds: Tensor,
+    grid: Sequence[int],
+    hide: Tensor,
+    *,
+    areas: tuple[int, int] | None = None,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    tries: int = 24,
+) -> Tensor:
+    """Hide hide[b] places of sample b, in rectangles as `block_masking` draws them: (B, L) bool.
+
+    areas: least and greatest of a rectangle in places; None: 4 and half the grid.  After `tries`
+    rectangles what is still wanted is hidden at random.  seeds and hide (B,) int64, hide in 0..L
+    (looked at on a CPU only); grid (H, W).
+    Raises ValueError for hide or tries out of range, and areas not 1 <= least <= greatest.
+    Source: Oquab et al. 2023, DINOv2, arXiv:2304.07193; there a block that hides too many places is
+    drawn again, up to ten times, and a mask may come out short: here the last block is cut.
+
+    >>> some_blocks(torch.tensor([7, 8]), (14, 14), torch.tensor([0, 78])).sum(1)
+    tensor([ 0, 78])
+    """
+    H, W = grid_of(grid, 2)
+    least, most = areas or (min(4, H * W), max(1, H * W // 2))
+    if not 1 <= least <= most:
+        raise ValueError(f"areas must be 1 <= least <= greatest, got {areas}")
+    if not 1 <= tries < 128:
+        raise ValueError(f"want tries in 1..127, got {tries}")
+    seen = hide.is_cpu and not torch.compiler.is_compiling()
+    if seen and len(hide) and not 0 <= int(hide.min()) <= int(hide.max()) <= H * W:
+        raise ValueError(f"hide must lie in 0..{H * W}, got {hide.tolist()}")
+    wanted = hide[:, None]
+    step_of, ties = _blocks(seeds, (H, W), wanted, (least, most), aspect, tries)
+    order = ranked(step_of, ties).argsort(dim=1, stable=True)
+    places = torch.arange(H * W, device=seeds.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places) < wanted
+
+
+def _blocks(
+    seeds: Tensor,
+    grid: tuple[int, int],
+    hide: Tensor,
+    areas: tuple[int, int],
+    aspect: tuple[float, float],
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """The number of the rectangle that hides a place first, `steps` for none, and what breaks ties
+    among those: (B, L) each.  hide (B, 1)."""
+    (H, W), (least, most), device = grid, areas, seeds.device
+    rows, columns = coordinates(grid, device)
     draws = words(seeds, 4 * steps + 1, 3)
     ratios = torch.tensor(_aspects(aspect), dtype=torch.float64, device=device)
-    step_of = torch.full((len(seeds), L), steps, device=device)  # the block that hides a place
+    step_of = torch.full((len(seeds), H * W), steps, device=device)
     for i in range(steps):
         word = draws[:, 4 * i : 4 * i + 4, None]
         left = hide - (step_of < steps).sum(1, keepdim=True)
-        area = (least + below(word[:, 0], (left - least + 1).clamp(min=1))).double()
+        room = (left.clamp(max=most) - least + 1).clamp(min=1)
+        area = (least + below(word[:, 0], room)).double()
         ratio = ratios[below(word[:, 1], _ASPECTS)]
         h = (area * ratio).sqrt().round().long().clamp(1, H)
         w = (area / ratio).sqrt().round().long().clamp(1, W)
         corner = below(word[:, 2], H - h + 1), below(word[:, 3], W - w + 1)
         new = _inside(rows, columns, corner, (h, w)) & (left > 0)
         step_of = torch.where(new & (step_of == steps), i, step_of)
-    line = _line(rows, columns, (H, W), below(draws[:, -1:], 8))
-    ties = torch.where(step_of < steps, line << 8, words(seeds, L, 4))
-    hidden = smallest(ranked(step_of, ties), hide)
-    return masking_of(~hidden, keep)
+    line = _line(rows, columns, grid, below(draws[:, -1:], 8))
+    return step_of, torch.where(step_of < steps, line << 8, words(seeds, H * W, 4))
 
 
 def _targets(word: Tensor, grid: tuple[int, int], target: int, heights: list[int]) -> Tensor:

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from .cropmae import CropMAE
     from .data2vec import Data2Vec
     from .dcl import DCL
+    from .dino import DINO
+    from .dinov2 import DINOv2
     from .global_local import GlobalLocal
     from .gmml import GMML
     from .groco import GroCo
+    from .ibot import IBOT
     from .ijepa import IJEPA
     from .isogclr import ISogCLR
     from .mae import MAE
@@ -49,9 +52,12 @@ __all__ = [
     "CLIP",
     "CMC",
     "DCL",
+    "DINO",
+    "DINOv2",
     "GMML",
     "GlobalLocal",
     "GroCo",
+    "IBOT",
     "IJEPA",
     "MAE",
     "METHODS",

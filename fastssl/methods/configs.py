@@ -7,6 +7,7 @@ imported when it is first asked for.
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from fastssl.registry import OneOf, Registry
 from fastssl.schedules.config import CosineSchedule, LinearSchedule, Moves, Moving, Within, at
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Ratio = Annotated[Moving, Within()]
 Momentum = Annotated[Moving, Within(0, 1)]
+Temperature = Annotated[Moving, Within(1e-3)]
 Kind = Literal["random", "block", "grid", "noise"]
 
 
@@ -124,6 +126,94 @@ class MoCoV3Config(MethodConfig):
     hidden_dim: int = Field(4096, ge=1, description="Width inside both heads.")
     projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+
+
+Assignment = Literal["center", "sinkhorn"]
+
+
+class HeadConfig(MethodConfig):
+    """Of a teacher and a student that score prototypes."""
+
+    prototypes: int = Field(65536, ge=2, description="That the heads score, K.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the heads.")
+    bottleneck_dim: int = Field(256, ge=1, description="Width of what prototypes are scored by.")
+    layers: int = Field(3, ge=1, description="Linear layers of the heads, before the prototypes.")
+    last_layer: Literal["normed", "scaled", "plain"] = Field(
+        "normed", description="Prototypes of length 1, of a length that is learned, or free ones."
+    )
+    student_temp: float = Field(0.1, gt=0, description="Divides the student's scores.")
+    teacher_temp: Temperature = Field(
+        LinearSchedule(start=0.04, end=0.07, until=0.3),
+        description="Divides the teacher's scores; a number: at first.",
+    )
+    momentum: Momentum = Field(
+        CosineSchedule(start=0.996, end=1.0), description="Of the teacher; a number: at first."
+    )
+    center_momentum: float = Field(0.9, ge=0, le=1, description="Of the center of its scores.")
+    assignment: Assignment = Field(
+        "center", description="Its scores are centered, or by Sinkhorn: all prototypes used alike."
+    )
+
+    def head(self, dim: int) -> dict[str, Any]:
+        """What DINOHead is made of, for features of width `dim`."""
+        return {
+            **{"dim": dim, "prototypes": self.prototypes, "hidden": self.hidden_dim},
+            **{"bottleneck": self.bottleneck_dim, "layers": self.layers, "last": self.last_layer},
+        }
+
+
+class DINOConfig(HeadConfig):
+    name: Literal["dino"] = "dino"
+
+
+class DINOv2Config(HeadConfig):
+    name: Literal["dinov2"] = "dinov2"
+    last_layer: Literal["normed", "scaled", "plain"] = Field(
+        "scaled", description="Prototypes of length 1, of a length that is learned, or free ones."
+    )
+    momentum: Momentum = Field(
+        CosineSchedule(start=0.992, end=1.0), description="Of the teacher; a number: at first."
+    )
+    patch_prototypes: int | None = Field(
+        None, ge=2, description="Of a head of the patches' own; null: the views' head is theirs."
+    )
+    patch_bottleneck_dim: int | None = Field(
+        None, ge=1, description="Of that head; null: bottleneck_dim."
+    )
+    dino_weight: float = Field(1.0, ge=0, description="Of the views' cross-entropy.")
+    ibot_weight: float = Field(1.0, ge=0, description="Of the hidden patches' cross-entropy.")
+    koleo_weight: float = Field(0.1, ge=0, description="Of the spread of the global views.")
+    mask_share: float = Field(0.5, gt=0, le=1, description="Of the global views have masks.")
+    mask_range: tuple[float, float] = Field(
+        (0.1, 0.5), description="Share of a masked view's patches hidden: uniform between the two."
+    )
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="Share of samples that a block of the student's leaves out."
+    )
+
+    @model_validator(mode="after")
+    def _masks_some(self) -> Self:
+        low, high = self.mask_range
+        if not 0 < low <= high < 1:
+            raise ValueError(f"mask_range={self.mask_range} must be 0 < low <= high < 1")
+        if self.patch_bottleneck_dim is not None and self.patch_prototypes is None:
+            raise ValueError(
+                f"patch_bottleneck_dim={self.patch_bottleneck_dim} is of a head of the patches' "
+                "own: give patch_prototypes"
+            )
+        return self
+
+
+class IBOTConfig(DINOv2Config):
+    name: Literal["ibot"] = "ibot"  # type: ignore[assignment]
+    prototypes: int = Field(8192, ge=2, description="That the heads score, K.")
+    last_layer: Literal["normed", "scaled", "plain"] = Field(
+        "normed", description="Prototypes of length 1, of a length that is learned, or free ones."
+    )
+    momentum: Momentum = Field(
+        CosineSchedule(start=0.996, end=1.0), description="Of the teacher; a number: at first."
+    )
+    koleo_weight: float = Field(0.0, ge=0, description="Of the spread of the global views.")
 
 
 class MoCHiConfig(MethodConfig):
@@ -419,6 +509,9 @@ METHODS: Registry[type["Method"]] = Registry("method", "method.name")
 for _config, _made in (
     (SimCLRConfig, "simclr:SimCLR"),
     (DCLConfig, "dcl:DCL"),
+    (DINOConfig, "dino:DINO"),
+    (DINOv2Config, "dinov2:DINOv2"),
+    (IBOTConfig, "ibot:IBOT"),
     (GroCoConfig, "groco:GroCo"),
     (ISogCLRConfig, "isogclr:ISogCLR"),
     (MatryoshkaConfig, "matryoshka:Matryoshka"),

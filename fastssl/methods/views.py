@@ -8,6 +8,7 @@ Source: Caron et al. 2020, SwAV, arXiv:2006.09882, section 3.2 (multi-crop).
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 Z = TypeVar("Z")
@@ -34,6 +35,27 @@ def queries(views: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Each view v with each other view g that is global: (v, g)."""
     chosen = global_views(views)
     return [(v, g) for v in range(len(views)) for g in chosen if g != v]
+
+
+def others(views: Sequence[Tensor]) -> list[list[float]]:
+    """For each view a row: 1 for each global view that is not itself, else 0."""
+    chosen = global_views(views)
+    return [[float(g != v) for g in chosen] for v in range(len(views))]
+
+
+def by_size(net: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """net(view) of each view, those of one shape in one call.
+
+    >>> import torch
+    >>> [len(y) for y in by_size(torch.sin, [torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3)])]
+    [2, 2, 2]
+    """
+    made: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(view.shape for view in views):
+        alike = [v for v, view in enumerate(views) if view.shape == shape]
+        joined = net(torch.cat([views[v] for v in alike]))
+        made |= dict(zip(alike, joined.chunk(len(alike)), strict=True))
+    return [made[v] for v in range(len(views))]
 
 
 def mean_over_pairs(

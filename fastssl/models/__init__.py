@@ -16,6 +16,7 @@ from .decoders import LatentPredictor as LatentPredictor
 from .decoders import LatentRegressor as LatentRegressor
 from .decoders import MAEDecoder as MAEDecoder
 from .decoders import PlaceDecoder as PlaceDecoder
+from .dino_head import DINOHead as DINOHead
 from .directpred import DirectPred as DirectPred
 from .ema import EMA as EMA
 from .frozen import fingerprint as fingerprint
@@ -40,6 +41,7 @@ from .patch_embed import vit_signal as vit_signal
 from .patch_embed import vit_video as vit_video
 from .point import PointDecoder as PointDecoder
 from .point import PointTransformer as PointTransformer
+from .stochastic_depth import drop_samples as drop_samples
 from .tabular import TableTransformer as TableTransformer
 from .weights import load_weights as load_weights
 from .weights import read_weights as read_weights

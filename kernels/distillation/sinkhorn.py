@@ -43,12 +43,14 @@ def sinkhorn(
     iterations: int = 3,
     process_group: Group = LOCAL,
     normalized: bool = False,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The center c (K,) with which softmax((scores - c) / temp) uses all prototypes alike.
 
     scores (R, K) of R rows with K prototypes, any float dtype; the rows of all ranks of
     process_group count, LOCAL: each rank's own.  iterations >= 1: how often the prototypes, and
-    then the rows, are scaled to one sum.  float32, or float64 for that.  No gradient.
+    then the rows, are scaled to one sum.  weight (R,) >= 0: how much each row counts, some on some
+    rank not 0; None: alike.  float32, or float64 for that.  No gradient.
     Raises ValueError for another shape or dtype, no rows at all, temp <= 0 and iterations < 1.
 
     >>> center = sinkhorn(torch.tensor([[5.0, 0.0], [4.0, 0.0]]), 1.0, iterations=50)
@@ -67,31 +69,40 @@ def sinkhorn(
         raise ValueError(f"temp must be > 0, got {temp!r}")
     if iterations < 1:
         raise ValueError(f"iterations must be >= 1, got {iterations!r}")
+    if weight is not None and (weight.shape != scores.shape[:1] or weight.device != scores.device):
+        want = f"({len(scores)},) on {scores.device}"
+        raise ValueError(f"weight must be {want}, got {tuple(weight.shape)} on {weight.device}")
     scores, acc = scores.detach(), accumulator(scores.dtype)
+    weight = None if weight is None else weight.detach().to(acc)
     with full_precision(scores.device):
         if normalized:
             f = scores.new_zeros(scores.shape[1], dtype=acc)
         else:
-            f = _column_lse(scores, 1 / temp, acc, process_group)
+            f = _column_lse(scores, weight, 1 / temp, acc, process_group)
         for _ in range(iterations if normalized else iterations - 1):
             used = torch.zeros_like(f)
             for i in row_spans(scores, 2 * scores.shape[1]):
-                used += (scores[i].to(acc, copy=True).mul_(1 / temp) - f).softmax(1).sum(0)
+                q = (scores[i].to(acc, copy=True).mul_(1 / temp) - f).softmax(1)
+                used += q.sum(0) if weight is None else weight[i] @ q
             f = f + all_reduce_sum(used, process_group).clamp_min_(torch.finfo(acc).tiny).log_()
         return f * temp
 
 
-def _column_lse(scores: Tensor, sharp: float, acc: torch.dtype, group: Group) -> Tensor:
-    """log sum_r exp(scores_rk sharp) over the rows of all ranks."""
+def _column_lse(
+    scores: Tensor, weight: Tensor | None, sharp: float, acc: torch.dtype, group: Group
+) -> Tensor:
+    """log sum_r w_r exp(scores_rk sharp) over the rows of all ranks."""
     R, K = scores.shape
     parts = scores.new_zeros(1, 2, K, dtype=acc)
     parts[0, 0] = -torch.inf
     if R:
         for j in spans(K, max(1, CHUNK // R)):
             x = scores[:, j].to(acc, copy=True).mul_(sharp)
-            parts[0, 0, j] = top = x.amax(0)
+            x = x if weight is None else x.add_(weight.log()[:, None])
+            parts[0, 0, j] = top = x.amax(0).clamp_min_(torch.finfo(acc).min)
             parts[0, 1, j] = x.sub_(top).exp_().sum(0)
     if world_size(group) > 1:
         parts = all_gather_nograd(parts, group, check=False)
     top = parts[:, 0].amax(0)
-    return ((parts[:, 0] - top).exp_() * parts[:, 1]).sum(0).log_().add_(top)
+    lse = ((parts[:, 0] - top).exp_() * parts[:, 1]).sum(0).log_().add_(top)
+    return lse if weight is None else lse.nan_to_num_(neginf=0.0)  # where no row counts

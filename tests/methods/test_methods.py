@@ -29,7 +29,7 @@ from tests.runs import OTHERS, VIT, tiny
 def method(name, tmp_path, **changes):
     cfg = tiny(name, tmp_path, **changes)
     torch.manual_seed(0)
-    encoder = build_backbone(cfg.model.name, shape=(1, 16, 16), kwargs=VIT)
+    encoder = build_backbone(cfg.model.name, shape=(1, 16, 16), kwargs=cfg.model.kwargs)
     return build_method(encoder, cfg.method), cfg
 
 
@@ -66,7 +66,7 @@ def learns(method, batch):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_few_steps_learn(name, tmp_path):
     ours, _ = method(name, tmp_path)
-    if name == "mochi":  # of one batch, its queue would fill with what it is to find
+    if name in ("mochi", "dino", "ibot", "dinov2"):  # of one batch, what is to be found would move
         ours.on_step = lambda keep, progress: None
     params = torch.rand(2, 16, len(PARAMETERS), generator=torch.Generator().manual_seed(0)) + 0.5
     learns(ours, {**batch(least(ours), 16), "params": list(params)})
@@ -122,6 +122,34 @@ def test_mocov3_matches_queries_with_the_teachers_keys(tmp_path):
     assert_gradients_reach(ours, loss)
     assert ours.encoder is ours.student[0] and not any(p.requires_grad for p in k)
     assert all(not p.requires_grad for p in ours.teacher.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")  # lightly's own
+def test_dino_is_lightlys_of_all_views_with_the_global_ones(tmp_path):
+    big = {"method__teacher_temp": {"name": "linear", "start": 0.04, "end": 0.08, "until": 0.5}}
+    cfg = tiny("dino", tmp_path, **big)
+    torch.manual_seed(0)
+    how = {"shape": (1, 16, 16), "others": [(1, 8, 8)], "kwargs": cfg.model.kwargs}
+    ours = build_method(build_backbone(cfg.model.name, **how), cfg.method)
+    with torch.no_grad():  # a teacher that has fallen behind
+        for p in ours.student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    data = batch(2)
+    data["views"] += [view[..., 4:12, 4:12] for view in data["views"]]
+    rival = lightly.loss.DINOLoss(output_dim=24)
+    for temp in (0.04, 0.06):
+        out = ours(data)
+        student = [ours.student(view) for view in data["views"]]
+        teacher = [ours.teacher.model(view) for view in data["views"][:2]]
+        want = rival(teacher, student, teacher_temp=temp)
+        torch.testing.assert_close(out["loss"], want, rtol=1e-5, atol=1e-5)
+        assert_gradients_reach(ours, out["loss"])
+        ours.zero_grad()
+        ours.on_step(out["keep"], 0.25)  # half of the way to the last temperature
+        torch.testing.assert_close(ours.assign.center, rival.center.flatten())
+    view = data["views"][0]
+    torch.testing.assert_close(ours.features(view), ours.teacher.model[0](view))
+    assert [*ours.networks()] == ["teacher", "encoder"]
 
 
 @pytest.mark.parametrize("progress, momentum", [(0.0, 0.8), (0.5, 0.9), (1.0, 1.0)])

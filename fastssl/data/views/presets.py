@@ -91,6 +91,20 @@ def ibot(size: int, local_count: int = 10, local_size: int | None = None) -> Kin
     return _students(size, (0.25, 1.0), (0.05, 0.25), local_count, local_size)
 
 
+def dinov2(size: int, local_count: int = 8, local_size: int | None = None) -> Kinds:
+    """Oquab et al. 2023, arXiv:2304.07193, as its source draws them (read): DINO's, other scales.
+
+    Its GaussianBlur(p) blurs with probability 1 - p: the first view never, the second in nine of
+    ten.  `dinov2_paper` has what its names say.
+    """
+    return _students(size, (0.32, 1.0), (0.05, 0.32), local_count, local_size, blurs=(0.0, 0.9))
+
+
+def dinov2_paper(size: int, local_count: int = 8, local_size: int | None = None) -> Kinds:
+    """`dinov2` with DINO's blurs: the first view always, the second in one of ten."""
+    return _students(size, (0.32, 1.0), (0.05, 0.32), local_count, local_size)
+
+
 def msn(size: int, local_count: int = 10, local_size: int | None = None) -> Kinds:
     """Assran et al. 2022, arXiv:2204.07141: a target, an anchor and ten focal anchors (read)."""
     small = _local(size, local_size)
@@ -100,11 +114,20 @@ def msn(size: int, local_count: int = 10, local_size: int | None = None) -> Kind
     return _crops([wide], focal, local_count)
 
 
-def _students(size: int, wide: tuple, narrow: tuple, count: int, local_size: int | None) -> Kinds:
+def _students(
+    size: int,
+    wide: tuple[float, float],
+    narrow: tuple[float, float],
+    count: int,
+    local_size: int | None,
+    blurs: tuple[float, float] = (1.0, 0.1),
+) -> Kinds:
     small = _local(size, local_size)
     look = {**_CUBIC, **_MILD, "grayscale": 0.2, **_blur(small, 0.5)}
     local = {"size": small, "crop_scale": narrow, **look}
-    return _crops(_unequal(size, {**_CUBIC, "crop_scale": wide}), local, count)
+    two = _unequal(size, {**_CUBIC, "crop_scale": wide})
+    two = [view | _blur(size, p) for view, p in zip(two, blurs, strict=True)]
+    return _crops(two, local, count)
 
 
 def _crops(wide: Kinds, local: dict[str, Any], count: int) -> Kinds:
@@ -162,7 +185,6 @@ def plain(size: int) -> Kinds:
 
 
 _ALL = (simclr, barlow_twins, mae, crop_mae, dino, plain, byol, mocov3, vicreg, swav, ibot, msn)
-PRESETS: dict[str, Callable[..., Kinds]] = {
-    preset.__name__: preset for preset in (*_ALL, simmim, ijepa, clip, rand_augment, aerial)
-}
-MULTI_CROP = {"swav", "dino", "ibot", "msn"}  # those that take local_count, local_size and local
+_ALL = (*_ALL, dinov2, dinov2_paper, simmim, ijepa, clip, rand_augment, aerial)
+PRESETS: dict[str, Callable[..., Kinds]] = {preset.__name__: preset for preset in _ALL}
+MULTI_CROP = {"swav", "dino", "ibot", "dinov2", "dinov2_paper", "msn"}  # those that take local_count, local_size and local
