@@ -166,9 +166,14 @@ def joined_mean(views: Sequence[Tensor], group: Group) -> Tensor:
     rows = sum(len(x) for x in views)
     if world_size(group) == 1:
         return total / rows
-    both = torch.cat([total, total.new_tensor([float(rows)])])
+    return mean_of_all(torch.cat([total, total.new_tensor([float(rows)])]), group)[0]
+
+
+def mean_of_all(both: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The mean of the rows of all ranks, (K,), and their number, of each rank's sum and number
+    (K + 1,)."""
     both = all_reduce_sum(both, group)
-    return both[:-1] / both[-1]
+    return both[:-1] / both[-1], both[-1]
 
 
 def moved(center: Tensor, mean: Tensor, momentum: float) -> Tensor:

@@ -7,7 +7,6 @@ imported when it is first asked for.
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from fastssl.registry import OneOf, Registry
 from fastssl.schedules.config import CosineSchedule, LinearSchedule, Moves, Moving, Within, at
@@ -192,7 +191,7 @@ class DINOv2Config(HeadConfig):
     )
 
     @model_validator(mode="after")
-    def _masks_some(self) -> Self:
+    def _masks_some(self) -> "DINOv2Config":
         low, high = self.mask_range
         if not 0 < low <= high < 1:
             raise ValueError(f"mask_range={self.mask_range} must be 0 < low <= high < 1")

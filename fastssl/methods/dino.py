@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses.dino import cross_entropies
-from fastssl.models import EMA, DINOHead, feature_dim
+from fastssl.models import EMA, DINOHead, feature_dim, still
 from fastssl.schedules.config import at
 
 from .base import Batch, Method
 from .configs import DINOConfig
-from .teachers import Clock, Targets, still
+from .teachers import Clock, Targets
 from .views import by_size, global_views, others
 
 
 class DINO(Method):
-    preset, views = "dino", (2, None)
+    preset, views, couples_batch = "dino", (2, None), True  # with Sinkhorn, that is
 
     def __init__(self, encoder: nn.Module, cfg: DINOConfig):
         super().__init__()

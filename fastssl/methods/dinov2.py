@@ -23,19 +23,19 @@ from fastssl.kernels import gather_tokens
 from fastssl.losses import KoLeoLoss
 from fastssl.losses.dino import cross_entropies
 from fastssl.masking import some_blocks
-from fastssl.models import EMA, DINOHead, MaskedViT, drop_samples
+from fastssl.models import EMA, DINOHead, drop_samples, still
 from fastssl.random import hashes, uniform
 from fastssl.schedules.config import at
 
 from .base import Batch, Encoded, Method
 from .configs import DINOv2Config
-from .teachers import Clock, Targets, class_tokens, packed, still
+from .teachers import Clock, Targets, class_tokens, packed
 from .views import by_size, global_views, others
 
 
 class DINOv2(Method):
     preset: ClassVar[str] = "dinov2"
-    views = (2, None)
+    views, couples_batch = (2, None), True  # by Sinkhorn, or the spread
 
     def __init__(self, encoder: nn.Module, cfg: DINOv2Config):
         super().__init__()

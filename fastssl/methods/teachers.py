@@ -1,30 +1,19 @@
 """What methods with a teacher's distributions share: how its scores become targets, and its views.
 
-    q = softmax((t - c) / temp)     c: a center that moves after each step, or Sinkhorn's of a batch
+q = softmax((t - c) / temp)     c: a center that moves after each step, or Sinkhorn's of a batch
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from fastssl.distributed import all_reduce_sum
 from fastssl.kernels import sinkhorn
-from fastssl.losses.dino import moved
+from fastssl.losses.dino import mean_of_all, moved
 from fastssl.models import MaskedViT
 
 from .configs import Assignment
-
-
-def still(network: nn.Module) -> None:
-    """Let a network drop nothing when it trains: a teacher sees everything."""
-    for module in network.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 class Clock(nn.Module):
@@ -77,8 +66,8 @@ class Targets(nn.Module):
     def move(self, kept: list[Tensor]) -> None:
         """Towards the mean of what was kept, of all ranks."""
         for part in kept:
-            both = all_reduce_sum(part.sum(0))
-            mean = torch.where(both[-1] > 0, both[:-1] / both[-1], self.center)
+            mean, rows = mean_of_all(part.sum(0), None)
+            mean = torch.where(rows > 0, mean, self.center)
             self.center = moved(self.center, mean, self.momentum)
 
 

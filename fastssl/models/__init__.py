@@ -42,6 +42,7 @@ from .patch_embed import vit_video as vit_video
 from .point import PointDecoder as PointDecoder
 from .point import PointTransformer as PointTransformer
 from .stochastic_depth import drop_samples as drop_samples
+from .stochastic_depth import still as still
 from .tabular import TableTransformer as TableTransformer
 from .weights import load_weights as load_weights
 from .weights import read_weights as read_weights

@@ -39,6 +39,15 @@ def drop_samples(vit: nn.Module, rate: float) -> None:
         block.sample_rate = rate
 
 
+def still(network: nn.Module) -> None:
+    """Let a network drop nothing while it trains, as a teacher, which sees everything."""
+    for module in network.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 @lru_cache
 def _dropping(kind: type) -> type:
     whole = kind.forward  # type: ignore[attr-defined]

@@ -33,6 +33,10 @@ MULTI = {
         (96, 8, (0.05, 0.4), "bicubic"),
     ],
     "ibot": [*[(224, 1, (0.25, 1.0), "bicubic")] * 2, (96, 10, (0.05, 0.25), "bicubic")],
+    **dict.fromkeys(
+        ("dinov2", "dinov2_paper"),
+        [*[(224, 1, (0.32, 1.0), "bicubic")] * 2, (96, 8, (0.05, 0.32), "bicubic")],
+    ),
     "msn": [(224, 2, (0.3, 1.0), "bilinear"), (96, 10, (0.05, 0.3), "bilinear")],
 }
 
@@ -45,6 +49,12 @@ def test_multi_crop(name):
     views = preset(name, 224, local={"blur": 0.0, "size": 64}, blur=0.9)
     assert {v.blur for v in views.views[:-1]} == {0.9}
     assert (views.views[-1].blur, views.views[-1].size) == (0.0, 64)
+
+
+def test_dinov2_blurs_as_its_source_and_as_its_paper():
+    blurs = {name: [v.blur for v in preset(name, 224).views] for name in MULTI if "v2" in name}
+    assert blurs == {"dinov2": [0.0, 0.9, 0.5], "dinov2_paper": [1.0, 0.1, 0.5]}
+    assert [v.solarize for v in preset("dinov2", 224).views] == [0.0, 0.2, 0.0]
 
 
 def test_swav_and_msn_colors():
@@ -90,7 +100,8 @@ def test_every_method_has_a_preset_of_its_number_of_views():
     for method in METHODS.values():
         if method.preset in PRESETS:
             least = method.views if isinstance(method.views, int) else method.views[0]
-            assert preset(method.preset, 32).count == least
+            local = {"local_count": 0} if method.preset in MULTI_CROP else {}
+            assert preset(method.preset, 32, **local).count == least
     wanted = {"mocov3": "mocov3", "vicreg": "vicreg", "ijepa": "ijepa", "simmim": "simmim"}
     assert {name: METHODS[name].preset for name in wanted} == wanted
 

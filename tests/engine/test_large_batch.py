@@ -17,7 +17,7 @@ from fastssl.models import build_backbone, freeze
 from fastssl.tree import cut, join, leaves
 from tests.engine import state_worker
 from tests.runs import METHODS as OPTIONS
-from tests.runs import VIT, tiny
+from tests.runs import OF_TOKENS, VIT, tiny
 
 COUPLING = [name for name in OPTIONS if METHODS[name].couples_batch]
 DROPS = {**VIT, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
@@ -28,6 +28,8 @@ FOUR: dict[str, Any] = {"accumulation": 4}
 
 def build(name, encoder="vit_tiny_patch16_224", side=16, kwargs=VIT):
     torch.manual_seed(0)
+    if name in OF_TOKENS:
+        kwargs = {**kwargs, "global_pool": "token"}
     backbone = build_backbone(encoder, shape=(1, side, side), kwargs=kwargs)
     return build_method(backbone, tiny(name, Path()).method)
 

@@ -1,13 +1,13 @@
 """A training step of DINOv2, written out from its formulas: float64, everything materialized.
 
-    G global views, V in all, of b images on each of W ranks; K prototypes
+G global views, V in all, of b images on each of W ranks; K prototypes
 
-    head(x) = (z / |z|) (g v / |v|)'      z = W3 gelu(W2 gelu(W1 x))
-    dino    sum over g != v of mean_b CE(q_g, p_v) / number of such pairs
-    ibot    1 / (G b) sum over hidden patches of CE(q, p) / hidden in its view
-    koleo   - sum over global views of mean_b log(|x - x_nn + 1e-8| + 1e-8), x of length 1
-    q       softmax((t - c) / teacher_temp); Sinkhorn's: t / teacher_temp by three iterations
-    c       <- 0.9 c + 0.1 mean t, after the step; teacher <- m teacher + (1 - m) student
+head(x) = (z / |z|) (g v / |v|)'      z = W3 gelu(W2 gelu(W1 x))
+dino    sum over g != v of mean_b CE(q_g, p_v) / number of such pairs
+ibot    1 / (G b) sum over hidden patches of CE(q, p) / hidden in its view
+koleo   - sum over global views of mean_b log(|x - x_nn + 1e-8| + 1e-8), x of length 1
+q       softmax((t - c) / teacher_temp); Sinkhorn's: t / teacher_temp by three iterations
+c       <- 0.9 c + 0.1 mean t, after the step; teacher <- m teacher + (1 - m) student
 """
 
 import torch

@@ -22,7 +22,9 @@ FORMS = {
 def method_of(form):
     torch.manual_seed(0)
     kwargs = {**VIT, "global_pool": "token"}
-    vit = build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), others=[(1, 8, 8)], kwargs=kwargs)
+    vit = build_backbone(
+        "vit_tiny_patch16_224", shape=(1, 16, 16), others=[(1, 8, 8)], kwargs=kwargs
+    )
     small = {"prototypes": 13, "hidden_dim": 12, "bottleneck_dim": 6, "layers": 3}
     cfg = DINOv2Config(**small, momentum=MOMENTUM, dino_weight=0.8, ibot_weight=1.3, **FORMS[form])
     method = build_method(vit, cfg.model_copy(update={"momentum": MOMENTUM})).double()

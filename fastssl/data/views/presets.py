@@ -187,4 +187,11 @@ def plain(size: int) -> Kinds:
 _ALL = (simclr, barlow_twins, mae, crop_mae, dino, plain, byol, mocov3, vicreg, swav, ibot, msn)
 _ALL = (*_ALL, dinov2, dinov2_paper, simmim, ijepa, clip, rand_augment, aerial)
 PRESETS: dict[str, Callable[..., Kinds]] = {preset.__name__: preset for preset in _ALL}
-MULTI_CROP = {"swav", "dino", "ibot", "dinov2", "dinov2_paper", "msn"}  # those that take local_count, local_size and local
+MULTI_CROP = {
+    "swav",
+    "dino",
+    "ibot",
+    "dinov2",
+    "dinov2_paper",
+    "msn",
+}  # those that take local_count, local_size and local
