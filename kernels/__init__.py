@@ -16,7 +16,7 @@ from .correlation import (
     mixed_correlation,
     standardize,
 )
-from .distillation import sinkhorn, soft_cross_entropy
+from .distillation import gram_distance, nearest, sinkhorn, soft_cross_entropy
 from .pairwise import (
     PairMask,
     different_group,
@@ -51,8 +51,10 @@ __all__ = [
     "gather_packed",
     "gather_patches",
     "gather_tokens",
+    "gram_distance",
     "implementations",
     "mixed_correlation",
+    "nearest",
     "pairwise_lse",
     "pairwise_lse_nested",
     "pairwise_sigmoid",

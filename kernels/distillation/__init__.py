@@ -1,10 +1,16 @@
 """Losses of a student that predicts its teacher's distribution over prototypes."""
 
+from .gram import gram_distance
+from .nearest import Neighbors, nearest, nearest_reference
 from .sinkhorn import sinkhorn
 from .soft import check_soft, soft_cross_entropy, soft_cross_entropy_ahead
 
 __all__ = [
+    "Neighbors",
     "check_soft",
+    "gram_distance",
+    "nearest",
+    "nearest_reference",
     "sinkhorn",
     "soft_cross_entropy",
     "soft_cross_entropy_ahead",

@@ -46,14 +46,15 @@ def topk_torch(
     indices = q.new_empty(len(q), n, dtype=torch.int64)
     keys = k.to(acc)
     R, C = tile_shape(len(q), len(k), keys)
+    scores = keys.new_empty(R * C)  # one tile's, however many there are
     for i in spans(len(q), R):
         x = q[i].to(acc)
         best = x.new_full((len(x), n), -math.inf)
         where = torch.full_like(best, -1, dtype=torch.int64)
         for j in spans(len(k), C):
-            s = x @ keys[j].T
-            if tile.rules:
-                s.masked_fill_(~tile.keep(i, j), -math.inf)
+            part = keys[j]
+            s = scores[: len(x) * len(part)].view(len(x), len(part))
+            tile.drop(torch.mm(x, part.T, out=s), i, j)
             v, at = s.topk(min(n, s.shape[1]), dim=1)
             both, places = torch.cat([best, v], 1), torch.cat([where, at + j.start], 1)
             best, chosen = both.topk(n, dim=1)
