@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dino": {"name": "dino", **_SCORES},
     "ibot": {"name": "ibot", **_SCORES},
     "dinov2": {"name": "dinov2", "assignment": "sinkhorn", "patch_prototypes": 20, **_SCORES},
+    "dinov3": {"name": "dinov3", **_SCORES, "patch_prototypes": 20},
     "global_local": {
         **{"name": "global_local", "hidden_dim": 32, "projection_dim": 16},
         **{"upsampled": 1, "local_dim": 8},
@@ -58,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ijepa": {"name": "ijepa", "target": 0.2, "blocks": 3, **_DECODER},
     "data2vec": {"name": "data2vec", "layers": 2, "masks": 2, "mask_ratio": 0.75, **_DECODER},
 }
-OF_TOKENS = ("ibot", "dinov2")  # that train class tokens
+OF_TOKENS = ("ibot", "dinov2", "dinov3")  # that train class tokens
 BASE: dict[str, Any] = {
     "name": "run",
     "seed": 3,

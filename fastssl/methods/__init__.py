@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dcl import DCL
     from .dino import DINO
     from .dinov2 import DINOv2
+    from .dinov3 import DINOv3
     from .global_local import GlobalLocal
     from .gmml import GMML
     from .groco import GroCo
@@ -54,6 +55,7 @@ __all__ = [
     "DCL",
     "DINO",
     "DINOv2",
+    "DINOv3",
     "GMML",
     "GlobalLocal",
     "GroCo",

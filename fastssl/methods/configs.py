@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastssl.registry import OneOf, Registry
-from fastssl.schedules.config import CosineSchedule, LinearSchedule, Moves, Moving, Within, at
+from fastssl.schedules.config import (
+    CosineSchedule,
+    LinearSchedule,
+    Moves,
+    Moving,
+    ScheduleConfig,
+    Within,
+    at,
+)
 
 if TYPE_CHECKING:
     from .base import Method
@@ -213,6 +221,41 @@ class IBOTConfig(DINOv2Config):
         CosineSchedule(start=0.996, end=1.0), description="Of the teacher; a number: at first."
     )
     koleo_weight: float = Field(0.0, ge=0, description="Of the spread of the global views.")
+
+
+class DINOv3Config(DINOv2Config):
+    name: Literal["dinov3"] = "dinov3"  # type: ignore[assignment]
+    last_layer: Literal["normed", "scaled", "plain"] = Field(
+        "plain", description="Prototypes of length 1, of a length that is learned, or free ones."
+    )
+    assignment: Assignment = Field(
+        "sinkhorn", description="Scores are centered, or by Sinkhorn: all prototypes used alike."
+    )
+    patch_prototypes: int | None = Field(
+        65536, ge=2, description="Of a head of the patches' own; null: the views' head is theirs."
+    )
+    local_weight: Annotated[Moving, Within(0)] = Field(
+        1.0, description="Of the local views' part of the views' cross-entropy."
+    )
+    gram_weight: Annotated[Moving, Within(0)] = Field(
+        0.0, description="Of the distance of the patches' similarities from a Gram teacher's."
+    )
+    gram_updates: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (), description="Shares of the run at which the Gram teacher becomes what the teacher is."
+    )
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether the patches' similarities are ever anchored."""
+        return isinstance(self.gram_weight, ScheduleConfig) or self.gram_weight > 0
+
+    @model_validator(mode="after")
+    def _updates_a_gram_teacher(self) -> "DINOv3Config":
+        if self.gram_updates and not self.has_gram:
+            raise ValueError(
+                f"gram_updates={self.gram_updates} with gram_weight=0: there is no Gram teacher"
+            )
+        return self
 
 
 class MoCHiConfig(MethodConfig):
@@ -510,6 +553,7 @@ for _config, _made in (
     (DCLConfig, "dcl:DCL"),
     (DINOConfig, "dino:DINO"),
     (DINOv2Config, "dinov2:DINOv2"),
+    (DINOv3Config, "dinov3:DINOv3"),
     (IBOTConfig, "ibot:IBOT"),
     (GroCoConfig, "groco:GroCo"),
     (ISogCLRConfig, "isogclr:ISogCLR"),

@@ -71,7 +71,7 @@ class DINOv2(Method):
     def prepare(self, batch: Batch) -> Batch:
         """With the masks of the global views: "hidden" (B, G, L) bool; "places" (B, G, M) int64,
         of which the first "count" (B, G) are the hidden ones."""
-        G = len(global_views(batch["views"]))
+        G = len(global_views(self.compared(batch)))
         hidden = self.mask(batch["seeds"], G)
         places = hidden.byte().argsort(dim=2, descending=True, stable=True)[..., : self.most]
         return {**batch, "hidden": hidden, "places": places, "count": hidden.sum(2)}
@@ -98,8 +98,8 @@ class DINOv2(Method):
 
     def encode(self, batch: Batch) -> Encoded:
         """{"views": the class tokens (B, E) of each; "patches": the hidden ones (B, G M, E)}."""
-        views, chosen = [self.cast(view) for view in batch["views"]], global_views(batch["views"])
-        masked, hidden = self.student["masked"], batch["hidden"]
+        views, masked = [self.cast(view) for view in self.compared(batch)], self.student["masked"]
+        chosen, hidden = global_views(views), batch["hidden"]
         joined = torch.cat([views[g] for g in chosen])
         tokens = masked.tokens(joined)
         where = hidden.transpose(0, 1).flatten(0, 1)[..., None]
@@ -108,20 +108,23 @@ class DINOv2(Method):
         rest = [v for v in range(len(views)) if v not in chosen]
         local = by_size(lambda view: masked(view)[:, 0], [views[v] for v in rest])
         tokens = dict(zip([*chosen, *rest], [*h[:, 0].chunk(len(chosen)), *local], strict=True))
-        return {
-            "views": [tokens[v] for v in range(len(views))],
-            "patches": self._hidden(h, batch["places"]),
-        }
+        every = [tokens[v] for v in range(len(views))]
+        return {"views": every, "patches": self._hidden(h, batch["places"]), **self.beside(h)}
 
     def targets(self, batch: Batch) -> Encoded:
         """The teacher's, of global views."""
-        views, masked = batch["views"], self.teacher.model.get_submodule("masked")
+        views, masked = self.compared(batch), self.teacher.model.get_submodule("masked")
         chosen = global_views(views)
         h = masked(torch.cat([self.cast(views[g]) for g in chosen]))
-        return {
-            "views": [*h[:, 0].chunk(len(chosen))],
-            "patches": self._hidden(h, batch["places"]),
-        }
+        return {"views": [*h[:, 0].chunk(len(chosen))], "patches": self._hidden(h, batch["places"])}
+
+    def compared(self, batch: Batch) -> list[Tensor]:
+        """The views that class tokens are of."""
+        return batch["views"]
+
+    def beside(self, h: Tensor) -> dict[str, Tensor]:
+        """What else of the student's tokens h (G B, P + L, E) of global views the loss needs."""
+        return {}
 
     def _hidden(self, h: Tensor, places: Tensor) -> Tensor:
         """The patches at places (B, G, M) of h (G B, P + L, E), view after view: (B, G M, E)."""
@@ -135,9 +138,9 @@ class DINOv2(Method):
         student = by_size(self.student["head"], encoded["views"])
         with torch.no_grad():
             taught = by_size(teacher.get_submodule("head"), batch["targets"]["views"])
-        pairs = self.pairs(batch["views"])
-        center = self.assign.of(taught, temp)
-        terms = sum(map(sum, others(batch["views"])))
+        views = self.compared(batch)
+        center, pairs = self.assign.of(taught, temp), self.pairs(views)
+        terms = sum(map(sum, others(views)))
         dino = cross_entropies(student, taught, center, pairs, temps) / terms
 
         count = batch["count"]
@@ -153,13 +156,13 @@ class DINOv2(Method):
         ibot = cross_entropies([patches], [wanted], center, [[1.0]], temps, weight)
 
         koleo = dino.new_zeros(())
-        for g in global_views(batch["views"]) if cfg.koleo_weight else ():
+        for g in global_views(views) if cfg.koleo_weight else ():
             koleo = koleo + self.koleo(encoded["views"][g])
         loss = cfg.dino_weight * dino + cfg.ibot_weight * ibot + cfg.koleo_weight * koleo
         kept = [self.assign.kept(taught), self.assign_patches.kept([wanted], there.sum())]
         return {"loss": loss, "dino": dino, "ibot": ibot, "koleo": koleo, "keep": kept}
 
-    def pairs(self, views: Any) -> list[list[float]]:
+    def pairs(self, views: list[Tensor]) -> list[list[float]]:
         """The weight of each view's cross-entropy with each global view."""
         return others(views)
 

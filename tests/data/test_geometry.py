@@ -64,6 +64,28 @@ def test_views_within_are_drawn_from_their_own_keys():
         assert drawn[:2] == [draw(views.crops[v], 90, 70, (seed << 16) | v) for v in (0, 1)]
 
 
+def test_a_view_over_another_is_at_its_place_in_its_own_size():
+    views = preset("dinov3_gram", 16, local_count=2)
+    assert [view.size for view in views.crops] == [16, 16, 32, 32, 8, 8]
+    x = image(60, 50)
+    for seed in range(8):
+        drawn = draw_views(views, 60, 50, seed)
+        for g in (0, 1):
+            assert drawn[2 + g][:7] == drawn[g][:7] and not drawn[2 + g].jitter
+        plain = draw_views(preset("dinov2", 16, local_count=2), 60, 50, seed)
+        assert drawn[:2] == plain[:2]
+        made = apply(views, x, seed)
+        box = render(View(size=32, interpolation="bicubic"), x, drawn[2]._replace(flip=False))
+        box = box.flip(-1) if drawn[2].flip else box
+        norm = (torch.tensor(v)[:, None, None] for v in (views.mean, views.std))
+        mean, std = norm
+        assert torch.equal(made[2], (box - mean) / std)
+    with pytest.raises(ValueError, match="lies over=0, whose crop_scale is .* and has crop_scale"):
+        preset("dinov3_gram", 16, view2={"crop_scale": (0.5, 1.0)})
+    with pytest.raises(ValueError, match="over=0: the first view has no earlier one"):
+        Views(views=(View(size=8, over=0),))
+
+
 def test_apply_and_the_parameters_follow_the_crops_within():
     views = preset("crop_mae", 16, flip=0.0)
     x = image(50, 60)

@@ -37,6 +37,11 @@ MULTI = {
         ("dinov2", "dinov2_paper"),
         [*[(224, 1, (0.32, 1.0), "bicubic")] * 2, (96, 8, (0.05, 0.32), "bicubic")],
     ),
+    "dinov3_gram": [
+        *[(224, 1, (0.32, 1.0), "bicubic")] * 2,
+        *[(448, 1, (0.32, 1.0), "bicubic")] * 2,
+        (96, 8, (0.05, 0.32), "bicubic"),
+    ],
     "msn": [(224, 2, (0.3, 1.0), "bilinear"), (96, 10, (0.05, 0.3), "bilinear")],
 }
 
@@ -52,7 +57,7 @@ def test_multi_crop(name):
 
 
 def test_dinov2_blurs_as_its_source_and_as_its_paper():
-    blurs = {name: [v.blur for v in preset(name, 224).views] for name in MULTI if "v2" in name}
+    blurs = {name: [v.blur for v in preset(name, 224).views] for name in MULTI if "dinov2" in name}
     assert blurs == {"dinov2": [0.0, 0.9, 0.5], "dinov2_paper": [1.0, 0.1, 0.5]}
     assert [v.solarize for v in preset("dinov2", 224).views] == [0.0, 0.2, 0.0]
 

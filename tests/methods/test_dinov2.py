@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from fastssl.methods import build_method
-from fastssl.methods.configs import DINOv2Config
+from fastssl.methods.configs import DINOv2Config, DINOv3Config
 from fastssl.methods.teachers import packed
 from fastssl.models import build_backbone
 from tests.methods import dinov2_reference as reference
@@ -167,3 +167,85 @@ def test_a_batch_without_hidden_patches_counts_as_nothing(form):
     method.on_step(out["keep"], 0.0)
     if form == "center":
         assert not method.assign_patches.center.any() and method.assign.center.any()
+
+
+def dinov3(**options):
+    torch.manual_seed(0)
+    small = {"prototypes": 13, "hidden_dim": 12, "bottleneck_dim": 6, "patch_prototypes": 11}
+    others, kwargs = [(1, 8, 8), (1, 32, 32)], {**VIT, "global_pool": "token"}
+    vit = build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), others=others, kwargs=kwargs)
+    return build_method(vit, DINOv3Config(**small, **options))
+
+
+def with_gram_views(batch):
+    large = [torch.nn.functional.interpolate(view, 32) for view in batch["views"][:2]]
+    return {
+        **batch,
+        "views": [v.float() for v in (*batch["views"][:2], *large, *batch["views"][2:])],
+    }
+
+
+def test_dinov3_anchors_similarities_among_patches():
+    plain, ours = dinov3(local_weight=0.5), dinov3(local_weight=0.5, gram_weight=2.0)
+    with torch.no_grad():
+        for p in ours.gram.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = ours.prepare(with_gram_views(batch_of(0, 0)))
+    out = ours(batch, "prepared")
+    without = {**batch, "views": [*batch["views"][:2], *batch["views"][4:]]}
+    small = plain(without, "prepared")
+    torch.testing.assert_close(out["dino"], small["dino"])
+    distances = []
+    for g in range(2):
+        token, vit = ours.mask_token, ours.encoder
+        _, x = reference.tokens(vit, batch["views"][g], token, batch["hidden"][:, g])
+        _, y = reference.tokens(ours.gram.model.vit, batch["views"][2 + g])
+        y = y.mT.unflatten(2, (8, 8))
+        y = torch.nn.functional.interpolate(y, (4, 4), mode="bicubic").flatten(2).mT
+        x, y = (z / z.norm(dim=-1, keepdim=True) for z in (x, y))
+        distances.append((x @ x.mT - y @ y.mT).square().mean())
+    torch.testing.assert_close(out["gram"], torch.stack(distances).mean())
+    torch.testing.assert_close(out["loss"], small["loss"] + 2 * out["gram"])
+    out["loss"].backward()
+    assert all(p.grad is None for p in ours.gram.parameters())
+
+
+def test_dinov3s_local_views_have_a_weight_of_their_own():
+    made = {w: dinov3(local_weight=w) for w in (0.0, 0.5, 1.0)}
+    batch = with_gram_views(batch_of(0, 0))
+    batch["views"] = [*batch["views"][:2], *batch["views"][4:]]
+    dino = {w: m(m.prepare(batch), "prepared")["dino"].item() for w, m in made.items()}
+    assert dino[0.0] < dino[0.5] < dino[1.0]
+    assert dino[0.5] == pytest.approx((dino[0.0] + dino[1.0]) / 2)
+    apart = made[0.0].pairs(batch["views"])
+    assert apart == [[0, 1], [1, 0], [0, 0], [0, 0]]
+
+
+def test_the_gram_teacher_is_what_the_teacher_was():
+    ours = dinov3(gram_weight={"name": "linear", "start": 0.0, "end": 1.0}, gram_updates=[0.4])
+    batch = ours.prepare(with_gram_views(batch_of(0, 0)))
+    assert "gram" not in ours(batch, "prepared")  # its weight is 0
+    weight = ours.gram.model.vit.blocks[0].mlp.fc1.weight
+    for progress, updated in ((0.2, False), (0.4, True), (0.6, False)):
+        with torch.no_grad():
+            ours.encoder.blocks[0].mlp.fc1.weight.add_(1.0)
+        ours.on_step([[], []], progress)
+        now = ours.teacher.model["masked"].vit.blocks[0].mlp.fc1.weight
+        assert torch.equal(weight, now) == updated
+    assert "gram" in ours(batch, "prepared")
+
+
+def test_bad_input_is_refused():
+    few = dinov3(gram_weight=1.0)
+    batch = batch_of(0, 0)
+    with pytest.raises(ValueError, match="reads 4 views or more.* got 2.*dinov3_gram"):
+        few.prepare({**batch, "views": batch["views"][:2]})
+    with pytest.raises(ValueError, match="there is no Gram teacher"):
+        DINOv3Config(gram_updates=(0.5,))
+    with pytest.raises(ValueError, match=r"mask_range=\(0.5, 0.1\) must be"):
+        DINOv2Config(mask_range=(0.5, 0.1))
+    with pytest.raises(ValueError, match="give patch_prototypes"):
+        DINOv2Config(patch_bottleneck_dim=8)
+    vit = build_backbone("vit_tiny_patch16_224", shape=(1, 16, 16), kwargs=VIT)
+    with pytest.raises(ValueError, match="trains class tokens.*'avg'.*global_pool=token"):
+        build_method(vit, DINOv2Config())

@@ -66,7 +66,13 @@ def learns(method, batch):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_few_steps_learn(name, tmp_path):
     ours, _ = method(name, tmp_path)
-    if name in ("mochi", "dino", "ibot", "dinov2"):  # of one batch, what is to be found would move
+    if name in (
+        "mochi",
+        "dino",
+        "ibot",
+        "dinov2",
+        "dinov3",
+    ):  # of one batch, what is to be found would move
         ours.on_step = lambda keep, progress: None
     params = torch.rand(2, 16, len(PARAMETERS), generator=torch.Generator().manual_seed(0)) + 0.5
     learns(ours, {**batch(least(ours), 16), "params": list(params)})

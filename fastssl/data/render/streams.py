@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.data.render.torchvision import Drawn, draw_views, parameters, render_views
+from fastssl.data.render.torchvision import (
+    Drawn,
+    draw_views,
+    parameters,
+    render_views,
+    shared,
+)
 from fastssl.data.views.image import Views
 from fastssl.data.views.spec import apply
 from fastssl.data.views.streams import StreamViews
@@ -27,33 +33,6 @@ def stream_seed(spec: StreamViews, name: str, seed: int) -> int:
         return seed
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return int(mix(SAMPLE, seed, key)[0]) & _OWN
-
-
-def _span(start: int, length: int, side: int, of: int) -> tuple[int, int]:
-    """Where a stretch of an image of `of` pixels lies in one of `side` pixels: start, length."""
-    first, end = (min(round(at * side / of), side) for at in (start, start + length))
-    first = min(first, side - 1)
-    return first, max(end - first, 1)
-
-
-def shared(
-    own: Drawn, other: Drawn, size: tuple[int, int], of: tuple[int, int], scale: float
-) -> Drawn:
-    """`own` at the place of `other`: its crop, flips, turn and move.
-
-    size, of: height and width of the image of `own`, and of that of `other`.  scale: the side of
-    the view of `own` over that of `other`.
-    """
-    top, height = _span(other.top, other.height, size[0], of[0])
-    left, width = _span(other.left, other.width, size[1], of[1])
-    return own._replace(
-        **{"top": top, "left": left, "height": height, "width": width},
-        flip=other.flip,
-        flip_vertical=other.flip_vertical,
-        turn=other.turn,
-        angle=other.angle,
-        shift=(other.shift[0] * scale, other.shift[1] * scale),
-    )
 
 
 def draw_streams(

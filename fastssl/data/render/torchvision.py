@@ -261,6 +261,33 @@ def _column(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
+def _span(start: int, length: int, side: int, of: int) -> tuple[int, int]:
+    """Where a stretch of an image of `of` pixels lies in one of `side` pixels: start, length."""
+    first, end = (min(round(at * side / of), side) for at in (start, start + length))
+    first = min(first, side - 1)
+    return first, max(end - first, 1)
+
+
+def shared(
+    own: Drawn, other: Drawn, size: tuple[int, int], of: tuple[int, int], scale: float
+) -> Drawn:
+    """`own` at the place of `other`: its crop, flips, turn and move.
+
+    size, of: height and width of the image of `own`, and of that of `other`.  scale: the side of
+    the view of `own` over that of `other`.
+    """
+    top, height = _span(other.top, other.height, size[0], of[0])
+    left, width = _span(other.left, other.width, size[1], of[1])
+    return own._replace(
+        **{"top": top, "left": left, "height": height, "width": width},
+        flip=other.flip,
+        flip_vertical=other.flip_vertical,
+        turn=other.turn,
+        angle=other.angle,
+        shift=(other.shift[0] * scale, other.shift[1] * scale),
+    )
+
+
 def draw_views(views: Views, height: int, width: int, seed: int) -> list[Drawn]:
     """The parameters of every view, one for each of `views.crops`, of a height x width image.
 
@@ -269,6 +296,11 @@ def draw_views(views: Views, height: int, width: int, seed: int) -> list[Drawn]:
     drawn: list[Drawn] = []
     for v, view in enumerate(views.crops):
         key = (seed << 16) | v
+        if view.over is not None:
+            whole, scale = (height, width), view.size / views.crops[view.over].size
+            own = draw(view, height, width, key)
+            drawn.append(shared(own, drawn[view.over], whole, whole, scale))
+            continue
         if view.within is None:
             drawn.append(draw(view, height, width, key))
             continue

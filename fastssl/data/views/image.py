@@ -7,6 +7,7 @@ Operations in order, each a no-op by default:
                 uniform; 10 tries to fit, else the largest centered crop within crop_ratio;
                 resized to size x size with antialiasing, bilinear or (clamped) bicubic;
                 `within` another view: that view's crop stands for the image
+                `over` another view: its crop, flips and turn are that view's
     flip        left-right, with probability flip; then upside down, with probability flip_vertical
     turn        with probability turn: by 0, 1, 2 or 3 quarters
     move        angle ~ U(-rotate, rotate) degrees, shifts ~ U(-translate, translate) * size;
@@ -71,6 +72,8 @@ def _some(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PLACES = ("crop_scale", "crop_ratio", "within", "flip", "flip_vertical", "turn")
+PLACES += ("rotate", "translate")
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=2)]
 Area = Annotated[float, Field(gt=0, le=1)]
@@ -96,6 +99,12 @@ class View(BaseModel):
         default=None,
         ge=0,
         description="number, among all views and from 0, of an earlier view: crop within its crop",
+    )
+    over: int | None = Field(
+        default=None,
+        ge=0,
+        description="number, among all views and from 0, of an earlier view: at its very place, in "
+        "a size and with colors of its own",
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         default="bilinear", description="of the crop's resize, with antialiasing"
@@ -169,18 +178,32 @@ class Views(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _within_earlier(self) -> "Views":
+    def _of_earlier_views(self) -> "Views":
         first = 0
         for view in self.views:
-            if view.within is not None and view.within >= first:
-                raise ValueError(
-                    f"within={view.within} of view {first} is not an earlier view: give 0 to "
-                    f"{first - 1}"
-                    if first
-                    else f"within={view.within}: the first view has no earlier one, give none"
-                )
+            for key in ("within", "over"):
+                other = getattr(view, key)
+                if other is not None and other >= first:
+                    raise ValueError(
+                        f"{key}={other} of view {first} is not an earlier view: give 0 to "
+                        f"{first - 1}"
+                        if first
+                        else f"{key}={other}: the first view has no earlier one, give none"
+                    )
+            if view.over is not None:
+                self._check_place(first, view, self.crops[view.over])
             first += view.count
         return self
+
+    def _check_place(self, number: int, view: View, other: View) -> None:
+        for key in PLACES:
+            if key != "within" and getattr(view, key) != getattr(other, key):
+                raise ValueError(
+                    f"view {number} lies over={view.over}, whose {key} is {getattr(other, key)}, "
+                    f"and has {key}={getattr(view, key)}: give it the same"
+                )
+        if view.within is not None or view.rand_augment or other.rand_augment:
+            raise ValueError(f"over={view.over} of view {number}: without within and rand_augment")
 
     @property
     def count(self) -> int:

@@ -100,6 +100,16 @@ def dinov2(size: int, local_count: int = 8, local_size: int | None = None) -> Ki
     return _students(size, (0.32, 1.0), (0.05, 0.32), local_count, local_size, blurs=(0.0, 0.9))
 
 
+def dinov3_gram(size: int, local_count: int = 8, local_size: int | None = None) -> Kinds:
+    """Simeoni et al. 2025, arXiv:2508.10104, section 4.2: `dinov2`, and behind its two global views
+    these once more, twice as large and as they are: what a Gram teacher reads (read).
+    """
+    wide, local = dinov2(size)[:2], dinov2(size, local_count, local_size)[2:]
+    same = ("crop_scale", "crop_ratio", "interpolation", "flip")
+    large = [{"size": 2 * size, **{k: v[k] for k in same}, "over": g} for g, v in enumerate(wide)]
+    return [*wide, *large, *local]
+
+
 def dinov2_paper(size: int, local_count: int = 8, local_size: int | None = None) -> Kinds:
     """`dinov2` with DINO's blurs: the first view always, the second in one of ten."""
     return _students(size, (0.32, 1.0), (0.05, 0.32), local_count, local_size)
@@ -185,13 +195,8 @@ def plain(size: int) -> Kinds:
 
 
 _ALL = (simclr, barlow_twins, mae, crop_mae, dino, plain, byol, mocov3, vicreg, swav, ibot, msn)
-_ALL = (*_ALL, dinov2, dinov2_paper, simmim, ijepa, clip, rand_augment, aerial)
+_ALL = (*_ALL, dinov2, dinov2_paper, dinov3_gram, simmim, ijepa, clip, rand_augment, aerial)
 PRESETS: dict[str, Callable[..., Kinds]] = {preset.__name__: preset for preset in _ALL}
-MULTI_CROP = {
-    "swav",
-    "dino",
-    "ibot",
-    "dinov2",
-    "dinov2_paper",
-    "msn",
-}  # those that take local_count, local_size and local
+MULTI_CROP = {  # those that take local_count, local_size and local
+    preset.__name__ for preset in (swav, dino, ibot, dinov2, dinov2_paper, dinov3_gram, msn)
+}

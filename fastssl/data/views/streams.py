@@ -9,11 +9,8 @@ their values, drawn from its own seed; the fields of PLACES are those of the str
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fastssl.data.views.image import Views, unknown
+from fastssl.data.views.image import PLACES, Views, unknown
 from fastssl.data.views.spec import ViewSpec
-
-PLACES = ("crop_scale", "crop_ratio", "within", "flip", "flip_vertical", "turn")
-PLACES += ("rotate", "translate")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class StreamViews:
             return own
         assert isinstance(own, Views) and isinstance(root, Views)
         views = [
-            {**view.model_dump(), "count": 1, **place.model_dump(include=set(PLACES))}
+            {**view.model_dump(), "count": 1, **place.model_dump(include={*PLACES, "over"})}
             for view, place in zip(own.crops, root.crops, strict=True)
         ]
         return Views.model_validate({"views": views, "mean": own.mean, "std": own.std})
