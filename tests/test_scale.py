@@ -31,7 +31,12 @@ engine.zero_stage=3 engine.zero.persistence_threshold=0
 model.kwargs.embed_dim=32 model.kwargs.depth=2 model.kwargs.num_heads=2"""
 HEADS = "method.hidden_dim=32 method.projection_dim=16"
 DECODER = "method.decoder_dim=32 method.decoder_depth=1 method.decoder_heads=2"
+SCORES = "method.hidden_dim=16 method.prototypes=24 method.bottleneck_dim=8"
+SCORES += " method.patch_prototypes=20 method.patch_bottleneck_dim=6"
 OWN = {
+    "dinov2-vit5b": "model.kwargs.num_kv_heads=1 model.kwargs.img_size=64 data.overrides.local_size=32",
+    "dinov2-vitg14": "data.overrides.local_size=28",
+    "dinov2-vit10b": "data.overrides.local_size=28",
     "simclr-vitb16-65536": "engine.accumulation=4 data.backend=auto",
     "mae-vit5b": "model.kwargs.num_kv_heads=1 model.kwargs.img_size=64",
     "videomae2-vitg14": "data.source.frames=16",
@@ -39,7 +44,8 @@ OWN = {
 SIZES = tuple(  # keys, or the beginnings of keys, that a twin has of its own
     """batch_size epochs model.kwargs data.image_size data.workers data.source data.backend
     engine.accumulation engine.zero_stage engine.zero.persistence_threshold method.hidden_dim
-    method.projection_dim method.decoder_""".split()
+    method.projection_dim method.decoder_ method.prototypes method.bottleneck_dim method.patch_
+    data.overrides.local_size""".split()
 )
 STILL = {  # of the encoder, what two steps leave as it was
     "mocov3-vitl16": {"patch_embed.proj.weight", "patch_embed.proj.bias"},
@@ -55,7 +61,8 @@ def twin(name: str) -> RunConfig:
         56 if whole.data.image_size % 14 == 0 and "patch16" not in whole.model_of("").name else 64
     )
     words = SMALL.format(side=side, source="clips" if clips else "fractals")
-    own = [*(DECODER if "mae" in name else HEADS).split(), *OWN.get(name, "").split()]
+    heads = DECODER if "mae" in name else SCORES if "dinov2" in name else HEADS
+    own = [*heads.split(), *OWN.get(name, "").split()]
     return resolve(name, [*words.split(), *own])
 
 

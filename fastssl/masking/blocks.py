@@ -125,7 +125,7 @@ def some_blocks(
         raise ValueError(f"areas must be 1 <= least <= greatest, got {areas}")
     if not 1 <= tries < 128:
         raise ValueError(f"want tries in 1..127, got {tries}")
-    seen = hide.is_cpu and not torch.compiler.is_compiling()
+    seen = type(hide) is Tensor and hide.is_cpu and not torch.compiler.is_compiling()
     if seen and len(hide) and not 0 <= int(hide.min()) <= int(hide.max()) <= H * W:
         raise ValueError(f"hide must lie in 0..{H * W}, got {hide.tolist()}")
     wanted = hide[:, None]

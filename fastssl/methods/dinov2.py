@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.kernels import gather_tokens
+from fastssl.kernels.common import can_read_values
 from fastssl.losses import KoLeoLoss
 from fastssl.losses.dino import cross_entropies
 from fastssl.masking import some_blocks
@@ -144,7 +145,9 @@ class DINOv2(Method):
         dino = cross_entropies(student, taught, center, pairs, temps) / terms
 
         count = batch["count"]
-        rows, weight = packed(count, self.most, None if count.is_cpu else self.bound(count))
+        rows, weight = packed(
+            count, self.most, None if can_read_values(count) else self.bound(count)
+        )
         head = "patch_head" if "patch_head" in self.student else "head"
         some = encoded["patches"].flatten(0, 1)[rows]
         patches = self.student[head](some)

@@ -120,7 +120,7 @@ class _Ahead(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None or torch.is_grad_enabled():
             return _make_again(ctx, grad)
-        if grad.is_cpu and float(grad) == 1:  # elsewhere to look would wait
+        if type(grad) is torch.Tensor and grad.is_cpu and float(grad) == 1:  # else looking waits
             return None, *made
         return _multiply(ctx, made, grad)
 

@@ -198,6 +198,14 @@ def unlike_ranks(rank, world):
     torch.testing.assert_close(sinkhorn(none, 0.1, process_group=None), sinkhorn(whole, 0.1))
 
 
+def test_sinkhorn_counts_rows_by_their_weight():
+    torch.manual_seed(3)
+    scores, weight = torch.randn(7, 5), torch.tensor([1.0, 0, 2, 1, 0, 1, 1])
+    twice = torch.cat([scores[weight > 0], scores[2:3]])
+    torch.testing.assert_close(sinkhorn(scores, 0.2, weight=weight), sinkhorn(twice, 0.2))
+    assert sinkhorn(scores, 0.2, weight=torch.zeros(7)).isfinite().all()
+
+
 def test_sinkhorn_joins_ranks():
     run_ranks(unlike_ranks, 2)
 
@@ -222,6 +230,7 @@ S, C = torch.zeros(2, 5), torch.zeros(5)
         (lambda: soft_cross_entropy(S, S, impl="c"), "impl must be one of auto, torch, triton"),
         (lambda: sinkhorn(C, 1.0), r"scores must be \(R, K\), got \(5,\)"),
         (lambda: sinkhorn(S[:0], 1.0), "at least 1 row"),
+        (lambda: sinkhorn(S, 1.0, weight=C), r"weight must be \(\d+,\) on cpu, got \(5,\)"),
         (lambda: sinkhorn(S, 0.0), "temp must be > 0, got 0.0"),
         (lambda: sinkhorn(S, 1.0, iterations=0), "iterations must be >= 1, got 0"),
     ],

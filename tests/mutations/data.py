@@ -34,6 +34,12 @@ STREAM_SOURCES = "tests/data/test_stream_sources.py"
 TESTS |= {
     "data/streams": (STREAMS, ""),
     "data/render/streams": (STREAMS, ""),
+    "data/render/torchvision": (
+        f"{STREAMS} tests/data/test_geometry.py",
+        "share or places or over",
+    ),
+    "data/views/image": ("tests/data/test_geometry.py", "over"),
+    "data/views/presets": ("tests/data/test_presets.py", "dinov2"),
     "data/views/streams": (STREAMS, ""),
     "data/sources/paired": (STREAM_SOURCES, "pair"),
     "data/sources/paths": (STREAM_SOURCES, "table"),
@@ -42,8 +48,14 @@ TESTS |= {
 
 MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "data/render/streams.stream_seed": [("name == spec.primary", "name != spec.primary")],
-    "data/render/streams._span": [("at * side / of", "at * of / side")],
-    "data/render/streams.shared": [
+    "data/render/torchvision._span": [("at * side / of", "at * of / side")],
+    "data/render/torchvision.draw_views": [
+        ("view.size / views.crops[view.over].size", "1.0"),
+        ("shared(own, drawn[view.over]", "shared(own, drawn[0]"),
+    ],
+    "data/views/image._check_place": [('key != "within" and', 'key == "within" and')],
+    "data/views/presets.dinov2": [("(0.0, 0.9)", "(1.0, 0.1)")],
+    "data/render/torchvision.shared": [
         ("flip=other.flip", "flip=own.flip"),
         ("other.shift[0] * scale", "other.shift[0] / scale"),
     ],

@@ -575,10 +575,13 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "kernels/distillation/sinkhorn.sinkhorn": [
         ("else iterations - 1", "else iterations"),
         ("all_reduce_sum(used, process_group)", "used"),
+        ("else weight[i] @ q", "else q.sum(0)"),
     ],
     "kernels/distillation/sinkhorn._column_lse": [
         ("parts = all_gather_nograd(parts, group, check=False)", "pass"),
         ("x.sub_(top).exp_()", "x.exp_()"),
+        ("x.add_(weight.log()[:, None])", "x"),
+        ("nan_to_num_(neginf=0.0)", "nan_to_num_()"),
     ],
     "kernels/regression/cosine_triton._power": [
         ("gamma == 1.0, 1.0, 0.0", "gamma == 1.0, 0.0, 0.0"),

@@ -3,6 +3,7 @@
 JOINT = "tests/methods/test_methods.py"
 VIEWS = "tests/methods/test_views.py"
 MASKED = "tests/methods/test_masked_images.py"
+DINOV2 = "tests/methods/test_dinov2.py"
 PRETEXT = "tests/methods/test_pretext.py"
 
 TESTS = {
@@ -22,6 +23,10 @@ TESTS = {
     "methods/base": (f"{JOINT} tests/train/test_frozen.py", "plain_encoders or flag or leave_a"),
     "methods/cmc": ("tests/methods/test_cmc.py", "mean_of_all_pairs"),
     "methods/mixed_barlow_twins": ("tests/methods/test_mixed_barlow_twins.py", ""),
+    "methods/dino": (f"{JOINT} tests/engine/test_large_batch.py", "dino_is or (graph and dino)"),
+    "methods/dinov2": (DINOV2, ""),
+    "methods/dinov3": (DINOV2, "dinov3 or gram or bad"),
+    "methods/teachers": (DINOV2, ""),
     "methods/simmim": (MASKED, "simmim"),
     "methods/ijepa": (MASKED, "ijepa"),
     "methods/data2vec": (MASKED, "data2vec"),
@@ -73,6 +78,33 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/mae.__init__": [("norm_pix=cfg.norm_pix", "norm_pix=False")],
     "methods/base.features": [(").float()", ")")],
     "methods/base.forward": [('if part == "all":', 'if part != "all":')],
+    "methods/dino.features": [('["teacher"]', '["encoder"]')],
+    "methods/dino.loss": [("sum(map(sum, pairs))", "len(pairs)")],
+    "methods/dino.on_step": [("self.clock.progress = progress", "pass")],
+    "methods/dinov2.mask": [
+        (" * chosen", ""),
+        ("uniform(drawn[:, -2], G)", "uniform(drawn[:, 0], G)"),
+        ("drawn[:, G : 2 * G]", "drawn[:, :G]"),
+    ],
+    "methods/dinov2.bound": [("6 * (B", "0 * (B")],
+    "methods/dinov2.encode": [("self.mask_token.to(tokens.dtype), tokens", "tokens, tokens")],
+    "methods/dinov2._hidden": [("h[:, prefix:]", "h[:, prefix - 1 :]")],
+    "methods/dinov2.loss": [
+        (" * there[:, None]", ""),
+        ("[[1.0]], temps, weight)", "[[1.0]], temps, weight / 2)"),
+        ("koleo + self.koleo", "self.koleo"),
+    ],
+    "methods/dinov2.on_step": [("self.assign_patches.move(keep[1])", "pass")],
+    "methods/dinov3.compared": [("*views[2 * G :]", "*views[G:]")],
+    "methods/dinov3.targets": [("[G : 2 * G]", "[:G]"), ('mode="bicubic"', 'mode="bilinear"')],
+    "methods/dinov3.pairs": [("if v in chosen else", "if v not in chosen else")],
+    "methods/dinov3.on_step": [("before < mark", "before <= mark")],
+    "methods/teachers.of": [
+        ("process_group=None", "process_group=__import__('fastssl.distributed').distributed.LOCAL")
+    ],
+    "methods/teachers.move": [("torch.where(rows > 0, mean, self.center)", "mean")],
+    "methods/teachers.class_tokens": [('vit.global_pool != "token"', 'vit.global_pool == "no"')],
+    "methods/teachers.packed": [("hidden &= hidden.cumsum(0) <= bound", "pass")],
     "methods/simmim.predict": [("self.masked.prefix :]", "self.masked.prefix - 1 : -1]")],
     "methods/ijepa.teach": [("self.student.prefix :", "self.student.prefix - 1 : -1")],
     "methods/data2vec.LayerMean": [
