@@ -1,0 +1,139 @@
+"""DetCon: regions of an image, pooled by a segmentation, find themselves in the other view."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastssl.distributed import require_all_even
+from fastssl.kernels import exclude_self
+from fastssl.kernels.common import full_precision
+from fastssl.losses._checks import check_embeddings, check_ids
+from fastssl.losses._contrastive import ContrastiveLoss, joined_ids
+from fastssl.losses._sharded import Rule, sharded_lse
+from fastssl.losses._unit import unit
+
+
+class DetConBLoss(ContrastiveLoss):
+    """Each predicted region must find its targets of the other view among all targets.
+
+    The formula is `detcon_reference`, in nats.  Targets of the same view, image and mask are left
+    out; the mean over the positives stands outside the logarithm, so that a region meets their
+    mean; a mask that fills k places of an image counts once, not k times.
+
+    Shapes   pred_view0, pred_view1, target_view0, target_view1 (B, M, D): M regions of B images;
+             any float dtype, one for all.  mask_view0, mask_view1 (B, M): which mask of its image
+             a region is of, integers of any size.  The gradient goes to targets too: detach them.
+    Returns  scalar float32: the sum over the views of the mean over this rank's B M regions; one
+             without a positive counts 0.
+    Memory   one log-sum-exp over (2 B M)^2 pairs, streamed; where predictions and targets are the
+             same tensors, each pair once.
+    Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; masks that
+             are not (B, M) integers; temperature not > 0.
+    Ranks    as NTXentLoss: each rank's regions meet the targets of all.
+    Source   Henaff et al. 2021, arXiv:2103.10957, eq. 1 to 3; weights as in the authors' code.
+    Differs  from lightly.loss.DetConBLoss, whose value and gradient it has in one process:
+             normalizes and sums in float32 whatever the dtype; temperature > 0; no eps.
+
+    >>> z, mask = torch.eye(4).view(2, 2, 4), torch.tensor([[0, 1], [0, 1]])
+    >>> round(DetConBLoss(0.5)(z, z, z, z, mask, mask).item(), 4)  # 2 ln(e^2 + 6) - 4
+    1.1889
+    """
+
+    def forward(
+        self,
+        pred_view0: Tensor,
+        pred_view1: Tensor,
+        target_view0: Tensor,
+        target_view1: Tensor,
+        mask_view0: Tensor,
+        mask_view1: Tensor,
+    ) -> Tensor:
+        preds = {"pred_view0": pred_view0, "pred_view1": pred_view1}
+        targets = {"target_view0": target_view0, "target_view1": target_view1}
+        masks = {"mask_view0": mask_view0, "mask_view1": mask_view1}
+        return _detcon(self, preds, targets, masks)
+
+
+class DetConSLoss(ContrastiveLoss):
+    """DetConBLoss of views that are their own targets: SimCLR's form.
+
+    Shapes, returns and what is raised: DetConBLoss, with view0 and view1 (B, M, D).
+    Source   Henaff et al. 2021, arXiv:2103.10957, eq. 1 to 3.
+    Differs  from lightly.loss.DetConSLoss as DetConBLoss from lightly's; no detconbloss within.
+
+    >>> z, mask = torch.eye(4).view(2, 2, 4), torch.tensor([[0, 1], [0, 1]])
+    >>> round(DetConSLoss(0.5)(z, z, mask, mask).item(), 4)
+    1.1889
+    """
+
+    def forward(
+        self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor
+    ) -> Tensor:
+        views = {"view0": view0, "view1": view1}
+        masks = {"mask_view0": mask_view0, "mask_view1": mask_view1}
+        return _detcon(self, views, views, masks)
+
+
+def _detcon(
+    loss: ContrastiveLoss,
+    preds: dict[str, Tensor],
+    targets: dict[str, Tensor],
+    masks: dict[str, Tensor],
+) -> Tensor:
+    group, named = loss.process_group, preds | targets
+    require_all_even(group, **named, **masks)
+    check_embeddings("B, M, D", **named)
+    first = next(iter(named.values()))
+    for name, mask in masks.items():
+        check_ids(name, mask, first, axes=2)
+    B, M, _ = first.shape
+    rows = _side(preds)
+    alike = all(x is y for x, y in zip(preds.values(), targets.values(), strict=True))
+    keys = rows if alike else _side(targets)
+    mask = torch.stack([x.long() for x in masks.values()])  # (2, B, M)
+    own = mask.unsqueeze(-1) == mask.unsqueeze(-2)
+    across = mask.unsqueeze(-1) == mask.flip(0).unsqueeze(-2)
+    # A region's id is the place of the first one of its view, image and mask.
+    places = joined_ids(2 * B * M, group, rows.device).view_as(mask)
+    ids = places.gather(-1, own.int().argmax(-1)).flatten()
+    scale, rules = 1 / loss.temperature, (Rule(exclude_self, ids, ids),)
+    lse, _ = sharded_lse(
+        rows, keys, scale, rules=rules, process_group=group, strategy=loss.strategy
+    )
+    with full_precision(rows.device):
+        p, t = (x.to(lse.dtype).view(2, B, M, -1) for x in (rows, keys))
+        found = across.sum(-1)
+        mean = (across / found.clamp(min=1).unsqueeze(-1)).to(lse.dtype) @ t.flip(0)
+        positive = (p * mean).sum(-1) * scale
+        weight = (found > 0) / own.sum(-1)
+        return (weight * (lse.view_as(mask) - positive)).sum() / (B * M)
+
+
+def _side(views: dict[str, Tensor]) -> Tensor:
+    """(2 B M, D) rows of length one, view after view, in the views' dtype: see TwoViews."""
+    z = torch.stack(tuple(views.values()))
+    return unit(z).to(z.dtype).flatten(0, 2)
+
+
+def detcon_reference(
+    preds: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor],
+    masks: tuple[Tensor, Tensor],
+    temperature: float,
+) -> Tensor:
+    """The formula, region by region, in one process."""
+    total = preds[0].new_zeros(())
+    p, t = ([unit(x) for x in side] for side in (preds, targets))
+    B, M = masks[0].shape
+    for v in (0, 1):
+        for i in range(B):
+            for r in range(M):
+                scores = [p[v][i, r] @ x.flatten(0, 1).T / temperature for x in t]
+                same = masks[v][i] == masks[v][i, r]
+                scores[v].view(B, M)[i].masked_fill_(same, -torch.inf)
+                share = scores[1 - v] - torch.cat(scores).logsumexp(0)
+                found = share.view(B, M)[i][masks[1 - v][i] == masks[v][i, r]]
+                if len(found):
+                    total = total - found.mean() / same.sum()
+    return total / (B * M)
