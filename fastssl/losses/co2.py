@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_rows, world_size
-from fastssl.kernels.common import FirstOrder, finished, first_order, full_precision
+from fastssl.kernels.common import FirstOrder, ahead, finished, first_order, full_precision
 from fastssl.kernels.common.chunks import row_spans
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_positive, is_finite
 from fastssl.losses._loss import Loss
 from fastssl.losses._unit import unit
 from fastssl.losses.queue import Banked, bank_of
+
+_ROWS = 128  # at a time, at least: products of fewer are slow
 
 
 class CO2Regularizer(Banked, Loss):
@@ -66,6 +69,8 @@ class CO2Regularizer(Banked, Loss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         group, bank = self.process_group, self.memory_bank
+        if bank is None and _ahead.fits(group, out0, out1) and _ahead.one_tile(out0, len(out0)):
+            return ahead(self._alone, out0, out1)
         check_batch(group, out0=out0, out1=out1)
         x, y, scale = unit(out0), unit(out1), 1 / self.t_consistency
         learned = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
@@ -84,6 +89,30 @@ class CO2Regularizer(Banked, Loss):
             bank.push(out1, group, check=False)
         return total * (self.alpha / 2 / len(x))
 
+    def _alone(self, views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+        """Value and gradients of one process: what y_i makes of x_j is what x_j makes of y_i."""
+        z, norms = _ahead.with_norms(*views)
+        z = z.div_(norms.clamp_min_(1e-12))
+        x, y = z.chunk(2)
+        s, weight = torch.mm(x, y.T).div_(self.t_consistency), self.alpha / 2 / len(x)
+        p_log, q_log = s.log_softmax(1), s.T.contiguous().log_softmax(1)
+        d = q_log - p_log
+        p, q = p_log.exp_(), q_log.exp_()
+        value = (d * (q - p)).sum().mul_(weight)
+        if not any(need):
+            return value, views
+        da, db = _slopes(p, q, d)
+        ds = da.add_(db.T)
+        g = torch.cat([torch.mm(ds, y), torch.mm(ds.T, x)]).mul_(weight / self.t_consistency)
+        return value, _ahead.unit_backward_(g, z, norms).chunk(2)
+
+
+def _slopes(p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """da and db: see `_Divergence`."""
+    da = torch.addcmul(p, p, torch.linalg.vecdot(p, d).unsqueeze(1) - d).sub_(q)
+    db = torch.addcmul(q, q, d - torch.linalg.vecdot(q, d).unsqueeze(1)).sub_(p)
+    return da, db
+
 
 class _Divergence(FirstOrder):
     """sum_i sum_j (q_ij - p_ij)(log q_ij - log p_ij) of p_i = softmax_j(a_ij), q_i of b_ij.
@@ -98,7 +127,7 @@ class _Divergence(FirstOrder):
         sides = ((x, kx), (y, ky))
         made = [torch.zeros_like(z) if learned else None for z in (x, y, kx, ky)]
         dfirst = None if first is None else torch.zeros_like(first)
-        for i in row_spans(x, 6 * len(kx)):
+        for i in row_spans(x, 6 * len(kx), _ROWS):
             scores = [torch.mm(z[i], k.T).mul_(scale) for z, k in sides]
             if first is not None:
                 scores = [torch.cat([first[i, None], s], 1) for s in scores]
@@ -108,8 +137,7 @@ class _Divergence(FirstOrder):
             total += (d * (q - p)).sum()
             if not learned:
                 continue
-            da = torch.addcmul(p, p, torch.linalg.vecdot(p, d).unsqueeze(1) - d).sub_(q)
-            db = torch.addcmul(q, q, d - torch.linalg.vecdot(q, d).unsqueeze(1)).sub_(p)
+            da, db = _slopes(p, q, d)
             if dfirst is not None:
                 dfirst[i] = da[:, 0] + db[:, 0]
                 da, db = da[:, 1:], db[:, 1:]

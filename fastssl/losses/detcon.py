@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastssl.distributed import require_all_even
+from fastssl.distributed import require_all_even, world_size
 from fastssl.kernels import exclude_self
-from fastssl.kernels.common import full_precision
+from fastssl.kernels.common import accumulator, ahead, can_read_values, full_precision
+from fastssl.kernels.pairwise import Pairs, lse_ahead
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_embeddings, check_ids
 from fastssl.losses._contrastive import ContrastiveLoss, joined_ids
 from fastssl.losses._sharded import Rule, sharded_lse
@@ -31,6 +35,7 @@ class DetConBLoss(ContrastiveLoss):
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank; masks that
              are not (B, M) integers; temperature not > 0.
     Ranks    as NTXentLoss: each rank's regions meet the targets of all.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Henaff et al. 2021, arXiv:2103.10957, eq. 1 to 3; weights as in the authors' code.
     Differs  from lightly.loss.DetConBLoss, whose value and gradient it has in one process:
              normalizes and sums in float32 whatever the dtype; temperature > 0; no eps.
@@ -88,26 +93,85 @@ def _detcon(
     for name, mask in masks.items():
         check_ids(name, mask, first, axes=2)
     B, M, _ = first.shape
-    rows = _side(preds)
     alike = all(x is y for x, y in zip(preds.values(), targets.values(), strict=True))
-    keys = rows if alike else _side(targets)
     mask = torch.stack([x.long() for x in masks.values()])  # (2, B, M)
     own = mask.unsqueeze(-1) == mask.unsqueeze(-2)
     across = mask.unsqueeze(-1) == mask.flip(0).unsqueeze(-2)
     # A region's id is the place of the first one of its view, image and mask.
-    places = joined_ids(2 * B * M, group, rows.device).view_as(mask)
+    places = joined_ids(2 * B * M, group, first.device).view_as(mask)
     ids = places.gather(-1, own.int().argmax(-1)).flatten()
+    found, acc = across.sum(-1), accumulator(first.dtype)
+    share = (across / found.clamp(min=1).unsqueeze(-1)).to(acc)
+    weight = (found > 0) / (own.sum(-1).to(acc) * (B * M))
+    if can_read_values(first) and first.is_cpu and world_size(group) == 1:
+        views = [*preds.values()] if alike else [*preds.values(), *targets.values()]
+        made = _alone(views, ids, share, weight, loss.temperature)
+        if made is not None:
+            return made
+    rows = _side(preds)
+    keys = rows if alike else _side(targets)
     scale, rules = 1 / loss.temperature, (Rule(exclude_self, ids, ids),)
     lse, _ = sharded_lse(
         rows, keys, scale, rules=rules, process_group=group, strategy=loss.strategy
     )
     with full_precision(rows.device):
-        p, t = (x.to(lse.dtype).view(2, B, M, -1) for x in (rows, keys))
-        found = across.sum(-1)
-        mean = (across / found.clamp(min=1).unsqueeze(-1)).to(lse.dtype) @ t.flip(0)
-        positive = (p * mean).sum(-1) * scale
-        weight = (found > 0) / own.sum(-1)
-        return (weight * (lse.view_as(mask) - positive)).sum() / (B * M)
+        p, t = (x.to(acc).view(2, B, M, -1) for x in (rows, keys))
+        positive = (p * (share @ t.flip(0))).sum(-1) * scale
+        return (weight * (lse.view_as(mask) - positive)).sum()
+
+
+def _alone(
+    views: Sequence[Tensor], ids: Tensor, share: Tensor, weight: Tensor, temperature: float
+) -> Tensor | None:
+    """The loss of one process, its gradient made with it; None where `_ahead.nt_xent` is.
+
+    views: the predictions and, where they are others, the targets.  share (2, B, M, M): of each
+    target of the other view among a region's positives; weight (2, B, M): of a region.
+    """
+    fresh = [_with_norms(views)]
+    low, high = fresh[0][1].aminmax()
+    if not (low >= 1e-9 and high <= 1e15):
+        return None
+    masks, flat = exclude_self(ids), weight.flatten()
+
+    def run(tensors: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+        wide, norms = fresh.pop() if fresh else _with_norms(tensors)
+        y, (B, M, D) = wide.div_(norms), tensors[0].shape
+        sides = y.to(tensors[0].dtype).chunk(len(tensors) // 2)
+        rows, keys = sides[0], sides[-1]
+        scale, value = y.new_full((), 1 / temperature), y
+
+        def upstream(lse: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal value
+            value = torch.dot(lse, flat)
+            return flat, none
+
+        pairs = Pairs(rows, keys, scale, None, *masks.ids(), masks.key, rows is keys)
+        wanted = any(need[:2]), any(need[2:]), False, False
+        made = lse_ahead(pairs, False, upstream, wanted, 1 / temperature)
+        p, t = (x.to(y.dtype).view(2 * B, M, D) for x in (rows, keys))
+        by = share.view(2 * B, M, M)
+        t = t.view(2, B, M, D).flip(0).view(2 * B, M, D)  # the other view's
+        pull = torch.bmm(by, t).mul_(weight.view(2 * B, M, 1) * scale)
+        value = value - (p * pull).sum()
+        if not any(need):
+            return value, tensors
+        sides = [made.q.sub_(pull.view(-1, D)) if wanted[0] else y.chunk(len(sides))[0]]
+        if rows is keys or wanted[1]:
+            back = torch.bmm(by.mT, p * (weight.view(2 * B, M, 1) * scale))
+            back = back.view(2, B, M, D).flip(0).reshape(-1, D)
+            sides += [(made.q if rows is keys else made.k).sub_(back)]
+        g = sides[0] if rows is keys else torch.cat([sides[0], sides[-1]])
+        return value, _ahead.unit_backward_(g, y, norms).view(-1, B, M, D).unbind()
+
+    return ahead(run, *views)
+
+
+def _with_norms(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows of all views, one after the other, and their lengths."""
+    z = torch.stack([x.detach() for x in views]).flatten(0, 2)
+    wide = z.to(accumulator(z.dtype))
+    return wide, torch.linalg.vector_norm(wide, dim=1, keepdim=True)
 
 
 def _side(views: dict[str, Tensor]) -> Tensor:

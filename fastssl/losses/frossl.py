@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastssl.distributed import Group, all_reduce_sum, world_size
 from fastssl.kernels import frobenius_sq
-from fastssl.kernels.common import accumulator, full_precision
+from fastssl.kernels.common import accumulator, ahead, full_precision
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, is_finite
 from fastssl.losses._loss import Loss
 
@@ -29,6 +30,7 @@ class FroSSLLoss(Loss):
              another rank; a weight that is not finite.
     Ranks    columns and covariances are the joined batch's, and so is the mean over ranks of value
              and gradient.  gather_distributed=False: each rank's own.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Skean et al. 2024, arXiv:2310.02903, eq. 4 and algorithm 1.
     Differs  from lightly.loss.FroSSLLoss, whose value and gradient it has in one process: sums in
              float32 whatever the dtype; gathers by default.
@@ -56,6 +58,8 @@ class FroSSLLoss(Loss):
         group, views = self.process_group, tuple(z_views)
         if len(views) < 2:
             raise ValueError(f"z_views must be at least 2, got {len(views)}")
+        if _ahead.fits(group, *views):
+            return ahead(self._alone, *views)
         named: dict[str, Any] = {f"z_views[{v}]": z for v, z in enumerate(views)}
         n = check_batch(group, **named)
         dtype = views[0].dtype
@@ -68,6 +72,25 @@ class FroSSLLoss(Loss):
             size = torch.stack([frobenius_sq(x, x, process_group=group) for x in rows])
             apart = (h - h.mean(0)).square().sum() * (len(views) * world_size(group) / n)
             return (size.log() - 2 * trace.log()).sum() + self.invariance_weight * apart
+
+    def _alone(self, views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
+        """Value and gradients of one process, all views at once."""
+        z = torch.stack(tuple(views)).to(accumulator(views[0].dtype))
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        short = length <= 1e-12
+        h = z.div_(length.clamp_min_(1e-12))
+        by_features = _ahead.has_few_features(h[0])
+        product = torch.bmm(h.mT, h) if by_features else torch.bmm(h, h.mT)
+        flat, rows, weight = product.flatten(1), h.flatten(1), self.invariance_weight * len(h)
+        size, trace = torch.linalg.vecdot(flat, flat), torch.linalg.vecdot(rows, rows)
+        apart, weight = h - h.mean(0), weight / h.shape[1]
+        value = (size.log() - 2 * trace.log_()).sum().add_(_ahead.square(apart), alpha=weight)
+        if not any(need):
+            return value, views
+        dh = torch.bmm(h, product) if by_features else torch.bmm(product, h)
+        dh.mul_(4 / size[:, None, None]).add_(apart, alpha=2 * weight)
+        along = (dh * h).sum(1, keepdim=True).masked_fill_(short, 0)
+        return value, dh.addcmul_(h, along, value=-1).div_(length).unbind()
 
 
 def frossl_reference(z_views: Sequence[Tensor], invariance_weight: float = 1.0) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_gather_rows, all_reduce_sum
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_not_negative, check_positive
 from fastssl.losses._contrastive import lse_of_others
 from fastssl.losses._loss import Loss
@@ -28,6 +29,7 @@ class HypersphereLoss(Loss):
              2 images in the joined batch; t or alpha not > 0; lam < 0.
     Ranks    the pairs are the joined batch's, and so is the mean over ranks of value and gradient.
              gather_distributed=False: each rank's own.  strategy: as in NTXentLoss.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Wang & Isola 2020, arXiv:2005.10242, section 4.1; t, lam and alpha as there.
     Differs  from lightly.loss.hypersphere_loss.HypersphereLoss, whose value and gradient it has in
              one process: gathers by default, where lightly's has each rank's own pairs; views that
@@ -57,6 +59,10 @@ class HypersphereLoss(Loss):
         self.strategy = check_strategy(strategy)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        if _ahead.fits(self.process_group, z_a, z_b, least=2):
+            loss = _ahead.hypersphere(z_a, z_b, self.t, self.lam, self.alpha)
+            if loss is not None:
+                return loss
         n = check_batch(self.process_group, least=2, z_a=z_a, z_b=z_b)
         x, y = unit(z_a), unit(z_b)
         apart = (x - y).square().sum(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_reduce_sum, world_size
+from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_within
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce
 from fastssl.losses._unit import unit
@@ -26,6 +27,7 @@ class MACLLoss(ContrastiveLoss):
     Raises   ValueError: other shapes, dtypes or devices, or other ones on another rank;
              temperature not > 0; alpha or A_0 outside of 0..1.
     Ranks    as NTXentLoss; A is the joined batch's.
+    On a CPU in one process the gradient is made with the loss, and backward only multiplies.
     Source   Huang et al. 2023, arXiv:2207.07874, eq. 7 and 12.
     Differs  from lightly.loss.MACLLoss, whose value and gradient it has in one process: gathers by
              default, where lightly's has each rank's own negatives; 1 - P keeps its digits near a
@@ -54,13 +56,26 @@ class MACLLoss(ContrastiveLoss):
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         group = self.process_group
+        if _ahead.fits(group, z0, z1):
+            loss = _ahead.nt_xent(z0, z1, self._at, _weight)
+            if loss is not None:
+                return loss
         count = check_batch(group, z0=z0, z1=z1)
         views = self.lay_out(unit(z0), unit(z1), z0.dtype, count)
         positive = views.positives()
         match = all_reduce_sum(positive.detach().mean(), group) / world_size(group)
         t = self.temperature * (1 + self.alpha * (match - self.A_0))
         losses = info_nce(positive / t, views.others(1 / t))
-        return (losses / (EPS - torch.expm1(-losses.detach()))).mean()
+        return (losses * _weight(losses.detach())).mean()
+
+    def _at(self, match: Tensor) -> float:
+        """The temperature of that mean cosine; a number that scores can be divided by."""
+        return self.temperature * (1 + self.alpha * (float(match) - self.A_0)) or 1e-30
+
+
+def _weight(losses: Tensor) -> Tensor:
+    """1 / (1 - P + 1e-8) of losses -log P."""
+    return (EPS - torch.expm1(-losses)).reciprocal_()
 
 
 def macl_reference(

@@ -12,6 +12,8 @@ from fastssl.kernels.common.chunks import row_spans
 from fastssl.losses._checks import check_embeddings, check_positive
 from fastssl.losses._loss import Loss
 
+_ROWS = 128  # at a time, at least: products of fewer are slow
+
 
 class ReSSLLoss(Loss):
     """The cross-entropy of the student's distribution over a queue with the teacher's.
@@ -60,7 +62,7 @@ class _Relations(FirstOrder):
         acc = accumulator(q.dtype)
         keys = queue.to(acc).T
         total, dq = q.new_zeros((), dtype=acc), torch.empty_like(q, dtype=acc) if learned else None
-        for i in row_spans(q, 4 * len(queue)):
+        for i in row_spans(q, 4 * len(queue), _ROWS):
             target = torch.mm(k[i].to(acc), keys).mul_(sharp_k).softmax(1)
             found = torch.mm(q[i].to(acc), keys).mul_(sharp_q).log_softmax(1)
             total -= torch.linalg.vecdot(target, found).sum()
