@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_rows, world_size
+from fastssl.distributed import BUILT, Group, all_gather_rows, world_size
 from fastssl.kernels.common import FirstOrder, ahead, finished, first_order, full_precision
 from fastssl.kernels.common.chunks import row_spans
 from fastssl.losses import _ahead
@@ -57,7 +57,7 @@ class CO2Regularizer(Banked, Loss):
         t_consistency: float = 0.05,
         memory_bank_size: int | Sequence[int] = 0,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
+from fastssl.distributed import BUILT, Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels.common import accumulator, can_read_values
 from fastssl.losses._checks import check_embeddings, check_ids, check_temperature
 from fastssl.losses._loss import Loss
@@ -40,7 +40,7 @@ class DeepClusterV2Loss(Loss):
         self,
         temperature: float = 0.1,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl.distributed import require_all_even, world_size
+from fastssl.distributed import BUILT, Group, require_all_even
 from fastssl.kernels import exclude_self
-from fastssl.kernels.common import accumulator, ahead, can_read_values, full_precision
+from fastssl.kernels.common import accumulator, ahead, full_precision
 from fastssl.kernels.pairwise import Pairs, lse_ahead
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_embeddings, check_ids
@@ -45,6 +45,16 @@ class DetConBLoss(ContrastiveLoss):
     1.1889
     """
 
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        gather_distributed: bool = BUILT,
+        *,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__(temperature, gather_distributed, process_group, strategy)
+
     def forward(
         self,
         pred_view0: Tensor,
@@ -71,6 +81,16 @@ class DetConSLoss(ContrastiveLoss):
     >>> round(DetConSLoss(0.5)(z, z, mask, mask).item(), 4)
     1.1889
     """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        gather_distributed: bool = BUILT,
+        *,
+        process_group: Group = None,
+        strategy: str = "gather",
+    ) -> None:
+        super().__init__(temperature, gather_distributed, process_group, strategy)
 
     def forward(
         self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor
@@ -103,7 +123,7 @@ def _detcon(
     found, acc = across.sum(-1), accumulator(first.dtype)
     share = (across / found.clamp(min=1).unsqueeze(-1)).to(acc)
     weight = (found > 0) / (own.sum(-1).to(acc) * (B * M))
-    if can_read_values(first) and first.is_cpu and world_size(group) == 1:
+    if _ahead.fits(group, first, axes=3):
         views = [*preds.values()] if alike else [*preds.values(), *targets.values()]
         made = _alone(views, ids, share, weight, loss.temperature)
         if made is not None:

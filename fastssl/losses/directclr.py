@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.losses._checks import check_counts
 from fastssl.losses._loss import also_named
 from fastssl.losses.ntxent import NTXentLoss
@@ -36,7 +36,7 @@ class DirectCLRLoss(NTXentLoss):
         loss_dim: int = 64,
         temperature: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         *,
         process_group: Group = None,
         strategy: str = "gather",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, rank, world_size
+from fastssl.distributed import BUILT, Group, all_gather_nograd, all_reduce_sum, rank, world_size
 from fastssl.kernels.common import FirstOrder, accumulator, finished, first_order, full_precision
 from fastssl.losses._checks import check_batch, check_positive, is_finite
 from fastssl.losses._loss import Loss
@@ -48,7 +48,7 @@ class EMPSSLLoss(Loss):
         inv_coef: float = 200.0,
         *,
         tcr_coef: float = 1.0,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

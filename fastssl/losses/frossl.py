@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_reduce_sum, world_size
+from fastssl.distributed import BUILT, Group, all_reduce_sum, world_size
 from fastssl.kernels import frobenius_sq
 from fastssl.kernels.common import accumulator, ahead, full_precision
 from fastssl.losses import _ahead
@@ -46,7 +46,7 @@ class FroSSLLoss(Loss):
         self,
         invariance_weight: float = 1.0,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_rows, all_reduce_sum
+from fastssl.distributed import BUILT, Group, all_gather_rows, all_reduce_sum
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_not_negative, check_positive
 from fastssl.losses._contrastive import lse_of_others
@@ -48,7 +48,7 @@ class HypersphereLoss(Loss):
         lam: float = 1.0,
         alpha: float = 2.0,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:

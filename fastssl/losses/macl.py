@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_reduce_sum, world_size
+from fastssl.distributed import BUILT, Group, all_reduce_sum, world_size
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_within
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce
@@ -46,7 +46,7 @@ class MACLLoss(ContrastiveLoss):
         alpha: float = 0.5,
         A_0: float = 0.0,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:

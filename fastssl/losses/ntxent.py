@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, is_finite
 from fastssl.losses._contrastive import ContrastiveLoss, against_queue
@@ -64,7 +64,7 @@ class NTXentLoss(Banked, ContrastiveLoss):
         self,
         temperature: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         *,
         process_group: Group = None,
         strategy: str = "gather",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.kernels import column_moments, cross_correlation, standardize
 from fastssl.kernels.common import accumulator, ahead, full_precision
 from fastssl.losses import _ahead
@@ -50,7 +50,7 @@ class VIbCRegLoss(Loss):
         var_loss_weight: float = 25.0,
         cov_loss_weight: float = 200.0,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)
