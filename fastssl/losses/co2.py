@@ -74,15 +74,13 @@ class CO2Regularizer(Banked, Loss):
         check_batch(group, out0=out0, out1=out1)
         x, y, scale = unit(out0), unit(out1), 1 / self.t_consistency
         learned = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-        if bank is None:
-            keys = y, x
-            if world_size(group) > 1:
-                keys = all_gather_rows(torch.stack([y, x], 1), group, check=False).unbind(1)
-            sides = (*keys, None)
-        else:
+        sides = None, None, None
+        if bank is not None:
             bank.fit(out1)
-            keys = bank.keys.to(x)
-            sides = keys, keys, (x * y).sum(1) * scale
+            sides = bank.keys.to(x), None, (x * y).sum(1) * scale
+        elif world_size(group) > 1:
+            keys = all_gather_rows(torch.stack([y, x], 1), group, check=False)
+            sides = (*keys.unbind(1), None)
         with full_precision(x.device):
             total = _Divergence.call(x, y, *sides, scale, learned)
         if bank is not None and out0.requires_grad and torch.is_grad_enabled():
@@ -117,17 +115,22 @@ def _slopes(p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 class _Divergence(FirstOrder):
     """sum_i sum_j (q_ij - p_ij)(log q_ij - log p_ij) of p_i = softmax_j(a_ij), q_i of b_ij.
 
-    a_i = scale x_i . kx_j, b_i = scale y_i . ky_j; before them, where it is given, first_i in both.
+    a_i = scale x_i . kx_j, b_i = scale y_i . ky_j: kx, ky of all ranks, or y and x where they are
+    None; or, with first, which stands before the others in both, either the bank kx.
     With d = log q - log p: da = p (1 - d + p . d) - q and db = q (1 + d - q . d) - p.
     """
 
     @staticmethod
     def forward(ctx: Any, x, y, kx, ky, first, scale, learned):
         total = x.new_zeros(())
-        sides = ((x, kx), (y, ky))
-        made = [torch.zeros_like(z) if learned else None for z in (x, y, kx, ky)]
-        dfirst = None if first is None else torch.zeros_like(first)
-        for i in row_spans(x, 6 * len(kx), _ROWS):
+        own = kx is None
+        keys = (y, x) if own else (kx, kx if ky is None else ky)
+        sides = (x, keys[0]), (y, keys[1])
+        dx, dy, dkx, dky, dfirst = (
+            None if z is None or not learned else torch.zeros_like(z) for z in (x, y, kx, ky, first)
+        )
+        made = (dx, dy if own else dkx), (dy, dx if own else dky)
+        for i in row_spans(x, 6 * len(keys[0]), _ROWS):
             scores = [torch.mm(z[i], k.T).mul_(scale) for z, k in sides]
             if first is not None:
                 scores = [torch.cat([first[i, None], s], 1) for s in scores]
@@ -141,12 +144,11 @@ class _Divergence(FirstOrder):
             if dfirst is not None:
                 dfirst[i] = da[:, 0] + db[:, 0]
                 da, db = da[:, 1:], db[:, 1:]
-            for side, g in enumerate((da, db)):
-                z, k = sides[side]
-                made[side][i] = torch.mm(g, k).mul_(scale)  # pyright: ignore
-                if ctx.needs_input_grad[2 + side]:
-                    made[2 + side].addmm_(g.T, z[i], alpha=scale)  # pyright: ignore
-        ctx.save_for_backward(*made, dfirst)
+            for (z, k), (dz, dk), g in zip(sides, made, (da, db), strict=True):
+                dz[i] += torch.mm(g, k).mul_(scale)  # pyright: ignore
+                if first is None:
+                    dk.addmm_(g.T, z[i], alpha=scale)  # pyright: ignore
+        ctx.save_for_backward(dx, dy, dkx, dky, dfirst)
         return finished(total)
 
     @staticmethod

@@ -65,7 +65,7 @@ class FroSSLLoss(Loss):
         dtype = views[0].dtype
         with full_precision(views[0].device):
             z = torch.stack(views).to(accumulator(dtype))
-            length = all_reduce_sum(z.square().sum(1), group).sqrt().clamp_min(1e-12)
+            length = all_reduce_sum(z.square().sum(1), group).clamp_min(1e-24).sqrt()
             h = z / length.unsqueeze(1)
             trace = all_reduce_sum(h.detach().square().sum((1, 2)), group)
             rows = h.to(dtype).unbind()  # 16 bits: a GPU multiplies those many times as fast
