@@ -70,7 +70,9 @@ class CO2Regularizer(Banked, Loss):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         group, bank = self.process_group, self.memory_bank
         if bank is None and _ahead.fits(group, out0, out1) and _ahead.one_tile(out0, len(out0)):
-            return ahead(self._alone, out0, out1)
+            low, high = _ahead.with_norms(out0, out1)[1].aminmax()
+            if low >= 1e-9 and high <= 1e15:
+                return ahead(self._alone, out0, out1)
         check_batch(group, out0=out0, out1=out1)
         x, y, scale = unit(out0), unit(out1), 1 / self.t_consistency
         learned = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
@@ -90,7 +92,7 @@ class CO2Regularizer(Banked, Loss):
     def _alone(self, views: Sequence[Tensor], need: Sequence[bool]) -> _ahead.Gradients:
         """Value and gradients of one process: what y_i makes of x_j is what x_j makes of y_i."""
         z, norms = _ahead.with_norms(*views)
-        z = z.div_(norms.clamp_min_(1e-12))
+        z = z.div_(norms)
         x, y = z.chunk(2)
         s, weight = torch.mm(x, y.T).div_(self.t_consistency), self.alpha / 2 / len(x)
         p_log, q_log = s.log_softmax(1), s.T.contiguous().log_softmax(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl.kernels.common import FirstOrder, accumulator, finished, first_order, full_precision
 from fastssl.kernels.common.chunks import row_spans
-from fastssl.losses._checks import check_embeddings, check_positive
+from fastssl.losses._checks import check_embeddings, check_positive, check_temperature
 from fastssl.losses._loss import Loss
 
 _ROWS = 128  # at a time, at least: products of fewer are slow
@@ -38,7 +38,8 @@ class ReSSLLoss(Loss):
 
     def __init__(self, temperature: float = 0.04, *, student_temperature: float = 0.1) -> None:
         super().__init__()
-        check_positive(temperature=temperature, student_temperature=student_temperature)
+        check_temperature(temperature)
+        check_positive(student_temperature=student_temperature)
         self.temperature, self.student_temperature = temperature, student_temperature
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
