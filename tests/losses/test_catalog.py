@@ -237,6 +237,8 @@ def test_views_that_coincide_have_no_slope():
             value = loss(z, other)
         value.backward()
         assert value.item() == 0 and not z.grad.any() and not other.grad.any()
+    z = torch.eye(4, device=DEVICE)  # of which every Gaussian is nothing in float32
+    torch.testing.assert_close(HypersphereLoss(200.0)(z, z).item(), -400.0)
 
 
 def test_rows_of_zeros_are_apart_from_the_others_alone():
