@@ -29,7 +29,7 @@ Group = Any  # ProcessGroup | None | LOCAL; ProcessGroup is absent from builds w
 T = TypeVar("T")
 _Exchange = Callable[[Tensor, Group], Tensor]
 
-_BUILT = dist.is_available()  # with torch: losses ask at every step
+BUILT = dist.is_available()  # with torch; kept, as losses ask at every step
 _host_groups: dict[Any, Any] = {}
 _MOST_TENSORS = 127  # that one check compares
 _alike: list[bool] = []  # see `all_alike`
@@ -37,7 +37,7 @@ _DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
 
 def _initialized(group: Group) -> bool:
-    return group != LOCAL and _BUILT and dist.is_initialized()
+    return group != LOCAL and BUILT and dist.is_initialized()
 
 
 def world_size(group: Group = None) -> int:

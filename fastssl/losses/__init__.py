@@ -4,20 +4,30 @@ from .barlow_twins import BarlowTwinsLoss as BarlowTwinsLoss
 from .barlow_twins import MixedBarlowTwinsLoss as MixedBarlowTwinsLoss
 from .clip import CLIPLoss as CLIPLoss
 from .clip import CLIPLoss as ClipLoss  # noqa: F401  open_clip's name of it
+from .co2 import CO2Regularizer as CO2Regularizer
 from .cosine import NegativeCosineSimilarity as NegativeCosineSimilarity
+from .cosine import SymNegCosineSimilarityLoss as SymNegCosineSimilarityLoss
 from .dcl import DCLLoss as DCLLoss
 from .dcl import DCLWLoss as DCLWLoss
+from .deepcluster import DeepClusterV2Loss as DeepClusterV2Loss
 from .dense import DenseInfoNCELoss as DenseInfoNCELoss
+from .detcon import DetConBLoss as DetConBLoss
+from .detcon import DetConSLoss as DetConSLoss
 from .dino import DINOLoss as DINOLoss
+from .directclr import DirectCLRLoss as DirectCLRLoss
+from .emp_ssl import EMPSSLLoss as EMPSSLLoss
+from .frossl import FroSSLLoss as FroSSLLoss
 from .groco import GroCoLoss as GroCoLoss
 from .grouped import GroupedNTXentLoss as GroupedNTXentLoss
 from .hcl import HCLLoss as HCLLoss
+from .hypersphere import HypersphereLoss as HypersphereLoss
 from .ibot import IBOTPatchLoss as IBOTPatchLoss
 from .ibot import IBOTPlusPlusPatchLoss as IBOTPlusPlusPatchLoss
 from .isogclr import ISogCLRLoss as ISogCLRLoss
 from .koleo import KoLeoLoss as KoLeoLoss
 from .latents import ChamferLoss as ChamferLoss
 from .latents import ScaledCosineLoss as ScaledCosineLoss
+from .macl import MACLLoss as MACLLoss
 from .matryoshka import MatryoshkaLoss as MatryoshkaLoss
 from .mmcr import MMCRLoss as MMCRLoss
 from .mochi import MoCHiLoss as MoCHiLoss
@@ -29,6 +39,7 @@ from .msn import PMSNLoss as PMSNLoss
 from .nnclr import NNCLRLoss as NNCLRLoss
 from .ntxent import NTXentLoss as NTXentLoss
 from .reconstruction import MAELoss as MAELoss
+from .ressl import ReSSLLoss as ReSSLLoss
 from .sie import SIELoss as SIELoss
 from .siglip import SigLIPLoss as SigLIPLoss
 from .siglip import SigLIPLoss as SigLipLoss  # noqa: F401  open_clip's name of it
@@ -36,5 +47,8 @@ from .ssl_ey import SSLEYLoss as SSLEYLoss
 from .supcon import SupConLoss as SupConLoss
 from .swav import SwaVLoss as SwaVLoss
 from .tico import TiCoLoss as TiCoLoss
+from .vibcreg import VIbCRegLoss as VIbCRegLoss
 from .vicreg import VICRegLoss as VICRegLoss
 from .vicregl import VICRegLLoss as VICRegLLoss
+from .wmse import Whitening2d as Whitening2d
+from .wmse import WMSELoss as WMSELoss

@@ -1,4 +1,4 @@
-"""Losses of one process on a CPU, the gradient made with the loss: what they share, and three.
+"""Losses of one process on a CPU, the gradient made with the loss: what they share, and some.
 
 A step of a small batch is mostly torch's bookkeeping of some fifty operations and their
 derivatives; of a large one, scores that are computed again for the gradient.  Here autograd sees
@@ -10,7 +10,9 @@ The formulas are those of the losses themselves, which come here where `fits` al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,33 +68,49 @@ def square(x: Tensor) -> Tensor:
     return x.square().sum()
 
 
-def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor | None:
-    """NTXentLoss of z0, z1 (B, D); None where a row is too long or too short for its square."""
-    fresh = [_with_norms(z0, z1)]
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Callable[[Tensor], float],
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
+    """NTXentLoss of z0, z1 (B, D); None where a row is too long or too short for its square.
+
+    temperature: a number, or a function of the mean cosine of an image's views.
+    weigh: a function of the rows' losses (2, B) or (B, 2), by which they are multiplied.
+    """
+    fresh = [with_norms(z0, z1)]
     low, high = fresh[0][1].aminmax()
     if not (low >= 1e-9 and high <= 1e15):
         return None
-    made = _nt_xent
-    if abs(1 / temperature) <= SAFE and _one_tile(z0, 2 * len(z0)):
-        made = _whole_nt_xent
 
     def run(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
-        wide, norms = fresh.pop() if fresh else _with_norms(*tensors)
-        y = wide.div_(norms)
-        value, g = made(y, temperature, tensors[0].dtype, any(need))
+        wide, norms = fresh.pop() if fresh else with_norms(*tensors)
+        y, B = wide.div_(norms), len(tensors[0])
+        t = temperature
+        if callable(t):
+            t = t((y[:B] * y[B:]).sum() / B)
+        whole = abs(t) * SAFE >= 1 and one_tile(tensors[0], 2 * B)
+        made = _whole_nt_xent if whole else _nt_xent
+        value, g = made(y, t, tensors[0].dtype, any(need), weigh)
         if any(need):
-            g.addcmul_(y, (g * y).sum(1, keepdim=True), value=-1).div_(norms)
+            unit_backward_(g, y, norms)
         return value, g.chunk(2)
 
     return ahead(run, z0, z1)
 
 
-def _one_tile(x: Tensor, n: int) -> bool:
+def unit_backward_(g: Tensor, y: Tensor, norms: Tensor) -> Tensor:
+    """The gradient g to rows y of length one, made that to the rows, norms (N, 1) long."""
+    return g.addcmul_(y, (g * y).sum(1, keepdim=True), value=-1).div_(norms)
+
+
+def one_tile(x: Tensor, n: int) -> bool:
     """Whether n x n scores are one tile, and sums and products of x's dtype."""
     return x.dtype in _WIDE and n * n * x.element_size() <= CHUNK_BYTES["cpu"]  # see `tile_shape`
 
 
-def _with_norms(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
+def with_norms(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
     """(2B, D) and (2B, 1): all views, the first ones and then the second, and their lengths."""
     z = torch.cat([z0.detach(), z1.detach()])
     wide = z.to(accumulator(z.dtype))
@@ -100,7 +118,7 @@ def _with_norms(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole_nt_xent(
-    y: Tensor, temperature: float, dtype: torch.dtype, need: bool
+    y: Tensor, temperature: float, dtype: torch.dtype, need: bool, weigh: Any
 ) -> tuple[Tensor, Tensor]:
     """Value, and gradient to the rows y of length one, of all scores at once."""
     s, B = torch.mm(y, y.T), len(y) // 2
@@ -111,10 +129,10 @@ def _whole_nt_xent(
     below.zero_()
     sums = e.sum(1)
     short = sums.log().view(2, B).sub_(positive)
-    value = _mean_nll(short)
+    value, push = _weighed(short, weigh)
     if not need:
         return value, y
-    push = short.sigmoid_().div_(len(y) * temperature)
+    push.div_(len(y) * temperature)
     pull = push.sum(0).neg_()
     weight = push.view(-1).div_(sums.clamp_min_(_TINY))
     g = torch.mm(e.mul_(weight + weight.unsqueeze(1)), y)
@@ -123,7 +141,7 @@ def _whole_nt_xent(
 
 
 def _nt_xent(
-    y: Tensor, temperature: float, dtype: torch.dtype, need: bool
+    y: Tensor, temperature: float, dtype: torch.dtype, need: bool, weigh: Any
 ) -> tuple[Tensor, Tensor]:
     """The same a tile at a time.  dtype: that of all pairs' products."""
     first, second = y.chunk(2)
@@ -135,8 +153,8 @@ def _nt_xent(
     def upstream(lse: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal value, push
         short = lse.view(-1, 2) - positive
-        value, push = _mean_nll(short), short.sigmoid_().div_(short.numel())
-        return push.flatten(), none
+        value, push = _weighed(short, weigh)
+        return push.div_(short.numel()).flatten(), none
 
     pairs = Pairs(rows, rows, scale, None, None, None, _PAIR, True)
     g = lse_ahead(pairs, False, upstream, (need, False, False, False), 1 / abs(temperature)).q
@@ -157,9 +175,74 @@ def _pull(g: Tensor, y: Tensor, pull: Tensor) -> None:
     g[B:].addcmul_(y[:B], pull)
 
 
+def _weighed(short: Tensor, weigh: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The mean of the weighed -log sigmoid(-short), and its gradient but for their number."""
+    if weigh is None:
+        return _mean_nll(short), short.sigmoid_()
+    losses = F.softplus(short, 1, LINEAR)
+    weight = weigh(losses)
+    return (losses * weight).mean(), short.sigmoid_().mul_(weight)
+
+
 def _mean_nll(short: Tensor) -> Tensor:
     """The mean of -log sigmoid(-short), short by how much a positive is below the others' lse."""
     return F.softplus(short, 1, LINEAR).mean()
+
+
+def hypersphere(z0: Tensor, z1: Tensor, t: float, lam: float, alpha: float) -> Tensor | None:
+    """HypersphereLoss of z0, z1 (B, D); None where `nt_xent` is."""
+    fresh = [with_norms(z0, z1)]
+    low, high = fresh[0][1].aminmax()
+    if not (low >= 1e-9 and high <= 1e15):
+        return None
+
+    def run(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
+        wide, norms = fresh.pop() if fresh else with_norms(*tensors)
+        y = wide.div_(norms)
+        x0, x1 = y.chunk(2)
+        apart = x0 - x1
+        far = apart.square().sum(1, keepdim=True)
+        value = far.pow(alpha / 2).mean()
+        slope = far.pow_(alpha / 2 - 1).mul_(alpha / len(far)).masked_fill_(far.isinf(), 0)
+        pull = apart.mul_(slope)
+        grads = [pull, pull.neg()]
+        for x, g, wanted in zip((x0, x1), grads, need, strict=True):
+            value = value + lam / 2 * _uniform(x, tensors[0].dtype, t, lam / 2, g, wanted)
+        if any(need):
+            return value, [
+                unit_backward_(g, x, norm)
+                for g, x, norm in zip(grads, (x0, x1), norms.chunk(2), strict=True)
+            ]
+        return value, tensors
+
+    return ahead(run, z0, z1)
+
+
+def _uniform(
+    x: Tensor, dtype: torch.dtype, t: float, weight: float, g: Tensor, need: bool
+) -> Tensor:
+    """log mean_{i != j} exp(-t |x_i - x_j|^2) of rows x; g gains weight times its gradient."""
+    B = len(x)
+    if 4 * t <= SAFE and one_tile(x.to(dtype), B):
+        e = torch.mm(x, x.T).sub_(1).mul_(2 * t).exp_().fill_diagonal_(0)
+        total = e.sum()
+        if need:
+            g.addmm_(e, x, alpha=4 * t * weight / float(total))
+        return total.log_().sub_(math.log(B * (B - 1)))
+    rows, scale = x.to(dtype), x.new_full((), 2 * t)
+    value = scale
+
+    def upstream(lse: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal value
+        total = lse.logsumexp(0)
+        value = total - 2 * t - math.log(B * (B - 1))
+        return (lse - total).exp_().mul_(weight), none
+
+    pairs = Pairs(rows, rows, scale, None, None, None, _SELF, True)
+    made = lse_ahead(pairs, False, upstream, (need, False, False, False), 2 * t).q
+    if need:
+        g.add_(made)
+    return value
 
 
 def clip(x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
@@ -170,7 +253,7 @@ def clip(x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
 def _clip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
     x, t, scale = tensors
     B = x.shape[0]
-    if _one_tile(x, B):
+    if one_tile(x, B):
         factor = float(scale)
         if factor and B <= _FEW and scale.dtype == x.dtype:
             made = _few_clip(x, t, scale, factor, need)
@@ -258,7 +341,7 @@ def _clip_by_tiles(x: Tensor, t: Tensor, scale: Tensor, need: Sequence[bool]) ->
 
 def siglip(x: Tensor, t: Tensor, scale: Tensor, bias: Tensor) -> Tensor | None:
     """SigLIPLoss of x, t (B, D), scale and bias (0-d); None for more scores than one tile's."""
-    return ahead(_siglip, x, t, scale, bias) if _one_tile(x, x.shape[0]) else None
+    return ahead(_siglip, x, t, scale, bias) if one_tile(x, x.shape[0]) else None
 
 
 def _siglip(tensors: Sequence[Tensor], need: Sequence[bool]) -> Gradients:

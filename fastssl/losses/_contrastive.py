@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, rank
+from fastssl.distributed import BUILT, Group, rank
 from fastssl.kernels import exclude_self, pairwise_lse
 from fastssl.losses._checks import check_batch, check_temperature
 from fastssl.losses._loss import Loss
@@ -65,7 +65,7 @@ class ContrastiveLoss(Loss):
     def __init__(
         self,
         temperature: float = 0.1,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fastssl.distributed import LOCAL, Group
+from fastssl.distributed import BUILT, LOCAL, Group
 
 
 def by_group(read: Callable[[Any], Any]) -> Any:
@@ -48,12 +48,17 @@ class Loss(nn.Module):
     """A loss of the joined batch of a group of ranks, or of each rank's own.
 
     shown    the attributes that repr() tells.
+    Raises   ValueError: gather_distributed=True, which is the default where torch.distributed is
+             there, in a torch that was built without.
     """
 
     shown: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, gather_distributed: bool = True, process_group: Group = None) -> None:
+    def __init__(self, gather_distributed: bool = BUILT, process_group: Group = None) -> None:
         super().__init__()
+        if gather_distributed and not BUILT:
+            without = "gather_distributed must be False without torch.distributed"
+            raise ValueError(f"{without}, got {gather_distributed}")
         self.process_group = process_group if gather_distributed else LOCAL
 
     def _slow_forward(self, *arguments: Any, **named: Any) -> Any:

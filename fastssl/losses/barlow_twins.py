@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.kernels import cross_correlation, mixed_correlation, standardize
 from fastssl.kernels.common import ahead
 from fastssl.losses import _ahead
@@ -57,7 +57,7 @@ class BarlowTwinsLoss(Loss):
     def __init__(
         self,
         lambda_param: float = 5e-3,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         *,
         scale: float = 1.0,
         unbiased: bool = False,

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_nograd, rank
+from fastssl.distributed import BUILT, Group, all_gather_nograd, rank
 from fastssl.losses._checks import check_positive
 from fastssl.losses._contrastive import ContrastiveLoss
 from fastssl.losses._unit import unit
@@ -42,7 +42,7 @@ class DCLLoss(ContrastiveLoss):
         self,
         temperature: float = 0.1,
         weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         *,
         process_group: Group = None,
         strategy: str = "gather",
@@ -83,7 +83,7 @@ class DCLWLoss(DCLLoss):
         self,
         temperature: float = 0.1,
         sigma: float = 0.5,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         *,
         process_group: Group = None,
         strategy: str = "gather",

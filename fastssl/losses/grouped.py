@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.kernels import different_group, same_group
 from fastssl.losses._contrastive import ContrastiveLoss, twice
 from fastssl.losses._sharded import Rule
@@ -45,7 +45,7 @@ class GroupedNTXentLoss(ContrastiveLoss):
         temperature: float = 0.5,
         negatives: str = "same",
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.losses._checks import check_not_negative
 from fastssl.losses._contrastive import ContrastiveLoss, info_nce
 from fastssl.losses._unit import unit
@@ -42,7 +42,7 @@ class HCLLoss(ContrastiveLoss):
         tau_plus: float = 0.1,
         beta: float = 1.0,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:

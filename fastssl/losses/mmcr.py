@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import LOCAL, Group, all_gather_nograd, all_reduce_sum, rank, world_size
+from fastssl.distributed import (
+    BUILT,
+    LOCAL,
+    Group,
+    all_gather_nograd,
+    all_reduce_sum,
+    rank,
+    world_size,
+)
 from fastssl.kernels.common import (
     FirstOrder,
     accumulator,
@@ -57,7 +65,7 @@ class MMCRLoss(Loss):
     shown = ("lmda", "gather_distributed")
 
     def __init__(
-        self, lmda: float = 5e-3, *, gather_distributed: bool = True, process_group: Group = None
+        self, lmda: float = 5e-3, *, gather_distributed: bool = BUILT, process_group: Group = None
     ) -> None:
         super().__init__(gather_distributed, process_group)
         check_not_negative(lmda=lmda)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.losses._checks import check_batch
 from fastssl.losses._contrastive import ContrastiveLoss, against_queue, info_nce, lse_of_others
 from fastssl.losses._unit import unit
@@ -75,7 +75,7 @@ class MoCoV3Loss(ContrastiveLoss):
         self,
         temperature: float = 0.2,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:

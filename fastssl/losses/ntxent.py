@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, is_finite
 from fastssl.losses._contrastive import ContrastiveLoss, against_queue
 from fastssl.losses._labeled import labeled_nt_xent
 from fastssl.losses._loss import also_named
 from fastssl.losses._unit import unit
-from fastssl.losses.queue import Queue
+from fastssl.losses.queue import Banked, Queue, bank_of
 
 
-class NTXentLoss(ContrastiveLoss):
+class NTXentLoss(Banked, ContrastiveLoss):
     """SimCLR: each view must find its image's other view among all other views of the batch.
 
     The formula is `ntxent_reference`, in nats.  Computed is the mean of -log sigmoid(p - n), p a
@@ -65,17 +64,13 @@ class NTXentLoss(ContrastiveLoss):
         self,
         temperature: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         *,
         process_group: Group = None,
         strategy: str = "gather",
     ) -> None:
         super().__init__(temperature, gather_distributed, process_group, strategy)
-        given = memory_bank_size
-        size = (given,) if isinstance(given, int) else tuple(given)
-        if len(size) not in (1, 2):
-            raise ValueError(f"memory_bank_size must be keys or (keys, D), got {given}")
-        self.memory_bank = Queue(*size) if size[0] else None
+        self.memory_bank = bank_of(memory_bank_size)
 
     def check_temperature(self, temperature: float) -> None:
         if not (is_finite(temperature) and abs(temperature) >= 1e-8):
@@ -109,17 +104,6 @@ class NTXentLoss(ContrastiveLoss):
             raise ValueError(f"labels must come without a memory bank, got memory_bank={bank}")
         rows = unit(embeddings).to(embeddings.dtype)  # see TwoViews
         return labeled_nt_xent(rows, labels, self.temperature, group)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A state without a bank leaves the bank as it is; a bank without a place is dropped."""
-        bank = prefix + "memory_bank."
-        saved = [name for name in state_dict if name.startswith(bank)]
-        if self.memory_bank is None:
-            for name in saved:
-                del state_dict[name]
-        elif not saved:
-            self.memory_bank.state_dict(destination=state_dict, prefix=bank)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def ntxent_reference(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:

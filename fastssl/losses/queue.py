@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,4 +104,30 @@ class Queue(nn.Module):
         saved = state_dict.get(prefix + "bank")
         if self.dim is None and saved is not None:
             self.bank = self.bank.new_empty(self.size, saved.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def bank_of(memory_bank_size: int | Sequence[int]) -> Queue | None:
+    """The queue of keys or (keys, D); None for 0 keys.  Anything else is a ValueError."""
+    given = memory_bank_size
+    size = (given,) if isinstance(given, int) else tuple(given)
+    if len(size) not in (1, 2):
+        raise ValueError(f"memory_bank_size must be keys or (keys, D), got {given}")
+    return Queue(*size) if size[0] else None
+
+
+class Banked(nn.Module):
+    """What a loss with a memory_bank is: any state may be loaded, with a bank or without."""
+
+    memory_bank: Queue | None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A state without a bank leaves the bank as it is; a bank without a place is dropped."""
+        bank = prefix + "memory_bank."
+        saved = [name for name in state_dict if name.startswith(bank)]
+        if self.memory_bank is None:
+            for name in saved:
+                del state_dict[name]
+        elif not saved:
+            self.memory_bank.state_dict(destination=state_dict, prefix=bank)
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even
+from fastssl.distributed import BUILT, Group, require_all_even
 from fastssl.kernels import column_moments
 from fastssl.losses._checks import check_batch, check_embeddings, check_not_negative, check_positive
 from fastssl.losses._loss import Loss
@@ -61,7 +61,7 @@ class SIELoss(Loss):
         lambda_cov: float = 1.0,
         *,
         eps: float = 1e-4,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, world_size
+from fastssl.distributed import BUILT, Group, world_size
 from fastssl.kernels import frobenius_sq
 from fastssl.kernels.common import FirstOrder, accumulator, ahead, first_order
 from fastssl.losses import _ahead
@@ -47,7 +47,7 @@ class SSLEYLoss(Loss):
 
     shown = ("gather_distributed",)
 
-    def __init__(self, *, gather_distributed: bool = True, process_group: Group = None) -> None:
+    def __init__(self, *, gather_distributed: bool = BUILT, process_group: Group = None) -> None:
         super().__init__(gather_distributed, process_group)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:

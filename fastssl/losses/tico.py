@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_nograd, all_reduce_sum, world_size
+from fastssl.distributed import BUILT, Group, all_gather_nograd, all_reduce_sum, world_size
 from fastssl.kernels.common import FirstOrder, first_order, full_precision
 from fastssl.losses._checks import check_batch, check_not_negative, check_within
 from fastssl.losses._loss import Loss
@@ -50,7 +50,7 @@ class TiCoLoss(Loss):
         self,
         beta: float = 0.9,
         rho: float = 8.0,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         *,
         process_group: Group = None,
     ) -> None:

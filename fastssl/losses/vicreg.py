@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group
+from fastssl.distributed import BUILT, Group
 from fastssl.kernels.common import accumulator, ahead
 from fastssl.losses import _ahead
 from fastssl.losses._checks import check_batch, check_not_negative, check_positive
@@ -58,7 +58,7 @@ class VICRegLoss(Loss):
         lambda_param: float = 25.0,
         mu_param: float = 25.0,
         nu_param: float = 1.0,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         eps: float = 1e-4,
         *,
         process_group: Group = None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, require_all_even, world_size
+from fastssl.distributed import BUILT, Group, require_all_even, world_size
 from fastssl.kernels.common import accumulator, full_precision
 from fastssl.losses._checks import check_not_negative, check_within
 from fastssl.losses._loss import Loss
@@ -56,7 +56,7 @@ class VICRegLLoss(Loss):
         mu_param: float = 25.0,
         nu_param: float = 1.0,
         alpha: float = 0.75,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         eps: float = 1e-4,
         num_matches: tuple[int | None, int | None] = (20, 4),
         *,

@@ -40,6 +40,9 @@ def spans(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def row_spans(x: Tensor, width: int) -> Iterator[slice]:
-    """Slices of x's rows such that `width` elements a row, in x's dtype, keep to the budget."""
-    return spans(x.shape[0], max(1, _elements(x) // max(width, 1)))
+def row_spans(x: Tensor, width: int, least: int = 1) -> Iterator[slice]:
+    """Slices of x's rows such that `width` elements a row, in x's dtype, keep to the budget.
+
+    least: rows that are taken whatever they weigh, as products of a few are slow.
+    """
+    return spans(x.shape[0], max(least, _elements(x) // max(width, 1)))

@@ -4,6 +4,8 @@ import inspect
 import operator
 
 import lightly.loss
+import lightly.loss.hypersphere_loss
+import lightly.loss.regularizer
 import open_clip.loss
 import pytest
 import torch
@@ -32,6 +34,16 @@ OF_LIGHTLY = {
     "PMSNCustomLoss": (lambda mean: torch.full_like(mean, 1 / len(mean)), 0.3, 2, 0.7, False),
     "NegativeCosineSimilarity": (1, 1e-7),
     "VICRegLLoss": (24.0, 26.0, 2.0, 0.6, False, 1e-3, (3, 2)),
+    "DetConBLoss": (0.3, False),
+    "DetConSLoss": (0.3, False),
+    "DirectCLRLoss": (5, 0.3, 0, False),
+    "EMPSSLLoss": (0.3, 150.0),
+    "FroSSLLoss": (0.7,),
+    "MACLLoss": (0.3, 0.6, 0.1),
+    "Whitening2d": (8, 0.1, True, 0.2),
+    "WMSELoss": (3, 0.1, 0.2, True, 2, 6),
+    "HypersphereLoss": (2.0, 0.7, 1.5),
+    "CO2Regularizer": (0.7, 0.2, 0),
 }
 OF_OPEN_CLIP = {
     "ClipLoss": (False, False, False, 0, 1, False),
@@ -42,7 +54,13 @@ OF_OPEN_CLIP = {
 RIVALS = {
     **{name: lightly.loss for name in OF_LIGHTLY},
     **{name: open_clip.loss for name in OF_OPEN_CLIP},
+    "HypersphereLoss": lightly.loss.hypersphere_loss,
+    "CO2Regularizer": lightly.loss.regularizer,
 }
+# What has no default there, or one too large for a test; and a sign that lightly has turned round.
+SMALL = {"target_distribution": OF_LIGHTLY["PMSNCustomLoss"][0], "output_dim": 8}
+SMALL |= {"num_features": 8, "embedding_dim": 3, "w_size": 6}
+OURS = {"EMPSSLLoss": {"tcr_coef": -1.0}}
 LABELED = ("NTXentLoss", "SupConLoss")
 
 
@@ -57,8 +75,16 @@ def inputs(name, rival=None):
     images = [(x, x.view(12, 2, 2, 2)) for x in (a, b)]
     grids = [x.view(12, 2, 2, 2) for x in (b, a)]
     known = {
-        **dict.fromkeys(("out0", "z_a"), a),
-        **dict.fromkeys(("out1", "z_b"), b),
+        **dict.fromkeys(("out0", "z_a", "z0"), a),
+        **dict.fromkeys(("out1", "z_b", "z1"), b),
+        **dict.fromkeys(("view0", "pred_view0"), a.view(4, 3, 8)),
+        **dict.fromkeys(("view1", "pred_view1"), b.view(4, 3, 8)),
+        "target_view0": (a - b).view(4, 3, 8),
+        "target_view1": (a + b).view(4, 3, 8),
+        "mask_view0": torch.arange(12).view(4, 3) % 2,
+        "mask_view1": torch.arange(12).view(4, 3) % 5,
+        "z_views": [a, b, a + b],
+        "input": torch.cat([a, b])[::2, :3],
         "online": a.unflatten(0, (6, 2)),
         "momentum": b.unflatten(0, (6, 2)),
         "teacher_out": [a, b],
@@ -107,7 +133,9 @@ def inputs(name, rival=None):
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's DCLWLoss
 @pytest.mark.parametrize("name", OF_LIGHTLY)
 def test_arguments_by_place_are_lightlys(name):
-    ours, theirs = (getattr(m, name)(*OF_LIGHTLY[name]) for m in (losses, lightly.loss))
+    given = OF_LIGHTLY[name]
+    ours = getattr(losses, name)(*given, **OURS.get(name, {}))
+    theirs = getattr(RIVALS[name], name)(*given)
     z = inputs(name).values()
     torch.testing.assert_close(ours(*z), theirs(*z).squeeze(), rtol=1e-4, atol=1e-5)
 
@@ -147,11 +175,11 @@ def test_arguments_by_name_are_the_rivals(name):
     ours, theirs = (getattr(m, name) for m in (losses, RIVALS[name]))
     asked = inspect.signature(theirs).parameters
     made = {argument: about.default for argument, about in asked.items()}
-    made |= {"target_distribution": OF_LIGHTLY[name][0]} if "target_distribution" in asked else {}
-    made |= {"output_dim": 8} if "output_dim" in asked else {}
+    made |= {argument: size for argument, size in SMALL.items() if argument in asked}
     given = inputs(name)
     want = theirs(**made)(**given).squeeze()
-    torch.testing.assert_close(ours(**made)(**given), want, rtol=1e-4, atol=1e-5)
+    got = ours(**made, **OURS.get(name, {}))(**given)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [torch.arange(12) % 5, torch.arange(12) // 4 * 10**12])

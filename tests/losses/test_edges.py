@@ -14,13 +14,19 @@ from fastssl import kernels as K
 from fastssl.losses import (
     barlow_twins,
     clip,
+    co2,
     dcl,
     dense,
+    detcon,
+    emp_ssl,
+    frossl,
     groco,
     grouped,
     hcl,
+    hypersphere,
     isogclr,
     latents,
+    macl,
     matryoshka,
     mmcr,
     mochi,
@@ -28,11 +34,13 @@ from fastssl.losses import (
     nnclr,
     ntxent,
     reconstruction,
+    ressl,
     sie,
     siglip,
     ssl_ey,
     supcon,
     tico,
+    vibcreg,
     vicreg,
     vicregl,
 )
@@ -84,6 +92,10 @@ def isog_value(z0, z1):
 def mae_inputs(z0, z1):
     """(B, 1, 2D) predictions of one hidden patch of images (B, 1, 1, 2D)."""
     return torch.cat([z0, z0], 1)[:, None], torch.cat([z1, -z1], 1)[:, None, None]
+
+
+def detcon_masks(z):
+    return [ids(z)[:, None] * 0, ids(z)[:, None] % 2]
 
 
 def first_half(z):
@@ -168,6 +180,34 @@ LOSSES = {  # name: (ours, the reference; whether it sums squares of the embeddi
         lambda a, b: tico.tico_reference(a, b, 0.0, 0.9, 8.0)[0],
         False,
     ),
+    "detcon": (
+        lambda a, b: detcon.DetConSLoss(0.1)(a[:, None], b[:, None], *detcon_masks(a)),
+        lambda a, b: detcon.detcon_reference(*[(a[:, None], b[:, None])] * 2, detcon_masks(a), 0.1),
+        False,
+    ),
+    "macl": (macl.MACLLoss(0.3), lambda a, b: macl.macl_reference(a, b, 0.3), False),
+    "hypersphere": (
+        hypersphere.HypersphereLoss(),
+        lambda a, b: hypersphere.hypersphere_reference(a, b, 1.0, 1.0, 2.0),
+        False,
+    ),
+    "co2": (co2.CO2Regularizer(), lambda a, b: co2.co2_reference(a, b, 1, 0.05), False),
+    "ressl": (
+        lambda a, b: ressl.ReSSLLoss()(a, b, a + b),
+        lambda a, b: ressl.ressl_reference(a, b, (a + b).detach()),
+        True,
+    ),
+    "frossl": (
+        lambda a, b: frossl.FroSSLLoss()([pointing(a), pointing(b)]),
+        lambda a, b: frossl.frossl_reference([pointing(a), pointing(b)]),
+        True,
+    ),
+    "emp-ssl": (
+        lambda a, b: emp_ssl.EMPSSLLoss()([a, b]),
+        lambda a, b: emp_ssl.emp_ssl_reference([a, b], 0.2, 200.0),
+        True,
+    ),
+    "vibcreg": (vibcreg.VIbCRegLoss(), vibcreg.vibcreg_reference, True),
     "clip": (
         lambda a, b: clip.CLIPLoss()(a, b, 0.5),
         lambda a, b: clip.clip_reference(a, b, torch.tensor(0.5)),
@@ -234,7 +274,7 @@ LOSSES = {  # name: (ours, the reference; whether it sums squares of the embeddi
         True,
     ),
 }
-BELOW_ZERO = {"dcl", "dclw", "isogclr", "ssl-ey", "mmcr"}
+BELOW_ZERO = {"dcl", "dclw", "isogclr", "ssl-ey", "mmcr", "hypersphere", "frossl", "emp-ssl"}
 
 
 def mae_truth(pred, images):

@@ -20,3 +20,19 @@ def test_importing_the_losses_imports_torch_and_little_else():  # fault 19
     )
     calls, *heavy = ran.stdout.split()
     assert heavy == [] and int(calls) < 45_000
+
+
+WITHOUT = """
+import torch.distributed
+torch.distributed.is_available = lambda: False
+from fastssl import losses
+print(losses.NTXentLoss(), losses.VICRegLoss(), losses.KoLeoLoss())
+losses.NTXentLoss(gather_distributed=True)
+"""
+
+
+def test_without_torch_distributed_only_who_asks_for_it_is_refused():
+    ran = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert ran.stdout.count("gather_distributed=False") == 2 and "KoLeoLoss" in ran.stdout
+    want = "ValueError: gather_distributed must be False without torch.distributed, got True"
+    assert ran.stderr.strip().endswith(want)

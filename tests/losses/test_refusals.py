@@ -34,6 +34,14 @@ BAD = {  # what each argument must refuse beside infinities and NaN
     **{f"lambda_{part}": [-0.1] for part in ("inv", "equi", "var", "cov")},
     **{name: [0, -1, 2.5] for name in ("size", "dim", "negatives", "top_n")},
     **{name: [-1, 2.5] for name in ("s", "s_prime")},
+    **{name: [0, -1] for name in ("t", "tcr_eps", "student_temperature")},
+    **{name: [] for name in ("inv_coef", "tcr_coef", "invariance_weight")},
+    **{
+        name: [-0.1] for name in ("lam", *(f"{part}_loss_weight" for part in ("sim", "var", "cov")))
+    },
+    **{name: [0, 1.5] for name in ("loss_dim", "embedding_dim", "w_iter", "w_size", "num_samples")},
+    "A_0": [-0.1, 1.5],
+    "momentum": [-0.1, 1.1],
 }
 NEEDED = {"ISogCLRLoss": {"size": 8}, "MoCHiLoss": {"dim": 4, "size": 8, "top_n": 2}}
 NEEDED |= {"PMSNCustomLoss": {"target_distribution": abs}}
@@ -61,6 +69,8 @@ def test_refuses_a_number_by_its_name(name, argument):  # fault 35
     own = [b for b in BAD[argument] if not (argument == "gamma" and name != "ScaledCosineLoss")]
     if argument == "sinkhorn_iterations" and name != "SwaVLoss":
         own = [-1, 1.5]  # MSN's without any take targets as they are
+    if (name, argument) == ("HypersphereLoss", "alpha"):  # a power
+        own = [0, -1]
     for bad in [*own, INF, -INF, NAN, "a word"]:
         with pytest.raises(ValueError, match=f"(?s){argument}.* must .*got .*{bad}"):
             kind(**(needed | {argument: bad}))
