@@ -16,7 +16,12 @@ from .correlation import (
     mixed_correlation,
     standardize,
 )
-from .distillation import sinkhorn, soft_cross_entropy
+from .distillation import (
+    linear_sinkhorn,
+    linear_soft_cross_entropy,
+    sinkhorn,
+    soft_cross_entropy,
+)
 from .pairwise import (
     PairMask,
     different_group,
@@ -53,6 +58,8 @@ __all__ = [
     "gather_tokens",
     "implementations",
     "mixed_correlation",
+    "linear_sinkhorn",
+    "linear_soft_cross_entropy",
     "pairwise_lse",
     "pairwise_lse_nested",
     "pairwise_sigmoid",

@@ -40,6 +40,11 @@ def spans(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
+def rows_in_budget(x: Tensor, width: int) -> int:
+    """How many rows of `width` elements in x's dtype keep to the budget; one at least."""
+    return max(1, _elements(x) // max(width, 1))
+
+
 def row_spans(x: Tensor, width: int) -> Iterator[slice]:
     """Slices of x's rows such that `width` elements a row, in x's dtype, keep to the budget."""
-    return spans(x.shape[0], max(1, _elements(x) // max(width, 1)))
+    return spans(x.shape[0], rows_in_budget(x, width))

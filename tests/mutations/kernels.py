@@ -538,7 +538,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("(tl.program_id(0).to(tl.int64) * H + h) * L", "h * L"),
         ("% blocks * BLOCK_I", "// blocks * BLOCK_I"),
     ],
-    "kernels/distillation/soft._mixture": [
+    "kernels/distillation/soft.mixture": [
         ("chosen[0][1] == 1", "True"),
         ("alpha=m", "alpha=1"),
     ],
@@ -567,7 +567,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("r * g_r", "r"),
         ("(s - top_s[:, None])", "s"),
     ],
-    "kernels/distillation/soft_triton._joined": [
+    "kernels/distillation/soft_triton.joined": [
         ("(far + below[:, :V, None])", "far"),
         ("below[:, V:] * sharp_t", "below[:, V:] * sharp_s"),
         ("(share / whole)", "share"),
