@@ -17,6 +17,7 @@ are int64, as row * stride passes 2**31.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import ROWS, configs, launcher, named, random, variant
+from ..common.launch import FLOATS, ROWS, configs, launcher, named, random, variant
 from ..common.rows import evened
 from ..common.triton import dot, precision
-from ..common.tuning import Config, Kernel, config_for, register
+from ..common.tuning import Config, Kernel, Variant, config_for, register
 from ..pairwise.classes import dtype_class
 from ..pairwise.scores_triton import column_share, product, summed
 from .linear_torch import FINE
@@ -238,14 +239,16 @@ TILES = {
     "bfloat16": HALF,
     "float16": HALF,
     "tf32": [(64, 64, 32, 4, 3), (128, 64, 32, 8, 3)],
-    "float32": [(64, 32, 16, 4, 2), (64, 64, 16, 8, 2)],
+    "float32": [(64, 32, 16, 8, 2)],
 }
-HALF_BACK = [(64, 64, 64, 128, 8, 2), (64, 64, 64, 256, 8, 2), (128, 64, 64, 128, 8, 3)]
-TILES_BACK = {
-    "bfloat16": HALF_BACK,
-    "float16": HALF_BACK,
+HALF_BACK = [(64, 64, 64, 128, 8, 2), (64, 64, 64, 256, 8, 2)]
+BOTH = {
     "tf32": [(64, 32, 32, 128, 8, 2), (64, 64, 32, 128, 8, 2)],
     "float32": [(32, 32, 16, 64, 4, 2), (64, 16, 16, 128, 8, 2)],
+}
+TILES_BACK = {
+    "rows": BOTH | dict.fromkeys(FLOATS[:2], [*HALF_BACK, (128, 64, 64, 128, 8, 3)]),
+    "cols": BOTH | dict.fromkeys(FLOATS[:2], HALF_BACK),
 }
 TRIAL = (1024, 65536, 256)  # rows, prototypes, features
 
@@ -275,28 +278,26 @@ def _try_backward(name: str, config: Config, device: torch.device) -> Any:
     return launcher(BACKWARD.name, config, lambda: [z for z in run() if z.numel()])
 
 
-def _variants(fn: Any, tables: dict[str, Any], blocks: str, trial: Any, parts: tuple[str, ...]):
+def _variants(
+    fn: Any, tables: Mapping[str, Any], blocks: str, trial: Any, part: str = ""
+) -> dict[str, Variant]:
     made = {}
     for dtype, table in tables.items():
-        for part in parts:
-            name = dtype + part
-            constants = {"PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-            constants |= {"COLS": part == "-cols"}
-            made[name] = variant(
-                name, fn, TYPES, constants, configs(blocks, table), partial(trial, name),
-                product=dtype != "float32",
-            )  # fmt: skip
+        name, how = dtype + part, "tf32" if dtype == "tf32" else "ieee"
+        constants, tried = {"PRECISION": how, "COLS": part == "-cols"}, configs(blocks, table)
+        run, products = partial(trial, name), dtype != "float32"
+        made[name] = variant(name, fn, TYPES, constants, tried, run, products)
     return made
 
 
 _BLOCKS = "BLOCK_M BLOCK_N BLOCK_D"
-FORWARD = register(
-    Kernel("linear_forward", _forward, _variants(_forward, TILES, _BLOCKS, _try_forward, ("",)))
-)
-BACKWARD = register(
-    Kernel(
-        "linear_backward",
-        _backward,
-        _variants(_backward, TILES_BACK, f"{_BLOCKS} BLOCK_O", _try_backward, ("-rows", "-cols")),
-    )
-)
+_FORWARDS = _variants(_forward, TILES, _BLOCKS, _try_forward)
+_BACKWARDS = {
+    name: each
+    for part, table in TILES_BACK.items()
+    for name, each in _variants(
+        _backward, table, f"{_BLOCKS} BLOCK_O", _try_backward, f"-{part}"
+    ).items()
+}
+FORWARD = register(Kernel("linear_forward", _forward, _FORWARDS))
+BACKWARD = register(Kernel("linear_backward", _backward, _BACKWARDS))

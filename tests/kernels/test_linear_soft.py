@@ -129,11 +129,12 @@ def test_the_norm_of_a_prototype_has_its_gradient(impl):
     center = linear_sinkhorn(y, u, 0.25)
     torch.testing.assert_close(center, sinkhorn(y @ u.T, 0.25))
     normed = lambda g, v: g * torch.nn.functional.normalize(v, dim=1)  # noqa: E731
+    rest = {"pairs": [[1.5]], **TEMPS}
     ours = lambda x, g, v: linear_soft_cross_entropy(  # noqa: E731
-        x, normed(g, v), y, u, assign=center, impl=impl, **TEMPS
+        x[None], normed(g, v), y[None], u, assign=center, impl=impl, **rest
     )
     stored = lambda x, g, v: soft_cross_entropy(  # noqa: E731
-        x @ normed(g, v).T, y @ u.T, center=center, **TEMPS
+        (x @ normed(g, v).T)[None], (y @ u.T)[None], center=center, **rest
     )
     torch.testing.assert_close(grads(ours, [x, g, v]), grads(stored, [x, g, v]))
 
