@@ -14,6 +14,7 @@ from .grouped import GroupedNTXentLoss as GroupedNTXentLoss
 from .hcl import HCLLoss as HCLLoss
 from .ibot import IBOTPatchLoss as IBOTPatchLoss
 from .ibot import IBOTPlusPlusPatchLoss as IBOTPlusPlusPatchLoss
+from .ibot import LinearIBOTPatchLoss as LinearIBOTPatchLoss
 from .isogclr import ISogCLRLoss as ISogCLRLoss
 from .koleo import KoLeoLoss as KoLeoLoss
 from .latents import ChamferLoss as ChamferLoss

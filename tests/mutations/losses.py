@@ -330,6 +330,15 @@ MUTATIONS = {
         ("epoch < self", "epoch <= self"),
         ("if self.training:", "if True:"),
     ],
+    "losses/ibot.Center": [
+        ("w.to(mean.dtype) @ mean", "w.to(mean.dtype) @ x[0]"),
+        ("joined_mean([x], self.group))", "x.mean(0))"),
+    ],
+    "losses/ibot.LinearIBOTPatchLoss": [
+        ("assign=self.center.center", "assign=None"),
+        ("if self.training:", "if True:"),
+        ("teacher_temp is None else teacher_temp", "True else teacher_temp"),
+    ],
     "losses/dino.joined_mean": [("both[:-1] / both[-1]", "both[:-1] / (rows * world_size(group))")],
     "losses/dino.moved": [("mean.to(center.dtype) * (1 - momentum)", "mean.to(center.dtype)")],
     "losses/ibot.by_image": [("right=True", "right=False"), (" * len(masked)", "")],
