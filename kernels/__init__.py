@@ -16,7 +16,14 @@ from .correlation import (
     mixed_correlation,
     standardize,
 )
-from .distillation import gram_distance, nearest, sinkhorn, soft_cross_entropy
+from .distillation import (
+    gram_distance,
+    linear_sinkhorn,
+    linear_soft_cross_entropy,
+    nearest,
+    sinkhorn,
+    soft_cross_entropy,
+)
 from .pairwise import (
     PairMask,
     different_group,
@@ -54,6 +61,8 @@ __all__ = [
     "gram_distance",
     "implementations",
     "mixed_correlation",
+    "linear_sinkhorn",
+    "linear_soft_cross_entropy",
     "nearest",
     "pairwise_lse",
     "pairwise_lse_nested",

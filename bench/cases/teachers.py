@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastssl.bench.cases.rivals import beside, by_implementation, library, nbytes
 from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
-from fastssl.kernels import soft_cross_entropy
+from fastssl.kernels import linear_soft_cross_entropy, soft_cross_entropy
 from fastssl.kernels.distillation.sinkhorn import sinkhorn_reference
 from fastssl.losses import DINOLoss, KoLeoLoss, SwaVLoss
 from fastssl.losses.dino import dino_reference
@@ -99,6 +99,49 @@ def soft(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
         bytes_moved={"fwd": read + 4 * shape["B"], "bwd": read + nbytes(student)},
         items=(shape["B"], "patches"),
     )
+
+
+@case(
+    "linear-soft-cross-entropy",
+    test="tests/kernels/test_linear_soft.py",
+    shapes=shapes_of(
+        "R D K",
+        quick=[(64, 64, 4096)],
+        cpu=[(1024, 256, 65536), (256, 256, 8192)],
+        cuda=[(4096, 256, 65536), (4096, 384, 131072), (512, 256, 65536)],
+    ),
+    sweeps={
+        "quick": [Sweep("R", (16, 64, 256), {"D": 64, "K": 4096})],
+        "cpu": [Sweep("R", (64, 256, 1024), {"D": 256, "K": 65536})],
+        "cuda": [Sweep("R", (256, 1024, 4096, 16384), {"D": 256, "K": 65536})],
+    },
+    gate_shape={"R": 64, "K": 4096},
+)
+def linear_soft(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Masked patches through the prototypes, student's and teacher's, in one: eager 4 products.
+
+    Unit rows and prototypes, as a head's; the gradient goes to both.  2 R D K flops a product, and
+    `soft-cross-entropy`'s.
+    """
+    R, D, K = shape["R"], shape["D"], shape["K"]
+    x, w = (F.normalize(torch.randn(n, D, device=device), dim=1) for n in (R, K))
+    y, u = (F.normalize(z + 0.5 * F.normalize(torch.randn_like(z), dim=1), dim=1) for z in (x, w))
+    sides = [z.to(dtype).requires_grad_(i < 2) for i, z in enumerate((x, w, y, u))]
+    center = torch.zeros(K, device=device)
+    products, each = 4.0 * R * D * K, float(R * K)
+    read = nbytes(*sides, center)
+    return Problem(
+        inputs=(*sides, center),
+        rivals=by_implementation(_linear_mean, device, primitive="linear_soft_cross_entropy"),
+        flops={"fwd": products + 8 * each, "bwd": products + 4 * each},
+        bytes_moved={"fwd": read + 4, "bwd": read + nbytes(*sides[:2])},
+        items=(R, "patches"),
+    )
+
+
+def _linear_mean(x, w, teacher_x, teacher_w, center, *, impl: str) -> Tensor:
+    sides = x, w, teacher_x, teacher_w
+    return linear_soft_cross_entropy(*sides, assign=center, reduction="sum", impl=impl) / len(x)
 
 
 @case(

@@ -23,6 +23,7 @@ from .hcl import HCLLoss as HCLLoss
 from .hypersphere import HypersphereLoss as HypersphereLoss
 from .ibot import IBOTPatchLoss as IBOTPatchLoss
 from .ibot import IBOTPlusPlusPatchLoss as IBOTPlusPlusPatchLoss
+from .ibot import LinearIBOTPatchLoss as LinearIBOTPatchLoss
 from .isogclr import ISogCLRLoss as ISogCLRLoss
 from .koleo import KoLeoLoss as KoLeoLoss
 from .latents import ChamferLoss as ChamferLoss

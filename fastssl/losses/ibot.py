@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.distributed import Group
-from fastssl.kernels.common import can_read_values
+from fastssl.kernels import linear_soft_cross_entropy
+from fastssl.kernels.common import can_read_values, full_precision
 from fastssl.losses._checks import check_counts, check_not_negative, check_positive, check_within
 from fastssl.losses._loss import Loss
 from fastssl.losses.dino import check_mean, cross_entropies, joined_mean, moved
@@ -25,8 +26,17 @@ class Center(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Move towards the mean of x (R, K)."""
-        mean = joined_mean([x], self.group).view_as(self.center)
-        self.center = moved(self.center, mean, self.momentum)
+        self._move(joined_mean([x], self.group))
+
+    @torch.no_grad()
+    def update_linear(self, x: Tensor, w: Tensor) -> None:
+        """Move towards the mean of x w^T, of x (R, E) and w (K, E)."""
+        mean = joined_mean([x], self.group)
+        with full_precision(mean.device):
+            self._move(w.to(mean.dtype) @ mean)
+
+    def _move(self, mean: Tensor) -> None:
+        self.center = moved(self.center, mean.view_as(self.center), self.momentum)
 
 
 class IBOTPatchLoss(Loss):
@@ -81,14 +91,8 @@ class IBOTPatchLoss(Loss):
         mask: Tensor,
         teacher_temp: float | None = None,
     ) -> Tensor:
-        _check_mask(mask)
-        masked = mask.flatten(1)
-        if can_read_values(masked) and int(masked.sum()) != len(student_out):
-            got = f"{int(masked.sum())} of {len(student_out)} rows"
-            raise ValueError(f"mask must be True once for each row of student_out, got {got}")
-        return self._loss(
-            teacher_out, student_out, by_image(masked, len(student_out)), teacher_temp
-        )
+        weight = _weight(mask, len(student_out), "student_out")
+        return self._loss(teacher_out, student_out, weight, teacher_temp)
 
     def _loss(
         self, teacher: Tensor, student: Tensor, weight: Tensor, teacher_temp: float | None
@@ -97,6 +101,48 @@ class IBOTPatchLoss(Loss):
         loss = cross_entropies([student], [teacher], self.center.center, [[1.0]], temps, weight)
         if self.training:
             self.center.update(teacher.detach())
+        return loss
+
+
+class LinearIBOTPatchLoss(IBOTPatchLoss):
+    """IBOTPatchLoss of features and prototypes, whose logits are never stored.
+
+        logits x w^T:  loss(teacher_x, teacher_w, x, w, mask)
+
+    Shapes   teacher_x (N, E) and teacher_w (output_dim, E), x (N, D) and w (output_dim, D): what
+             the heads' last layers are given, and their weights; any float dtype, one on each side.
+             The rest, the state and the ranks are IBOTPatchLoss's.  Gradient to x and w; to
+             weight_g and weight_v, where w is made of them.
+    Raises   ValueError too: shapes, dtypes or devices that disagree.
+    On a CPU the gradient is made with the loss, and backward only multiplies.
+
+    >>> loss, x, w = LinearIBOTPatchLoss(4), torch.zeros(2, 3), torch.ones(4, 3)
+    >>> round(loss(x, w, x, w, torch.tensor([[True, True, False]])).item(), 4)  # log 4
+    1.3863
+    """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        teacher_x: Tensor,
+        teacher_w: Tensor,
+        x: Tensor,
+        w: Tensor,
+        mask: Tensor,
+        teacher_temp: float | None = None,
+    ) -> Tensor:
+        loss = linear_soft_cross_entropy(
+            x,
+            w,
+            teacher_x,
+            teacher_w,
+            assign=self.center.center,
+            student_temp=self.student_temp,
+            teacher_temp=self.teacher_temp if teacher_temp is None else teacher_temp,
+            weight=_weight(mask, len(x), "x"),
+            reduction="sum",
+        )
+        if self.training:
+            self.center.update_linear(teacher_x.detach(), teacher_w.detach())
         return loss
 
 
@@ -154,6 +200,18 @@ def _check_mask(mask: Tensor) -> None:
     if mask.dtype != torch.bool or mask.ndim < 2 or len(mask) == 0:
         got = f"{tuple(mask.shape)} {mask.dtype}"
         raise ValueError(f"mask must be (B, H, W) or (B, L) bool, got {got}")
+
+
+def _weight(mask: Tensor, rows: int, name: str) -> Tensor:
+    """`by_image` of a mask (B, ...), after refusing one that has not so many True."""
+    _check_mask(mask)
+    masked = mask.flatten(1)
+    if can_read_values(masked) and int(masked.sum()) != rows:
+        got = f"{int(masked.sum())} of {rows} rows"
+        raise ValueError(f"mask must be True once for each row of {name}, got {got}")
+    if rows == 0:
+        raise ValueError(f"{name} must have at least 1 row, got 0")
+    return by_image(masked, rows)
 
 
 def by_image(masked: Tensor, rows: int) -> Tensor:

@@ -40,9 +40,14 @@ def spans(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
+def rows_in_budget(x: Tensor, width: int) -> int:
+    """How many rows of `width` elements in x's dtype keep to the budget; one at least."""
+    return max(1, _elements(x) // max(width, 1))
+
+
 def row_spans(x: Tensor, width: int, least: int = 1) -> Iterator[slice]:
     """Slices of x's rows such that `width` elements a row, in x's dtype, keep to the budget.
 
     least: rows that are taken whatever they weigh, as products of a few are slow.
     """
-    return spans(x.shape[0], max(least, _elements(x) // max(width, 1)))
+    return spans(x.shape[0], max(least, rows_in_budget(x, width)))

@@ -51,7 +51,7 @@ def _distributions(
     return made
 
 
-def _mixture(of: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def mixture(of: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """sum_t m_t q_t, which may be one of them itself."""
     chosen = [(q, m) for q, m in zip(of, weights, strict=True) if m]
     if len(chosen) == 1 and chosen[0][1] == 1:
@@ -83,7 +83,7 @@ def _by_rows(
         for v, (student, weights) in enumerate(zip(students, pairs, strict=True)):
             weights = tuple(weights)
             if weights not in mixtures:
-                mixtures[weights] = _mixture(of, weights)
+                mixtures[weights] = mixture(of, weights)
             x = student[i].to(acc, copy=True).mul_(sharp_s)
             made(v, i, x, mixtures[weights], sum(weights))
 
@@ -118,7 +118,7 @@ def _cross_entropies(
     def made(v: int, i: slice, x: Tensor, mix: Tensor, mass: float) -> None:
         loss[v, i] = _value(x, None, mix, mass)
 
-    sides = student.unbind(), teacher.unbind(), center, _rows_of(pairs, student)
+    sides = student.unbind(), teacher.unbind(), center, pairs_by_view(pairs, len(student))
     _by_rows(*sides, sharp_s, sharp_t, made)
     return loss, student.new_empty(0)
 
@@ -139,14 +139,15 @@ def _gradients(
     def made(v: int, i: slice, x: Tensor, mix: Tensor, mass: float) -> None:
         out[v, i] = _slope(x.softmax(-1), mix, mass, (grad[v, i] * sharp_s).unsqueeze(-1))
 
-    sides = student.unbind(), teacher.unbind(), center, _rows_of(pairs, student)
+    sides = student.unbind(), teacher.unbind(), center, pairs_by_view(pairs, len(student))
     _by_rows(*sides, sharp_s, sharp_t, made)
     return out
 
 
-def _rows_of(pairs: list[float], student: Tensor) -> Pairs:
-    T = len(pairs) // max(len(student), 1)
-    return [pairs[v * T : (v + 1) * T] for v in range(len(student))]
+def pairs_by_view(pairs: list[float], V: int) -> Pairs:
+    """m_vt, flat, by the student's V views."""
+    T = len(pairs) // max(V, 1)
+    return [pairs[v * T : (v + 1) * T] for v in range(V)]
 
 
 def _fake_cross_entropies(student, teacher, center, pairs, sharp_s, sharp_t):
@@ -299,12 +300,25 @@ def check_soft(
         shapes = tuple(student.shape), tuple(teacher.shape)
         got = f"{shapes[0]} on {student.device} and {shapes[1]} on {teacher.device}"
         raise ValueError(f"student and teacher must share rows, prototypes and device, got {got}")
-    if center is not None:
-        require_float(center=center)
-        T, K = len(teacher), student.shape[-1]
-        if center.numel() not in (K, T * K) or center.device != student.device:
-            want = f"{K} numbers, or ({T}, {K}), on {student.device}"
-            raise ValueError(f"center must be {want}, got {tuple(center.shape)} on {center.device}")
-    for name, temp in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
+    check_center("center", center, (len(teacher), student.shape[-1]), student.device)
+    check_temps(student_temp=student_temp, teacher_temp=teacher_temp)
+
+
+def check_center(
+    name: str, center: Tensor | None, sides: tuple[int, int], device: torch.device
+) -> None:
+    """Refuse what is not K float numbers, or (T, K), on the device; sides: T and K."""
+    if center is None:
+        return
+    require_float(**{name: center})
+    T, K = sides
+    if center.numel() not in (K, T * K) or center.device != device:
+        want = f"{K} numbers, or ({T}, {K}), on {device}"
+        raise ValueError(f"{name} must be {want}, got {tuple(center.shape)} on {center.device}")
+
+
+def check_temps(**temps: float) -> None:
+    """Refuse, naming the argument, what is not > 0."""
+    for name, temp in temps.items():
         if not temp > 0:
             raise ValueError(f"{name} must be > 0, got {temp!r}")

@@ -164,7 +164,7 @@ def cross_entropies(
             )  # fmt: skip
     if far is None:
         return loss, torch.cat([top, sums])
-    return _joined(top, sums, far, on.view(V, T), sharp_s, sharp_t)
+    return joined(top, sums, far, on.view(V, T), sharp_s, sharp_t)
 
 
 def _split(student: Tensor, T: int) -> tuple[int, int]:
@@ -182,7 +182,7 @@ def _config(kernel: Kernel, student: Tensor, T: int, ending: str = "") -> Config
     return config_for(kernel, f"{dtype_name(student)}-{part}", student.device)
 
 
-def _joined(
+def joined(
     top: Tensor, sums: Tensor, far: Tensor, pairs: Tensor, sharp_s: float, sharp_t: float
 ) -> tuple[Tensor, Tensor]:
     """What `_forward` would have given of all prototypes at once."""

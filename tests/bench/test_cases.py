@@ -29,6 +29,7 @@ TINY = {
     "siglip": {"B": 33, "D": 16},
     "dino": {"V": 3, "B": 5, "K": 16},
     "soft-cross-entropy": {"B": 5, "K": 16},
+    "linear-soft-cross-entropy": {"R": 5, "D": 6, "K": 16},
     "swav": {"V": 3, "B": 9, "K": 4},
     "koleo": {"B": 13, "D": 9},
     "matryoshka": {"B": 33, "D": 16},

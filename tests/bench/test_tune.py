@@ -11,7 +11,7 @@ from fastssl.kernels.common import tuning as _tuning
 from fastssl.kernels.common.tuning import Config, Kernel, Variant
 from fastssl.kernels.correlation import configs as correlation_configs
 from fastssl.kernels.correlation import moments_configs
-from fastssl.kernels.distillation import soft_triton
+from fastssl.kernels.distillation import linear_triton, soft_triton
 from fastssl.kernels.pairwise import lse_configs as pairwise_configs
 from fastssl.kernels.pairwise import lse_gemm as pairwise_products
 from fastssl.kernels.pairwise import (
@@ -202,6 +202,8 @@ OURS = {  # a class of each kernel
     "scaled_cosine_backward": "float16",
     "soft_forward": "float16-two-split",
     "soft_backward": "float16-two",
+    "linear_forward": "float16",
+    "linear_backward": "float16-cols",
     "chamfer_nearest": "float32",
     "chamfer_pull": "float32",
 }
@@ -227,6 +229,7 @@ def test_our_kernels_go_the_whole_way(name, variant, monkeypatch, capsys):
     monkeypatch.setattr(bias_triton, "TRIAL", (3, 2, 9))
     monkeypatch.setattr(cosine_triton, "TRIAL", (2, 3, 10))
     monkeypatch.setattr(soft_triton, "PROTOTYPES", 70)
+    monkeypatch.setattr(linear_triton, "TRIAL", (5, 70, 9))
     monkeypatch.setattr(chamfer_triton, "TRIAL", (2, 7, 3))
     known = _tuning.kernels()[name]
     whole = known.variants[variant]

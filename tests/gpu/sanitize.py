@@ -46,6 +46,7 @@ SHAPES = {  # beside each subject's tiny one: a block and a bit, and D above a b
     "gather_bias": [(5, 67, 3)],
     "scaled_cosine_error": [(5, 17, 300)],
     "soft_cross_entropy": [(10, 3, 300), (1, 2, 5000)],
+    "linear_soft_cross_entropy": [(67, 131, 21), (33, 70, 300)],
     "chamfer": [(3, 67, 35)],
 }
 

@@ -358,6 +358,22 @@ def _soft(dtype, V, R, K):
     return Trial(ours, eager, [rows(dtype, V, R, K)])
 
 
+def _linear_soft(dtype, R, K, D):
+    """Unit rows and prototypes, the teacher's of another width."""
+    unit = lambda n, d: F.normalize(rows(torch.float32, n, d), dim=-1).to(dtype)  # noqa: E731
+    x, w, y, u = unit(R, D), unit(K, D), unit(R, D // 2 + 1), unit(K, D // 2 + 1)
+    center = 0.1 * rows(torch.float32, K)
+
+    def eager(x, w):
+        q = ((y.to(x.dtype) @ u.to(x.dtype).T - center.to(x.dtype)) / 0.04).softmax(-1)
+        return -(q * (x @ w.T / 0.1).log_softmax(-1)).sum(-1)
+
+    call = partial(
+        kernels.linear_soft_cross_entropy, assign=center, impl=impl("linear_soft_cross_entropy")
+    )
+    return Trial(lambda x, w: call(x, w, y, u), eager, [x, w])
+
+
 def _chamfer(dtype, G, N, M):
     def eager(x, y):
         far = (_wide(x)[:, :, None] - _wide(y)[:, None]).square().sum(-1)
@@ -506,6 +522,13 @@ SUBJECTS = [
         ((10, 64, 8192), (1, 1031, 4099), (2, 3, 65536)),
         (3, 2, 37),
         "soft_cross_entropy",
+    ),
+    Subject(
+        "linear_soft_cross_entropy",
+        _linear_soft,
+        ((1024, 8192, 256), (1031, 4099, 70), (3, 65536, 384)),
+        (21, 35, 19),
+        "linear_soft_cross_entropy",
     ),
     Subject("chamfer", _chamfer, ((512, 32, 32), (8, 1031, 700)), (3, 9, 5), "chamfer"),
     Subject("ntxent", _ntxent, ((2048, 128), (1000, 2048)), (9, 5)),

@@ -39,6 +39,8 @@ FORCED = {
     "scaled_cosine_backward": {"BLOCK_R": 4, "BLOCK_D": 8},
     "soft_forward": {"BLOCK": 8},
     "soft_backward": {"BLOCK": 8},
+    "linear_forward": {**SMALL, "BLOCK_D": 16},
+    "linear_backward": {**SMALL, "BLOCK_D": 16, "BLOCK_O": 16},
     "chamfer_nearest": {"BLOCK_N": 8, "BLOCK_M": 4},
     "chamfer_pull": {"BLOCK_N": 8, "BLOCK_M": 4},
 }

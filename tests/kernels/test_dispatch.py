@@ -15,6 +15,7 @@ PRIMITIVES = {
     "gather_packed",
     "gather_patches",
     "gather_tokens",
+    "linear_soft_cross_entropy",
     "mixed_correlation",
     "pairwise_lse",
     "pairwise_lse_nested",

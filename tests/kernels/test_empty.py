@@ -13,6 +13,7 @@ from fastssl.kernels import (
     gather_packed,
     gather_patches,
     gather_tokens,
+    linear_soft_cross_entropy,
     mixed_correlation,
     pairwise_lse,
     pairwise_topk,
@@ -66,6 +67,16 @@ CASES = [
     (lambda x, i: scaled_cosine_error(*x(2, 2, 4, 3), ids(2, 0), impl=i), (2, 0)),
     (lambda x, i: scaled_cosine_error(*x(2, 0, 3), impl=i), (0,)),
     (lambda x, i: soft_cross_entropy(x(0, 3), ORDER[:0, :3].float(), impl=i), (0,)),
+    (
+        lambda x, i: linear_soft_cross_entropy(
+            x(0, 3), x(4, 3), ORDER[:0, :3].float(), ORDER.float()[:, :3].repeat(2, 1), impl=i
+        ),
+        (0,),
+    ),
+    (
+        lambda x, i: linear_soft_cross_entropy(*x(4, 2, 0), impl=i),
+        "x must have at least 1 feature",
+    ),
     (lambda x, i: chamfer(x(0, 4, 3), x(0, 5, 3), impl=i), (0,)),
     (
         lambda x, i: gather_patches(x(2, 0, 4, 4), ids(2, 1), 2, impl=i),

@@ -11,6 +11,7 @@ from fastssl.losses import (
     IBOTPatchLoss,
     IBOTPlusPlusPatchLoss,
     KoLeoLoss,
+    LinearIBOTPatchLoss,
     MSNLoss,
     SwaVLoss,
 )
@@ -78,6 +79,21 @@ def test_ibot_averages_each_image_by_itself():
     torch.testing.assert_close(loss.center.center, 0.1 * teacher.mean(0, keepdim=True))
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_linear_ibot_is_ibot_of_its_logits(train):
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]], device=DEVICE).bool()
+    sides = [torch.randn(n, 5, device=DEVICE).requires_grad_() for n in (4, K, 4, K)]
+    y, u, x, w = sides
+    linear, stored = (kind(K).to(DEVICE) for kind in (LinearIBOTPatchLoss, IBOTPatchLoss))
+    for loss in (linear.train(train), stored.train(train)):
+        loss.center.center = torch.linspace(-1, 1, K, device=DEVICE)[None]
+    got, want = linear(y, u, x, w, mask, 0.3), stored(y @ u.T, x @ w.T, mask, 0.3)
+    torch.testing.assert_close(got, want)
+    for g, h in zip(*(torch.autograd.grad(v, [x, w]) for v in (got, want)), strict=True):
+        torch.testing.assert_close(g, h)
+    torch.testing.assert_close(linear.center.center, stored.center.center)
+
+
 def test_ibot_plus_plus_is_ibot_where_visible_patches_do_not_count():
     mask = torch.rand(3, 8, device=DEVICE) < 0.5
     teacher, student = (torch.stack(views(3, 8, s)) for s in (0, 1))
@@ -125,6 +141,10 @@ def test_koleo_of_duplicates_is_finite():
 COMPILED = {  # a loss, and its arguments of three views that learn
     "DINO": (DINOLoss(K), lambda s: (views(2, seed=1), s)),
     "iBOT": (IBOTPatchLoss(K), lambda s: (views(1, seed=1)[0], s[0], torch.ones(2, 3) > 0)),
+    "linear iBOT": (
+        LinearIBOTPatchLoss(6),
+        lambda s: (views(1, seed=1)[0], s[2], s[0], s[1], torch.ones(2, 3) > 0),
+    ),
     "SwAV": (SwaVLoss(), lambda s: (s[:2], s[2:])),
     "MSN": (MSNLoss(), lambda s: (s[0], s[1], s[2])),
     "KoLeo": (KoLeoLoss(), lambda s: (s[0],)),
@@ -158,6 +178,9 @@ def each_rank(rank, world):
     mask = torch.ones(1, len(teacher[0][mine]), dtype=torch.bool)
     patches(teacher[0][mine], student[0][mine], mask)
     torch.testing.assert_close(patches.center.center, 0.1 * teacher[0].mean(0, keepdim=True))
+    linear, w = LinearIBOTPatchLoss(K), torch.eye(K)
+    linear(teacher[0][mine], w, student[0][mine], w, mask)
+    torch.testing.assert_close(linear.center.center, patches.center.center)
     joined, alone = SwaVLoss(sinkhorn_gather_distributed=True), SwaVLoss()
     crops = [x[:3] if rank == 0 else x[3:] for x in student]
     values = [torch.zeros(()) for _ in range(world)]

@@ -1,6 +1,7 @@
 """Kernels: which tests look at a file, and the tokens that are changed in it."""
 
 AHEAD = "tests/losses/test_ahead.py"
+LINEAR = "tests/kernels/test_linear_soft.py"
 LSE_FUSED = "tests/kernels/test_pairwise_fused.py"
 LSE_TORCH = "tests/kernels/test_pairwise_torch.py"
 LSE = "tests/kernels/test_pairwise.py"
@@ -72,7 +73,10 @@ TESTS = {
         "not compiles",
     ),
     "kernels/distillation/soft_triton": ("tests/kernels/test_soft.py", "triton and not compiles"),
-    "kernels/distillation/sinkhorn": ("tests/kernels/test_soft.py", "sinkhorn"),
+    "kernels/distillation/sinkhorn": (f"tests/kernels/test_soft.py {LINEAR}", "sinkhorn or index"),
+    "kernels/distillation/linear": (LINEAR, "not compiles"),
+    "kernels/distillation/linear_torch": (LINEAR, "not triton and not compiles"),
+    "kernels/distillation/linear_triton": (LINEAR, "triton and not compiles"),
     "kernels/regression/chamfer_triton": (
         "tests/kernels/test_chamfer.py",
         "triton and not compiles",
@@ -538,7 +542,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("(tl.program_id(0).to(tl.int64) * H + h) * L", "h * L"),
         ("% blocks * BLOCK_I", "// blocks * BLOCK_I"),
     ],
-    "kernels/distillation/soft._mixture": [
+    "kernels/distillation/soft.mixture": [
         ("chosen[0][1] == 1", "True"),
         ("alpha=m", "alpha=1"),
     ],
@@ -567,20 +571,78 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("r * g_r", "r"),
         ("(s - top_s[:, None])", "s"),
     ],
-    "kernels/distillation/soft_triton._joined": [
+    "kernels/distillation/soft_triton.joined": [
         ("(far + below[:, :V, None])", "far"),
         ("below[:, V:] * sharp_t", "below[:, V:] * sharp_s"),
         ("(share / whole)", "share"),
     ],
-    "kernels/distillation/sinkhorn.sinkhorn": [
+    "kernels/distillation/sinkhorn._centers": [
         ("else iterations - 1", "else iterations"),
-        ("all_reduce_sum(used, process_group)", "used"),
-        ("else weight[i] @ q", "else q.sum(0)"),
+        ("all_reduce_sum(used, group)", "used"),
+        ("weight[i] @ q", "q.sum(0)"),
+    ],
+    "kernels/distillation/linear.linear_soft_cross_entropy": [
+        ("loss if weight is None else loss * weight", "loss"),
+        ("sides != (1, 1)", "False"),
+        ('reduction == "sum" and chosen', "False and chosen"),
+        ("assign.detach().reshape(-1, len(w))", "assign.detach().reshape(-1, len(w))[:1]"),
+    ],
+    "kernels/distillation/linear._ahead": [
+        ("(loss * each).sum()", "loss.sum()"),
+        ("Slopes(of, each, need)", "Slopes(of, torch.ones_like(each), need)"),
+    ],
+    "kernels/distillation/linear._taken": [
+        ('check_ids(rows, x.shape[1], "rows", repeats=True)', "pass"),
+    ],
+    "kernels/distillation/linear_torch.Logits": [
+        ("center.to(acc) * -sharp", "center.to(acc) * sharp"),
+        ("self.center[v % len(self.center)]", "self.center[0]"),
+    ],
+    "kernels/distillation/linear_torch._value": [
+        ("alpha=mass", "alpha=1"),
+        ("s.sub_(s.amax(-1, keepdim=True))", "pass"),
+        ("(mass / total)", "(1 / total)"),
+    ],
+    "kernels/distillation/linear_torch.Slopes": [
+        ("grad.to(acc) * of.sharp_s", "grad.to(acc)"),
+        ("* (by_row / self.fine)", "/ self.fine"),
+        ("x * (by_row / self.largest)", "x / self.largest"),
+    ],
+    "kernels/distillation/linear_torch.sweep": [
+        ("i.start + j.start : i.start + j.stop", "j.start : j.stop"),
+    ],
+    "kernels/distillation/linear_torch.rows_at_once": [("w.shape[1] // PART", "w.shape[1]")],
+    "kernels/distillation/linear_triton._forward": [
+        ("* fade_t + tl.sum(s * e, 1)", "+ tl.sum(s * e, 1)"),
+        ("far + moved * sum_t", "far"),
+        ("n == first, 0.0", "n == 0, 0.0"),
+        ("sum_s * tl.exp2((top_s - high_s) * sharp_s)", "sum_s"),
+        ('t = tl.where(ok[None, :], t, -float("inf"))', "pass"),
+        ("tl.where(ok[None, :], s, 0.0)", "s"),
+        ("d, ok, E, PRECISION", "d, ok, D, PRECISION"),
+        ("t -= tl.load(C + k, ok, 0.0)[None, :]", "pass"),
+        ("part * 2 * R", "part * R"),
+    ],
+    "kernels/distillation/linear_triton._backward": [
+        ("t -= tl.load(C + here)[:, None]", "pass"),
+        ("t -= tl.load(C + there)[None, :]", "pass"),
+        ("tl.load(TOP + N + there)", "tl.load(TOP + there)"),
+        ("tl.load(SUM + M + here)", "tl.load(SUM + here)"),
+        ("tl.where(ok[None, :], s, gone)", "s"),
+        ("w = (p - q) * tl.load(G + there)[None, :]", "w = p - q"),
+        ("u *= tl.load(G + here)[:, None]", "pass"),
+        ("u / fine", "u"),
+        ("tl.program_id(2) * share", "0"),
+        ("tl.program_id(1) * BLOCK_O", "0"),
+    ],
+    "kernels/distillation/linear_triton.gradients": [
+        ("sharp_s * pairs[0]", "sharp_s"),
+        ("cols=True) * largest", "cols=True)"),
     ],
     "kernels/distillation/sinkhorn._column_lse": [
+        ("x += weight.log().unsqueeze(1)", "pass"),
         ("parts = all_gather_nograd(parts, group, check=False)", "pass"),
         ("x.sub_(top).exp_()", "x.exp_()"),
-        ("x.add_(weight.log()[:, None])", "x"),
         ("nan_to_num_(neginf=0.0)", "nan_to_num_()"),
     ],
     "kernels/regression/cosine_triton._power": [

@@ -359,13 +359,20 @@ MUTATIONS = {
         ("epoch < self", "epoch <= self"),
         ("if self.training:", "if True:"),
     ],
+    "losses/ibot.Center": [
+        ("w.to(mean.dtype) @ mean", "w.to(mean.dtype) @ x[0]"),
+        ("joined_mean([x], self.group))", "x.mean(0))"),
+    ],
+    "losses/ibot.LinearIBOTPatchLoss": [
+        ("assign=self.center.center", "assign=None"),
+        ("if self.training:", "if True:"),
+        ("teacher_temp is None else teacher_temp", "True else teacher_temp"),
+    ],
     "losses/dino.joined_mean": [("both[:-1] / both[-1]", "both[:-1] / (rows * world_size(group))")],
     "losses/dino.moved": [("mean.to(center.dtype) * (1 - momentum)", "mean.to(center.dtype)")],
     "losses/ibot.by_image": [("right=True", "right=False"), (" * len(masked)", "")],
-    "losses/ibot.forward": [
-        ("int(masked.sum()) != len(student_out)", "False"),
-        ("visible_loss_weight * shares[1]", "shares[1]"),
-    ],
+    "losses/ibot._weight": [("int(masked.sum()) != rows", "False")],
+    "losses/ibot.forward": [("visible_loss_weight * shares[1]", "shares[1]")],
     "losses/swav.forward": [
         ("torch.cat([x.detach(), q])", "x"),
         ("process_group=self.process_group", "process_group=LOCAL"),
