@@ -2,6 +2,7 @@
 
 from .barlow_twins import BarlowTwinsLoss as BarlowTwinsLoss
 from .barlow_twins import MixedBarlowTwinsLoss as MixedBarlowTwinsLoss
+from .capi import CAPILoss as CAPILoss
 from .clip import CLIPLoss as CLIPLoss
 from .clip import CLIPLoss as ClipLoss  # noqa: F401  open_clip's name of it
 from .cosine import NegativeCosineSimilarity as NegativeCosineSimilarity
@@ -9,6 +10,8 @@ from .dcl import DCLLoss as DCLLoss
 from .dcl import DCLWLoss as DCLWLoss
 from .dense import DenseInfoNCELoss as DenseInfoNCELoss
 from .dino import DINOLoss as DINOLoss
+from .dse import DSERegularizer as DSERegularizer
+from .gram import GramLoss as GramLoss
 from .groco import GroCoLoss as GroCoLoss
 from .grouped import GroupedNTXentLoss as GroupedNTXentLoss
 from .hcl import HCLLoss as HCLLoss
@@ -18,6 +21,10 @@ from .isogclr import ISogCLRLoss as ISogCLRLoss
 from .koleo import KoLeoLoss as KoLeoLoss
 from .latents import ChamferLoss as ChamferLoss
 from .latents import ScaledCosineLoss as ScaledCosineLoss
+from .latents import VJEPALoss as VJEPALoss
+from .lejepa import LeJEPALoss as LeJEPALoss
+from .lejepa import LeWMLoss as LeWMLoss
+from .lejepa import SIGReg as SIGReg
 from .matryoshka import MatryoshkaLoss as MatryoshkaLoss
 from .mmcr import MMCRLoss as MMCRLoss
 from .mochi import MoCHiLoss as MoCHiLoss
@@ -28,6 +35,8 @@ from .msn import PMSNCustomLoss as PMSNCustomLoss
 from .msn import PMSNLoss as PMSNLoss
 from .nnclr import NNCLRLoss as NNCLRLoss
 from .ntxent import NTXentLoss as NTXentLoss
+from .patch_kernels import PatchKernelAlignmentLoss as PatchKernelAlignmentLoss
+from .patch_kernels import roi_resample_to_grid as roi_resample_to_grid
 from .reconstruction import MAELoss as MAELoss
 from .sie import SIELoss as SIELoss
 from .siglip import SigLIPLoss as SigLIPLoss
@@ -38,3 +47,5 @@ from .swav import SwaVLoss as SwaVLoss
 from .tico import TiCoLoss as TiCoLoss
 from .vicreg import VICRegLoss as VICRegLoss
 from .vicregl import VICRegLLoss as VICRegLLoss
+from .visreg import VISRegLoss as VISRegLoss
+from .visreg import VISRegLossComponents as VISRegLossComponents

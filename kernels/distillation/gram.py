@@ -68,7 +68,8 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _gradients(grad: Tensor, x: Tensor, y: Tensor, need: tuple[bool, bool]) -> list[Tensor | None]:
-    (_, P, D), out = x.shape, [torch.empty_like(z) if n else None for z, n in zip((x, y), need)]
+    _, P, D = x.shape
+    out = [torch.empty_like(z) if n else None for z, n in zip((x, y), need, strict=True)]
     for i, d, s in _chunks(x, y):
         g = (grad[i] / P**2)[:, None, None]
         if has_few_features(P, D):
@@ -103,7 +104,7 @@ _GRAM = declare("gram_distance", _GramDistance.call, gram_distance_reference, fu
 
 
 def gram_distance(x: Tensor, y: Tensor, *, impl: str = "auto") -> Tensor:
-    """mean_ij (x_i . x_j - y_i . y_j)^2 over the P x P pairs of patches of each image: (B,) float32.
+    """mean_ij (x_i . x_j - y_i . y_j)^2 over the pairs of patches of each image: (B,) float32.
 
     x, y (B, P, D): any float dtype, one for both; products and sums in float32, or float64 of that.
     Gradients to x and y; first order only.

@@ -46,9 +46,10 @@ def sinkhorn(
 ) -> Tensor:
     """The center c (K,) with which softmax((scores - c) / temp) uses all prototypes alike.
 
-    scores (R, K) of R rows with K prototypes, any float dtype; the rows of all ranks of
-    process_group count, LOCAL: each rank's own.  iterations >= 1: how often the prototypes, and
-    then the rows, are scaled to one sum.  float32, or float64 for that.  No gradient.
+    scores (R, K) of R rows with K prototypes, any float dtype; or (G, R, K): G of them, each by
+    itself, and centers (G, K).  The rows of all ranks of process_group count, LOCAL: each rank's
+    own.  iterations >= 1: how often the prototypes, and then the rows, are scaled to one sum.
+    float32, or float64 for that.  No gradient.
     Raises ValueError for another shape or dtype, no rows at all, temp <= 0 and iterations < 1.
 
     >>> center = sinkhorn(torch.tensor([[5.0, 0.0], [4.0, 0.0]]), 1.0, iterations=50)
@@ -57,40 +58,45 @@ def sinkhorn(
     tensor([1., 1.])
     """
     require_float(scores=scores)
-    if scores.ndim != 2:
-        raise ValueError(f"scores must be (R, K), got {tuple(scores.shape)}")
+    if scores.ndim not in (2, 3):
+        raise ValueError(f"scores must be (R, K) or (G, R, K), got {tuple(scores.shape)}")
     require_features(scores=scores)
-    W = world_size(process_group)
-    if len(scores) == 0 and W == 1:
+    if scores.shape[-2] == 0 and world_size(process_group) == 1:
         raise ValueError(f"scores must have at least 1 row, got {tuple(scores.shape)}")
     if not temp > 0:
         raise ValueError(f"temp must be > 0, got {temp!r}")
     if iterations < 1:
         raise ValueError(f"iterations must be >= 1, got {iterations!r}")
+    one = scores.ndim == 2
     scores, acc = scores.detach(), accumulator(scores.dtype)
+    scores = scores.unsqueeze(0) if one else scores
+    (G, R, K), least = scores.shape, torch.finfo(acc).tiny
     with full_precision(scores.device):
         if normalized:
-            f = scores.new_zeros(scores.shape[1], dtype=acc)
+            f = scores.new_zeros(G, K, dtype=acc)
         else:
             f = _column_lse(scores, 1 / temp, acc, process_group)
         for _ in range(iterations if normalized else iterations - 1):
             used = torch.zeros_like(f)
-            for i in row_spans(scores, 2 * scores.shape[1]):
-                used += (scores[i].to(acc, copy=True).mul_(1 / temp) - f).softmax(1).sum(0)
-            f = f + all_reduce_sum(used, process_group).clamp_min_(torch.finfo(acc).tiny).log_()
-        return f * temp
+            for g in row_spans(scores, 2 * R * K):
+                for i in row_spans(scores.transpose(0, 1), 2 * K):
+                    x = scores[g, i].to(acc, copy=True).mul_(1 / temp).sub_(f[g].unsqueeze(1))
+                    used[g] += x.softmax(2).sum(1)
+            f = f + all_reduce_sum(used, process_group).clamp_min_(least).log_()
+        return (f[0] if one else f) * temp
 
 
 def _column_lse(scores: Tensor, sharp: float, acc: torch.dtype, group: Group) -> Tensor:
-    """log sum_r exp(scores_rk sharp) over the rows of all ranks."""
-    R, K = scores.shape
-    parts = scores.new_zeros(1, 2, K, dtype=acc)
+    """log sum_r exp(scores_grk sharp) over the rows of all ranks."""
+    G, R, K = scores.shape
+    parts = scores.new_zeros(1, 2, G, K, dtype=acc)
     parts[0, 0] = -torch.inf
     if R:
-        for j in spans(K, max(1, CHUNK // R)):
-            x = scores[:, j].to(acc, copy=True).mul_(sharp)
-            parts[0, 0, j] = top = x.amax(0)
-            parts[0, 1, j] = x.sub_(top).exp_().sum(0)
+        for g in spans(G, max(1, CHUNK // (R * K))):
+            for j in spans(K, max(1, CHUNK // R)):
+                x = scores[g, :, j].to(acc, copy=True).mul_(sharp)
+                parts[0, 0, g, j] = top = x.amax(1)
+                parts[0, 1, g, j] = x.sub_(top.unsqueeze(1)).exp_().sum(1)
     if world_size(group) > 1:
         parts = all_gather_nograd(parts, group, check=False)
     top = parts[:, 0].amax(0)
