@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import Group, all_reduce_sum, rank, world_size
-from fastssl.kernels.common import FirstOrder, accumulator, finished, first_order
+from fastssl.kernels.common import FirstOrder, accumulator, first_order
 from fastssl.kernels.common.chunks import spans, square_tile
+from fastssl.kernels.common.operators import operator
 
 
 @torch.no_grad()
@@ -25,6 +26,50 @@ def draw_directions(z: Tensor, count: int, group: Group) -> Tensor:
     if world_size(group) > 1:
         a = all_reduce_sum(a if rank(group) == 0 else torch.zeros_like(a), group)
     return a.div_(torch.linalg.vector_norm(a, dim=0))
+
+
+def _sums(z: Tensor, directions: Tensor, step: float, K: int) -> Tensor:
+    acc = accumulator(z.dtype)
+    sums = z.new_zeros(2, len(z), directions.shape[1], K, dtype=acc)
+    for v, i, j in _tiles(z, directions):
+        cos, sin = _turns(z[v, i].to(acc) @ directions[:, j], step)
+        c, s, spare = cos.clone(), sin.clone(), torch.empty_like(cos)
+        for k in range(K):
+            if k:
+                torch.mul(c, cos, out=spare).addcmul_(s, sin, value=-1)
+                s.mul_(cos).addcmul_(c, sin)
+                c, spare = spare, c
+            sums[0, v, j, k] += c.sum(1)
+            sums[1, v, j, k] += s.sum(1)
+    return sums
+
+
+def _slopes(grad: Tensor, z: Tensor, directions: Tensor, step: float) -> Tensor:
+    """That of x is -Im sum_k k conj(g_k) e^(ikx), of g = dcos + i dsin, by Horner's rule."""
+    acc, K = accumulator(z.dtype), grad.shape[-1]
+    out = z.new_zeros(z.shape, dtype=acc)
+    pull = grad * (step * torch.arange(1, K + 1, device=z.device, dtype=acc))
+    for v, i, j in _tiles(z, directions):
+        cos, sin = _turns(z[v, i].to(acc) @ directions[:, j], step)
+        a, b, spare = torch.zeros_like(cos), torch.zeros_like(cos), torch.empty_like(cos)
+        for k in range(K, 0, -1):
+            a += pull[0, v, None, j, k - 1]
+            b -= pull[1, v, None, j, k - 1]
+            torch.mul(a, cos, out=spare).addcmul_(b, sin, value=-1)
+            b.mul_(cos).addcmul_(a, sin)
+            a, spare = spare, a
+        out[v, i] -= b @ directions[:, j].T
+    return out.to(z.dtype)
+
+
+def _fake_sums(z, directions, step, K):
+    shape = 2, z.shape[0], directions.shape[1], K
+    return z.new_empty(shape, dtype=accumulator(z.dtype))
+
+
+# Operators, so that a compiler does not write every tile and knot into its graph.
+_wave_sums = operator("wave_sums", _sums, _fake_sums)
+_wave_slopes = operator("wave_slopes", _slopes, lambda grad, z, *_: z.new_empty(z.shape))
 
 
 class Waves(FirstOrder):
@@ -39,39 +84,13 @@ class Waves(FirstOrder):
     @staticmethod
     def forward(ctx: Any, z: Tensor, directions: Tensor, step: float, K: int) -> Tensor:
         ctx.save_for_backward(z, directions)
-        ctx.step, acc = step, accumulator(z.dtype)
-        sums = z.new_zeros(2, len(z), directions.shape[1], K, dtype=acc)
-        for v, i, j in _tiles(z, directions):
-            cos, sin = _turns(z[v, i].to(acc) @ directions[:, j], step)
-            c, s, spare = cos.clone(), sin.clone(), torch.empty_like(cos)
-            for k in range(K):
-                if k:
-                    torch.mul(c, cos, out=spare).addcmul_(s, sin, value=-1)
-                    s.mul_(cos).addcmul_(c, sin)
-                    c, spare = spare, c
-                sums[0, v, j, k] += c.sum(1)
-                sums[1, v, j, k] += s.sum(1)
-        return finished(sums)
+        ctx.step = step
+        return _wave_sums(z, directions, step, K)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """The slope is -Im sum_k k conj(g_k) e^(ikx), of g = dcos + i dsin: by Horner's rule."""
-        z, directions = ctx.saved_tensors
-        acc, K = accumulator(z.dtype), grad.shape[-1]
-        out = z.new_zeros(z.shape, dtype=acc)
-        pull = grad * (ctx.step * torch.arange(1, K + 1, device=z.device, dtype=acc))
-        for v, i, j in _tiles(z, directions):
-            cos, sin = _turns(z[v, i].to(acc) @ directions[:, j], ctx.step)
-            a, b, spare = torch.zeros_like(cos), torch.zeros_like(cos), torch.empty_like(cos)
-            for k in range(K, 0, -1):
-                a += pull[0, v, None, j, k - 1]
-                b -= pull[1, v, None, j, k - 1]
-                torch.mul(a, cos, out=spare).addcmul_(b, sin, value=-1)
-                b.mul_(cos).addcmul_(a, sin)
-                a, spare = spare, a
-            out[v, i] -= b @ directions[:, j].T
-        return out.to(z.dtype), None, None, None
+        return _wave_slopes(grad, *ctx.saved_tensors, ctx.step), None, None, None
 
 
 def _turns(x: Tensor, step: float) -> tuple[Tensor, Tensor]:
@@ -91,6 +110,29 @@ def _tiles(z: Tensor, directions: Tensor) -> Iterator[tuple[slice, slice, slice]
                 yield v, i, j
 
 
+def _rank(z: Tensor, directions: Tensor, quantiles: Tensor, need: bool) -> tuple[Tensor, Tensor]:
+    value, slope = z.new_zeros(()), z.new_zeros(z.shape if need else (0,))
+    side = square_tile(z, 7)
+    cols = max(1, side * side // z.shape[1])
+    views = max(1, side * side // (z.shape[1] * min(cols, max(1, directions.shape[1]))))
+    for v in spans(len(z), views):
+        for j in spans(directions.shape[1], cols):
+            ordered, at = (directions[:, j].T @ z[v].mT).sort(dim=2)
+            ordered -= quantiles
+            value += torch.linalg.vector_norm(ordered).square_()
+            if need:
+                back = torch.empty_like(ordered).scatter_(2, at, ordered)
+                slope[v] += back.mT @ directions[:, j].T
+    return value, slope
+
+
+def _fake_rank(z, directions, quantiles, need):
+    return z.new_empty(()), z.new_empty(z.shape if need else (0,))
+
+
+_ranked = operator("ranked", _rank, _fake_rank)
+
+
 class Ranked(FirstOrder):
     """The sum of (x_(i) - quantile_i)^2, x_(i) the i-th smallest of the N of each view and
     direction: of z (V, N, D) along directions (D, S); quantiles (N,).  The slope is that of every x
@@ -99,20 +141,9 @@ class Ranked(FirstOrder):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, directions: Tensor, quantiles: Tensor, need: bool) -> Tensor:
-        value, slope = z.new_zeros(()), torch.zeros_like(z) if need else None
-        side = square_tile(z, 7)
-        cols = max(1, side * side // z.shape[1])
-        views = max(1, side * side // (z.shape[1] * min(cols, max(1, directions.shape[1]))))
-        for v in spans(len(z), views):
-            for j in spans(directions.shape[1], cols):
-                ordered, at = (directions[:, j].T @ z[v].mT).sort(dim=2)
-                ordered -= quantiles
-                value += torch.linalg.vector_norm(ordered).square_()
-                if slope is not None:
-                    back = torch.empty_like(ordered).scatter_(2, at, ordered)
-                    slope[v] += back.mT @ directions[:, j].T
+        value, slope = _ranked(z, directions, quantiles, need)
         ctx.save_for_backward(slope)
-        return finished(value)
+        return value
 
     @staticmethod
     @first_order

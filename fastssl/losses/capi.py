@@ -10,8 +10,8 @@ from torch import Tensor
 from fastssl.distributed import Group, require_all_even
 from fastssl.kernels import sinkhorn, soft_cross_entropy
 from fastssl.kernels.common import accumulator, ahead, can_read_values, full_precision
-from fastssl.kernels.common.chunks import row_spans
 from fastssl.kernels.common.checks import check_ids
+from fastssl.kernels.common.chunks import row_spans
 from fastssl.losses._ahead import Gradients
 from fastssl.losses._checks import check_counts, check_temperature
 from fastssl.losses._loss import Loss

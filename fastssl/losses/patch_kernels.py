@@ -96,15 +96,16 @@ class Misalignment(FirstOrder):
     def forward(ctx: Any, x: Tensor, y: Tensor, need: bool) -> Tensor:
         value, slope = x.new_empty(len(x)), torch.empty_like(x) if need else None
         for i in row_spans(x, 4 * x.shape[1] ** 2):
-            k, length, full = _kernel(x[i])
-            apart, _, y_full = _kernel(y[i])
+            own, size = _shortened(x[i])
+            k, length, full = _kernel(own, size)
+            apart, _, y_full = _kernel(*_shortened(y[i]))
             torch.sub(k, apart, out=apart)
             far = torch.linalg.vector_norm(apart, dim=(1, 2)).square()
             value[i] = lost = far / 2 + (1 - (full + y_full) / 2)
             if slope is not None:
                 # Where x's kernel is shorter than EPS its length is none of x's: only -Y is left.
                 share = torch.where(full == 1, lost, 1)[:, None, None]
-                slope[i] = apart.addcmul_(k, share, value=-1) @ x[i] * (2 / length)
+                slope[i] = apart.addcmul_(k, share, value=-1) @ own * (2 / (length * size))
         ctx.save_for_backward(slope)
         return finished(value)
 
@@ -114,13 +115,23 @@ class Misalignment(FirstOrder):
         return ctx.saved_tensors[0] * grad[:, None, None], None, None
 
 
-def _kernel(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _shortened(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches of at most about length one, and by what they were divided, (b, 1, 1): at least 1.
+
+    Of longer ones the fourth powers are no numbers.
+    """
+    size = torch.linalg.vector_norm(x, torch.inf, dim=(1, 2), keepdim=True).clamp_min_(1)
+    return x / size, size
+
+
+def _kernel(x: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x x' over its length, the length (b, 1, 1), and the square of what is then left of it (b,):
-    1, or less of one whose square is below EPS."""
-    k = x @ x.mT
+    1, or less of one whose square, of size x, is below EPS."""
+    k, least = x @ x.mT, EPS / size.flatten() ** 4
     square = torch.linalg.vector_norm(k, dim=(1, 2)).square_()
-    length = square.clamp_min(EPS).sqrt_()[:, None, None]
-    return k.div_(length), length, square / square.clamp_min(EPS)
+    whole = torch.maximum(square, least)
+    length = whole.sqrt()[:, None, None]
+    return k.div_(length), length, square / whole
 
 
 def _centered(x: Tensor, w: Tensor) -> Tensor:
@@ -139,6 +150,8 @@ def _check_mask(mask: Tensor | None, x: Tensor) -> None:
 
 def patch_kernel_alignment_reference(x: Tensor, y: Tensor) -> Tensor:
     """The formula for images without a mask, in one process, with all kernels (B, N, N)."""
+    if x.shape[1] < 2:
+        return (0 * x).sum()
     x, y = (z - z.mean(1, keepdim=True) for z in (x, y.detach()))
     k, other = x @ x.mT, y @ y.mT
     length = [z.square().sum((1, 2)).clamp_min(EPS).sqrt() for z in (k, other)]

@@ -32,6 +32,12 @@ OF_LIGHTLY = {
     "PMSNCustomLoss": (lambda mean: torch.full_like(mean, 1 / len(mean)), 0.3, 2, 0.7, False),
     "NegativeCosineSimilarity": (1, 1e-7),
     "VICRegLLoss": (24.0, 26.0, 2.0, 0.6, False, 1e-3, (3, 2)),
+    "CAPILoss": (0.1, 0.2, 2, False),
+    "LeJEPALoss": (0.2, False, 5, 2.0, 30),
+    "LeWMLoss": (0.2, True, False, 5, 2.0, 30),
+    "PatchKernelAlignmentLoss": (3,),
+    "SIGReg": {"knots": 5, "t_max": 2.0, "num_vectors": 30, "gather_distributed": False},
+    "VISRegLoss": (0.8, 30, 0.5, 2.0, 0.7, False, 1e-3),
 }
 OF_OPEN_CLIP = {
     "ClipLoss": (False, False, False, 0, 1, False),
@@ -44,6 +50,23 @@ RIVALS = {
     **{name: open_clip.loss for name in OF_OPEN_CLIP},
 }
 LABELED = ("NTXentLoss", "SupConLoss")
+FUNCTIONS = {"VISRegLossComponents"}  # and what else is no loss
+
+
+def made_by_place(module, name):
+    """Of what is given by place, or by name where there are no places."""
+    given = (OF_LIGHTLY | OF_OPEN_CLIP)[name]
+    kind = getattr(module, name)
+    return kind(**given) if isinstance(given, dict) else kind(*given)
+
+
+def call(loss, arguments):
+    """By place, as far as there are places; what is drawn is the same for all."""
+    torch.manual_seed(1)
+    named = inspect.signature(loss.forward).parameters.values()
+    if any(about.kind is about.KEYWORD_ONLY for about in named):
+        return loss(**arguments)
+    return loss(*arguments.values())
 
 
 def views(n=12, d=8):
@@ -88,7 +111,19 @@ def inputs(name, rival=None):
         "local_view_grids": grids[:1],
         "embeddings": a,
         "labels": torch.arange(12) % 5,
+        "proj": a,
+        "local_proj": a.view(3, 4, 8),
+        "global_proj": b[:8].view(2, 4, 8),
+        "predicted": a.view(3, 4, 8)[:, 1:],
+        "target": b.view(3, 4, 8)[:, 1:],
+        **dict.fromkeys(("teacher_logits", "teacher_features"), a.view(3, 4, 8)),
+        **dict.fromkeys(("student_logits", "student_features"), b.view(3, 4, 8)),
+        "teacher_index": torch.tensor([[3, 0, 1, 2], [0, 1, 2, 3], [1, 0, 3, 2]]),
     }
+    if name == "LeWMLoss":
+        known["embeddings"] = a.view(3, 4, 8)
+    if name == "PatchKernelAlignmentLoss":
+        known["mask"] = torch.arange(12).view(3, 4) == 5
     if name == "IBOTPatchLoss":
         known |= {"teacher_out": a, "student_out": b}
     if name == "IBOTPlusPlusPatchLoss":
@@ -107,9 +142,9 @@ def inputs(name, rival=None):
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's DCLWLoss
 @pytest.mark.parametrize("name", OF_LIGHTLY)
 def test_arguments_by_place_are_lightlys(name):
-    ours, theirs = (getattr(m, name)(*OF_LIGHTLY[name]) for m in (losses, lightly.loss))
-    z = inputs(name).values()
-    torch.testing.assert_close(ours(*z), theirs(*z).squeeze(), rtol=1e-4, atol=1e-5)
+    ours, theirs = (made_by_place(m, name) for m in (losses, lightly.loss))
+    got, want = (call(loss, inputs(name)) for loss in (ours, theirs))
+    torch.testing.assert_close(got, want.squeeze(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OF_OPEN_CLIP)
@@ -138,7 +173,9 @@ def test_horovod_is_refused():
 
 def test_no_namesake_is_left_out():
     for module in (lightly.loss, open_clip.loss):
-        assert {n for n in vars(losses) if n[0].isupper() and hasattr(module, n)} <= {*RIVALS}
+        assert {n for n in vars(losses) if n[0].isupper() and hasattr(module, n)} <= {
+            *RIVALS
+        } | FUNCTIONS
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's DCLWLoss
@@ -150,8 +187,11 @@ def test_arguments_by_name_are_the_rivals(name):
     made |= {"target_distribution": OF_LIGHTLY[name][0]} if "target_distribution" in asked else {}
     made |= {"output_dim": 8} if "output_dim" in asked else {}
     given = inputs(name)
-    want = theirs(**made)(**given).squeeze()
-    torch.testing.assert_close(ours(**made)(**given), want, rtol=1e-4, atol=1e-5)
+    values = []
+    for kind in (ours, theirs):
+        torch.manual_seed(1)
+        values.append(kind(**made)(**given).squeeze())
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [torch.arange(12) % 5, torch.arange(12) // 4 * 10**12])
@@ -177,8 +217,7 @@ def attributes(thing):
 def test_what_a_rivals_instance_has_is_there_or_is_told(name):
     """The same value, or a line of the docstring that says that it is not there."""
     module = RIVALS[name]
-    given = (OF_LIGHTLY | OF_OPEN_CLIP)[name]
-    ours, theirs = (getattr(m, name)(*given) for m in (losses, module))
+    ours, theirs = (made_by_place(m, name) for m in (losses, module))
     differs = type(ours).__doc__.partition("Differs")[2]
     for attribute in attributes(theirs) | {*theirs._modules}:
         want = getattr(theirs, attribute)
