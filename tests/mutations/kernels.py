@@ -72,6 +72,8 @@ TESTS = {
         "not compiles",
     ),
     "kernels/distillation/soft_triton": ("tests/kernels/test_soft.py", "triton and not compiles"),
+    "kernels/distillation/gram": ("tests/kernels/test_gram.py", "gram or refuses"),
+    "kernels/distillation/nearest": ("tests/kernels/test_gram.py", "neighbors or refuses"),
     "kernels/distillation/sinkhorn": ("tests/kernels/test_soft.py", "sinkhorn"),
     "kernels/regression/chamfer_triton": (
         "tests/kernels/test_chamfer.py",
@@ -572,13 +574,34 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("below[:, V:] * sharp_t", "below[:, V:] * sharp_s"),
         ("(share / whole)", "share"),
     ],
+    "kernels/distillation/gram._distance": [
+        ("0.5 / P**2", "1 / P**2"),
+        ("4 * P**2", "P**2"),
+        ("both * both.mT", "both * both"),
+    ],
+    "kernels/distillation/gram._gradients": [
+        ("both + dd", "both"),
+        ("dd - both", "-both"),
+        ("(m @ y[i].to(m.dtype)).neg_()", "m @ y[i].to(m.dtype)"),
+        ("both.mT - ss", "both - ss"),
+    ],
+    "kernels/distillation/gram._chunks": [("3 * side * side + 3 * P * D", "1")],
+    "kernels/distillation/gram.has_few_features": [("5 * D < 2 * P", "False")],
+    "kernels/distillation/nearest.nearest": [
+        ("N % groups", "False"),
+        ("first // size * size", "0"),
+        ("mask = exclude_self(here, there)", "mask = exclude_self"),
+        ("high - low > size", "False"),
+        ("x.detach(), rows.detach()", "rows.detach(), rows.detach()"),
+    ],
     "kernels/distillation/sinkhorn.sinkhorn": [
+        ("f[g].unsqueeze(1)", "f[:1].unsqueeze(1)"),
         ("else iterations - 1", "else iterations"),
         ("all_reduce_sum(used, process_group)", "used"),
     ],
     "kernels/distillation/sinkhorn._column_lse": [
         ("parts = all_gather_nograd(parts, group, check=False)", "pass"),
-        ("x.sub_(top).exp_()", "x.exp_()"),
+        ("x.sub_(top.unsqueeze(1)).exp_()", "x.exp_()"),
     ],
     "kernels/regression/cosine_triton._power": [
         ("gamma == 1.0, 1.0, 0.0", "gamma == 1.0, 0.0, 0.0"),
