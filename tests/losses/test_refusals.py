@@ -11,6 +11,7 @@ BAD = {  # what each argument must refuse beside infinities and NaN
     "temperature": [0.0, 1e-9],
     "sigma": [0, -1],
     "tau_plus": [-0.1, 1],
+    "label_smoothing": [-0.1, 1.1],
     "beta": [-0.1],
     "rho": [-0.1],
     "eta": [-0.1],
