@@ -110,7 +110,8 @@ class DSERegularizer(Loss):
                 apart += (part - centers.gather(1, other)).norm(dim=2).mean(1).unbind()
             for group, own in zip(part, labels, strict=True):
                 spreads += _spreads(group, own, self.global_clusters)
-        return tuple(torch.stack(t).mean() if t else x.new_zeros(()) for t in (apart, spreads))
+        far, spread = (torch.stack(t).mean() if t else x.new_zeros(()) for t in (apart, spreads))
+        return far, spread
 
     @torch.no_grad()
     def _clusters(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -46,10 +46,8 @@ class GramLoss(Loss):
         with full_precision(student.device):
             y = teacher.detach().to(accumulator(student.dtype))
             if student.shape[1] != teacher.shape[1] or student_grid != teacher_grid:
-                grids = {"student_grid": student_grid, "teacher_grid": teacher_grid}
-                for (name, grid), x in zip(grids.items(), (student, teacher), strict=True):
-                    _check_grid(name, grid, x.shape[1])
-                y = _resize(y, teacher_grid, student_grid)
+                to = _check_grid("student_grid", student_grid, student.shape[1])
+                y = _resize(y, _check_grid("teacher_grid", teacher_grid, teacher.shape[1]), to)
             return _distance(unit(student), unit(y)).mean()
 
 
@@ -75,13 +73,15 @@ def _check_patches(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"teacher must have {want}, got {len(teacher)} on {teacher.device}")
 
 
-def _check_grid(name: str, grid: tuple[int, int] | None, patches: int) -> None:
+def _check_grid(name: str, grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
+    """The grid, of so many patches."""
     if grid is None:
         want = f"(height, width) of the {patches} patches where the two grids differ"
         raise ValueError(f"{name} must be {want}, got None")
     check_counts(**{name + "[0]": grid[0], name + "[1]": grid[1]})
     if grid[0] * grid[1] != patches:
         raise ValueError(f"{name} must have {patches} patches, got {tuple(grid)}")
+    return grid
 
 
 def gram_reference(
