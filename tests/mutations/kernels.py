@@ -589,7 +589,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "kernels/distillation/gram.has_few_features": [("5 * D < 2 * P", "False")],
     "kernels/distillation/nearest.nearest": [
         ("N % groups", "False"),
-        ("first // size * size", "0"),
+        ("[low:high]", ""),
         ("mask = exclude_self(here, there)", "mask = exclude_self"),
         ("high - low > size", "False"),
         ("x.detach(), rows.detach()", "rows.detach(), rows.detach()"),
