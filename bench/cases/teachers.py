@@ -14,9 +14,19 @@ from fastssl.bench.cases.rivals import beside, by_implementation, library, nbyte
 from fastssl.bench.registry import Problem, Shape, Sweep, case, shapes_of
 from fastssl.kernels import linear_soft_cross_entropy, soft_cross_entropy
 from fastssl.kernels.distillation.sinkhorn import sinkhorn_reference
-from fastssl.losses import DINOLoss, KoLeoLoss, SwaVLoss
+from fastssl.losses import (
+    CAPILoss,
+    DINOLoss,
+    GramLoss,
+    KoLeoLoss,
+    PatchKernelAlignmentLoss,
+    SwaVLoss,
+)
+from fastssl.losses.capi import capi_reference
 from fastssl.losses.dino import dino_reference
+from fastssl.losses.gram import gram_reference
 from fastssl.losses.koleo import koleo_reference
+from fastssl.losses.patch_kernels import patch_kernel_alignment_reference
 
 _STUDENT, _TEACHER = 0.1, 0.04
 _EPSILON = 0.05
@@ -205,3 +215,95 @@ def koleo(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
         bytes_moved={"fwd": nbytes(x) + 4, "bwd": 2 * nbytes(x)},
         items=(shape["B"], "images"),
     )
+
+
+_PATCHES = shapes_of(
+    "B P D",
+    quick=[(4, 64, 48)],
+    cpu=[(16, 256, 384), (4, 1024, 384)],
+    cuda=[(64, 256, 1024), (64, 1024, 1024)],
+)
+
+
+def _patches(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The student's, which learn, and the teacher's: alike, as after some training."""
+    y = torch.randn(shape["B"], shape["P"], shape["D"], device=device)
+    x = y + 0.3 * torch.randn_like(y)
+    return x.to(dtype).requires_grad_(), y.to(dtype)
+
+
+@case(
+    "gram",
+    test="tests/losses/test_relations.py",
+    shapes=_PATCHES,
+    gate_shape={"B": 3, "P": 50, "D": 24},
+)
+def gram(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Gram anchoring: similarities of an image's patches as the teacher's.
+
+    P x P similarities by one product, and one for the gradient: 2 P^2 D flops each.
+    """
+    x, y = _patches(shape, dtype, device)
+    each = 2.0 * shape["B"] * shape["P"] ** 2 * shape["D"]
+    return Problem(
+        inputs=(x, y),
+        rivals=beside(GramLoss(), gram_reference),
+        flops={"fwd": each, "bwd": each},
+        bytes_moved={"fwd": nbytes(x, y) + 4, "bwd": nbytes(x, y, x)},
+        items=(shape["B"], "images"),
+    )
+
+
+@case(
+    "patch-kernels",
+    test="tests/losses/test_relations.py",
+    shapes=_PATCHES,
+    gate_shape={"B": 3, "P": 50, "D": 24},
+)
+def patch_kernels(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """PaKA: the alignment of centered kernels: two products, and one for the gradient."""
+    x, y = _patches(shape, dtype, device)
+    each = 2.0 * shape["B"] * shape["P"] ** 2 * shape["D"]
+    rivals = beside(PatchKernelAlignmentLoss(), patch_kernel_alignment_reference)
+    rivals["lightly"] = library("lightly.loss", lambda m: m.PatchKernelAlignmentLoss())
+    return Problem(
+        inputs=(x, y),
+        rivals=rivals,
+        flops={"fwd": 2 * each, "bwd": each},
+        bytes_moved={"fwd": nbytes(x, y) + 4, "bwd": nbytes(x, y, x)},
+        items=(shape["B"], "images"),
+    )
+
+
+@case(
+    "capi",
+    test="tests/losses/test_relations.py",
+    shapes=shapes_of("B P K", quick=[(8, 9, 256)], cpu=[(32, 49, 4096)], cuda=[(64, 196, 16384)]),
+    dtypes=("float32", "bfloat16"),  # exp(logit / 0.06) is no float16, in any rival
+    gate_shape={"B": 8, "P": 9, "K": 256},
+)
+def capi(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """CAPI: clusters evenly used at each position, three iterations, and the cross-entropy.
+
+    4 flops a logit, iteration and side of it, and 4 each way on the student's side.
+    """
+    size = shape["B"], shape["P"], shape["K"]
+    same = torch.randn(size, device=device)
+    teacher = (0.1 * same).to(dtype)
+    student = (0.1 * (same + 0.5 * torch.randn_like(same))).to(dtype).requires_grad_()
+    loss = CAPILoss()
+    rivals = beside(lambda s, t: loss(t, s), lambda s, t: capi_reference(t, s))
+    rivals["lightly"] = library("lightly.loss", _capi_lightly)
+    each, read = float(same.numel()), nbytes(student, teacher)
+    return Problem(
+        inputs=(student, teacher),
+        rivals=rivals,
+        flops={"fwd": (24 + 8) * each, "bwd": 4 * each},
+        bytes_moved={"fwd": read + 4, "bwd": read + nbytes(student)},
+        items=(shape["B"], "images"),
+    )
+
+
+def _capi_lightly(losses):
+    loss = losses.CAPILoss()
+    return lambda student, teacher: loss(teacher, student)

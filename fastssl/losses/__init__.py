@@ -2,6 +2,7 @@
 
 from .barlow_twins import BarlowTwinsLoss as BarlowTwinsLoss
 from .barlow_twins import MixedBarlowTwinsLoss as MixedBarlowTwinsLoss
+from .capi import CAPILoss as CAPILoss
 from .clip import CLIPLoss as CLIPLoss
 from .clip import CLIPLoss as ClipLoss  # noqa: F401  open_clip's name of it
 from .co2 import CO2Regularizer as CO2Regularizer
@@ -15,8 +16,10 @@ from .detcon import DetConBLoss as DetConBLoss
 from .detcon import DetConSLoss as DetConSLoss
 from .dino import DINOLoss as DINOLoss
 from .directclr import DirectCLRLoss as DirectCLRLoss
+from .dse import DSERegularizer as DSERegularizer
 from .emp_ssl import EMPSSLLoss as EMPSSLLoss
 from .frossl import FroSSLLoss as FroSSLLoss
+from .gram import GramLoss as GramLoss
 from .groco import GroCoLoss as GroCoLoss
 from .grouped import GroupedNTXentLoss as GroupedNTXentLoss
 from .hcl import HCLLoss as HCLLoss
@@ -28,6 +31,10 @@ from .isogclr import ISogCLRLoss as ISogCLRLoss
 from .koleo import KoLeoLoss as KoLeoLoss
 from .latents import ChamferLoss as ChamferLoss
 from .latents import ScaledCosineLoss as ScaledCosineLoss
+from .latents import VJEPALoss as VJEPALoss
+from .lejepa import LeJEPALoss as LeJEPALoss
+from .lejepa import LeWMLoss as LeWMLoss
+from .lejepa import SIGReg as SIGReg
 from .macl import MACLLoss as MACLLoss
 from .matryoshka import MatryoshkaLoss as MatryoshkaLoss
 from .mmcr import MMCRLoss as MMCRLoss
@@ -39,6 +46,8 @@ from .msn import PMSNCustomLoss as PMSNCustomLoss
 from .msn import PMSNLoss as PMSNLoss
 from .nnclr import NNCLRLoss as NNCLRLoss
 from .ntxent import NTXentLoss as NTXentLoss
+from .patch_kernels import PatchKernelAlignmentLoss as PatchKernelAlignmentLoss
+from .patch_kernels import roi_resample_to_grid as roi_resample_to_grid
 from .reconstruction import MAELoss as MAELoss
 from .ressl import ReSSLLoss as ReSSLLoss
 from .sie import SIELoss as SIELoss
@@ -51,5 +60,7 @@ from .tico import TiCoLoss as TiCoLoss
 from .vibcreg import VIbCRegLoss as VIbCRegLoss
 from .vicreg import VICRegLoss as VICRegLoss
 from .vicregl import VICRegLLoss as VICRegLLoss
+from .visreg import VISRegLoss as VISRegLoss
+from .visreg import VISRegLossComponents as VISRegLossComponents
 from .wmse import Whitening2d as Whitening2d
 from .wmse import WMSELoss as WMSELoss

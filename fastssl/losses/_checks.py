@@ -21,11 +21,11 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float, name: str = "temperature") -> None:
     """Raise ValueError unless temperature is finite, and 1 / temperature a number to work with."""
-    check_positive(temperature=temperature)
+    check_positive(**{name: temperature})
     if temperature < 1e-8:
-        raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
+        raise ValueError(f"{name} must be at least 1e-8, got {temperature}")
 
 
 def check_not_negative(**numbers: float) -> None:

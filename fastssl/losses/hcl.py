@@ -59,18 +59,23 @@ class HCLLoss(ContrastiveLoss):
         positive = views.positives() / t
         hard = views.others((1 + self.beta) / t)
         mean = hard - (views.others(self.beta / t) if self.beta else log_n)  # log(hard / n)
-        return info_nce(positive, log_n + self._debiased(mean, positive)).mean()
+        mass = log_n + debiased(mean, positive, self.tau_plus, -1 / t)
+        return info_nce(positive, mass).mean()
 
-    def _debiased(self, mean: Tensor, positive: Tensor) -> Tensor:
-        """The log of the reference's mass, over the number of negatives."""
-        if self.tau_plus == 0:
-            return mean.clamp(min=-1 / self.temperature)
-        share = math.log(self.tau_plus) + positive - mean
-        # Where positives take all the mass is at its least; the log of a stand-in has a gradient.
-        over = share >= 0
-        rest = (-torch.expm1(torch.where(over, -1.0, share))).log()
-        debiased = mean + rest - math.log1p(-self.tau_plus)
-        return torch.where(over, -torch.inf, debiased).clamp(min=-1 / self.temperature)
+
+def debiased(mean: Tensor, positive: Tensor, tau_plus: float, least: float | Tensor) -> Tensor:
+    """The log of the negatives' mean exponential, corrected for a share of positives among them.
+
+    mean: its log before; positive: the scores of matches; least: the log of what it is at least.
+    """
+    least = torch.as_tensor(least, dtype=mean.dtype, device=mean.device)
+    if tau_plus == 0:
+        return torch.maximum(mean, least)
+    share = math.log(tau_plus) + positive - mean
+    # Where positives take all the mass is at its least; the log of a stand-in has a gradient.
+    over = share >= 0
+    rest = (-torch.expm1(torch.where(over, -1.0, share))).log()
+    return torch.maximum(torch.where(over, -torch.inf, mean + rest - math.log1p(-tau_plus)), least)
 
 
 def hcl_reference(

@@ -102,7 +102,7 @@ class KoLeoLoss(Loss):
     def _push(
         self, x: Tensor, norm: Tensor, near: Tensor, i: slice, value: Tensor, du: Tensor
     ) -> None:
-        """Add to value, and to its gradient to the unit rows, what rows i and theirs `near` give."""
+        """Add to value, and to its gradient to the unit rows, the terms of rows i with `near`."""
         other = near.flatten()
         apart = x[other].to(du.dtype).div_(norm[other]).unflatten(0, near.shape)
         apart = (x[i].to(du.dtype) / norm[i]).unsqueeze(1).sub(apart).add_(self.eps)

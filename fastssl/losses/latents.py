@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.kernels import chamfer, scaled_cosine_error
+from fastssl.kernels import chamfer, gather_tokens, scaled_cosine_error
+from fastssl.kernels.common import accumulator, full_precision
 from fastssl.losses._checks import check_positive
 from fastssl.losses._loss import Loss
 
@@ -42,6 +45,73 @@ class ScaledCosineLoss(Loss):
         if errors.numel() == 0:
             raise ValueError(f"pred must have at least one chosen row, got {tuple(errors.shape)}")
         return errors.mean()
+
+
+class VJEPALoss(Loss):
+    """Predict the teacher's layer-normed features of the hidden places: mean |pred - target|^p / p.
+
+    The formula is `vjepa_reference`, over the chosen rows.
+
+    Shapes   pred (B, K, D), target (B, L, D) as the teacher made it, any float dtype each, and ids
+             (B, K) int64: the hidden places; without ids K = L.  Or sequences of pred and of ids, a
+             mask each: the mean over masks, however many places each has.
+    Returns  scalar float32, 0 <= loss.  The gradient goes to pred alone.
+    Raises   ValueError: shapes that disagree, ids that are no places, as many pred as ids, p < 1.
+    Ranks    no collective: with as many places on every rank, averaging gradients is exact.
+    Source   Bardes et al. 2024, V-JEPA, arXiv:2404.08471, eq. 1, and Assran et al. 2025, V-JEPA 2,
+             arXiv:2506.09985: p = 1.
+
+    >>> target = torch.tensor([[[1.0, 3.0], [5.0, 9.0]]])  # normed: -1, 1 both
+    >>> pred = torch.tensor([[[0.0, 1.0]]])
+    >>> round(VJEPALoss()(pred, target, torch.tensor([[1]])).item(), 4)
+    0.5
+    """
+
+    shown = ("p",)
+
+    def __init__(self, p: float = 1.0) -> None:
+        super().__init__()
+        check_positive(p=p)
+        if p < 1:
+            raise ValueError(f"p must be >= 1, got {p}")
+        self.p = p
+
+    def forward(
+        self,
+        pred: Tensor | Sequence[Tensor],
+        target: Tensor,
+        ids: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        preds = [pred] if isinstance(pred, Tensor) else list(pred)
+        places = [ids] * len(preds) if ids is None or isinstance(ids, Tensor) else list(ids)
+        if not preds or len(preds) != len(places):
+            raise ValueError(f"pred must be as many as ids, got {len(preds)} and {len(places)}")
+        terms = [self._term(x, target.detach(), at) for x, at in zip(preds, places, strict=True)]
+        return torch.stack(terms).mean()
+
+    def _term(self, pred: Tensor, target: Tensor, ids: Tensor | None) -> Tensor:
+        if ids is not None:
+            target = gather_tokens(target, ids)
+        if pred.ndim != 3 or 0 in pred.shape or pred.shape != target.shape:
+            got = f"{tuple(pred.shape)} for targets {tuple(target.shape)}"
+            raise ValueError(f"pred must be (B, K, D) as the chosen targets, none empty, got {got}")
+        for name, x in (("pred", pred), ("target", target)):
+            if not x.is_floating_point():
+                raise ValueError(f"{name} must be floating-point, got {x.dtype}")
+        acc = accumulator(pred.dtype)
+        with full_precision(pred.device):
+            t = F.layer_norm(target.to(acc), target.shape[-1:])
+            if self.p in (1, 2):
+                rho = F.l1_loss if self.p == 1 else F.mse_loss
+                return rho(pred.to(acc), t) / self.p
+            return (pred.to(acc) - t).abs().pow(self.p).mean() / self.p
+
+
+def vjepa_reference(pred: Tensor, target: Tensor, p: float = 1.0) -> Tensor:
+    """The formula of features pred and target of the same places."""
+    t = target - target.mean(-1, keepdim=True)
+    t = t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return (pred - t).abs().pow(p).mean() / p
 
 
 class ChamferLoss(Loss):

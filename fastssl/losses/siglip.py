@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_rows, rank, shift, world_size
+from fastssl.distributed import (
+    Group,
+    all_gather_nograd,
+    all_gather_rows,
+    rank,
+    shift,
+    world_size,
+)
 from fastssl.kernels import same_group
 from fastssl.kernels.common import FirstOrder, first_order
 from fastssl.kernels.pairwise import Masks, as_number, pairwise_sigmoid, pairwise_sigmoid_grads
@@ -96,11 +103,13 @@ class SigLIPLoss(ImageTextLoss):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         x, t, group = image_features, text_features, self.process_group
-        ahead = _ahead.fits(group, x, t)
+        ahead = labels is None and _ahead.fits(group, x, t)
         if not ahead:
-            check_batch(group, image_features=x, text_features=t)
+            check_batch(group, ids={"labels": labels}, image_features=x, text_features=t)
         numbers = _number(logit_scale), 0.0 if logit_bias is None else _number(logit_bias)
         if ahead:
             scale, bias = numbers
@@ -108,13 +117,12 @@ class SigLIPLoss(ImageTextLoss):
             loss = _ahead.siglip(x, t, scale, as_number("logit_bias", bias, x))
             if loss is not None:
                 return {"contrastive_loss": loss} if output_dict else loss
-        if world_size(group) == 1:
-            total = pairwise_sigmoid(x, t, *numbers, positive=same_group)
-        elif self.strategy == "ring":
-            total = _ring(x, t, *numbers, group)
+        ids = _ids(len(x), labels, group, x.device)
+        if world_size(group) > 1 and self.strategy == "ring":
+            total = _ring(x, t, *numbers, ids, group)
         else:
             texts = all_gather_rows(t, group, check=False)
-            positive = _pairs_with(len(x), None, group, x.device)
+            positive = same_group if len(texts) == len(x) and labels is None else same_group(*ids)
             total = pairwise_sigmoid(x, texts, *numbers, positive=positive)
         loss = total / len(x)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -125,26 +133,37 @@ def _number(value: float | Tensor) -> float | Tensor:
     return value.reshape(()) if one else value  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _pairs_with(b: int, owner: int | None, group: Group, device: torch.device) -> Masks:
-    """Pairs of this rank's images and the texts of one rank, or of all."""
-    images = torch.arange(b, device=device) + b * rank(group)
-    if owner is None:
-        return same_group(images, torch.arange(b * world_size(group), device=device))
-    return same_group(images, torch.arange(b, device=device) + b * owner)
+def _ids(
+    b: int, labels: Tensor | None, group: Group, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Of this rank's images, and of all ranks' texts: equal where a pair matches."""
+    if labels is not None:
+        return labels, all_gather_nograd(labels, group, check=False)
+    texts = torch.arange(b * world_size(group), device=device)
+    return texts[b * rank(group) : b * (rank(group) + 1)], texts
 
 
-def _ring(x: Tensor, t: Tensor, scale: Any, bias: Any, group: Group) -> Tensor:
+def _pairs_with(ids: tuple[Tensor, Tensor], owner: int) -> Masks:
+    """Pairs of this rank's images and the texts of one rank."""
+    images, texts = ids
+    b = len(images)
+    return same_group(images, texts[b * owner : b * (owner + 1)])
+
+
+def _ring(
+    x: Tensor, t: Tensor, scale: Any, bias: Any, ids: tuple[Tensor, Tensor], group: Group
+) -> Tensor:
     learned = torch.is_grad_enabled()
     need = tuple(learned and isinstance(v, Tensor) and v.requires_grad for v in (x, t, scale, bias))
-    return _Ring.call(x, t, scale, bias, need, group)  # pyright: ignore[reportReturnType]
+    return _Ring.call(x, t, scale, bias, need, ids, group)  # pyright: ignore[reportReturnType]
 
 
 class _Ring(FirstOrder):
     """This rank's images against every rank's texts, a block of them at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x, t, scale, bias, need, group):
-        total, *grads = _travel(x, t, (scale, bias), need, group)
+    def forward(ctx: Any, x, t, scale, bias, need, ids, group):
+        total, *grads = _travel(x, t, (scale, bias), need, ids, group)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [
             v.dtype if n else None for v, n in zip((x, t, scale, bias), need, strict=True)
@@ -155,10 +174,17 @@ class _Ring(FirstOrder):
     @first_order
     def backward(ctx: Any, grad):
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *((grad * g).to(dtype) if dtype else None for g, dtype in made), None, None
+        return *((grad * g).to(dtype) if dtype else None for g, dtype in made), None, None, None
 
 
-def _travel(x: Tensor, t: Tensor, numbers: tuple[Any, Any], need: Need, group: Group) -> Results:
+def _travel(
+    x: Tensor,
+    t: Tensor,
+    numbers: tuple[Any, Any],
+    need: Need,
+    ids: tuple[Tensor, Tensor],
+    group: Group,
+) -> Results:
     """The sum over this rank's images and all texts, and the gradients of it.
 
     That of t is of all ranks' sums: each rank adds its part to the block's, which goes on with it
@@ -169,7 +195,7 @@ def _travel(x: Tensor, t: Tensor, numbers: tuple[Any, Any], need: Need, group: G
     sums: list[Tensor] = []
     for hop in range(W):
         coming = shift([block], 1, group) if hop + 1 < W else None  # while products are made
-        positive = _pairs_with(len(x), (me - hop) % W, group, x.device)
+        positive = _pairs_with(ids, (me - hop) % W)
         total, dx, dt, dscale, dbias = pairwise_sigmoid_grads(
             x, block, *numbers, positive=positive, need=need
         )
@@ -182,9 +208,14 @@ def _travel(x: Tensor, t: Tensor, numbers: tuple[Any, Any], need: Need, group: G
 
 
 def siglip_reference(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """The formula, all (B, B) scores at once, in one process."""
     scores = logit_scale * image_features @ text_features.T + logit_bias
-    sign = 2 * torch.eye(len(scores), device=scores.device, dtype=scores.dtype) - 1
+    labels = torch.arange(len(scores), device=scores.device) if labels is None else labels
+    sign = 2 * (labels[:, None] == labels).to(scores.dtype) - 1
     return -F.logsigmoid(sign * scores).sum() / len(scores)

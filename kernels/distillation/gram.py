@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autograd import FirstOrder, accumulator, finished, first_order
+from ..common.autograd import FirstOrder, accumulator, first_order
 from ..common.checks import check_pair, require_features
 from ..common.chunks import row_spans
 from ..common.dispatch import declare
+from ..common.operators import operator
 
 
 def gram_distance_reference(x, y):
@@ -67,43 +68,58 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
     return value
 
 
-def _gradients(grad: Tensor, x: Tensor, y: Tensor, need: tuple[bool, bool]) -> list[Tensor | None]:
-    (_, P, D), out = x.shape, [torch.empty_like(z) if n else None for z, n in zip((x, y), need)]
+def _gradients(
+    grad: Tensor, x: Tensor, y: Tensor, need_x: bool, need_y: bool
+) -> tuple[Tensor, Tensor]:
+    """Those of x and of y; something, whatever it is, in the place of one that is not needed."""
+    _, P, D = x.shape
+    dx, dy = x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
     for i, d, s in _chunks(x, y):
         g = (grad[i] / P**2)[:, None, None]
         if has_few_features(P, D):
             both, dd, ss = d.mT @ s, d.mT @ d, s.mT @ s
-            if out[0] is not None:
-                out[0][i] = (d @ (ss + both.mT)).baddbmm_(s, both + dd).mul_(g)
-            if out[1] is not None:
-                out[1][i] = (d @ (both.mT - ss)).baddbmm_(s, dd - both).mul_(g)
+            if need_x:
+                dx[i] = (d @ (ss + both.mT)).baddbmm_(s, both + dd).mul_(g)
+            if need_y:
+                dy[i] = (d @ (both.mT - ss)).baddbmm_(s, dd - both).mul_(g)
             continue
         m = _whole(d, s).mul_(2 * g)
-        if out[0] is not None:
-            out[0][i] = m @ x[i].to(m.dtype)
-        if out[1] is not None:
-            out[1][i] = (m @ y[i].to(m.dtype)).neg_()
-    return out
+        if need_x:
+            dx[i] = m @ x[i].to(m.dtype)
+        if need_y:
+            dy[i] = (m @ y[i].to(m.dtype)).neg_()
+    return dx, dy
+
+
+def _fake_gradients(grad, x, y, need_x, need_y):
+    return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
+
+
+_measure = operator(
+    "gram_distance", _distance, lambda x, y: x.new_empty(x.shape[0], dtype=accumulator(x.dtype))
+)
+_pull = operator("gram_distance_grads", _gradients, _fake_gradients)
 
 
 class _GramDistance(FirstOrder):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, impl: str) -> Tensor:
         ctx.save_for_backward(x, y)
-        return finished(_distance(x, y))
+        return _measure(x, y)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dx, dy = _gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:2])
-        return dx, dy, None
+        need = ctx.needs_input_grad
+        dx, dy = _pull(grad, *ctx.saved_tensors, *need[:2])
+        return dx if need[0] else None, dy if need[1] else None, None
 
 
 _GRAM = declare("gram_distance", _GramDistance.call, gram_distance_reference, fused=())
 
 
 def gram_distance(x: Tensor, y: Tensor, *, impl: str = "auto") -> Tensor:
-    """mean_ij (x_i . x_j - y_i . y_j)^2 over the P x P pairs of patches of each image: (B,) float32.
+    """mean_ij (x_i . x_j - y_i . y_j)^2 over the pairs of patches of each image: (B,) float32.
 
     x, y (B, P, D): any float dtype, one for both; products and sums in float32, or float64 of that.
     Gradients to x and y; first order only.

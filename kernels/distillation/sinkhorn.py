@@ -54,10 +54,11 @@ def sinkhorn(
 ) -> Tensor:
     """The center c (K,) with which softmax((scores - c) / temp) uses all prototypes alike.
 
-    scores (R, K) of R rows with K prototypes, any float dtype; the rows of all ranks of
-    process_group count, LOCAL: each rank's own.  iterations >= 1: how often the prototypes, and
-    then the rows, are scaled to one sum.  weight: (R,), to which a row's numbers are scaled rather
-    than to 1: 0 leaves the row out.  float32, or float64 for that.  No gradient.
+    scores (R, K) of R rows with K prototypes, any float dtype; or (G, R, K): G of them, each by
+    itself, and centers (G, K).  The rows of all ranks of process_group count, LOCAL: each rank's
+    own.  iterations >= 1: how often the prototypes, and then the rows, are scaled to one sum.
+    weight: (R,), to which a row's numbers are scaled rather than to 1: 0 leaves the row out.
+    float32, or float64 for that.  No gradient.
     Raises ValueError for another shape or dtype, no rows at all, temp <= 0 and iterations < 1.
 
     >>> center = sinkhorn(torch.tensor([[5.0, 0.0], [4.0, 0.0]]), 1.0, iterations=50)
@@ -66,15 +67,15 @@ def sinkhorn(
     tensor([1., 1.])
     """
     require_float(scores=scores)
-    if scores.ndim != 2:
-        raise ValueError(f"scores must be (R, K), got {tuple(scores.shape)}")
+    if scores.ndim not in (2, 3):
+        raise ValueError(f"scores must be (R, K) or (G, R, K), got {tuple(scores.shape)}")
     require_features(scores=scores)
     scores, acc = scores.detach(), accumulator(scores.dtype)
     given = _Scores(
-        lambda i, j, sharp: scores[i, j].to(acc, copy=True).mul_(sharp),
-        scores,
-        scores.shape[1],
-        rows_in_budget(scores, 2 * scores.shape[1]),
+        lambda i, j, sharp: scores[..., i, j].to(acc, copy=True).mul_(sharp),
+        scores.select(-1, 0),
+        scores.shape[-1],
+        rows_in_budget(scores, 2 * scores.numel() // max(scores.shape[-2], 1)),
     )
     return _centers(given, temp, iterations, process_group, normalized, weight)
 
@@ -114,7 +115,7 @@ def linear_sinkhorn(
     if not is_narrow(x, acc):
         x, w = x.to(acc), w.to(acc)
     given = _Scores(
-        lambda i, j, sharp: product(x[i], w[j].T).mul_(sharp), x, len(w), rows_at_once(x, w, 2)
+        lambda i, j, sharp: product(x[i], w[j].T).mul_(sharp), x[:, 0], len(w), rows_at_once(x, w, 2)
     )
     return _centers(given, temp, iterations, process_group, False, weight)
 
@@ -123,7 +124,7 @@ class _Scores(NamedTuple):
     """at(i, j, sharp): rows i of columns j, times sharp, in new memory and the dtype of sums."""
 
     at: Callable[[slice, slice, float], Tensor]
-    like: Tensor  # of as many rows, and of their dtype
+    like: Tensor  # (R,) or (G, R), of their dtype
     K: int
     step: int  # rows of all columns at once
 
@@ -136,10 +137,10 @@ def _centers(
     normalized: bool,
     weight: Tensor | None,
 ) -> Tensor:
-    like, R = scores.like, len(scores.like)
+    like, R = scores.like, scores.like.shape[-1]
     acc, every = accumulator(like.dtype), slice(None)
     if R == 0 and world_size(group) == 1:
-        raise ValueError(f"there must be at least 1 row, got {tuple(like.shape)}")
+        raise ValueError(f"there must be at least 1 row, got {R}")
     if not temp > 0:
         raise ValueError(f"temp must be > 0, got {temp!r}")
     if iterations < 1:
@@ -150,31 +151,31 @@ def _centers(
     weight = None if weight is None else weight.detach().to(acc)
     with full_precision(like.device):
         if normalized:
-            f = like.new_zeros(scores.K, dtype=acc)
+            f = like.new_zeros(*like.shape[:-1], scores.K, dtype=acc)
         else:
             f = _column_lse(scores, 1 / temp, weight, group)
         for _ in range(iterations if normalized else iterations - 1):
             used = torch.zeros_like(f)
             for i in spans(R, scores.step):
-                q = scores.at(i, every, 1 / temp).sub_(f).softmax(1)
-                used += q.sum(0) if weight is None else weight[i] @ q
+                q = scores.at(i, every, 1 / temp).sub_(f.unsqueeze(-2)).softmax(-1)
+                used += q.sum(-2) if weight is None else weight[i] @ q
             f = f + all_reduce_sum(used, group).clamp_min_(torch.finfo(acc).tiny).log_()
         return f * temp
 
 
 def _column_lse(scores: _Scores, sharp: float, weight: Tensor | None, group: Group) -> Tensor:
     """log sum_r w_r exp(x_rk sharp) over the rows of all ranks."""
-    R, K, like = len(scores.like), scores.K, scores.like
-    parts = like.new_zeros(1, 2, K, dtype=accumulator(like.dtype))
+    K, like = scores.K, scores.like
+    parts = like.new_zeros(1, 2, *like.shape[:-1], K, dtype=accumulator(like.dtype))
     parts[0, 0] = -torch.inf
-    if R:
-        for j in spans(K, max(1, CHUNK // R)):
+    if like.shape[-1]:
+        for j in spans(K, max(1, CHUNK // like.numel())):
             x = scores.at(slice(None), j, sharp)
             if weight is not None:
                 x += weight.log().unsqueeze(1)
             # The least finite number: of no row with a weight -inf would meet itself.
-            parts[0, 0, j] = top = x.amax(0).clamp_min_(torch.finfo(x.dtype).min)
-            parts[0, 1, j] = x.sub_(top).exp_().sum(0)
+            parts[0, 0, ..., j] = top = x.amax(-2).clamp_min_(torch.finfo(x.dtype).min)
+            parts[0, 1, ..., j] = x.sub_(top.unsqueeze(-2)).exp_().sum(-2)
     if world_size(group) > 1:
         parts = all_gather_nograd(parts, group, check=False)
     top = parts[:, 0].amax(0)

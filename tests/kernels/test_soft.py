@@ -181,6 +181,12 @@ def test_sinkhorn_is_the_authors(R, K):
         torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-7)
 
 
+def test_sinkhorn_of_several_is_that_of_each():
+    scores = logits(3, 50, 7).transpose(0, 1).contiguous().transpose(0, 1)
+    want = torch.stack([sinkhorn(x, 0.05) for x in scores])
+    torch.testing.assert_close(sinkhorn(scores, 0.05), want)
+
+
 def test_sinkhorn_of_far_scores_is_finite_and_even():
     scores = logits(64, 8) * 50  # / 0.05: 88 is the most that exp can take
     center = sinkhorn(scores, 0.05, iterations=200)
@@ -228,7 +234,7 @@ S, C = torch.zeros(2, 5), torch.zeros(5)
         (lambda: soft_cross_entropy(S, S, pairs=[[1]]), r"pairs is for student \(V, R, K\)"),
         (lambda: soft_cross_entropy(S[None], S[None]), "pairs must be 1 rows of 1 numbers, got N"),
         (lambda: soft_cross_entropy(S, S, impl="c"), "impl must be one of auto, torch, triton"),
-        (lambda: sinkhorn(C, 1.0), r"scores must be \(R, K\), got \(5,\)"),
+        (lambda: sinkhorn(C, 1.0), r"scores must be \(R, K\) or .*, got \(5,\)"),
         (lambda: sinkhorn(S[:0], 1.0), "at least 1 row"),
         (lambda: sinkhorn(S, 1.0, weight=C), r"weight must be \(\d+,\) on cpu, got \(5,\)"),
         (lambda: sinkhorn(S, 0.0), "temp must be > 0, got 0.0"),

@@ -33,6 +33,21 @@ def test_the_papers_formula(B, D):
     torch.testing.assert_close(grads(CLIPLoss(), inputs), grads(clip_reference, inputs))
 
 
+@pytest.mark.parametrize("smoothing, tau_plus", [(0.2, 0), (0, 0.1), (0.2, 0.02)])
+def test_smoothed_and_debiased_are_their_formulas(smoothing, tau_plus):
+    """Of the 23 rows, the correction takes some to the least that is left of them."""
+    inputs = [*(x.double() for x in features(23, 4)), torch.tensor(9.0).double()]
+    ours = CLIPLoss(label_smoothing=smoothing, tau_plus=tau_plus)
+    formula = lambda *x: clip_reference(*x, smoothing, tau_plus)  # noqa: E731
+    torch.testing.assert_close(grads(ours, inputs), grads(formula, inputs))
+    if tau_plus:
+        with pytest.raises(ValueError, match="must have at least 2 images, got 1"):
+            ours(*(x[:1] for x in inputs[:2]), 1.0)
+        with pytest.raises(ValueError, match=r"tau_plus must be in \[0, 1\), got 1"):
+            CLIPLoss(tau_plus=1)
+        assert grads(ours, [x.float() for x in inputs])[0].isfinite()
+
+
 @pytest.mark.parametrize(
     **pairwise(
         {"B, D": [(2, 3), (65, 16), (400, 32)], "scale": [1 / 0.07, 100.0], "reduce": UPSTREAM}
@@ -153,6 +168,8 @@ def data(rank, dtype=torch.float32):
 LOSSES = {
     "gather": lambda: CLIPLoss(),
     "ring": lambda: CLIPLoss(strategy="ring"),
+    "smooth": lambda: CLIPLoss(label_smoothing=0.2, tau_plus=0.02),
+    "smooth ring": lambda: CLIPLoss(label_smoothing=0.2, strategy="ring"),
     "nested": lambda: MatryoshkaLoss(CLIPLoss(), (1, 3), (1.0, 0.5), normalize=True),
 }
 

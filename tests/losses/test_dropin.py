@@ -44,6 +44,12 @@ OF_LIGHTLY = {
     "WMSELoss": (3, 0.1, 0.2, True, 2, 6),
     "HypersphereLoss": (2.0, 0.7, 1.5),
     "CO2Regularizer": (0.7, 0.2, 0),
+    "CAPILoss": (0.1, 0.2, 2, False),
+    "LeJEPALoss": (0.2, False, 5, 2.0, 30),
+    "LeWMLoss": (0.2, True, False, 5, 2.0, 30),
+    "PatchKernelAlignmentLoss": (3,),
+    "SIGReg": {"knots": 5, "t_max": 2.0, "num_vectors": 30, "gather_distributed": False},
+    "VISRegLoss": (0.8, 30, 0.5, 2.0, 0.7, False, 1e-3),
 }
 OF_OPEN_CLIP = {
     "ClipLoss": (False, False, False, 0, 1, False),
@@ -62,6 +68,23 @@ SMALL = {"target_distribution": OF_LIGHTLY["PMSNCustomLoss"][0], "output_dim": 8
 SMALL |= {"num_features": 8, "embedding_dim": 3, "w_size": 6}
 OURS = {"EMPSSLLoss": {"tcr_coef": -1.0}}
 LABELED = ("NTXentLoss", "SupConLoss")
+FUNCTIONS = {"VISRegLossComponents"}  # and what else is no loss
+
+
+def made_by_place(module, name, **more):
+    """Of what is given by place, or by name where there are no places, and more."""
+    given = (OF_LIGHTLY | OF_OPEN_CLIP)[name]
+    kind = getattr(module, name)
+    return kind(**given, **more) if isinstance(given, dict) else kind(*given, **more)
+
+
+def call(loss, arguments):
+    """By place, as far as there are places; what is drawn is the same for all."""
+    torch.manual_seed(1)
+    named = inspect.signature(loss.forward).parameters.values()
+    if any(about.kind is about.KEYWORD_ONLY for about in named):
+        return loss(**arguments)
+    return loss(*arguments.values())
 
 
 def views(n=12, d=8):
@@ -114,7 +137,19 @@ def inputs(name, rival=None):
         "local_view_grids": grids[:1],
         "embeddings": a,
         "labels": torch.arange(12) % 5,
+        "proj": a,
+        "local_proj": a.view(3, 4, 8),
+        "global_proj": b[:8].view(2, 4, 8),
+        "predicted": a.view(3, 4, 8)[:, 1:],
+        "target": b.view(3, 4, 8)[:, 1:],
+        **dict.fromkeys(("teacher_logits", "teacher_features"), a.view(3, 4, 8)),
+        **dict.fromkeys(("student_logits", "student_features"), b.view(3, 4, 8)),
+        "teacher_index": torch.tensor([[3, 0, 1, 2], [0, 1, 2, 3], [1, 0, 3, 2]]),
     }
+    if name == "LeWMLoss":
+        known["embeddings"] = a.view(3, 4, 8)
+    if name == "PatchKernelAlignmentLoss":
+        known["mask"] = torch.arange(12).view(3, 4) == 5
     if name == "IBOTPatchLoss":
         known |= {"teacher_out": a, "student_out": b}
     if name == "IBOTPlusPlusPatchLoss":
@@ -133,11 +168,10 @@ def inputs(name, rival=None):
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's DCLWLoss
 @pytest.mark.parametrize("name", OF_LIGHTLY)
 def test_arguments_by_place_are_lightlys(name):
-    given = OF_LIGHTLY[name]
-    ours = getattr(losses, name)(*given, **OURS.get(name, {}))
-    theirs = getattr(RIVALS[name], name)(*given)
-    z = inputs(name).values()
-    torch.testing.assert_close(ours(*z), theirs(*z).squeeze(), rtol=1e-4, atol=1e-5)
+    ours = made_by_place(losses, name, **OURS.get(name, {}))
+    theirs = made_by_place(RIVALS[name], name)
+    got, want = (call(loss, inputs(name)) for loss in (ours, theirs))
+    torch.testing.assert_close(got, want.squeeze(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OF_OPEN_CLIP)
@@ -166,7 +200,9 @@ def test_horovod_is_refused():
 
 def test_no_namesake_is_left_out():
     for module in (lightly.loss, open_clip.loss):
-        assert {n for n in vars(losses) if n[0].isupper() and hasattr(module, n)} <= {*RIVALS}
+        assert {n for n in vars(losses) if n[0].isupper() and hasattr(module, n)} <= {
+            *RIVALS
+        } | FUNCTIONS
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's DCLWLoss
@@ -177,9 +213,11 @@ def test_arguments_by_name_are_the_rivals(name):
     made = {argument: about.default for argument, about in asked.items()}
     made |= {argument: size for argument, size in SMALL.items() if argument in asked}
     given = inputs(name)
-    want = theirs(**made)(**given).squeeze()
-    got = ours(**made, **OURS.get(name, {}))(**given)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    values = []
+    for kind, more in ((ours, OURS.get(name, {})), (theirs, {})):
+        torch.manual_seed(1)
+        values.append(kind(**made, **more)(**given).squeeze())
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [torch.arange(12) % 5, torch.arange(12) // 4 * 10**12])
@@ -205,8 +243,7 @@ def attributes(thing):
 def test_what_a_rivals_instance_has_is_there_or_is_told(name):
     """The same value, or a line of the docstring that says that it is not there."""
     module = RIVALS[name]
-    given = (OF_LIGHTLY | OF_OPEN_CLIP)[name]
-    ours, theirs = (getattr(m, name)(*given) for m in (losses, module))
+    ours, theirs = (made_by_place(m, name) for m in (losses, module))
     differs = type(ours).__doc__.partition("Differs")[2]
     for attribute in attributes(theirs) | {*theirs._modules}:
         want = getattr(theirs, attribute)

@@ -20,6 +20,7 @@ from fastssl.losses import (
     detcon,
     emp_ssl,
     frossl,
+    gram,
     groco,
     grouped,
     hcl,
@@ -33,6 +34,7 @@ from fastssl.losses import (
     moco,
     nnclr,
     ntxent,
+    patch_kernels,
     reconstruction,
     ressl,
     sie,
@@ -268,6 +270,21 @@ LOSSES = {  # name: (ours, the reference; whether it sums squares of the embeddi
         lambda a, b: latents.scaled_cosine_reference(a, b, 2.0),
         True,
     ),
+    "gram": (
+        lambda a, b: gram.GramLoss()(a[None], b[None]),
+        lambda a, b: gram.gram_reference(a[None], b[None]),
+        False,
+    ),
+    "patch kernels": (
+        lambda a, b: patch_kernels.PatchKernelAlignmentLoss()(a[None], b[None]),
+        lambda a, b: patch_kernels.patch_kernel_alignment_reference(a[None], b[None]),
+        True,
+    ),
+    "v-jepa": (
+        lambda a, b: latents.VJEPALoss()(a[None], b[None]),
+        lambda a, b: latents.vjepa_reference(a, b.detach()),
+        True,
+    ),
     "chamfer": (
         lambda a, b: latents.ChamferLoss()(a[None], b[None]),
         lambda a, b: latents.chamfer_reference(a[None], b[None], "l2"),
@@ -311,6 +328,7 @@ PRIMITIVES = {  # name: a function of two (B, D) and of impl
         a[:, :1, None].expand(-1, -1, len(a)).transpose(0, 1) * 1, rows(len(a)), impl=impl
     ),
     "scaled_cosine_error": lambda a, b, impl: K.scaled_cosine_error(a, b, impl=impl),
+    "gram_distance": lambda a, b, impl: K.gram_distance(a[None], b[None], impl=impl),
     "chamfer": lambda a, b, impl: K.chamfer(a[None], b[None], impl=impl),
 }
 CALLS = {name: loss[:2] for name, loss in LOSSES.items()} | {

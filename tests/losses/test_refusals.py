@@ -11,6 +11,7 @@ BAD = {  # what each argument must refuse beside infinities and NaN
     "temperature": [0.0, 1e-9],
     "sigma": [0, -1],
     "tau_plus": [-0.1, 1],
+    "label_smoothing": [-0.1, 1.1],
     "beta": [-0.1],
     "rho": [-0.1],
     "eta": [-0.1],
@@ -26,6 +27,12 @@ BAD = {  # what each argument must refuse beside infinities and NaN
     "sinkhorn_epsilon": [0, -1],
     "center_momentum": [-0.1, 1.1],
     "regularization_weight": [],
+    **{name: [0, -1] for name in ("teacher_temperature", "student_temperature")},
+    **{name: [1, 2.5] for name in ("knots", "sigreg_knots")},
+    **{name: [0, 2.5] for name in ("num_vectors", "sigreg_num_vectors", "num_slices", "topk")},
+    **{name: [0, -1] for name in ("t_max", "sigreg_t_max", "tol")},
+    **{name: [-0.1] for name in ("lambda_scale", "lambda_shape", "lambda_center", "weight")},
+    **{name: [0, 1.5] for name in ("local_clusters", "global_clusters", "max_kmeans_iters")},
     "power_law_exponent": [],
     **{name: [0, -1] for name in ("student_temp", "teacher_temp", "warmup_teacher_temp")},
     **{name: [0, 1.5] for name in ("output_dim", "sinkhorn_iterations")},
@@ -48,7 +55,8 @@ NEEDED |= {"PMSNCustomLoss": {"target_distribution": abs}}
 NEEDED |= {"MoCoLoss": {"dim": 4}, "MAELoss": {"patch": 2}, "NNCLRLoss": {"size": 8}}
 OTHERS = {"MatryoshkaLoss"}  # sequences: see its own tests
 KINDS = {"negatives": "GroCoLoss"}  # elsewhere a word
-LOSSES = sorted(name for name in vars(losses) if name.endswith("Loss"))
+LOSSES = [name for name in vars(losses) if name.endswith("Loss")]
+LOSSES = sorted([*LOSSES, "SIGReg", "DSERegularizer"])
 
 
 def number_arguments():
@@ -67,7 +75,7 @@ def test_refuses_a_number_by_its_name(name, argument):  # fault 35
     kind, needed = getattr(losses, name), NEEDED.get(name, {})
     kind(**needed)
     own = [b for b in BAD[argument] if not (argument == "gamma" and name != "ScaledCosineLoss")]
-    if argument == "sinkhorn_iterations" and name != "SwaVLoss":
+    if argument == "sinkhorn_iterations" and name not in ("SwaVLoss", "CAPILoss"):
         own = [-1, 1.5]  # MSN's without any take targets as they are
     if (name, argument) == ("HypersphereLoss", "alpha"):  # a power
         own = [0, -1]

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_refuses_other_arguments():
         SigLIPLoss()(x.long(), x.long(), 1.0, 0.0)
 
 
+def test_all_of_a_label_match():
+    x, t = (z.double() for z in pairs()[:2])
+    labels = torch.arange(23, device=x.device) // 3
+    inputs = [x, t, torch.tensor(4.0).double(), torch.tensor(-2.0).double()]
+    ours, formula = (
+        grads(lambda *z: f(*z, labels=labels), inputs)  # noqa: B023
+        for f in (SigLIPLoss(), siglip.siglip_reference)
+    )
+    torch.testing.assert_close(ours, formula)
+    with pytest.raises(ValueError, match=r"labels must be \(23,\) integers"):
+        SigLIPLoss()(x, t, 1.0, labels=labels[:2])
+
+
 # Across ranks: W with different data are one process with the joined batch.
 
 
@@ -163,6 +177,8 @@ def each_rank(rank, world):
         seen["locked " + strategy] = [g for g in step(locked, loss, xs)["grads"] if g is not None]
         own = SigLIPLoss(strategy=strategy, process_group=groups[rank // 2])
         seen["group " + strategy] = step(Towers(), own, xs)
+        labels = (torch.arange(B) + B * rank) % 7  # some match those of other ranks
+        seen["labeled " + strategy] = step(Towers(), partial(loss, labels=labels), xs)
         seen["refusals " + strategy] = [
             refusal(loss, z[: B - odd], z[: B - odd]),
             refusal(loss, z, z[: B - odd]),
@@ -209,6 +225,14 @@ def test_mean_over_ranks_is_the_joined_batch(ranks, strategy):
     for seen in ranks:  # DDP has averaged already
         for got, truth in zip(seen["ddp " + strategy]["grads"], want["grads"], strict=True):
             close(got, truth)
+
+
+@STRATEGIES
+def test_labels_match_over_ranks(ranks, strategy):
+    xs = torch.cat([batch(r) for r in range(len(ranks))], 1).double()
+    labels = torch.arange(B * len(ranks)) % 7
+    want = step(Towers().double(), partial(siglip.siglip_reference, labels=labels), xs)
+    same([seen["labeled " + strategy] for seen in ranks], want)
 
 
 @STRATEGIES

@@ -77,6 +77,8 @@ TESTS = {
     "kernels/distillation/linear": (LINEAR, "not compiles"),
     "kernels/distillation/linear_torch": (LINEAR, "not triton and not compiles"),
     "kernels/distillation/linear_triton": (LINEAR, "triton and not compiles"),
+    "kernels/distillation/gram": ("tests/kernels/test_gram.py", "gram or refuses"),
+    "kernels/distillation/nearest": ("tests/kernels/test_gram.py", "neighbors or refuses"),
     "kernels/regression/chamfer_triton": (
         "tests/kernels/test_chamfer.py",
         "triton and not compiles",
@@ -576,10 +578,30 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
         ("below[:, V:] * sharp_t", "below[:, V:] * sharp_s"),
         ("(share / whole)", "share"),
     ],
+    "kernels/distillation/gram._distance": [
+        ("0.5 / P**2", "1 / P**2"),
+        ("4 * P**2", "P**2"),
+        ("both * both.mT", "both * both"),
+    ],
+    "kernels/distillation/gram._gradients": [
+        ("both + dd", "both"),
+        ("dd - both", "-both"),
+        ("(m @ y[i].to(m.dtype)).neg_()", "m @ y[i].to(m.dtype)"),
+        ("both.mT - ss", "both - ss"),
+    ],
+    "kernels/distillation/gram._chunks": [("3 * side * side + 3 * P * D", "1")],
+    "kernels/distillation/gram.has_few_features": [("5 * D < 2 * P", "False")],
+    "kernels/distillation/nearest.nearest": [
+        ("N % groups", "False"),
+        ("[low:high]", ""),
+        ("mask = exclude_self(here, there)", "mask = exclude_self"),
+        ("high - low > size", "False"),
+        ("x.detach(), rows.detach()", "rows.detach(), rows.detach()"),
+    ],
     "kernels/distillation/sinkhorn._centers": [
         ("else iterations - 1", "else iterations"),
         ("all_reduce_sum(used, group)", "used"),
-        ("weight[i] @ q", "q.sum(0)"),
+        ("weight[i] @ q", "q.sum(-2)"),
     ],
     "kernels/distillation/linear.linear_soft_cross_entropy": [
         ("loss if weight is None else loss * weight", "loss"),
@@ -642,7 +664,7 @@ MUTATIONS = {  # function: (what stands in it or below, what it becomes)
     "kernels/distillation/sinkhorn._column_lse": [
         ("x += weight.log().unsqueeze(1)", "pass"),
         ("parts = all_gather_nograd(parts, group, check=False)", "pass"),
-        ("x.sub_(top).exp_()", "x.exp_()"),
+        ("x.sub_(top.unsqueeze(-2)).exp_()", "x.exp_()"),
         ("nan_to_num_(neginf=0.0)", "nan_to_num_()"),
     ],
     "kernels/regression/cosine_triton._power": [
