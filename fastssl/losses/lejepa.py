@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
+from fastssl.distributed import BUILT, Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels.common import accumulator, full_precision
 from fastssl.losses._checks import (
     check_counts,
@@ -57,7 +57,7 @@ class SIGReg(Loss):
         knots: int = 17,
         t_max: float = 3.0,
         num_vectors: int = 1024,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)
@@ -110,7 +110,7 @@ class LeJEPALoss(Loss):
              lambda_param outside [0, 1]; what SIGReg refuses.
     Ranks    as SIGReg; the second term has no collective.
     Source   Balestriero & LeCun 2025, LeJEPA, arXiv:2511.08544.
-    Differs  from lightly.loss.LeJEPALoss as SIGReg does.
+    Differs  from lightly.loss.LeJEPALoss as SIGReg does: gathers by default.
 
     >>> z = torch.zeros(1, 4, 3)
     >>> round(LeJEPALoss(0.25)(local_proj=z, global_proj=z).item(), 4)  # a quarter of SIGReg's
@@ -122,7 +122,7 @@ class LeJEPALoss(Loss):
     def __init__(
         self,
         lambda_param: float = 0.05,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         sigreg_knots: int = 17,
         sigreg_t_max: float = 3.0,
         sigreg_num_vectors: int = 1024,
@@ -156,7 +156,7 @@ class LeWMLoss(Loss):
              lambda_param < 0; what SIGReg refuses.
     Ranks    as SIGReg; the first term has no collective.
     Source   LeWorldModel 2026, arXiv:2603.19312.
-    Differs  from lightly.loss.LeWMLoss as SIGReg does; dtypes must agree.
+    Differs  from lightly.loss.LeWMLoss as SIGReg does: gathers by default; dtypes must agree.
 
     >>> z = torch.zeros(4, 2, 3)
     >>> round(LeWMLoss(1.0)(predicted=z[:, :1] + 2, target=z[:, 1:], embeddings=z).item(), 4)
@@ -169,7 +169,7 @@ class LeWMLoss(Loss):
         self,
         lambda_param: float = 0.1,
         normalize: bool = False,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         sigreg_knots: int = 17,
         sigreg_t_max: float = 3.0,
         sigreg_num_vectors: int = 1024,

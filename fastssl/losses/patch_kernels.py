@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_reduce_sum, require_all_even, world_size
+from fastssl.distributed import BUILT, Group, all_reduce_sum, require_all_even, world_size
 from fastssl.kernels.common import (
     FirstOrder,
     accumulator,
@@ -56,7 +56,7 @@ class PatchKernelAlignmentLoss(Loss):
         self,
         max_tokens: int | None = None,
         *,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         process_group: Group = None,
     ) -> None:
         super().__init__(gather_distributed, process_group)

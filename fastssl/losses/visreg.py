@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.distributed import Group, all_gather_rows, all_reduce_sum, rank, world_size
+from fastssl.distributed import BUILT, Group, all_gather_rows, all_reduce_sum, rank, world_size
 from fastssl.kernels.common import accumulator, full_precision
 from fastssl.losses._checks import check_counts, check_not_negative, check_positive, check_within
 from fastssl.losses._loss import Loss
@@ -68,7 +68,7 @@ class VISRegLoss(Loss):
         lambda_scale: float = 1.0,
         lambda_shape: float = 1.0,
         lambda_center: float = 1.0,
-        gather_distributed: bool = True,
+        gather_distributed: bool = BUILT,
         eps: float = 1e-4,
         *,
         process_group: Group = None,
