@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
     from .barlow_twins import BarlowTwins
     from .base import Batch, Encoded, Method
+    from .byol import BYOL
     from .cae import CAE
     from .clip import CLIP
     from .cmc import CMC
     from .cropmae import CropMAE
     from .data2vec import Data2Vec
     from .dcl import DCL
+    from .directpred import DirectPred
     from .global_local import GlobalLocal
     from .gmml import GMML
     from .groco import GroCo
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from .matryoshka import Matryoshka
     from .mixed_barlow_twins import MixedBarlowTwins
     from .mochi import MoCHi
+    from .mocov2 import MoCoV2
     from .mocov3 import MoCoV3
+    from .msn import MSN
     from .nnclr import NNCLR
     from .point_cmae import PointCMAE
     from .point_mae import PointMAE
@@ -37,14 +41,17 @@ if TYPE_CHECKING:
     from .signal_mae import SignalMAE
     from .simclr import SimCLR
     from .simmim import SimMIM
+    from .simsiam import SimSiam
     from .sit import SiT
     from .sla import SLA
     from .ssl_ey import SSLEY
+    from .swav import SwAV
     from .tjepa import TJEPA
     from .vicreg import VICReg
     from .videomae import VideoMAE
 
 __all__ = [
+    "BYOL",
     "CAE",
     "CLIP",
     "CMC",
@@ -55,11 +62,13 @@ __all__ = [
     "IJEPA",
     "MAE",
     "METHODS",
+    "MSN",
     "AnyMethodConfig",
     "BarlowTwins",
     "Batch",
     "CropMAE",
     "Data2Vec",
+    "DirectPred",
     "Encoded",
     "ISogCLR",
     "Matryoshka",
@@ -67,6 +76,7 @@ __all__ = [
     "MethodConfig",
     "MixedBarlowTwins",
     "MoCHi",
+    "MoCoV2",
     "MoCoV3",
     "NNCLR",
     "PointCMAE",
@@ -80,6 +90,8 @@ __all__ = [
     "SimCLR",
     "SignalMAE",
     "SimMIM",
+    "SimSiam",
+    "SwAV",
     "VICReg",
     "VideoMAE",
     "build_method",

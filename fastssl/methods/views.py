@@ -8,7 +8,9 @@ Source: Caron et al. 2020, SwAV, arXiv:2006.09882, section 3.2 (multi-crop).
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Z = TypeVar("Z")
 
@@ -42,3 +44,28 @@ def mean_over_pairs(
     """The mean of loss(encoded[v], encoded[w]) over `pairs` of views."""
     losses = [loss(encoded[v], encoded[w]) for v, w in pairs(views)]
     return sum(losses[1:], losses[0]) / len(losses)
+
+
+def by_size(views: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of the views, those of one shape together.
+
+    >>> import torch
+    >>> by_size([torch.ones(1, 3, s, s) for s in (8, 4, 8, 4)])
+    [[0, 2], [1, 3]]
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for v, view in enumerate(views):
+        groups.setdefault(view.shape, []).append(v)
+    return list(groups.values())
+
+
+def encode_views(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """The features (B, F) of every view: one call for those of one shape, unless a batch norm of
+    the encoder's would see them together."""
+    if any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+        return [encoder(view) for view in views]
+    made: dict[int, Tensor] = {}
+    for group in by_size(views):
+        rows = encoder(torch.cat([views[v] for v in group]))
+        made |= dict(zip(group, rows.chunk(len(group)), strict=True))
+    return [made[v] for v in range(len(views))]

@@ -40,6 +40,7 @@ from .patch_embed import vit_signal as vit_signal
 from .patch_embed import vit_video as vit_video
 from .point import PointDecoder as PointDecoder
 from .point import PointTransformer as PointTransformer
+from .prototypes import Prototypes as Prototypes
 from .tabular import TableTransformer as TableTransformer
 from .weights import load_weights as load_weights
 from .weights import read_weights as read_weights
