@@ -17,7 +17,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.distributed import rank, world_size
 from fastssl.losses import SwaVLoss
 from fastssl.losses.queue import Queue
 from fastssl.models import Prototypes, feature_dim, projection_head
@@ -52,7 +51,7 @@ class SwAV(Method):
         scores = [x @ prototypes.T for x in z]
         older = None
         if self.past is not None and self.past.counts:
-            older = [x @ prototypes.detach().T for x in self.past.own_share(len(assigned))]
+            older = [x @ prototypes.detach().T for x in self.past.share(len(assigned))]
         loss = self.criterion([scores[v] for v in assigned], [scores[v] for v in others], older)
         keep = {} if self.past is None else {"keep": [z[v] for v in assigned]}
         return {"loss": loss, **keep}
@@ -78,15 +77,15 @@ class Past(nn.Module):
     def counts(self) -> bool:
         return self.seen >= self.size and self.progress >= self.since
 
-    def own_share(self, views: int) -> list[Tensor]:
-        """Every W-th key of each of the first queues, from this rank's number on."""
-        return [queue.keys[rank() :: world_size()] for queue in [*self.queues][:views]]  # type: ignore[union-attr]
+    def share(self, views: int) -> list[Tensor]:
+        """This rank's part of each of the first queues."""
+        return [queue.share() for queue in [*self.queues][:views]]  # type: ignore[operator]
 
     def push(self, keys: list[Tensor], progress: float) -> None:
+        """keys: (B, dim) of each assigned view."""
         for queue, rows in zip(self.queues, keys, strict=False):
-            queue.push(rows, check=False)  # type: ignore[operator]
-        self.seen = min(self.seen + len(keys[0]) * world_size(), self.size)
-        self.progress = progress
+            put: int = queue.push(rows, check=False)  # type: ignore[operator]
+        self.seen, self.progress = min(self.seen + put, self.size), progress
 
     def get_extra_state(self) -> dict[str, float]:
         return {"seen": self.seen, "progress": self.progress}

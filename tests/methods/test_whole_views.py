@@ -1,4 +1,4 @@
-"""Methods that compare whole views: each computes its paper's loss on what its own parts produce."""
+"""Methods that compare whole views compute their papers' losses on what their parts produce."""
 
 import copy
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.methods import build_method, swav
+from fastssl.losses import queue
+from fastssl.methods import build_method
 from fastssl.methods.views import by_size, encode_views, global_views
 from fastssl.models import Prototypes, build_backbone
 from tests.runs import VIT, tiny
@@ -49,10 +50,6 @@ def assert_gradients_reach(ours, loss):
     loss.backward()
     wrong = [n for n, p in ours.named_parameters() if (p.grad is None) == p.requires_grad]
     assert not wrong, f"trained without gradient, or the reverse: {wrong}"
-
-
-def buffers(ours):
-    return [x.clone() for name, x in ours.named_buffers() if "criterion" in name or "past" in name]
 
 
 @pytest.mark.parametrize("sizes", [(16, 16), MANY], ids=len)
@@ -118,18 +115,18 @@ def test_simsiam_holds_projections_still(sizes, tmp_path):
 
 def test_mocov2_meets_the_queue_with_the_teachers_key(tmp_path):
     ours, data = method("mocov2", tmp_path, (16, 16)), batch((16, 16))
-    before, queue = left_behind(ours), ours.criterion.queue
+    before, past = left_behind(ours), ours.criterion.queue
     out = ours(data)
     q = F.normalize(ours.student(data["views"][0]), dim=1)
     key = F.normalize(ours.teacher.model(data["views"][1]), dim=1)
-    scores = torch.cat([(q * key).sum(1, keepdim=True), q @ queue.keys.T], 1) / 0.2
+    scores = torch.cat([(q * key).sum(1, keepdim=True), q @ past.keys.T], 1) / 0.2
     want = F.cross_entropy(scores, torch.zeros(6, dtype=torch.int64))
     torch.testing.assert_close(out["loss"], want)
     assert_gradients_reach(ours, out["loss"])
-    assert queue.next == 0
+    assert past.next == 0
     ours.on_step(out["keep"], 0.5)
-    torch.testing.assert_close(queue.keys[:6], key)
-    assert queue.next == 6
+    torch.testing.assert_close(past.keys[:6], key)
+    assert past.next == 6
     assert_followed(ours, before, 0.999)
 
 
@@ -170,19 +167,14 @@ def test_swav_predicts_the_assignments_of_other_views(tmp_path):
 
 def test_each_rank_brings_its_share_of_the_queue(tmp_path, monkeypatch):
     past = method("swav", tmp_path, queue_size=7).past
-    keys = [queue.keys for queue in past.queues]
-    monkeypatch.setattr(swav, "world_size", lambda: 3)
-    shares = []
+    keys, shares = [each.keys for each in past.queues], []
+    monkeypatch.setattr(queue, "world_size", lambda group: 3)
     for rank in range(3):
-        monkeypatch.setattr(swav, "rank", lambda rank=rank: rank)
-        shares.append(past.own_share(2))
+        monkeypatch.setattr(queue, "rank", lambda group, rank=rank: rank)
+        shares.append(past.share(2))
     for n in (0, 1):
         joined = torch.cat([share[n] for share in shares])
         assert sorted(joined.tolist()) == sorted(keys[n].tolist())
-    past.push([torch.ones(2, 16)] * 2, 0.9)
-    assert past.seen == 6 and not past.counts
-    past.push([torch.ones(2, 16)] * 2, 0.9)
-    assert past.seen == 7 and past.counts
 
 
 def test_prototypes_have_length_1_whatever_a_step_does():
