@@ -31,3 +31,10 @@ class DirectPred(BYOL):
     def on_step(self, keep: list[Tensor], progress: float) -> None:
         self.predictor.update(torch.cat(keep).float())
         super().on_step(keep, progress)
+
+    def get_extra_state(self) -> int:
+        """The predictor's count on the host, which an engine that restores buffers leaves out."""
+        return self.predictor.steps
+
+    def set_extra_state(self, state: int) -> None:
+        self.predictor.steps = int(state)

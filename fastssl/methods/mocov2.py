@@ -18,6 +18,7 @@ from fastssl.models import feature_dim
 from .base import Batch
 from .configs import MoCoV2Config
 from .taught import Taught
+from .views import check_others
 
 
 class MoCoV2(Taught):
@@ -30,6 +31,7 @@ class MoCoV2(Taught):
         self.criterion = MoCoLoss(cfg.projection_dim, cfg.temperature, cfg.queue_size)
 
     def encode(self, batch: Batch) -> Tensor:
+        check_others(batch["views"])
         return self.encoder(self.cast(batch["views"][0]))
 
     def targets(self, batch: Batch) -> Tensor:

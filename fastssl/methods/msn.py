@@ -26,7 +26,7 @@ from fastssl.schedules.config import at
 from .base import Batch, Method
 from .configs import MSNConfig
 from .places import draw_mask
-from .views import by_size, global_views
+from .views import by_size, check_others, global_views
 
 
 class MSN(Method):
@@ -71,7 +71,8 @@ class MSN(Method):
         return draw_mask(self.cfg.masking, seeds, grid, keep).visible
 
     def encode(self, batch: Batch) -> list[Tensor]:
-        """Features (B, F) of each anchor."""
+        """Features (B, F) of each anchor.  Raises ValueError for a single view."""
+        check_others(batch["views"])
         views = [self.cast(view) for view in batch["views"]]
         target, *masked = global_views(views)
         seeds = hashes(batch["seeds"], len(views))

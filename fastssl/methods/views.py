@@ -32,8 +32,18 @@ def pairs(views: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(v, w) for w in range(len(views)) for v in range(w) if chosen & {v, w}]
 
 
+def check_others(views: Sequence[Tensor]) -> None:
+    """Raise ValueError for views that are not two or more."""
+    if len(views) < 2:
+        raise ValueError(f"views must be 2 or more, to be compared, got {len(views)}")
+
+
 def queries(views: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Each view v with each other view g that is global: (v, g)."""
+    """Each view v with each other view g that is global: (v, g).
+
+    Raises ValueError for a single view.
+    """
+    check_others(views)
     chosen = global_views(views)
     return [(v, g) for v in range(len(views)) for g in chosen if g != v]
 

@@ -91,6 +91,13 @@ def test_directpred_predicts_by_the_correlation_of_past_projections(tmp_path):
         want = (vectors * ((values.clamp(min=0) / values[-1]).sqrt() + 0.1)) @ vectors.T
         torch.testing.assert_close(ours.predictor.weight, want, rtol=1e-4, atol=1e-4)
     assert not [*ours.predictor.parameters()]
+    again = method("directpred", tmp_path, (16, 16), rho=0.5, eps=0.1)
+    for mine, theirs in zip(again.buffers(), ours.buffers(), strict=True):
+        mine.copy_(theirs)  # as the engine restores them, beside the extra state
+    again.set_extra_state(ours.get_extra_state())
+    for each in (ours, again):
+        each.on_step([x.detach() for x in out["keep"]], 0.5)
+    assert torch.equal(again.predictor.correlation, ours.predictor.correlation)
     assert_gradients_reach(ours, ours(data)["loss"])
 
 
@@ -253,3 +260,9 @@ def test_views_of_one_size_are_encoded_at_once_unless_a_batch_norm_would_see_the
     two = [images[0], images[2] * 3]
     for image, features in zip(two, encode_views(normed, two), strict=True):
         torch.testing.assert_close(features, normed(image))
+
+
+@pytest.mark.parametrize("name", ["byol", "directpred", "simsiam", "mocov2", "swav", "msn"])
+def test_a_single_view_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="views must be 2 or more|must have another crop, got 1"):
+        method(name, tmp_path)(batch((16,)))

@@ -66,6 +66,8 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     ],
     "methods/directpred.build_predictor": [("rho=cfg.rho", "rho=0.3"), ("eps=cfg.eps", "eps=0.01")],
     "methods/directpred.on_step": [("torch.cat(keep)", "keep[0]")],
+    "methods/directpred.set_extra_state": [("int(state)", "0")],
+    "methods/views.check_others": [("< 2", "< 1")],
     "methods/simsiam.loss": [
         ("z[g].detach().float())", "z[g].float())"),
         ("correction=0", "correction=1"),
