@@ -21,6 +21,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"name": "simclr", "hidden_dim": 32, "projection_dim": 16},
     "dcl": {"name": "dcl", "hidden_dim": 32, "projection_dim": 16},
     "mocov3": {"name": "mocov3", "hidden_dim": 32, "projection_dim": 16, "layers": 2},
+    "byol": {"name": "byol", "hidden_dim": 32, "projection_dim": 16},
+    "directpred": {"name": "directpred", "hidden_dim": 32, "projection_dim": 16},
+    "simsiam": {"name": "simsiam", "projection_dim": 32, "prediction_hidden_dim": 16},
+    "mocov2": {"name": "mocov2", "hidden_dim": 32, "projection_dim": 16, "queue_size": 64},
+    "swav": {
+        **{"name": "swav", "hidden_dim": 32, "projection_dim": 16},
+        **{"prototypes": 20, "queue_size": 8},
+    },
+    "msn": {
+        **{"name": "msn", "hidden_dim": 32, "projection_dim": 16, "layers": 2},
+        **{"prototypes": 20, "mask_ratio": 0.25},
+    },
     "nnclr": {
         **{"name": "nnclr", "hidden_dim": 32, "projection_dim": 16, "layers": 2},
         **{"prediction_hidden_dim": 32, "queue_size": 300},

@@ -34,7 +34,8 @@ DECODER = "method.decoder_dim=32 method.decoder_depth=1 method.decoder_heads=2"
 SCORES = "method.hidden_dim=16 method.prototypes=24 method.bottleneck_dim=8"
 SCORES += " method.patch_prototypes=20 method.patch_bottleneck_dim=6"
 OWN = {
-    "dinov2-vit5b": "model.kwargs.num_kv_heads=1 model.kwargs.img_size=64 data.overrides.local_size=32",
+    "dinov2-vit5b": "model.kwargs.num_kv_heads=1 model.kwargs.img_size=64 "
+    "data.overrides.local_size=32",
     "dinov2-vitg14": "data.overrides.local_size=28",
     "dinov2-vit10b": "data.overrides.local_size=28",
     "simclr-vitb16-65536": "engine.accumulation=4 data.backend=auto",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.distributed import Group, all_gather_nograd, require_even
+from fastssl.distributed import Group, all_gather_nograd, rank, require_even, world_size
 from fastssl.losses._checks import check_counts
 from fastssl.losses._unit import unit
 
@@ -76,10 +76,11 @@ class Queue(nn.Module):
             self._fill(keys.shape[1])
 
     @torch.no_grad()
-    def push(self, keys: Tensor, process_group: Group = None, *, check: bool = True) -> None:
+    def push(self, keys: Tensor, process_group: Group = None, *, check: bool = True) -> int:
         """Put every rank's keys (B, dim), any float dtype, normalized, in the oldest ones' place.
 
-        check=False leaves out the comparison of shapes between ranks, for a caller that made it.
+        Returns how many have been put.  check=False leaves out the comparison of shapes between
+        ranks, for a caller that made it.
         """
         if check:
             require_even(keys, process_group, "keys")
@@ -88,6 +89,11 @@ class Queue(nn.Module):
         places = (self.next + torch.arange(len(everyone), device=self.next.device)) % self.size
         self.bank.index_copy_(0, places, unit(everyone).to(self.bank))
         self.next.copy_((self.next + len(everyone)) % self.size)
+        return len(everyone)
+
+    def share(self, process_group: Group = None) -> Tensor:
+        """Of `keys` every W-th, from this rank's number on: all ranks together have each once."""
+        return self.keys[rank(process_group) :: world_size(process_group)]
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .barlow_twins import BarlowTwins
     from .base import Batch, Encoded, Method
+    from .byol import BYOL
     from .cae import CAE
     from .clip import CLIP
     from .cmc import CMC
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .dino import DINO
     from .dinov2 import DINOv2
     from .dinov3 import DINOv3
+    from .directpred import DirectPred
     from .global_local import GlobalLocal
     from .gmml import GMML
     from .groco import GroCo
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from .matryoshka import Matryoshka
     from .mixed_barlow_twins import MixedBarlowTwins
     from .mochi import MoCHi
+    from .mocov2 import MoCoV2
     from .mocov3 import MoCoV3
+    from .msn import MSN
     from .nnclr import NNCLR
     from .point_cmae import PointCMAE
     from .point_mae import PointMAE
@@ -41,14 +45,17 @@ if TYPE_CHECKING:
     from .signal_mae import SignalMAE
     from .simclr import SimCLR
     from .simmim import SimMIM
+    from .simsiam import SimSiam
     from .sit import SiT
     from .sla import SLA
     from .ssl_ey import SSLEY
+    from .swav import SwAV
     from .tjepa import TJEPA
     from .vicreg import VICReg
     from .videomae import VideoMAE
 
 __all__ = [
+    "BYOL",
     "CAE",
     "CLIP",
     "CMC",
@@ -63,11 +70,13 @@ __all__ = [
     "IJEPA",
     "MAE",
     "METHODS",
+    "MSN",
     "AnyMethodConfig",
     "BarlowTwins",
     "Batch",
     "CropMAE",
     "Data2Vec",
+    "DirectPred",
     "Encoded",
     "ISogCLR",
     "Matryoshka",
@@ -75,6 +84,7 @@ __all__ = [
     "MethodConfig",
     "MixedBarlowTwins",
     "MoCHi",
+    "MoCoV2",
     "MoCoV3",
     "NNCLR",
     "PointCMAE",
@@ -88,6 +98,8 @@ __all__ = [
     "SimCLR",
     "SignalMAE",
     "SimMIM",
+    "SimSiam",
+    "SwAV",
     "VICReg",
     "VideoMAE",
     "build_method",

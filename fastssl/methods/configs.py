@@ -135,6 +135,41 @@ class MoCoV3Config(MethodConfig):
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
 
 
+class BYOLConfig(MethodConfig):
+    name: Literal["byol"] = "byol"
+    momentum: Momentum = Field(
+        CosineSchedule(start=0.996, end=1.0), description="Of the teacher; a number: at first."
+    )
+    hidden_dim: int = Field(4096, ge=1, description="Width inside the heads.")
+    projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
+    layers: int = Field(2, ge=1, description="Linear layers of the projection head.")
+
+
+class DirectPredConfig(BYOLConfig):
+    name: Literal["directpred"] = "directpred"  # type: ignore[assignment]
+    rho: float = Field(0.3, ge=0, lt=1, description="Of the correlation that stays at a step.")
+    eps: float = Field(0.01, ge=0, description="Added to the predictor's eigenvalues, at most 1.")
+    every: int = Field(1, ge=1, description="Steps from one predictor to the next.")
+
+
+class SimSiamConfig(MethodConfig):
+    name: Literal["simsiam"] = "simsiam"
+    projection_dim: int = Field(
+        2048, ge=1, description="Width of the embeddings compared, and inside the projection head."
+    )
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
+    prediction_hidden_dim: int = Field(512, ge=1, description="Width inside the prediction head.")
+
+
+class MoCoV2Config(MethodConfig):
+    name: Literal["mocov2"] = "mocov2"
+    temperature: float = Field(0.2, gt=0, description="Divides the cosine similarities.")
+    momentum: Momentum = Field(0.999, description="Of the teacher.")
+    queue_size: int = Field(65536, ge=1, description="Past keys kept as negatives.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings compared.")
+
+
 Assignment = Literal["center", "sinkhorn"]
 
 
@@ -278,6 +313,43 @@ class NNCLRConfig(MethodConfig):
     projection_dim: int = Field(256, ge=1, description="Width of the embeddings compared.")
     layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
     prediction_hidden_dim: int = Field(4096, ge=1, description="Width inside the prediction head.")
+
+
+class SwAVConfig(MethodConfig):
+    name: Literal["swav"] = "swav"
+    prototypes: int = Field(3000, ge=2, description="Directions that views are assigned to.")
+    temperature: float = Field(0.1, gt=0, description="Divides the scores of a prediction.")
+    epsilon: float = Field(0.05, gt=0, description="Divides the scores of an assignment.")
+    sinkhorn_iterations: int = Field(3, ge=1, description="Of an assignment.")
+    queue_size: int = Field(
+        0, ge=0, description="Past embeddings of each assigned view that join its assignment."
+    )
+    queue_from: float = Field(
+        0.0, ge=0, lt=1, description="Share of training after which they do, once there are enough."
+    )
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(128, ge=1, description="Width of the embeddings assigned.")
+
+
+class MSNConfig(MethodConfig):
+    name: Literal["msn"] = "msn"
+    mask_ratio: float = Field(
+        0.15, ge=0, lt=1, description="Share of patches hidden of each anchor of the largest size."
+    )
+    masking: Kind = kind_field()
+    prototypes: int = Field(1024, ge=2, description="Directions that views are assigned to.")
+    temperature: float = Field(0.1, gt=0, description="Divides the cosines of an anchor.")
+    sharpening: float = Field(0.25, gt=0, description="Divides the target's cosines besides.")
+    sinkhorn_iterations: int = Field(3, ge=0, description="Of the targets' assignment; 0: none.")
+    regularization: float = Field(
+        1.0, ge=0, description="Weight of how unevenly the mean anchor uses the prototypes."
+    )
+    momentum: Momentum = Field(
+        LinearSchedule(start=0.996, end=1.0), description="Of the teacher; a number: at first."
+    )
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    projection_dim: int = Field(256, ge=1, description="Width of the embeddings assigned.")
+    layers: int = Field(3, ge=1, description="Linear layers of the projection head.")
 
 
 class CLIPConfig(MethodConfig):
@@ -558,9 +630,15 @@ for _config, _made in (
     (GroCoConfig, "groco:GroCo"),
     (ISogCLRConfig, "isogclr:ISogCLR"),
     (MatryoshkaConfig, "matryoshka:Matryoshka"),
+    (BYOLConfig, "byol:BYOL"),
+    (DirectPredConfig, "directpred:DirectPred"),
+    (SimSiamConfig, "simsiam:SimSiam"),
     (MoCHiConfig, "mochi:MoCHi"),
+    (MoCoV2Config, "mocov2:MoCoV2"),
     (MoCoV3Config, "mocov3:MoCoV3"),
     (NNCLRConfig, "nnclr:NNCLR"),
+    (SwAVConfig, "swav:SwAV"),
+    (MSNConfig, "msn:MSN"),
     (CLIPConfig, "clip:CLIP"),
     (SLAConfig, "sla:SLA"),
     (CMCConfig, "cmc:CMC"),

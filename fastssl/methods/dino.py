@@ -20,7 +20,7 @@ from fastssl.schedules.config import at
 from .base import Batch, Method
 from .configs import DINOConfig
 from .teachers import Clock, Targets
-from .views import by_size, global_views, others
+from .views import encode_views, global_views, others
 
 
 class DINO(Method):
@@ -47,18 +47,18 @@ class DINO(Method):
         return self.networks()["teacher"](self.cast(images)).float()
 
     def encode(self, batch: Batch) -> list[Tensor]:
-        return by_size(self.encoder, [self.cast(view) for view in batch["views"]])
+        return encode_views(self.encoder, [self.cast(view) for view in batch["views"]])
 
     def targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's features of every global view."""
         views, (encoder, _) = batch["views"], self.teacher.model.children()
-        return by_size(encoder, [self.cast(views[g]) for g in global_views(views)])
+        return encode_views(encoder, [self.cast(views[g]) for g in global_views(views)])
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Any]:
         _, head = self.teacher.model.children()
-        student = by_size(self.student[1], encoded)
+        student = encode_views(self.student[1], encoded)
         with torch.no_grad():
-            teacher = by_size(head, batch["targets"])
+            teacher = encode_views(head, batch["targets"])
         temp = at(self.cfg.teacher_temp, self.clock.progress)
         center, pairs = self.assign.of(teacher, temp), others(batch["views"])
         loss = cross_entropies(student, teacher, center, pairs, (self.cfg.student_temp, temp))

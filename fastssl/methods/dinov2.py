@@ -31,7 +31,7 @@ from fastssl.schedules.config import at
 from .base import Batch, Encoded, Method
 from .configs import DINOv2Config
 from .teachers import Clock, Targets, class_tokens, packed
-from .views import by_size, global_views, others
+from .views import encode_views, global_views, others
 
 
 class DINOv2(Method):
@@ -107,7 +107,7 @@ class DINOv2(Method):
         tokens = torch.where(where, self.mask_token.to(tokens.dtype), tokens)
         h = masked.encode(tokens, grid=masked.grid_of(joined))
         rest = [v for v in range(len(views)) if v not in chosen]
-        local = by_size(lambda view: masked(view)[:, 0], [views[v] for v in rest])
+        local = encode_views(lambda view: masked(view)[:, 0], [views[v] for v in rest])
         tokens = dict(zip([*chosen, *rest], [*h[:, 0].chunk(len(chosen)), *local], strict=True))
         every = [tokens[v] for v in range(len(views))]
         return {"views": every, "patches": self._hidden(h, batch["places"]), **self.beside(h)}
@@ -136,9 +136,9 @@ class DINOv2(Method):
     def loss(self, encoded: Encoded, batch: Batch) -> dict[str, Any]:
         cfg, temp = self.cfg, at(self.cfg.teacher_temp, self.clock.progress)
         temps, teacher = (cfg.student_temp, temp), self.teacher.model
-        student = by_size(self.student["head"], encoded["views"])
+        student = encode_views(self.student["head"], encoded["views"])
         with torch.no_grad():
-            taught = by_size(teacher.get_submodule("head"), batch["targets"]["views"])
+            taught = encode_views(teacher.get_submodule("head"), batch["targets"]["views"])
         views = self.compared(batch)
         center, pairs = self.assign.of(taught, temp), self.pairs(views)
         terms = sum(map(sum, others(views)))

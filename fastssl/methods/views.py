@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Z = TypeVar("Z")
 
@@ -31,31 +32,30 @@ def pairs(views: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(v, w) for w in range(len(views)) for v in range(w) if chosen & {v, w}]
 
 
+def check_others(views: Sequence[Tensor]) -> None:
+    """Raise ValueError for views that are not two or more."""
+    if len(views) < 2:
+        raise ValueError(f"views must be 2 or more, to be compared, got {len(views)}")
+
+
 def queries(views: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Each view v with each other view g that is global: (v, g)."""
+    """Each view v with each other view g that is global: (v, g).
+
+    Raises ValueError for a single view.
+    """
+    check_others(views)
     chosen = global_views(views)
     return [(v, g) for v in range(len(views)) for g in chosen if g != v]
 
 
 def others(views: Sequence[Tensor]) -> list[list[float]]:
-    """For each view a row: 1 for each global view that is not itself, else 0."""
+    """For each view a row: 1 for each global view that is not itself, else 0.
+
+    Raises ValueError for a single view.
+    """
+    check_others(views)
     chosen = global_views(views)
     return [[float(g != v) for g in chosen] for v in range(len(views))]
-
-
-def by_size(net: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
-    """net(view) of each view, those of one shape in one call.
-
-    >>> import torch
-    >>> [len(y) for y in by_size(torch.sin, [torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3)])]
-    [2, 2, 2]
-    """
-    made: dict[int, Tensor] = {}
-    for shape in dict.fromkeys(view.shape for view in views):
-        alike = [v for v, view in enumerate(views) if view.shape == shape]
-        joined = net(torch.cat([views[v] for v in alike]))
-        made |= dict(zip(alike, joined.chunk(len(alike)), strict=True))
-    return [made[v] for v in range(len(views))]
 
 
 def mean_over_pairs(
@@ -64,3 +64,29 @@ def mean_over_pairs(
     """The mean of loss(encoded[v], encoded[w]) over `pairs` of views."""
     losses = [loss(encoded[v], encoded[w]) for v, w in pairs(views)]
     return sum(losses[1:], losses[0]) / len(losses)
+
+
+def by_size(views: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of the views, those of one shape together.
+
+    >>> import torch
+    >>> by_size([torch.ones(1, 3, s, s) for s in (8, 4, 8, 4)])
+    [[0, 2], [1, 3]]
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for v, view in enumerate(views):
+        groups.setdefault(view.shape, []).append(v)
+    return list(groups.values())
+
+
+def encode_views(encoder: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """The features (B, F) of every view: one call for those of one shape, unless a batch norm of
+    the encoder's would see them together."""
+    parts = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    if any(isinstance(module, _BatchNorm) for module in parts):
+        return [encoder(view) for view in views]
+    made: dict[int, Tensor] = {}
+    for group in by_size(views):
+        rows = encoder(torch.cat([views[v] for v in group]))
+        made |= dict(zip(group, rows.chunk(len(group)), strict=True))
+    return [made[v] for v in range(len(views))]

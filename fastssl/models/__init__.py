@@ -41,6 +41,7 @@ from .patch_embed import vit_signal as vit_signal
 from .patch_embed import vit_video as vit_video
 from .point import PointDecoder as PointDecoder
 from .point import PointTransformer as PointTransformer
+from .prototypes import Prototypes as Prototypes
 from .stochastic_depth import drop_samples as drop_samples
 from .stochastic_depth import still as still
 from .tabular import TableTransformer as TableTransformer

@@ -21,7 +21,7 @@ Last = Literal["normed", "scaled", "plain"]
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class Prototypes(nn.Module):
+class LastLayer(nn.Module):
     """z (R, D) -> scores (R, K), in z's dtype.  weight_v (K, D); weight_g (K, 1) where scaled."""
 
     def __init__(self, dim: int, count: int, last: Last) -> None:
@@ -47,7 +47,7 @@ class Prototypes(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """x (R, dim) -> scores (R, prototypes): `layers` linear ones with GELU, then `Prototypes`.
+    """x (R, dim) -> scores (R, prototypes): `layers` linear ones with GELU, then `LastLayer`.
 
     Raises ValueError for fewer than one layer.
     """
@@ -73,7 +73,7 @@ class DINOHead(nn.Module):
             nn.init.zeros_(linear.bias)
             modules += [linear, nn.GELU()]
         self.mlp = nn.Sequential(*modules[:-1])
-        self.last = Prototypes(bottleneck, prototypes, last)
+        self.last = LastLayer(bottleneck, prototypes, last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.embed(x))

@@ -13,7 +13,8 @@ _METHODS = {
     **{"vicreg": "VICReg", "sie": "SIE", "mae": "MAE", "simmim": "SimMIM", "gmml": "GMML"},
     **{"ijepa": "I-JEPA", "tjepa": "T-JEPA", "cropmae": "CropMAE", "videomae": "VideoMAE V2"},
     **{"signal_mae": "MAE of signals", "point_mae": "Point-MAE", "point_cmae": "Point-CMAE"},
-    **{"global_local": "Global-local contrast"},
+    **{"global_local": "Global-local contrast", "byol": "BYOL", "directpred": "DirectPred"},
+    **{"simsiam": "SimSiam", "mocov2": "MoCo v2", "swav": "SwAV", "msn": "MSN"},
 }
 PRETRAINED, RANDOM, RAW = "pretrained", "random initialization", "raw input"
 

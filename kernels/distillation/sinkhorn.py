@@ -114,9 +114,8 @@ def linear_sinkhorn(
     x, w, acc = x.detach(), w.detach(), accumulator(x.dtype)
     if not is_narrow(x, acc):
         x, w = x.to(acc), w.to(acc)
-    given = _Scores(
-        lambda i, j, sharp: product(x[i], w[j].T).mul_(sharp), x[:, 0], len(w), rows_at_once(x, w, 2)
-    )
+    step = rows_at_once(x, w, 2)
+    given = _Scores(lambda i, j, sharp: product(x[i], w[j].T).mul_(sharp), x[:, 0], len(w), step)
     return _centers(given, temp, iterations, process_group, False, weight)
 
 

@@ -68,6 +68,13 @@ def test_swav_and_msn_colors():
     assert all((v.jitter, v.saturation, v.hue, v.blur) == (0.8, 0.4, 0.1, 0.5) for v in half)
 
 
+def test_mocov2_is_a_weaker_simclr():
+    assert shape(preset("mocov2", 224)) == [(224, 2, (0.2, 1.0), "bilinear")]
+    (view,) = preset("mocov2", 224).views
+    color = view.jitter, view.brightness, view.contrast, view.saturation, view.hue
+    assert (*color, view.grayscale, view.blur) == (0.8, 0.4, 0.4, 0.4, 0.1, 0.2, 0.5)
+
+
 def test_masked_images():
     assert shape(preset("mae", 224)) == [(224, 1, (0.2, 1.0), "bicubic")]
     assert shape(preset("simmim", 192)) == [(192, 1, (0.67, 1.0), "bilinear")]
@@ -105,9 +112,10 @@ def test_every_method_has_a_preset_of_its_number_of_views():
     for method in METHODS.values():
         if method.preset in PRESETS:
             least = method.views if isinstance(method.views, int) else method.views[0]
-            local = {"local_count": 0} if method.preset in MULTI_CROP else {}
-            assert preset(method.preset, 32, **local).count == least
-    wanted = {"mocov3": "mocov3", "vicreg": "vicreg", "ijepa": "ijepa", "simmim": "simmim"}
+            wide = {"local_count": 0} if method.preset in MULTI_CROP else {}
+            assert preset(method.preset, 32, **wide).count == least
+    wanted = {"byol": "byol", "mocov2": "mocov2", "swav": "swav", "msn": "msn"}
+    wanted |= {"mocov3": "mocov3", "vicreg": "vicreg", "ijepa": "ijepa", "simmim": "simmim"}
     assert {name: METHODS[name].preset for name in wanted} == wanted
 
 

@@ -5,10 +5,20 @@ VIEWS = "tests/methods/test_views.py"
 MASKED = "tests/methods/test_masked_images.py"
 DINOV2 = "tests/methods/test_dinov2.py"
 PRETEXT = "tests/methods/test_pretext.py"
+WHOLE = "tests/methods/test_whole_views.py"
 
 TESTS = {
     "methods/gmml": (JOINT, "gmml"),
-    "methods/views": (VIEWS, ""),
+    "methods/views": (f"{VIEWS} {WHOLE}", ""),
+    "methods/taught": (WHOLE, "byol or mocov2"),
+    "methods/byol": (WHOLE, "byol"),
+    "methods/directpred": (WHOLE, "directpred"),
+    "methods/simsiam": (WHOLE, "simsiam"),
+    "methods/mocov2": (WHOLE, "mocov2"),
+    "methods/swav": (WHOLE, "swav"),
+    "methods/msn": (WHOLE, "msn"),
+    "models/prototypes": (WHOLE, "prototypes"),
+    "losses/queue": (WHOLE, "share or swav"),
     "methods/global_local": ("tests/methods/test_global_local.py", ""),
     "methods/clip": (JOINT, "clip"),
     "methods/nnclr": (f"{JOINT} {VIEWS}", "nnclr"),
@@ -49,6 +59,53 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/views.pairs": [("range(w)", "range(len(views)) if v != w"), ("& {v, w}", "& {v}")],
     "methods/views.queries": [("if g != v", "if g > v")],
     "methods/views.mean_over_pairs": [("/ len(losses)", "/ 1")],
+    "methods/views.encode_views": [("torch.cat([views[v] for v in group])", "views[group[0]]")],
+    "methods/views.by_size": [("view.shape, []", "view.ndim, []")],
+    "methods/taught.targets": [("self.teacher.model.children()", "self.student.children()")],
+    "methods/taught.projections": [("self.teacher.model.children()", "self.student.children()")],
+    "methods/taught.on_step": [("momentum, progress", "momentum, 0.0")],
+    "methods/byol.compare": [
+        ("z[g].float()", "z[min(z)].float()"),
+        ("(2 / len(losses))", "(2 / 2)"),
+        ("2 + 2 *", "1 +"),
+    ],
+    "methods/directpred.build_predictor": [("rho=cfg.rho", "rho=0.3"), ("eps=cfg.eps", "eps=0.01")],
+    "methods/directpred.on_step": [("torch.cat(keep)", "keep[0]")],
+    "methods/directpred.set_extra_state": [("int(state)", "0")],
+    "methods/views.check_others": [("< 2", "< 1")],
+    "methods/simsiam.loss": [
+        ("z[g].detach().float())", "z[g].float())"),
+        ("correction=0", "correction=1"),
+        ("p[v].float()", "z[v].float()"),
+    ],
+    "methods/mocov2.encode": [('["views"][0]', '["views"][1]')],
+    "methods/mocov2.targets": [('["views"][1]', '["views"][0]')],
+    "methods/mocov2.loss": [("update=False", "update=True")],
+    "methods/mocov2.on_step": [("super().on_step(keep, progress)", "pass")],
+    "methods/swav.loss": [
+        ("[z[v] for v in assigned]", "[z[v] for v in others[:2]]"),
+        ("F.normalize(self.head(features).float(), dim=1)", "self.head(features).float()"),
+        ("is not None and self.past.counts", "is not None"),
+    ],
+    "methods/swav.counts": [
+        ("self.seen >= self.size and ", ""),
+        (" and self.progress >= self.since", ""),
+    ],
+    "methods/swav.share": [("[queue.share()", "[self.queues[0].share()")],
+    "methods/swav.push": [(", progress\n", ", 0.0\n")],
+    "methods/swav.set_extra_state": [('int(state["seen"])', "0")],
+    "methods/msn.encode": [
+        ("seeds[:, v]", "seeds[:, 0]"),
+        ("not in (target, *masked)", "!= target"),
+    ],
+    "methods/msn.mask": [("self.cfg.mask_ratio == 0", "self.cfg.mask_ratio >= 0")],
+    "methods/msn.targets": [("self.teacher.model.children()", "self.student.children()")],
+    "methods/msn.loss": [("self.teacher.model.children()", "self.student.children()")],
+    "methods/msn.on_step": [("momentum, progress", "momentum, 0.0")],
+    "models/prototypes.forward": [
+        ("F.normalize(self.weight.float(), dim=1)", "self.weight.float()")
+    ],
+    "losses/queue.share": [(":: world_size(process_group)", ":")],
     "methods/global_local.loss": [("(w, v)", "(v, w)"), ("self.cfg.local_weight *", "0 *")],
     "methods/global_local.same_places": [("y * m + x", "x * m + y"), ("/ n - 0.5", "/ m - 0.5")],
     "methods/base.train": [("network.eval()", "network.train(mode)")],

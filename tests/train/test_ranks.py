@@ -23,6 +23,8 @@ RUNS: dict[
     "mae": (2,),
     "mocov3": (WHOLE,),
     "nnclr": (1,),
+    "swav": (3,),
+    "msn": (2,),
     "sie": (3,),
 }
 ALL = [(method, stage) for method, stages in RUNS.items() for stage in stages]

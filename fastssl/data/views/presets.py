@@ -58,6 +58,15 @@ def byol(size: int) -> Kinds:
     return _unequal(size, {**_CUBIC, "crop_scale": (0.08, 1.0)})
 
 
+def mocov2(size: int) -> Kinds:
+    """Chen et al. 2020, arXiv:2003.04297: SimCLR's, crops from 0.2 on, half the color (read).
+
+    SimSiam, arXiv:2011.10566, has the same.
+    """
+    look = {**_CROP, **_HALF, "grayscale": 0.2, **_blur(size, 0.5)}
+    return [{"size": size, "count": 2, "crop_scale": (0.2, 1.0), **look}]
+
+
 def mocov3(size: int) -> Kinds:
     """Chen, Xie & He 2021, arXiv:2104.02057: BYOL's, but crops from 0.2 on, bilinear (read)."""
     return _unequal(size, {**_CROP, "crop_scale": (0.2, 1.0)})
@@ -195,7 +204,7 @@ def plain(size: int) -> Kinds:
 
 
 _ALL = (simclr, barlow_twins, mae, crop_mae, dino, plain, byol, mocov3, vicreg, swav, ibot, msn)
-_ALL = (*_ALL, dinov2, dinov2_paper, dinov3_gram, simmim, ijepa, clip, rand_augment, aerial)
+_ALL = (*_ALL, dinov2, dinov2_paper, dinov3_gram, simmim, ijepa, clip, rand_augment, aerial, mocov2)
 PRESETS: dict[str, Callable[..., Kinds]] = {preset.__name__: preset for preset in _ALL}
 MULTI_CROP = {  # those that take local_count, local_size and local
     preset.__name__ for preset in (swav, dino, ibot, dinov2, dinov2_paper, dinov3_gram, msn)
