@@ -32,9 +32,21 @@ TESTS = {
     "methods/cae": (PRETEXT, "cae"),
     "methods/selfie": (PRETEXT, "selfie"),
     "methods/tjepa": ("tests/methods/test_tjepa.py", ""),
+    "methods/watch": ("tests/methods/test_watch.py", ""),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "methods/watch._spread": [
+        ("x = F.normalize(x.float(), dim=-1)", "x = x.float()"),
+        ("some = some - some.mean(0)", "some = some"),
+        ("math.sqrt(x.shape[1])", "math.sqrt(len(x))"),
+    ],
+    "methods/watch._of_distributions": [
+        ("sums.sum(0) / N", "sums.sum(0) / ROWS"),
+        ("used.amax(0)", "used.sum(0)"),
+        ("min(N, K)", "K"),
+    ],
+    "methods/watch.of_teacher": [("part - center", "part + center"), ("x / temp", "x * temp")],
     "methods/gmml.prepare": [("masking.masked\n", "masking.visible\n")],
     "methods/mixed_barlow_twins.prepare": [("x_b[perm]", "x_a[perm]")],
     "methods/views.global_views": [
