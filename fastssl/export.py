@@ -30,7 +30,9 @@ from fastssl.data.views.spec import ViewSpec
 from fastssl.data.views.streams import of_stream
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.config import EngineError
-from fastssl.engine.encoders import saved_encoder
+from fastssl.engine.encoders import moving_networks, saved_encoder, saved_method
+from fastssl.engine.states import EncoderFile
+from fastssl.engine.tensor_files import in_order, write_split
 from fastssl.evaluate.embed import EmbedConfig, embed
 from fastssl.files import write_atomically
 from fastssl.models import (
@@ -44,6 +46,8 @@ from fastssl.models import (
     read_weights,
     timm_weights,
 )
+
+METHOD = "method.safetensors"  # beside an encoder's export: heads and teacher too
 
 
 class Encoder(nn.Module):
@@ -167,6 +171,47 @@ def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
     if different:
         raise ValueError(f"the export of {run} does not read back equal: {sorted(different)[:5]}")
     return out
+
+
+def export_method(run: Path, out: Path) -> Path:
+    """Write the whole method, heads and teacher too, beside the encoder that `export` has written
+    to `out`: what the key `weights` of another run takes; read back, and every tensor equal.
+
+    One safetensors file, or several and an index: parameters in float32, and buffers, by the names
+    that the method has for them ("student.1.0.weight", "teacher.model.0.cls_token").  Its metadata
+    say which of these names' beginnings are networks: {"networks": '{"encoder": "student.0."}'}.
+    Of a frozen network there is nothing.  Returns the file to give: the index where there is one.
+    Raises ConfigError where it cannot be written, CheckpointError for a run without a checkpoint.
+    """
+    path = out / METHOD if out.suffix != ".safetensors" else out.with_suffix(f".{METHOD}")
+    cfg, saved = config.load(run), saved_method(run)
+    networks = {name: _prefix(run, name, saved) for name in moving_networks(run)}
+    facts = {"method": cfg.method.name, "networks": json.dumps(networks)}
+    with _writing(out):
+        index = path.with_name(f"{path.name}.index.json")
+        index.unlink(missing_ok=True)
+        write_split(path, saved.kinds, map(saved.tensor, in_order(saved.kinds)), facts)
+        path = index if index.is_file() else path
+        back = read_weights(path)
+    different = [
+        k
+        for k in saved.kinds.keys() | back.keys()
+        if k not in saved.kinds or not _equal({k: saved.tensor(k)}, back, k)
+    ]
+    if different:
+        raise ValueError(f"the export of {run} does not read back equal: {sorted(different)[:5]}")
+    return path
+
+
+def _prefix(run: Path, name: str, saved: EncoderFile) -> str:
+    """What the method puts before the names of a network's tensors."""
+    weights = saved_encoder(run, name).weights()
+    first = next(iter(weights))
+    for prefix in (key.removesuffix(first) for key in saved.kinds if key.endswith(first)):
+        if all(prefix + k in saved.kinds for k in weights):
+            if all(torch.equal(saved.tensor(prefix + k), x) for k, x in weights.items()):
+                return prefix
+    return ""  # of tensors that are not the method's alone
 
 
 @contextlib.contextmanager

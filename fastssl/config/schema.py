@@ -129,6 +129,11 @@ class RunConfig(Section):
         ModelConfig(),  # type: ignore[call-arg]
         description="The encoder; or one a stream by its name, the primary first.",
     )
+    weights: str = Field(
+        "none",
+        description="What the whole method starts from, heads and teacher too: none, or the file "
+        "that `fastssl export RUN --with-heads` has written.",
+    )
     data: DataConfig
     optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
     engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
@@ -155,8 +160,8 @@ class RunConfig(Section):
 
     def begins_from_weights(self) -> bool:
         """Whether an encoder that is trained has weights to start from."""
-        models = [self.model] if isinstance(self.model, ModelConfig) else [*self.model.values()]
-        return any(model.weights != "none" and not model.frozen for model in models)
+        started = [m for m in self.models.values() if m.weights != "none" and not m.frozen]
+        return bool(started) or self.weights != "none"
 
     def stream_of(self, network: str) -> str:
         """The stream that a network reads: STREAM, or STREAM_x; any other the primary one.
@@ -227,6 +232,12 @@ class RunConfig(Section):
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"engine.accumulation={self.engine.accumulation}"
             )
+        for model in self.models.values() if self.weights != "none" else ():
+            if model.weights != "none" and not model.frozen:
+                raise ValueError(
+                    f"weights={self.weights} has the encoder, and model.weights={model.weights} "
+                    "another: give one of them"
+                )
         if Path(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name:
             raise ValueError(f"name={self.name!r} must be a plain directory name")
         return self

@@ -41,6 +41,7 @@ from .patch_embed import vit_video as vit_video
 from .point import PointDecoder as PointDecoder
 from .point import PointTransformer as PointTransformer
 from .tabular import TableTransformer as TableTransformer
+from .weights import load_method as load_method
 from .weights import load_weights as load_weights
 from .weights import read_weights as read_weights
 from .weights import timm_weights as timm_weights

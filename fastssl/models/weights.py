@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import safe_open
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
+
+from .frozen import set_aside
 
 Weights = Mapping[str, Tensor]
 _SHOWN = 4  # names in a sentence
@@ -95,6 +98,61 @@ def load_weights(model: nn.Module, weights: Weights, source: str, *, partial: bo
     said = [f"{what}: {len(loaded)} of {len(own)} tensors loaded"]
     sizes = [f"{k} {_shape(weights[k])} to {_shape(own[k])}" for k in resized]
     return "; ".join([*said, *([f"resized: {_list(sizes)}"] if sizes else []), *faults])
+
+
+def load_method(method: nn.Module, networks: Mapping[str, nn.Module], path: str, name: str) -> str:
+    """Fill a method, its heads and teacher too, from what another run of it has exported; in place.
+
+    networks: those of its encoders, whose tensors are resampled where they can be; all others must
+    fit.  name: of the method.  Returns a sentence that says what became of them.
+    Raises ValueError where the file is none of that, of another method, or a tensor does not fit.
+    """
+    what, file = f"weights={path}", Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(
+            f"{what} is a directory: give the file that `fastssl export {path} --with-heads` writes"
+        )
+    try:
+        weights, facts = read_weights(file), _facts(file)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.weights=", "weights=")) from error
+    if "networks" not in facts or facts.get("method") != name:
+        of = f"the method {facts['method']}" if "networks" in facts else "an encoder alone"
+        raise ValueError(f"{what} is of {of}, and method.name={name}: give one of this method")
+    with set_aside(method):
+        own = {k: v for k, v in method.state_dict().items() if not k.endswith("_extra_state")}
+        for prefix, network in _prefixes(method, networks).items():
+            part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            others = {k: v for k, v in weights.items() if not k.startswith(prefix)}
+            weights = others | {f"{prefix}{k}": v for k, v in _fitted(network, part).items()}
+        faults = [
+            *(f"{k} is not in it" for k in own if k not in weights),
+            *(f"{k} is not in this run's" for k in weights if k not in own),
+            *(
+                f"{k} is {_shape(x)} in it and {_shape(own[k])} here"
+                for k, x in weights.items()
+                if k in own and x.shape != own[k].shape
+            ),
+        ]
+        if faults:
+            raise ValueError(f"{what}: {_list(faults)}: give the same method and model options")
+        method.load_state_dict(weights, strict=False)
+    return f"{what}: all {len(own)} tensors of {name} loaded, heads and teacher too"
+
+
+def _prefixes(method: nn.Module, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """What the method puts before the names of each network's tensors."""
+    every = {id(module): name for name, module in method.named_modules()}
+    return {f"{every[id(n)]}.": n for n in networks.values() if id(n) in every}
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, or of the first of several; {} of another."""
+    (first, *_) = _files(path)
+    if first.suffix != ".safetensors":
+        return {}
+    with safe_open(first, "pt") as file:
+        return file.metadata() or {}
 
 
 def _fitted(model: nn.Module, weights: Weights) -> dict[str, Tensor]:

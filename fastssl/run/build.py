@@ -22,7 +22,7 @@ from fastssl.engine.networks import is_network
 from fastssl.engine.optim import build_optimizer
 from fastssl.export import start
 from fastssl.methods import Method, build_method
-from fastssl.models import build_backbone, check_features, check_sizes, freeze, probe
+from fastssl.models import build_backbone, check_features, check_sizes, freeze, load_method, probe
 from fastssl.models.deferred import Deferred
 
 Encoders = torch.nn.Module | Mapping[str, torch.nn.Module] | None
@@ -122,6 +122,8 @@ def build(
                 check_side(begun, channels, side)
             method = build_method(begun, cfg.method)
         check_networks(method)
+        if notes is not None and cfg.weights != "none" and not resumed:
+            notes.append(load_method(method, method.networks(), cfg.weights, cfg.method.name))
         if not any(p.requires_grad for p in method.parameters()):
             raise ValueError(
                 f"method.name={cfg.method.name} has nothing left to train: what it has is "

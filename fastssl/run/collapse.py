@@ -1,8 +1,8 @@
 """What a run's logged numbers say of collapse, in words, and what usually cures it.
 
 The entries are those of fastssl.methods.watch, `target_std` (the spread over samples of targets
-that are layer-normed) and an evaluation's `rankme`.  A symptom is told once a run: when every row logged
-over a tenth of its steps, or 20,000 of them, has shown it, and five rows at least.
+that are layer-normed) and an evaluation's `rankme`.  A symptom is told once a run: when every row
+logged over a tenth of its steps, or 20,000 of them, has shown it, and five rows at least.
 """
 
 import math

@@ -24,8 +24,9 @@ TESTS = {
     "tree": (ENGINE, "micro or moves_the"),
     "models/backbones": (PLUGINS, "two_of"),
     "models/weights": (
-        "tests/models/test_weights.py tests/models/test_deferred.py",
-        "are_fitted or unless_partial or fits_nowhere or a_hub or asked_for",
+        "tests/models/test_weights.py tests/models/test_deferred.py tests/train/test_start.py",
+        "are_fitted or unless_partial or fits_nowhere or a_hub or asked_for or does_not_fit"
+        " or whose_tensors or next_run",
     ),
 }
 
@@ -50,6 +51,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('_names(model, "classifier")', '_names(model, "first_conv")'),
         ("if not loaded or", "if"),
         ("weights[k].shape != loaded[k].shape", "weights[k].shape == loaded[k].shape"),
+    ],
+    "models/weights.load_method": [
+        ('facts.get("method") != name', "False"),
+        ("if k not in weights)", "if False)"),
+        ("_fitted(network, part)", "part"),
     ],
     "models/weights._fitted": [("given.shape[1] == 3", "given.shape[1] == 4")],
     "tree.join": [("torch.cat(parts)", "parts[0]")],
