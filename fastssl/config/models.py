@@ -16,8 +16,9 @@ class ModelConfig(Section):
     kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model (depth=4 ...).")
     weights: str = Field(
         "none",
-        description="What it starts from: none, timm (its own), a file, the .index.json of "
-        "several, or a run's directory, its primary encoder or another: RUN:NAME.",
+        description="What it starts from: none, timm (its own), a file, also as DINO, DINOv2, "
+        "DINOv3, MAE and I-JEPA publish theirs, the .index.json of several, or a run's directory, "
+        "its primary encoder or another: RUN:NAME.",
     )
     partial: bool = Field(
         False, description="Start from weights that fill a part of the model, or are used in part."

@@ -23,6 +23,7 @@ TESTS = {
     "registry": (PLUGINS, "not all_that"),
     "tree": (ENGINE, "micro or moves_the"),
     "models/backbones": (PLUGINS, "two_of"),
+    "models/published": ("tests/models/test_published.py", ""),
     "models/weights": (
         "tests/models/test_weights.py tests/models/test_deferred.py tests/train/test_start.py",
         "are_fitted or unless_partial or fits_nowhere or a_hub or asked_for or does_not_fit"
@@ -51,6 +52,16 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('_names(model, "classifier")', '_names(model, "first_conv")'),
         ("if not loaded or", "if"),
         ("weights[k].shape != loaded[k].shape", "weights[k].shape == loaded[k].shape"),
+    ],
+    "models/published.backbone_in": [
+        ("_stands(p, own)", "_stands(p, kept)"),
+        ("blocks.\\1.", "blocks.0."),
+        ("left + rest", "left"),
+    ],
+    "models/published.network_in": [("_NETWORKS if", "_NETWORKS[2:] if")],
+    "models/published.check_biases": [
+        ("(q.any() or v.any())", "False"),
+        ('f"{key}_mask" not in weights and', "False and"),
     ],
     "models/weights.load_method": [
         ('facts.get("method") != name', "False"),
