@@ -74,9 +74,9 @@ def load_encoder(
     """
     cfg, saved = config.load(run), saved_encoder(run, name)
     stream = cfg.stream_of(saved.name)
-    model, views = cfg.model_of(stream), of_stream(cfg.views(), stream)
-    channels = saved.channels_of(stream)
+    views, channels = of_stream(cfg.views(), stream), saved.channels_of(stream)
     try:
+        model = _model_of(cfg, saved.name)
         if channels is None:  # of a run before it was written down
             weights, of = saved.weights(), views.shapes
             channels = channels_of(model.name, model.kwargs, weights, lambda c: of(c)[0])
@@ -101,6 +101,34 @@ def load_encoder(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(backbone.eval().to(device)), cfg, channels
+
+
+def teacher_model(cfg: RunConfig) -> ModelConfig:
+    """What the configuration's teacher is: with teacher.name=auto as the run that it is of has it.
+
+    Raises ValueError where that is no run.
+    """
+    teacher = cfg.teacher
+    model = {"name": teacher.name, "kwargs": teacher.kwargs}
+    if teacher.name == "auto":
+        path, network = Path(teacher.weights).expanduser(), ""
+        if not path.exists() and ":" in path.name:
+            run, _, network = str(path).rpartition(":")
+            path = Path(run)
+        try:
+            its = config.load(path)
+            own = _model_of(its, network)
+        except ConfigError as error:
+            raise ValueError(f"teacher.name=auto of teacher.weights={path}: {error}") from error
+        model = {"name": own.name, "kwargs": {**own.kwargs, **teacher.kwargs}}
+    return ModelConfig(**model, weights=teacher.weights, frozen=True)  # type: ignore[call-arg]
+
+
+def _model_of(cfg: RunConfig, network: str) -> ModelConfig:
+    """What one of a run's networks is."""
+    if network == "teacher" and cfg.method_class.has_teacher:
+        return teacher_model(cfg)
+    return cfg.model_of(cfg.stream_of(network))
 
 
 def start(encoder: nn.Module, model: ModelConfig) -> str:
@@ -146,7 +174,7 @@ def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
         raise ConfigError(f"--out {out} is there and no {wanted}, which {fmt} wants")
     encoder, cfg, channels = load_encoder(run, name, device="cpu")
     stream = cfg.stream_of(name)
-    model = cfg.model_of(stream)
+    model = _model_of(cfg, name)
     if fmt == "timm" and model.name in MODELS:
         raise ConfigError(f"--format timm is for timm's models, not {model.name}: safetensors")
     backbone = encoder.backbone

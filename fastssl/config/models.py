@@ -40,6 +40,16 @@ class ModelConfig(Section):
         return self
 
 
+class TeacherConfig(Section):
+    """The frozen network that a method of `has_teacher` learns from."""
+
+    name: str = Field("auto", description="Any timm model; auto: of weights=RUN, that run's own.")
+    kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model.")
+    weights: str = Field(
+        "none", description="What it holds, as model.weights: timm, a file, RUN or RUN:NAME."
+    )
+
+
 KINDS = ("of one", "of each stream")  # as pydantic tells the two apart
 
 
