@@ -42,11 +42,9 @@ class SEED(Method):
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Any]:
         """The queue is to remember the first view."""
-        t = torch.cat(batch["targets"])
+        t, keys = torch.cat(batch["targets"]), self.queue.keys.T
         s = F.normalize(torch.cat([self.head(x) for x in encoded]).float(), dim=1)
-        student, teacher = (
-            torch.cat([(x * t).sum(1, keepdim=True), x @ self.queue.keys.T], 1) for x in (s, t)
-        )
+        student, teacher = (torch.cat([(x * t).sum(1, keepdim=True), x @ keys], 1) for x in (s, t))
         temps = {"student_temp": self.cfg.temperature, "teacher_temp": self.cfg.teacher_temperature}
         loss = soft_cross_entropy(student, teacher, **temps).mean()
         told = watch.of_teacher(teacher, self.cfg.teacher_temperature)

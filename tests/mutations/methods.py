@@ -3,6 +3,7 @@
 JOINT = "tests/methods/test_methods.py"
 VIEWS = "tests/methods/test_views.py"
 MASKED = "tests/methods/test_masked_images.py"
+DISTILL = "tests/methods/test_distill.py"
 PRETEXT = "tests/methods/test_pretext.py"
 
 TESTS = {
@@ -32,10 +33,24 @@ TESTS = {
     "methods/cae": (PRETEXT, "cae"),
     "methods/selfie": (PRETEXT, "selfie"),
     "methods/tjepa": ("tests/methods/test_tjepa.py", ""),
+    "methods/distill": (DISTILL, "layer_normed"),
+    "methods/seed": (DISTILL, "queue_and"),
+    "methods/mask_distill": (DISTILL, "hidden_places or no_teacher"),
     "methods/watch": ("tests/methods/test_watch.py", ""),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "methods/distill.targets": [("F.layer_norm(t, t.shape[-1:])", "t")],
+    "methods/distill.loss": [("1 - F.cos", "F.cos")],
+    "methods/seed.targets": [("F.normalize(t, dim=1)", "t")],
+    "methods/seed.loss": [
+        ("(x * t)", "(t * t)"),
+        ('"keep": batch["targets"][0]', '"keep": batch["targets"][-1]'),
+    ],
+    "methods/mask_distill.MaskDistill": [
+        ("LayerMean(taught, cfg.layers)", "LayerMean(taught, 1)"),
+        ("taught.grid != self", "self.student.grid != self"),
+    ],
     "methods/watch._spread": [
         ("x = F.normalize(x.float(), dim=-1)", "x = x.float()"),
         ("some = some - some.mean(0)", "some = some"),

@@ -11,8 +11,9 @@ TESTS = {
         " or first_rank_says or second_interrupt",
     ),
     "run/build": (
-        f"tests/methods/test_methods.py {DATA} tests/test_plugins.py tests/models/test_deferred.py",
-        "one_image or short_batch or cannot_wait",
+        f"tests/methods/test_methods.py {DATA} tests/test_plugins.py tests/models/test_deferred.py"
+        " tests/methods/test_distill.py",
+        "one_image or short_batch or cannot_wait or resumes_with_it",
     ),
     "run/rehearsal": ("tests/test_given.py", "wrong_is_told"),
     "run/directory": (
@@ -32,6 +33,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/trace.traced": [("wait=SKIPPED - 1", "wait=SKIPPED")],
     "run/build.begin": [("deferred.refused is None and", "")],
     "run/build.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
+    "run/build.start_teacher": [("None, True, said", "None, True, None")],
     "run/build.check_steps": [
         ("max(2 if couples", "max(1 if couples"),
         ("parts * (2 if alone or", "parts * (1 if alone or"),
