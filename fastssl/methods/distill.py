@@ -24,7 +24,7 @@ from .configs import DistillConfig
 
 
 class Distill(Method):
-    preset, views, couples_batch, has_teacher = "mae", (1, None), False, True
+    preset, views, couples_batch, has_teacher = "mae", (1, None), True, True
 
     def __init__(self, encoder: nn.Module, cfg: DistillConfig, teacher: nn.Module):
         super().__init__()

@@ -24,7 +24,7 @@ from .configs import SEEDConfig
 
 
 class SEED(Method):
-    preset, views, couples_batch, has_teacher = "simclr", (1, None), False, True
+    preset, views, couples_batch, has_teacher = "simclr", (1, None), True, True
 
     def __init__(self, encoder: nn.Module, cfg: SEEDConfig, teacher: nn.Module):
         super().__init__()
