@@ -206,9 +206,16 @@ def export(
         str, typer.Option(help="timm (a directory) or safetensors (a file).")
     ] = "timm",
     encoder: Encoder = "",
+    with_heads: Annotated[
+        bool,
+        typer.Option(
+            help="The whole method as well, from which another run goes on (weights=FILE)."
+        ),
+    ] = False,
 ) -> None:
     """Write a run's encoder for use elsewhere, and read it back to be sure."""
     from fastssl.export import export as write
+    from fastssl.export import export_method
 
     named = f"encoder-{encoder}" if encoder else "encoder"
     default = {"timm": run / f"{named}-timm", "safetensors": run / f"{named}.safetensors"}
@@ -216,6 +223,8 @@ def export(
     console.print(f"{written}", markup=False)
     if format == "timm":
         console.print(f'timm.create_model("local-dir:{written}", pretrained=True)', markup=False)
+    if with_heads:
+        console.print(f"fastssl pretrain ... weights={export_method(run, written)}", markup=False)
 
 
 @app.command()

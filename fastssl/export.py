@@ -30,7 +30,9 @@ from fastssl.data.views.spec import ViewSpec
 from fastssl.data.views.streams import of_stream
 from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.config import EngineError
-from fastssl.engine.encoders import saved_encoder
+from fastssl.engine.encoders import moving_networks, saved_encoder, saved_method
+from fastssl.engine.states import EncoderFile
+from fastssl.engine.tensor_files import in_order, write_split
 from fastssl.evaluate.embed import EmbedConfig, embed
 from fastssl.files import write_atomically
 from fastssl.models import (
@@ -44,6 +46,8 @@ from fastssl.models import (
     read_weights,
     timm_weights,
 )
+
+METHOD = "method.safetensors"  # beside an encoder's export: heads and teacher too
 
 
 class Encoder(nn.Module):
@@ -70,9 +74,9 @@ def load_encoder(
     """
     cfg, saved = config.load(run), saved_encoder(run, name)
     stream = cfg.stream_of(saved.name)
-    model, views = cfg.model_of(stream), of_stream(cfg.views(), stream)
-    channels = saved.channels_of(stream)
+    views, channels = of_stream(cfg.views(), stream), saved.channels_of(stream)
     try:
+        model = _model_of(cfg, saved.name)
         if channels is None:  # of a run before it was written down
             weights, of = saved.weights(), views.shapes
             channels = channels_of(model.name, model.kwargs, weights, lambda c: of(c)[0])
@@ -97,6 +101,34 @@ def load_encoder(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(backbone.eval().to(device)), cfg, channels
+
+
+def teacher_model(cfg: RunConfig) -> ModelConfig:
+    """What the configuration's teacher is: with teacher.name=auto as the run that it is of has it.
+
+    Raises ValueError where that is no run.
+    """
+    teacher = cfg.teacher
+    model = {"name": teacher.name, "kwargs": teacher.kwargs}
+    if teacher.name == "auto":
+        path, network = Path(teacher.weights).expanduser(), ""
+        if not path.exists() and ":" in path.name:
+            run, _, network = str(path).rpartition(":")
+            path = Path(run)
+        try:
+            its = config.load(path)
+            own = _model_of(its, network)
+        except ConfigError as error:
+            raise ValueError(f"teacher.name=auto of teacher.weights={path}: {error}") from error
+        model = {"name": own.name, "kwargs": {**own.kwargs, **teacher.kwargs}}
+    return ModelConfig(**model, weights=teacher.weights, frozen=True)  # type: ignore[call-arg]
+
+
+def _model_of(cfg: RunConfig, network: str) -> ModelConfig:
+    """What one of a run's networks is."""
+    if network == "teacher" and cfg.method_class.has_teacher:
+        return teacher_model(cfg)
+    return cfg.model_of(cfg.stream_of(network))
 
 
 def start(encoder: nn.Module, model: ModelConfig) -> str:
@@ -142,7 +174,7 @@ def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
         raise ConfigError(f"--out {out} is there and no {wanted}, which {fmt} wants")
     encoder, cfg, channels = load_encoder(run, name, device="cpu")
     stream = cfg.stream_of(name)
-    model = cfg.model_of(stream)
+    model = _model_of(cfg, name)
     if fmt == "timm" and model.name in MODELS:
         raise ConfigError(f"--format timm is for timm's models, not {model.name}: safetensors")
     backbone = encoder.backbone
@@ -167,6 +199,47 @@ def export(run: Path, out: Path, fmt: str, name: str = "") -> Path:
     if different:
         raise ValueError(f"the export of {run} does not read back equal: {sorted(different)[:5]}")
     return out
+
+
+def export_method(run: Path, out: Path) -> Path:
+    """Write the whole method, heads and teacher too, beside the encoder that `export` has written
+    to `out`: what the key `weights` of another run takes; read back, and every tensor equal.
+
+    One safetensors file, or several and an index: parameters in float32, and buffers, by the names
+    that the method has for them ("student.1.0.weight", "teacher.model.0.cls_token").  Its metadata
+    say which of these names' beginnings are networks: {"networks": '{"encoder": "student.0."}'}.
+    Of a frozen network there is nothing.  Returns the file to give: the index where there is one.
+    Raises ConfigError where it cannot be written, CheckpointError for a run without a checkpoint.
+    """
+    path = out / METHOD if out.suffix != ".safetensors" else out.with_suffix(f".{METHOD}")
+    cfg, saved = config.load(run), saved_method(run)
+    networks = {name: _prefix(run, name, saved) for name in moving_networks(run)}
+    facts = {"method": cfg.method.name, "networks": json.dumps(networks)}
+    with _writing(out):
+        index = path.with_name(f"{path.name}.index.json")
+        index.unlink(missing_ok=True)
+        write_split(path, saved.kinds, map(saved.tensor, in_order(saved.kinds)), facts)
+        path = index if index.is_file() else path
+        back = read_weights(path)
+    different = [
+        k
+        for k in saved.kinds.keys() | back.keys()
+        if k not in saved.kinds or not _equal({k: saved.tensor(k)}, back, k)
+    ]
+    if different:
+        raise ValueError(f"the export of {run} does not read back equal: {sorted(different)[:5]}")
+    return path
+
+
+def _prefix(run: Path, name: str, saved: EncoderFile) -> str:
+    """What the method puts before the names of a network's tensors."""
+    weights = saved_encoder(run, name).weights()
+    first = next(iter(weights))
+    for prefix in (key.removesuffix(first) for key in saved.kinds if key.endswith(first)):
+        if all(prefix + k in saved.kinds for k in weights):
+            if all(torch.equal(saved.tensor(prefix + k), x) for k, x in weights.items()):
+                return prefix
+    return ""  # of tensors that are not the method's alone
 
 
 @contextlib.contextmanager

@@ -72,6 +72,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "data2vec": {"name": "data2vec", "layers": 2, "masks": 2, "mask_ratio": 0.75, **_DECODER},
 }
 OF_TOKENS = ("ibot", "dinov2", "dinov3")  # that train class tokens
+# Methods that learn from a frozen teacher: what they are told besides teacher.weights.
+DISTILL: dict[str, dict[str, Any]] = {
+    "distill": {"name": "distill"},
+    "seed": {"name": "seed", "hidden_dim": 32, "queue_size": 60, "teacher_temperature": 0.1},
+    "mask_distill": {"name": "mask_distill", "masks": 2, "layers": 2, **_DECODER},
+}
 BASE: dict[str, Any] = {
     "name": "run",
     "seed": 3,
@@ -136,11 +142,11 @@ def few_digits(count: int = 140) -> dict[str, Any]:
 def _base(method: str) -> dict[str, Any]:
     """The run's mapping but for its output."""
     base = copy.deepcopy(BASE)
-    if method in METHODS:
+    if method in METHODS or method in DISTILL:
         base["data"]["source"] = few_digits()  # 5 batches, and some
         if method in OF_TOKENS:
             base["model"]["kwargs"]["global_pool"] = "token"
-        return base | {"method": dict(METHODS[method])}
+        return base | {"method": dict((METHODS | DISTILL)[method])}
     own = copy.deepcopy(OTHERS[method])
     data = {k: own[k] for k in ("source", "image_size", "overrides") if k in own}
     whole = {"method": own["method"], "model": own["model"], "data": {**data, "workers": 0}}

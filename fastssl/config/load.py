@@ -25,9 +25,17 @@ from .streams import by_stream
 if TYPE_CHECKING:
     from .schema import RunConfig
 
-SWITCHED = ("method", "model", "data.source", "optim.schedule")
+SWITCHED = ("method", "model", "teacher", "data.source", "optim.schedule")
 _SOURCE = tuple(f"data.source.{key}" for key in ("path", "val", "cache", "image", "label"))
-VERBATIM = ("name", "output", "model.name", "model.weights", *_SOURCE)
+VERBATIM = (
+    "name",
+    "output",
+    "model.name",
+    "model.weights",
+    "teacher.name",
+    "teacher.weights",
+    *_SOURCE,
+)
 # A key's old dotted name, * for any part -> its new one, in the same section
 RENAMED: dict[str, str] = {
     old.format(key): old.format(new)

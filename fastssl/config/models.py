@@ -16,8 +16,9 @@ class ModelConfig(Section):
     kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model (depth=4 ...).")
     weights: str = Field(
         "none",
-        description="What it starts from: none, timm (its own), a file, the .index.json of "
-        "several, or a run's directory, its primary encoder or another: RUN:NAME.",
+        description="What it starts from: none, timm (its own), a file, also as DINO, DINOv2, "
+        "DINOv3, MAE and I-JEPA publish theirs, the .index.json of several, or a run's directory, "
+        "its primary encoder or another: RUN:NAME.",
     )
     partial: bool = Field(
         False, description="Start from weights that fill a part of the model, or are used in part."
@@ -37,6 +38,16 @@ class ModelConfig(Section):
         if self.frozen and self.partial:
             raise ValueError("model.frozen=true with model.partial=true would keep random weights")
         return self
+
+
+class TeacherConfig(Section):
+    """The frozen network that a method of `has_teacher` learns from."""
+
+    name: str = Field("auto", description="Any timm model; auto: of weights=RUN, that run's own.")
+    kwargs: dict[str, Any] = Field({}, description="Arguments of the timm model.")
+    weights: str = Field(
+        "none", description="What it holds, as model.weights: timm, a file, RUN or RUN:NAME."
+    )
 
 
 KINDS = ("of one", "of each stream")  # as pydantic tells the two apart

@@ -21,7 +21,7 @@ from fastssl.registry import plugins_of
 from fastssl.schedules.config import SCHEDULES, schedules_in
 from fastssl.section import Section
 
-from .models import ModelConfig, Models
+from .models import ModelConfig, Models, TeacherConfig
 
 if TYPE_CHECKING:
     from fastssl.methods import Method
@@ -129,6 +129,15 @@ class RunConfig(Section):
         ModelConfig(),  # type: ignore[call-arg]
         description="The encoder; or one a stream by its name, the primary first.",
     )
+    teacher: TeacherConfig = Field(
+        TeacherConfig(),  # type: ignore[call-arg]
+        description="The frozen network that a method of distillation learns from.",
+    )
+    weights: str = Field(
+        "none",
+        description="What the whole method starts from, heads and teacher too: none, or the file "
+        "that `fastssl export RUN --with-heads` has written.",
+    )
     data: DataConfig
     optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
     engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
@@ -155,8 +164,8 @@ class RunConfig(Section):
 
     def begins_from_weights(self) -> bool:
         """Whether an encoder that is trained has weights to start from."""
-        models = [self.model] if isinstance(self.model, ModelConfig) else [*self.model.values()]
-        return any(model.weights != "none" and not model.frozen for model in models)
+        started = [m for m in self.models.values() if m.weights != "none" and not m.frozen]
+        return bool(started) or self.weights != "none"
 
     def stream_of(self, network: str) -> str:
         """The stream that a network reads: STREAM, or STREAM_x; any other the primary one.
@@ -222,14 +231,37 @@ class RunConfig(Section):
         check_offload(self.optim, self.engine)
         self._check_streams()
         self._check_views()
+        self._check_teacher()
         if self.batch_size % self.engine.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"engine.accumulation={self.engine.accumulation}"
             )
+        for model in self.models.values() if self.weights != "none" else ():
+            if model.weights != "none" and not model.frozen:
+                raise ValueError(
+                    f"weights={self.weights} has the encoder, and model.weights={model.weights} "
+                    "another: give one of them"
+                )
         if Path(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name:
             raise ValueError(f"name={self.name!r} must be a plain directory name")
         return self
+
+    def _check_teacher(self) -> None:
+        """Raise ValueError where the method has a teacher and there is none, or the reverse."""
+        given = self.teacher.weights != "none"
+        if self.method_class.has_teacher and not given:
+            raise ValueError(
+                f"method.name={self.method.name} learns from a frozen teacher: give "
+                "teacher.weights=timm, a file's path or a run's directory"
+            )
+        if given and not self.method_class.has_teacher:
+            raise ValueError(
+                f"teacher.weights={self.teacher.weights}, and method.name={self.method.name} "
+                "learns from no frozen teacher: leave it out"
+            )
+        if self.teacher.name == "auto" and self.teacher.weights == "timm":
+            raise ValueError("teacher.weights=timm are of a model: give teacher.name")
 
     def _check_views(self) -> None:
         """Raise ValueError for views that the method does not read."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from .checkpoint import CheckpointError, Checkpoints, damaged
 from .config import CheckpointConfig, EngineError
 from .networks import encoder_files, networks_of
+from .states import EncoderFile, saved_tensors
 from .tensor_files import files_of
 
 
@@ -45,13 +46,36 @@ def saved_encoder(run: Path, name: str = "") -> Saved:
 
     Raises CheckpointError where there is no intact checkpoint, and EngineError for another name.
     """
+    return _saved(run, _intact(run), name)
+
+
+def saved_method(run: Path) -> EncoderFile:
+    """All parameters and buffers in a run's newest intact checkpoint, by the names that the method
+    has for them; none of a frozen network.
+
+    Raises CheckpointError where there is no intact checkpoint.
+    """
+    return saved_tensors(_intact(run))
+
+
+def moving_networks(run: Path) -> list[str]:
+    """The networks in a run's newest intact checkpoint that are not frozen, the primary one first.
+
+    Raises CheckpointError where there is no intact checkpoint.
+    """
+    trainer = json.loads((_intact(run) / "trainer.json").read_text())
+    return [*encoder_files(networks_of(trainer))]
+
+
+def _intact(run: Path) -> Path:
+    """The newest checkpoint that is whole."""
     checkpoints = Checkpoints(run, CheckpointConfig())  # type: ignore[call-arg]
     reasons = []
     for step in checkpoints.names():
         path = checkpoints.folder / step
         reason = damaged(path)
         if reason is None:
-            return _saved(run, path, name)
+            return path
         reasons.append(f"{step}: {reason}")
     raise CheckpointError(f"{run} holds no intact checkpoint {reasons or ''}".rstrip())
 

@@ -354,6 +354,25 @@ class States:
         forget_copies(self._others)
 
 
+def saved_tensors(folder: Path) -> EncoderFile:
+    """The parameters and buffers that the files of all ranks hold, by the method's names."""
+    shards = Shards(sorted(folder.glob(state_file("*"))))
+    shapes = tree_of(folder / state_file(0))["shapes"]
+    kinds = {name: Kind(tuple(shape), torch.float32) for name, shape in shapes.items()}
+    for name in shards.names("buffer"):
+        buffer = shards.tensor(name, "buffer")
+        kinds[name] = Kind(tuple(buffer.shape), buffer.dtype)
+
+    def tensor(name: str) -> Tensor:
+        if name not in shapes:
+            return shards.tensor(name, "buffer")
+        flat = torch.empty(torch.Size(shapes[name]).numel())
+        shards.fill(flat, name, "parameter", 0)
+        return flat.view(shapes[name])
+
+    return EncoderFile(kinds, tensor)
+
+
 def readable(path: Path) -> None:
     """Raise what a file that holds no pieces brings about."""
     Shards([path])

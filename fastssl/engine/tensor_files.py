@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,12 @@ def write_tensors(
             file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def write_split(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[Tensor]) -> None:
+def write_split(
+    path: Path,
+    kinds: Mapping[str, Kind],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write tensors as they come, `in_order`, to `path`, or to several files and an index."""
     files: list[dict[str, Kind]] = [{}]
     for key in in_order(kinds):
@@ -74,7 +80,7 @@ def write_split(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[Tensor]
     coming = iter(tensors)
     for name, own in zip(names, files, strict=True):
         some = (next(coming) for _ in own)
-        write_tensors(path.with_name(name), own, some, {"format": "pt"})
+        write_tensors(path.with_name(name), own, some, {"format": "pt", **metadata})
     if len(files) > 1:
         total = sum(kind.nbytes for kind in kinds.values())
         where = {key: name for name, own in zip(names, files, strict=True) for key in own}

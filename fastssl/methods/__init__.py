@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .dinov2 import DINOv2
     from .dinov3 import DINOv3
     from .directpred import DirectPred
+    from .distill import Distill
     from .global_local import GlobalLocal
     from .gmml import GMML
     from .groco import GroCo
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .ijepa import IJEPA
     from .isogclr import ISogCLR
     from .mae import MAE
+    from .mask_distill import MaskDistill
     from .matryoshka import Matryoshka
     from .mixed_barlow_twins import MixedBarlowTwins
     from .mochi import MoCHi
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from .nnclr import NNCLR
     from .point_cmae import PointCMAE
     from .point_mae import PointMAE
+    from .seed import SEED
     from .selfie import Selfie
     from .sie import SIE
     from .signal_mae import SignalMAE
@@ -77,8 +80,10 @@ __all__ = [
     "CropMAE",
     "Data2Vec",
     "DirectPred",
+    "Distill",
     "Encoded",
     "ISogCLR",
+    "MaskDistill",
     "Matryoshka",
     "Method",
     "MethodConfig",
@@ -89,6 +94,7 @@ __all__ = [
     "NNCLR",
     "PointCMAE",
     "PointMAE",
+    "SEED",
     "SIE",
     "SLA",
     "SSLEY",
@@ -107,12 +113,18 @@ __all__ = [
 ]
 
 
-def build_method(encoder: "nn.Module | dict[str, nn.Module]", cfg: MethodConfig) -> "Method":
+def build_method(
+    encoder: "nn.Module | dict[str, nn.Module]",
+    cfg: MethodConfig,
+    teacher: "nn.Module | None" = None,
+) -> "Method":
     """The method `cfg.name` over `encoder`, or one a stream by name where it reads several.
 
-    Raises ValueError for an encoder it cannot train.
+    teacher: the frozen network that a method of `has_teacher` learns from.
+    Raises ValueError for an encoder it cannot train, or a teacher that it cannot learn from.
     """
-    return METHODS[cfg.name](encoder, cfg)  # type: ignore[call-arg]
+    given = () if teacher is None else (teacher,)
+    return METHODS[cfg.name](encoder, cfg, *given)  # type: ignore[call-arg]
 
 
 def register_method(config: type[MethodConfig]) -> Any:

@@ -37,6 +37,8 @@ class Method(nn.Module):
     loss_reads_views: `loss` reads the values of batch["views"], not their shapes alone: of a large
         batch it gets no more than the shapes otherwise.
     needs_view_params: it reads "params", which batches have only where they are asked for.
+    has_teacher: it learns from a frozen network, the configuration's `teacher`, and is built as
+        Class(encoder, cfg, teacher); its `networks` have that as "teacher".
     streams: (): one stream, whatever its name; names: these, the first the primary one, and
     `encoder` is built of a dictionary by them; None: two or more, as data.streams names them.  Of
     several, "views" and "params" are dictionaries of lists, by stream.
@@ -47,6 +49,7 @@ class Method(nn.Module):
     couples_batch: bool
     loss_reads_views: ClassVar[bool] = False
     needs_view_params: ClassVar[bool] = False
+    has_teacher: ClassVar[bool] = False
     streams: ClassVar[tuple[str, ...] | None] = ()
     encoder: nn.Module
 

@@ -572,6 +572,36 @@ class Data2VecConfig(MethodConfig):
         return self
 
 
+class MaskDistillConfig(MethodConfig):
+    name: Literal["mask_distill"] = "mask_distill"
+    mask_ratio: Ratio = ratio_field(0.75)
+    masking: Kind = kind_field()
+    masks: int = Field(1, ge=1, description="Masks of an image, for one pass of the teacher.")
+    layers: int = Field(1, ge=1, description="Of the teacher's last blocks, so many averaged.")
+    error: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="Of a predicted feature.")
+    decoder_dim: int = Field(384, ge=1, description="Width of the decoder.")
+    decoder_depth: int = Field(4, ge=1, description="Blocks of the decoder.")
+    decoder_heads: int = Field(12, ge=1, description="Attention heads of the decoder.")
+
+
+class DistillConfig(MethodConfig):
+    name: Literal["distill"] = "distill"
+    error: Literal["smooth_l1", "l2", "cosine"] = Field(
+        "smooth_l1", description="Of a predicted feature; cosine: of all of them."
+    )
+    layers: int = Field(1, ge=1, description="Linear layers of the head.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the head, where it has several.")
+
+
+class SEEDConfig(MethodConfig):
+    name: Literal["seed"] = "seed"
+    temperature: float = Field(0.2, gt=0, description="Divides the student's similarities.")
+    teacher_temperature: float = Field(0.01, gt=0, description="Divides the teacher's.")
+    queue_size: int = Field(65536, ge=1, description="Past features of the teacher kept.")
+    hidden_dim: int = Field(2048, ge=1, description="Width inside the projection head.")
+    layers: int = Field(2, ge=1, description="Linear layers of the projection head.")
+
+
 class VideoMAEConfig(MethodConfig):
     name: Literal["videomae"] = "videomae"
     mask_ratio: float = Field(0.9, description="Share of a frame's tubelets hidden.")
@@ -657,6 +687,9 @@ for _config, _made in (
     (CropMAEConfig, "cropmae:CropMAE"),
     (IJEPAConfig, "ijepa:IJEPA"),
     (Data2VecConfig, "data2vec:Data2Vec"),
+    (DistillConfig, "distill:Distill"),
+    (MaskDistillConfig, "mask_distill:MaskDistill"),
+    (SEEDConfig, "seed:SEED"),
     (VideoMAEConfig, "videomae:VideoMAE"),
     (SignalMAEConfig, "signal_mae:SignalMAE"),
     (TJEPAConfig, "tjepa:TJEPA"),

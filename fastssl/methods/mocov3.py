@@ -16,6 +16,7 @@ from fastssl.losses import MoCoV3Loss
 from fastssl.models import EMA, feature_dim, projection_head
 from fastssl.schedules.config import at
 
+from . import watch
 from .base import Batch, Method
 from .configs import MoCoV3Config
 from .views import global_views, queries
@@ -54,7 +55,8 @@ class MoCoV3(Method):
         with torch.no_grad():
             k = dict(zip(global_views(views), map(head, batch["targets"]), strict=True))
         losses = [self.criterion(q[v], k[g]) for v, g in queries(views)]
-        return {"loss": torch.stack(losses).sum() * (2 / len(losses))}
+        loss = torch.stack(losses).sum() * (2 / len(losses))
+        return {"loss": loss, **watch.of_embeddings(*encoded)}
 
     def on_step(self, keep: Any, progress: float) -> None:
         self.teacher.update(self.student, at(self.cfg.momentum, progress))

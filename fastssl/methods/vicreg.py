@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastssl.losses import VICRegLoss
 from fastssl.models import feature_dim, projection_head
 
+from . import watch
 from .base import Batch, Method
 from .configs import VICRegConfig
 from .views import mean_over_pairs
@@ -28,4 +29,5 @@ class VICReg(Method):
 
     def loss(self, encoded: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         z = [self.head(features) for features in encoded]
-        return {"loss": mean_over_pairs(self.criterion, z, batch["views"])}
+        loss = mean_over_pairs(self.criterion, z, batch["views"])
+        return {"loss": loss, **watch.of_embeddings(*encoded)}

@@ -45,6 +45,7 @@ from .prototypes import Prototypes as Prototypes
 from .stochastic_depth import drop_samples as drop_samples
 from .stochastic_depth import still as still
 from .tabular import TableTransformer as TableTransformer
+from .weights import load_method as load_method
 from .weights import load_weights as load_weights
 from .weights import read_weights as read_weights
 from .weights import timm_weights as timm_weights

@@ -81,7 +81,7 @@ def _values(files: RunFiles) -> dict[str, Any]:
     return {
         "title": words.title(results),
         "headline": words.headline(results),
-        "problems": files.problems,
+        "problems": [*files.problems, *_collapses(files.metrics)],
         "measures": {k: v for k, v in _MEASURES.items() if any(words.number(r[k]) for r in rows)},
         "shares": _SHARES,
         "ours": words.PRETRAINED,
@@ -131,6 +131,12 @@ def _facts(results: dict[str, Any], items: str) -> list[tuple[str, str]]:
         if words.number(train.get(key))
         and (train[key] > 0 or key not in ("bad_images", "skipped_steps"))
     ]
+
+
+def _collapses(rows: list[dict[str, Any]]) -> list[str]:
+    """What the run has said of collapse, each with its step."""
+    told = [r for r in rows if r.get("kind") == "event" and r.get("what") == "collapse"]
+    return [f"From step {row['step']}: {row['detail']}." for row in told]
 
 
 def _events(rows: list[dict[str, Any]], limit: int = 100) -> tuple[str, list[str]]:

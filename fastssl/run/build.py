@@ -20,9 +20,9 @@ from fastssl.engine.config import EngineError
 from fastssl.engine.large_batch import check_batch_norms
 from fastssl.engine.networks import is_network
 from fastssl.engine.optim import build_optimizer
-from fastssl.export import start
+from fastssl.export import start, teacher_model
 from fastssl.methods import Method, build_method
-from fastssl.models import build_backbone, check_features, check_sizes, freeze, probe
+from fastssl.models import build_backbone, check_features, check_sizes, freeze, load_method, probe
 from fastssl.models.deferred import Deferred
 
 Encoders = torch.nn.Module | Mapping[str, torch.nn.Module] | None
@@ -120,8 +120,11 @@ def build(
             begun = start_encoder(model, shapes, encoder, resumed, notes)
             for side in check_batch_ops(cfg.data.batch_ops, shapes):
                 check_side(begun, channels, side)
-            method = build_method(begun, cfg.method)
+            teacher = start_teacher(cfg, shapes, notes)
+            method = build_method(begun, cfg.method, teacher)
         check_networks(method)
+        if notes is not None and cfg.weights != "none" and not resumed:
+            notes.append(load_method(method, method.networks(), cfg.weights, cfg.method.name))
         if not any(p.requires_grad for p in method.parameters()):
             raise ValueError(
                 f"method.name={cfg.method.name} has nothing left to train: what it has is "
@@ -173,6 +176,25 @@ def start_encoder(
         if notes is not None:
             notes.append(f"model.frozen=true: its {count:,} parameters stay as they are")
     return encoder
+
+
+def start_teacher(
+    cfg: RunConfig, shapes: list[tuple[int, ...]], notes: list[str] | None
+) -> torch.nn.Module | None:
+    """The frozen network that the method learns from, where it has one; also of a resumed run.
+
+    Raises ValueError for a model or weights that do not fit, by the keys of teacher.
+    """
+    if not cfg.method_class.has_teacher:
+        return None
+    said: list[str] | None = None if notes is None else []
+    try:
+        teacher = start_encoder(teacher_model(cfg), shapes, None, True, said)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.", "teacher.")) from error
+    if notes is not None:
+        notes += [note.replace("model.", "teacher.") for note in said or []]
+    return teacher
 
 
 def stream_encoders(

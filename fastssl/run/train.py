@@ -45,6 +45,7 @@ from fastssl.run.build import (
     kept_backend,
     with_backend,
 )
+from fastssl.run.collapse import Collapse
 from fastssl.run.directory import Place, extension, prepared
 from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
@@ -90,6 +91,7 @@ class Progress:
     waited: float = 0.0  # of those seconds, for data, on average over ranks
     last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
     applied: Applied = field(default_factory=Applied)
+    collapse: Collapse = field(default_factory=Collapse)
 
 
 def pretrain(
@@ -342,7 +344,10 @@ class Run:
             row |= {f"time/{name}": round(1e3 * spent / steps, 3) for name, spent in parts.items()}
         epoch = state.step / self.steps_per_epoch
         self.scalars.write({f"train/{k}": v for k, v in row.items()}, state.step)
-        return self.log.row("train", state.step, epoch=round(epoch, 4), **row)
+        row = self.log.row("train", state.step, epoch=round(epoch, 4), **row)
+        for said in state.collapse.read(row, state.step, self.total):
+            self.log.event(state.step, "collapse", said)
+        return row
 
     def after(self, ends_epoch: bool, stop: bool) -> None:
         """Evaluate and save where they are due; leave when asked to."""
@@ -400,8 +405,10 @@ class Run:
         metrics = self.evaluator.metrics()
         self.log.bad_images(step, self.evaluator.bad)
         epoch = round(step / self.steps_per_epoch, 4)
-        self.log.row("eval", step, epoch=epoch, **metrics)
+        row = self.log.row("eval", step, epoch=epoch, **metrics)
         self.scalars.write({f"eval/{k}": v for k, v in metrics.items()}, step)
+        for said in self.progress.collapse.evaluated(row) if step else []:
+            self.log.event(step, "collapse", said)
         return metrics
 
     def spike(self, step: Step) -> str:

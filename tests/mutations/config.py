@@ -23,9 +23,11 @@ TESTS = {
     "registry": (PLUGINS, "not all_that"),
     "tree": (ENGINE, "micro or moves_the"),
     "models/backbones": (PLUGINS, "two_of"),
+    "models/published": ("tests/models/test_published.py", ""),
     "models/weights": (
-        "tests/models/test_weights.py tests/models/test_deferred.py",
-        "are_fitted or unless_partial or fits_nowhere or a_hub or asked_for",
+        "tests/models/test_weights.py tests/models/test_deferred.py tests/train/test_start.py",
+        "are_fitted or unless_partial or fits_nowhere or a_hub or asked_for or does_not_fit"
+        " or whose_tensors or next_run",
     ),
 }
 
@@ -50,6 +52,21 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('_names(model, "classifier")', '_names(model, "first_conv")'),
         ("if not loaded or", "if"),
         ("weights[k].shape != loaded[k].shape", "weights[k].shape == loaded[k].shape"),
+    ],
+    "models/published.backbone_in": [
+        ("_stands(p, own)", "_stands(p, kept)"),
+        ("blocks.\\1.", "blocks.0."),
+        ("left + rest", "left"),
+    ],
+    "models/published.network_in": [("_NETWORKS if", "_NETWORKS[2:] if")],
+    "models/published.check_biases": [
+        ("(q.any() or v.any())", "False"),
+        ('f"{key}_mask" not in weights and', "False and"),
+    ],
+    "models/weights.load_method": [
+        ('facts.get("method") != name', "False"),
+        ("if k not in weights)", "if False)"),
+        ("_fitted(network, part)", "part"),
     ],
     "models/weights._fitted": [("given.shape[1] == 3", "given.shape[1] == 4")],
     "tree.join": [("torch.cat(parts)", "parts[0]")],

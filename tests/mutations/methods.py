@@ -4,6 +4,7 @@ JOINT = "tests/methods/test_methods.py"
 VIEWS = "tests/methods/test_views.py"
 MASKED = "tests/methods/test_masked_images.py"
 DINOV2 = "tests/methods/test_dinov2.py"
+DISTILL = "tests/methods/test_distill.py"
 PRETEXT = "tests/methods/test_pretext.py"
 WHOLE = "tests/methods/test_whole_views.py"
 
@@ -47,9 +48,35 @@ TESTS = {
     "methods/cae": (PRETEXT, "cae"),
     "methods/selfie": (PRETEXT, "selfie"),
     "methods/tjepa": ("tests/methods/test_tjepa.py", ""),
+    "methods/distill": (DISTILL, "layer_normed"),
+    "methods/seed": (DISTILL, "queue_and"),
+    "methods/mask_distill": (DISTILL, "hidden_places or no_teacher"),
+    "methods/watch": ("tests/methods/test_watch.py", ""),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "methods/distill.targets": [("F.layer_norm(t, t.shape[-1:])", "t")],
+    "methods/distill.loss": [("1 - F.cos", "F.cos")],
+    "methods/seed.targets": [("F.normalize(t, dim=1)", "t")],
+    "methods/seed.loss": [
+        ("(x * t)", "(t * t)"),
+        ('"keep": batch["targets"][0]', '"keep": batch["targets"][-1]'),
+    ],
+    "methods/mask_distill.MaskDistill": [
+        ("LayerMean(taught, cfg.layers)", "LayerMean(taught, 1)"),
+        ("taught.grid != self", "self.student.grid != self"),
+    ],
+    "methods/watch._spread": [
+        ("x = F.normalize(x.float(), dim=-1)", "x = x.float()"),
+        ("some = some - some.mean(0)", "some = some"),
+        ("math.sqrt(x.shape[1])", "math.sqrt(len(x))"),
+    ],
+    "methods/watch._of_distributions": [
+        ("sums.sum(0) / N", "sums.sum(0) / ROWS"),
+        ("used.amax(0)", "used.sum(0)"),
+        ("min(N, K)", "K"),
+    ],
+    "methods/watch.of_teacher": [("part - center", "part + center"), ("x / temp", "x * temp")],
     "methods/gmml.prepare": [("masking.masked\n", "masking.visible\n")],
     "methods/mixed_barlow_twins.prepare": [("x_b[perm]", "x_a[perm]")],
     "methods/views.global_views": [

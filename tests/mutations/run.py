@@ -11,8 +11,9 @@ TESTS = {
         " or first_rank_says or second_interrupt",
     ),
     "run/build": (
-        f"tests/methods/test_methods.py {DATA} tests/test_plugins.py tests/models/test_deferred.py",
-        "one_image or short_batch or cannot_wait",
+        f"tests/methods/test_methods.py {DATA} tests/test_plugins.py tests/models/test_deferred.py"
+        " tests/methods/test_distill.py",
+        "one_image or short_batch or cannot_wait or resumes_with_it",
     ),
     "run/rehearsal": ("tests/test_given.py", "wrong_is_told"),
     "run/directory": (
@@ -21,6 +22,7 @@ TESTS = {
         " or by_leave or can_start",
     ),
     "run/evaluation": (DATA, "mostly_bad"),
+    "run/collapse": ("tests/train/test_collapse.py", "sentence or lasts or must_last"),
     "run/spikes": (TRAIN, "whole_window"),
     "run/restarts": ("tests/train/test_restarts.py", "nothing_else"),
     "run/trace": ("tests/engine/test_engine.py", "breakdown"),
@@ -31,6 +33,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "run/trace.traced": [("wait=SKIPPED - 1", "wait=SKIPPED")],
     "run/build.begin": [("deferred.refused is None and", "")],
     "run/build.build": [("cfg.batch_size == cfg.engine", "cfg.batch_size < cfg.engine")],
+    "run/build.start_teacher": [("None, True, said", "None, True, None")],
     "run/build.check_steps": [
         ("max(2 if couples", "max(1 if couples"),
         ("parts * (2 if alone or", "parts * (1 if alone or"),
@@ -54,6 +57,17 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("* distributed.world_size()", "* self.cfg.batch_size"),
         ("state.applied.add(step, self.cfg.engine)", "state.applied"),
     ],
+    "run/collapse.symptoms": [
+        ("value < STD", "value <= 1"),
+        ('f"{prefix}loss" in number', "prefix"),
+        ("<= NEAR * value", "<= NEAR"),
+        ('and row.get("kind") == "eval"', "and True"),
+        (">= STD", ">= 0"),
+    ],
+    "run/collapse._teacher": [("- kl", "+ kl"), ("(1 - NEAR) * chance", "NEAR * chance")],
+    "run/collapse.read": [("self.since.get(key, step)", "step"), ("self.rows.get(key, 0)", "0")],
+    "run/collapse._lasts": [(">= ROWS", ">= 1"), ("STEPS)", "total)")],
+    "run/collapse._new": [("self.said += fresh", "pass")],
     "run/spikes.add": [("del kept[: -cfg.spike_window]", "kept"), ("kept.clear()", "pass")],
     "run/spikes.limits": [
         (">= cfg.spike_window:", ">= 1:"),
