@@ -9,10 +9,12 @@ TESTS = {
     "diagnose/hardware": (PLAN, "makers or by_hand or refusals or would_be"),
     "diagnose/replay": (PLAN, "kind_of_operator"),
     "diagnose/plan": (PLAN, "refusals or micro_batches_do or command or not_be_there"),
+    "diagnose/bottleneck": ("tests/test_bottleneck.py", "or_none"),
     "distributed": (PLAN, "of_all_ranks"),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "diagnose/bottleneck._prepare": [("with distributed.alike():", "if True:")],
     "diagnose/memory.memory": [
         ("cut = W if stage == 3 else 1", "cut = W if stage == 2 else 1"),
         ("share = T / W if stage else T", "share = T / W"),
