@@ -30,7 +30,7 @@ from fastssl.models import (
     read_weights,
     timm_weights,
 )
-from fastssl.models.deferred import Deferred, NotDeferrable, tensors_on_meta
+from fastssl.models.deferred import Deferred, NotDeferrable, _Operation, tensors_on_meta
 from fastssl.run import build as building
 from fastssl.run.train import pretrain
 from tests.ranks import run_ranks
@@ -112,6 +112,14 @@ def test_each_tensor_made_alone_is_what_the_constructor_would_have_made(weights)
         assert made.dtype == whole[name].dtype and made.stride() == whole[name].stride()
         assert made.equal(whole[name]), name
     assert torch.get_rng_state().equal(before)
+
+
+def test_to_check_a_model_is_to_draw_the_smallest_of_each_kind(monkeypatch):
+    drawn = []
+    apart = lambda operation: drawn.append(operation.places()[0].size)  # noqa: E731
+    monkeypatch.setattr(_Operation, "run_apart", apart)
+    built(lambda: [nn.Linear(9, 50), nn.Linear(2, 7), nn.Embedding(3, 2)][0])
+    assert drawn == [(7,), (3, 2)]
 
 
 def test_weights_are_read_as_they_are_asked_for(weights, tmp_path, monkeypatch):
