@@ -45,7 +45,10 @@ class ZeroConfig(Section):
         None, ge=0, description="Stage 3: tensors of fewer elements stay whole everywhere (1e5)."
     )
     max_live_parameters: int | None = Field(
-        None, ge=0, description="Stage 3: parameters that are whole on a device at one time (1e9)."
+        None,
+        ge=0,
+        description="Stage 3: parameters that are whole on a device at one time, by being fetched "
+        "ahead or kept for the backward (1e9).",
     )
     leaf_blocks: bool | None = Field(
         None,
@@ -99,7 +102,10 @@ _RAW = {
     "allgather_bucket": ("zero_optimization", "allgather_bucket_size"),
     "prefetch_bucket": ("zero_optimization", "stage3_prefetch_bucket_size"),
     "persistence_threshold": ("zero_optimization", "stage3_param_persistence_threshold"),
-    "max_live_parameters": ("zero_optimization", "stage3_max_live_parameters"),
+    # How many are fetched ahead, and within how many a parameter that comes again is kept.
+    "max_live_parameters": (
+        *("zero_optimization", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    ),
     "leaf_blocks": (
         *("zero_optimization", "leaf_module", "stage3_module_granularity_threshold"),
         "module_granularity_threshold",
@@ -178,6 +184,8 @@ def deepspeed_keys(
         section, *names = _RAW.get(key, ("",))
         if section == "zero_optimization" and names[0] not in keys and key not in own:
             keys[names[0]] = value
+    if zero.max_live_parameters is not None:
+        keys["stage3_max_reuse_distance"] = zero.max_live_parameters
     if stage == 3:
         # DeepSpeed's own linear rounds twice in bf16, once more after the bias: another loss.
         keys["memory_efficient_linear"] = False
