@@ -14,6 +14,7 @@ from fastssl.section import Section
 Device = Literal["none", "cpu"]  # not nvme: no checkpoint would find what is kept there
 WHOLE_MODEL = 500_000_000  # a bucket of DeepSpeed's, which holds most models whole
 OVERLAPPED = 25_000_000  # of those that travel while a backward goes on
+STEPPED = 100_000_000  # of a rank's share of the parameters, by the optimizer at once
 
 
 class ZeroConfig(Section):
@@ -49,6 +50,12 @@ class ZeroConfig(Section):
         ge=0,
         description="Stage 3: parameters that are whole on a device at one time, by being fetched "
         "ahead or kept for the backward (1e9).",
+    )
+    sub_group: int | None = Field(
+        None,
+        ge=1,
+        description="Stage 3: elements of a rank's share that the optimizer steps at once, with a "
+        "float32 gradient and temporaries for them alone (1e8).",
     )
     leaf_blocks: bool | None = Field(
         None,
@@ -90,8 +97,8 @@ _ONLY_3 = (3,)
 # what a checkpoint holds.
 SAME_NUMBERS = (
     "offload_optimizer offload_parameters overlap_comm reduce_bucket allgather_bucket "
-    "prefetch_bucket persistence_threshold max_live_parameters leaf_blocks partition_size "
-    "accumulation_dtype"
+    "prefetch_bucket persistence_threshold max_live_parameters sub_group leaf_blocks "
+    "partition_size accumulation_dtype"
 ).split()
 # Where DeepSpeed's own configuration has what a key says.
 _RAW = {
@@ -106,6 +113,7 @@ _RAW = {
     "max_live_parameters": (
         *("zero_optimization", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
     ),
+    "sub_group": ("zero_optimization", "sub_group_size"),
     "leaf_blocks": (
         *("zero_optimization", "leaf_module", "stage3_module_granularity_threshold"),
         "module_granularity_threshold",
@@ -189,6 +197,7 @@ def deepspeed_keys(
     if stage == 3:
         # DeepSpeed's own linear rounds twice in bf16, once more after the bias: another loss.
         keys["memory_efficient_linear"] = False
+        keys.setdefault("sub_group_size", STEPPED)
     sections: dict[str, dict[str, Any]] = {"zero_optimization": keys}
     if zero.accumulation_dtype is not None:
         sections["data_types"] = {"grad_accum_dtype": zero.accumulation_dtype}

@@ -22,6 +22,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("masters = 4 * share if half or stage else 0", "masters = 4 * share if stage else 0"),
         ("full = b if on_cpu", "full = zero.bucket if on_cpu"),
         ("lower = 0 if stage == 3", "lower = w if stage == 3"),
+        ("zero.stepped + sizes.largest / W", "zero.stepped"),
         ("max(b, sizes.largest)", "b"),
         ("most = T if rule.whole", "most = T if not rule.whole"),
         ("(grads if not zero.cuts else 0)", "0"),

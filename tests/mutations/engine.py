@@ -16,7 +16,7 @@ TESTS = {
     ),
     "engine/tensor_files": ("tests/engine/test_tensor_files.py", ""),
     "engine/states": ("tests/engine/test_states.py", ""),
-    "engine/materialize": ("tests/models/test_deferred.py", "cuts_each or however"),
+    "engine/materialize": ("tests/models/test_deferred.py", "cuts_each or however or given_back"),
     "engine/shards": ("tests/engine/test_states.py", "ranges"),
     "engine/fragments": (f"{ENGINE} {STATES}", "zero_3_keeps_whole or that_is_cut or moves_bet"),
     "engine/networks": (
@@ -194,6 +194,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("_check_kept(buffer", "(lambda *a: None)(buffer"),
     ],
     "engine/states._check_kept": [("if tensor.dtype not in", "if tensor.dtype in ()")],
+    "engine/materialize.materialize": [
+        ("made = 0\n            trim()", "made = 0"),
+        ("[tensor])\n    trim()", "[tensor])"),
+    ],
+    "engine/materialize.trim": [("trim(0)", "trim")],
     "engine/materialize._take_fingerprints": [
         ("if not frozen_as(network)", "if False"),
         ("distributed.broadcast_object(found)", "found"),
