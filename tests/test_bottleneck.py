@@ -153,13 +153,18 @@ def test_no_time_is_refused(tmp_path):
 def on_two(rank, world, output):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    _, ranks = examine(tiny("simclr", output, batch_size=64), seconds=0.2 + rank)
-    return [(r.images, r.data > 0, r.step > 0) for r in ranks]
+    cfg = tiny("simclr", output, batch_size=64)
+    gone = {"name": "folder", "path": output / "gone"}
+    with pytest.raises(ValueError, match="gone' does not exist") as refused:
+        examine(tiny("simclr", output, data__source=gone) if rank else cfg, seconds=0.2)
+    _, ranks = examine(cfg, seconds=0.2 + rank)
+    return [str(refused.value)[:10], *((r.images, r.data > 0, r.step > 0) for r in ranks)]
 
 
-def test_every_rank_is_measured(tmp_path):
+def test_every_rank_is_measured_or_none(tmp_path):
     """Ranks that would make different numbers of steps agree on one, or this would hang."""
-    assert run_ranks(on_two, 2, tmp_path) == 2 * [2 * [(32, True, True)]]
+    one, two = run_ranks(on_two, 2, tmp_path, timeout=100)
+    assert one[1:] == two[1:] == 2 * [(32, True, True)] and one[0] == "on rank 1:" != two[0]
 
 
 def test_the_command_says_it_all(tmp_path):

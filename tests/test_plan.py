@@ -124,13 +124,22 @@ def test_what_an_optimizer_takes_is_measured(tmp_path):
 
 
 def by_hand(
-    stage, *, world=4, device=H200, half=True, parts=1, offloads=False, cuts=False, bucket=10
+    stage,
+    *,
+    world=4,
+    device=H200,
+    half=True,
+    parts=1,
+    offloads=False,
+    cuts=False,
+    bucket=10,
+    stepped=100,
 ):
     """10 M parameters: 6 M trained, 3 M of a teacher, 1 M frozen; backward holds 50 MB."""
     sizes = Sizes(10 * MILLION, 6 * MILLION, MILLION, 2 * MILLION, 6 * MILLION, 30, 50)
     counts = Counts(8, 8, kept=40 * MILLION, heads=4 * MILLION, lean=45 * MILLION)
     counts.backward, counts.grads = 50 * MILLION, 2 * MILLION
-    zero = Zero(stage, bucket * MILLION, stage == 3, 10**9, offloads, cuts)
+    zero = Zero(stage, bucket * MILLION, stage == 3, 10**9, stepped * MILLION, offloads, cuts)
     kind = {"world": world, "half": half, "parts": parts, "inputs": MILLION, "process": 0}
     found = memory(sizes, counts, ADAMW, zero, device, **kind)
     return {name: tuple(n / MILLION for n in row) for name, row in found.parts.items()}
@@ -167,6 +176,9 @@ def test_bytes_by_hand():
     assert three["gradients, this rank's piece"][0] == 2 * 6 / 4
     assert three["activations"][0] == 45 - 4 and "gradients" not in three
     assert three["float32 gradient in the step"][2] == 4 * 1.5  # its flat copy is let go before
+    parts = by_hand(3, cuts=True, stepped=0.5)  # and the piece of the largest tensor
+    assert parts["float32 gradient in the step"][2] == 4
+    assert parts["optimizer's temporaries"][2] == 8 * 1.0
 
     off = by_hand(1, offloads=True)
     assert "optimizer states" not in off and "optimizer's temporaries" not in off
@@ -240,7 +252,7 @@ def test_traffic_and_overlap_by_hand():
     kind = {"precision": "bf16", "parts": 2, "recompute": 0.0, "fresh": 0}
     cluster, seconds, moved = Cluster(H200, 8, 1), {}, {}
     for stage in range(4):
-        zero = Zero(stage, MILLION, stage == 3, 10**9, False, stage >= 2)
+        zero = Zero(stage, MILLION, stage == 3, 10**9, 10**8, False, stage >= 2)
         moved[stage] = traffic(sizes, counts, zero, 8, 2, 2)
         seconds[stage] = speed(sizes, counts, ADAMW, zero, cluster, **kind)
     # MB: two passes over 8 MB of gradients; at stages 2 and 3 for each of two micro-batches

@@ -347,7 +347,7 @@ def differences(
         *("engine.compile", "engine.channels_last"),
         "engine.max_skipped",
         "engine.watchdog",
-        *("engine.spike", "engine.spike_norm", "engine.spike_window"),
+        *("engine.spike", "engine.spike_norm", "engine.spike_window", "engine.spike_back"),
         "engine.reduce_once",
         *("engine.zero_stage", "engine.precision"),
         *(f"engine.zero.{key}" for key in SAME_NUMBERS),

@@ -25,12 +25,13 @@ from fastssl.config import RunConfig
 from fastssl.data.batch.ops import apply_batch_ops
 from fastssl.data.datasets import open_source
 from fastssl.data.errors import BadItem
-from fastssl.data.render.backend import choose_backend
+from fastssl.data.render.backend import Backend, choose_backend
 from fastssl.data.sources.base import EncodedSource, Source
 from fastssl.data.views.image import Views
 from fastssl.engine import launch
 from fastssl.engine.engine import Engine
 from fastssl.engine.verbs import Verbs
+from fastssl.methods import Method
 from fastssl.random import REPLACE, mix
 from fastssl.run.build import build, build_loader, fitted, kept_backend, with_backend
 from fastssl.tree import map_leaves
@@ -110,11 +111,10 @@ def examine(cfg: RunConfig, seconds: float = 5.0) -> tuple[RunConfig, list[Measu
     """
     if not seconds > 0:
         raise ValueError(f"seconds: want more than 0, got {seconds}")
-    source = open_source(cfg.data.source, cfg.seed, cfg.data.streams).train
-    cfg = fitted(cfg, source)
-    cfg, _ = with_backend(cfg, source, kept_backend(cfg))
-    method = build(cfg, source.channels)
+    # A single process tells of a mistake before it loads DeepSpeed; several do it together.
+    ready = None if launch.launched() else _prepare(cfg)
     with launch.session(cfg.device) as device:
+        cfg, source, method = ready or _prepare(cfg)
         loader = build_loader(cfg, source, device, parameters=method.needs_view_params)
         first, data, batch = _pipeline(loader.stream(0, _NEVER), seconds)
         read, decode, side = _ceilings(source, seconds / 10)
@@ -123,6 +123,15 @@ def examine(cfg: RunConfig, seconds: float = 5.0) -> tuple[RunConfig, list[Measu
         images = len(batch["index"])
         mine = Measured(images, first, data, step, read, decode, side)
         return cfg, distributed.gather_objects(mine)
+
+
+def _prepare(cfg: RunConfig) -> tuple[RunConfig, Source, Method]:
+    """Collective: a mistake that one rank meets all of them raise."""
+    backend: Backend = distributed.from_first(lambda: kept_backend(cfg))
+    with distributed.alike():
+        source = open_source(cfg.data.source, cfg.seed, cfg.data.streams).train
+        cfg, _ = with_backend(fitted(cfg, source), source, backend)
+        return cfg, source, build(cfg, source.channels)
 
 
 def _pipeline(stream: Any, seconds: float) -> tuple[float, float, Batch]:

@@ -10,8 +10,8 @@ bytes, W ranks and b = min(T, bucket) elements:
 
     stage 0     reduce: a flat copy, b w
     stage 1, 2  reduce: bucket + flat copy, 2 b w         update: (w + 4 + temporaries) T / W
-    stage 3     backward: all parameters, gathered        update: (4 + temporaries) T / W
-                reduce: bucket + flat copy, 2 b w
+    stage 3     backward: all parameters, gathered        update: (4 + temporaries) s
+                reduce: bucket + flat copy, 2 b w         s = min(T / W, sub-group)
 
 What an optimizer keeps and takes in its step is measured on a small one of its kind.
 """
@@ -26,7 +26,7 @@ from fastssl.config import RunConfig
 from fastssl.engine.config import offloads_optimizer
 from fastssl.engine.large_batch import is_exact
 from fastssl.engine.optim import OptimConfig, build_optimizer
-from fastssl.engine.zero import deepspeed_keys
+from fastssl.engine.zero import STEPPED, deepspeed_keys
 from fastssl.models import frozen_in
 
 from .counting import Counts, Meter, Work
@@ -171,6 +171,7 @@ class Zero:
     bucket: int
     overlap: bool
     live: int
+    stepped: int
     offloads: bool
     cuts: bool  # gradients are cut as they come
 
@@ -187,6 +188,7 @@ class Zero:
             int(float(given.get("reduce_bucket_size", _BUCKET))),
             bool(given.get("overlap_comm")),
             int(float(given.get("stage3_max_live_parameters", _LIVE))),
+            int(float(given.get("sub_group_size", STEPPED))),
             offloads_optimizer(engine),
             stage >= 2 and not held,
         )
@@ -293,9 +295,11 @@ def memory(
         rows["optimizer's temporaries"] = (0, 0, 0)
     elif stage:
         # The rank's piece of all groups is one tensor, which stays until the last group is done.
+        # Stage 3 takes it in parts, each ending with the parameter that fills it.
+        stepped = min(share, zero.stepped + sizes.largest / W) if stage == 3 else share
         lower = 0 if stage == 3 or zero.cuts else w
-        rows["float32 gradient in the step"] = (0, 0, (lower + 4) * share)
-        rows["optimizer's temporaries"] = (0, 0, rule.one * share)
+        rows["float32 gradient in the step"] = (0, 0, (lower + 4) * stepped)
+        rows["optimizer's temporaries"] = (0, 0, rule.one * stepped)
     else:
         rows["float32 gradient in the step"] = (0, 0, 4 * T if half else 0)
         most = T if rule.whole else sizes.largest

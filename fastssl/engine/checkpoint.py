@@ -102,11 +102,13 @@ class _Thread:
 class Checkpoints:
     """The checkpoints of one run's directory.
 
+    back: steps before the next one that the run may go back by; a checkpoint for it is kept.
     notes: sentences on what was taken up, for the user.
     """
 
     run: Path
     cfg: CheckpointConfig
+    back: int = 0
     notes: list[str] = field(default_factory=list)
     _writing: "_Thread | None" = None
 
@@ -114,10 +116,11 @@ class Checkpoints:
     def folder(self) -> Path:
         return self.run / "checkpoints"
 
-    def names(self) -> list[str]:
-        """Whole ones, newest first: a directory has its name only once it is complete."""
-        found = self.folder.glob("step-*/manifest.json")
-        return sorted((path.parent.name for path in found), reverse=True)
+    def names(self, until: int | None = None) -> list[str]:
+        """Whole ones, newest first, of step `until` at most: a directory has its name only once it
+        is complete."""
+        found = [path.parent.name for path in self.folder.glob("step-*/manifest.json")]
+        return sorted((n for n in found if until is None or n <= _name(until)), reverse=True)
 
     def latest(self) -> str | None:
         names = self.names()
@@ -141,7 +144,7 @@ class Checkpoints:
         """
         self.wait()
         with _undisturbed():
-            name = f"step-{step:08d}"
+            name = _name(step)
             aside = self.folder / f".{name}.partial"
             errors: list[str] = []
             if distributed.rank() == 0:
@@ -200,8 +203,10 @@ class Checkpoints:
         parse: Callable[[dict[str, Any]], T],
         *,
         seed: int = 0,
+        until: int | None = None,
     ) -> T | None:
-        """Restore the newest intact checkpoint; None when there is none; collective.
+        """Restore the newest intact checkpoint, of step `until` at most; None when there is none;
+        collective.
 
         notes: receives a sentence for each damaged checkpoint that was passed over.
         parse: makes of what `save` was given what is returned, or raises ValueError.
@@ -210,7 +215,7 @@ class Checkpoints:
         Raises CheckpointError when it was written by a version that keeps other state, or does not
         fit.
         """
-        for name in distributed.broadcast_object(self.names()):
+        for name in distributed.broadcast_object(self.names(until)):
             path = self.folder / name
             reason = damaged(path, share=True)
             if reason is None and _format(path) == FORMAT:
@@ -280,13 +285,32 @@ class Checkpoints:
             if save.best:
                 write_atomically(self.folder / "best", name)
             write_atomically(self.folder / "latest", name)
-            self._prune()
+            self._prune(int(name.partition("-")[2]))
 
         if distributed.rank() == 0 and not errors:
             attempt(errors, finish)
 
-    def _prune(self) -> None:
-        keep = set(self.names()[: self.cfg.keep])
+    def forget(self, step: int) -> None:
+        """Those after `step` go; collective."""
+        if distributed.rank() == 0:
+            whole = self.names(step)
+            for name in self.names():
+                if name not in whole:
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+            if not self.has_best():
+                (self.folder / "best").unlink(missing_ok=True)
+            if whole:
+                write_atomically(self.folder / "latest", whole[0])
+        distributed.barrier()
+
+    def has_best(self) -> bool:
+        """Whether the best one is still there."""
+        best = self.folder / "best"
+        return best.is_file() and best.read_text().strip() in self.names()
+
+    def _prune(self, step: int) -> None:
+        """After the checkpoint of `step`."""
+        keep = {*self.names()[: self.cfg.keep], *self.names(step - self.back)[:1]}
         best = self.folder / "best"
         if best.is_file():
             keep.add(best.read_text().strip())
@@ -306,6 +330,10 @@ class Checkpoints:
         raise CheckpointError(f"could not write a checkpoint in {self.folder} ({seen[0]}); {good}")
 
 
+def _name(step: int) -> str:
+    return f"step-{max(step, 0):08d}"
+
+
 def damaged(path: Path, *, share: bool = False) -> str | None:
     """Why a checkpoint cannot be trusted, or None.  share: this rank checks its share of files."""
     try:
@@ -316,7 +344,7 @@ def damaged(path: Path, *, share: bool = False) -> str | None:
         sums = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or trainer.json: {type(error).__name__} {error}"
-    if type(step) is not int or type(world) is not int or path.name != f"step-{step:08d}":
+    if type(step) is not int or type(world) is not int or path.name != _name(step):
         return f"trainer.json is of step {step!r} and {world!r} processes"
     if not 0 < world < len(sums):
         return f"the manifest does not name the files of {world} processes"

@@ -87,6 +87,12 @@ class EngineConfig(Section):
     spike_window: int = Field(
         128, ge=4, description="Steps that spike and spike_norm look back on, and wait for."
     )
+    spike_back: int = Field(
+        0,
+        ge=0,
+        description="At a spike, go back to a checkpoint and leave out so many steps before it as "
+        "well; max_skipped times in a row end the run. 0: leave out that step alone.",
+    )
     watchdog: float = Field(
         600,
         ge=0,
@@ -148,6 +154,11 @@ class EngineConfig(Section):
     @model_validator(mode="after")
     def _zero_fits_the_stage(self) -> "EngineConfig":
         check_zero(self.zero, self.zero_stage, self.precision, self.deepspeed)
+        if self.spike_back and not self.spike and not self.spike_norm:
+            raise ValueError(
+                f"engine.spike_back={self.spike_back}, but no spike is looked for: give "
+                "engine.spike or engine.spike_norm"
+            )
         if self.compile and self.zero_stage == 3 and not fetches_blocks(self):
             raise ValueError(
                 "engine.compile=True at engine.zero_stage=3 wants whole blocks: leave out "

@@ -34,7 +34,7 @@ from .config import EngineConfig, EngineError, fetches_blocks, offloads_optimize
 from .fragments import ZeroPieces, forget_order
 from .large_batch import LargeBatch, check_batch_norms, check_deepspeed, is_exact
 from .launch import deepspeed
-from .materialize import materialize
+from .materialize import materialize, trim
 from .norms import norm_limited
 from .optim import OptimConfig, after_initialize, build_optimizer, implementation_of
 from .scalars import MONITORS
@@ -121,6 +121,8 @@ class Engine(Verbs):
                 self.ds, *_ = deepspeed().initialize(
                     model=method, optimizer=optimizer, config=config, dist_init_required=False
                 )
+            if deferred is not None:
+                trim()  # pieces, which DeepSpeed has joined
         except ValidationError as error:
             raise EngineError(_refusal(error)) from error
         except (AssertionError, ValueError, TypeError, KeyError) as error:

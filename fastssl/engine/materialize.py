@@ -1,5 +1,6 @@
 """The tensors of a model that was built without memory, made one after another and cut at once."""
 
+import ctypes
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from fastssl.models import fingerprint, frozen_as, frozen_in
 from fastssl.models.deferred import Deferred, tensors_on_meta
 
 from .launch import deepspeed
+
+_LITTLE = 256 << 20  # bytes: what may stay with malloc, though it is free
 
 
 def materialize(
@@ -27,7 +30,12 @@ def materialize(
     """
     _take_fingerprints(model, deferred)
     cut: Any = None
+    made = 0
     for _, tensor in [*tensors_on_meta(model)]:
+        made += tensor.nbytes
+        if made > _LITTLE:
+            made = 0
+            trim()
         if not isinstance(tensor, nn.Parameter):
             _become(tensor, deferred.value(tensor).to(device))
             continue
@@ -44,6 +52,15 @@ def materialize(
             cut = tensor.convert_to_zero_parameters  # type: ignore[attr-defined]
         else:
             cut(param_list=[tensor])
+    trim()
+
+
+def trim() -> None:
+    """Let glibc's malloc give back what is free between what is held: it keeps blocks of less than
+    32 MB, and so as much as the whole model where each tensor was whole for a moment."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # there is glibc
+        trim(0)
 
 
 def _take_fingerprints(model: nn.Module, deferred: Deferred) -> None:

@@ -128,7 +128,7 @@ def _end_when_silent(connection: socket.socket) -> None:
 
 def _watch(peers: dict[socket.socket, int], agent: int | None, done: int, lost: list[str]) -> None:
     talk = _Talk(peers)
-    talk.tell({"host": socket.gethostname()})
+    talk.tell({"host": talk.hosts[talk.rank]})
     while not lost:
         ready = _readable([done, *peers], _TICK)
         if done in ready:
@@ -169,7 +169,7 @@ class _Talk:
     def __init__(self, peers: dict[socket.socket, int]):
         self.peers, self.rank = peers, distributed.rank()
         self.ranks = dict(peers)  # also of those that have gone
-        self.hosts: dict[int, str] = {}
+        self.hosts = {self.rank: socket.gethostname()}
         self.why: dict[int, str] = {}  # a rank, or the connection to it, has ended
         self.lost = ""  # who was it, as the first rank has said
         self.begun: dict[socket.socket, bytes] = {}  # of a message
@@ -238,7 +238,8 @@ class _Talk:
             self.tell({"ask": True})
         elif self.rank > 0 and heart.late():
             if self.told and now - self.told > 3 * _ANSWER:
-                end(self.rank, verdict({0: None, self.rank: heart.status()}, heart.limit))
+                ranks = {0: None, self.rank: heart.status()}
+                end(self.rank, verdict(ranks, heart.limit, self.hosts))
             self.told = self.told or now
             self.tell({"late": True})
 
@@ -251,7 +252,7 @@ class _Talk:
             return
         ranks, self.answers = self.answers, None
         if all(said["late"] for said in heard):
-            sentence = verdict(ranks, heart.limit)
+            sentence = verdict(ranks, heart.limit, self.hosts)
             self.tell({"verdict": sentence})
             end(self.rank, sentence)
 

@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any
 DATA, STEP, SAVING = "waiting for data", "in the step", "saving, after data did not come"
 EXIT = 6
 _GAP = 10.0  # seconds without a look at the clock: the process was stopped, or the machine asleep
+_MOST = 8  # hosts that are named
 _LEAST_SAVE = 600.0  # seconds that a save may take after the data have stalled
 _ELSEWHERE = (  # where a thread waits for others -> in words
     ("torch/distributed/", "in a collective"),
@@ -111,21 +113,24 @@ def _elsewhere(thread: int) -> str:
     return found
 
 
-def verdict(ranks: dict[int, dict[str, Any] | None], limit: float) -> str:
-    """Who holds the run up, of each rank's `Heart.status`, None where it did not answer."""
+def verdict(ranks: dict[int, dict[str, Any] | None], limit: float, hosts: dict[int, str]) -> str:
+    """Who holds the run up, of each rank's `Heart.status`, None where it did not answer.
+
+    hosts: of the ranks, as far as they are known.
+    """
     silent = [rank for rank, said in ranks.items() if said is None]
     heard = {rank: said for rank, said in ranks.items() if said is not None}
     busy = [rank for rank, said in heard.items() if not said["waits"]]
     behind = min((said["step"], said["beats"]) for said in heard.values())
     slow = [rank for rank, said in heard.items() if (said["step"], said["beats"]) == behind]
     if silent:
-        what = f"{_named(silent)} does not answer: its process or its machine hangs"
+        what = f"{_named(silent, hosts)} does not answer: its process or its machine hangs"
     elif len(heard) == 1:
         what = _where(next(iter(heard.values())))
     elif busy and len(busy) < len(heard):
-        what = f"{_named(busy)} is {_where(heard[busy[0]])}, and the others wait for it"
+        what = f"{_named(busy, hosts)} is {_where(heard[busy[0]])}, and the others wait for it"
     elif len(slow) < len(heard):
-        what = f"{_named(slow)} is behind, {_where(heard[slow[0]])}"
+        what = f"{_named(slow, hosts)} is behind, {_where(heard[slow[0]])}"
     else:
         what = f"every rank is {_where(heard[min(heard)])}"
     return (
@@ -134,8 +139,10 @@ def verdict(ranks: dict[int, dict[str, Any] | None], limit: float) -> str:
     )
 
 
-def _named(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"one of the ranks {ranks}"
+def _named(ranks: list[int], hosts: dict[int, str]) -> str:
+    names = [*dict.fromkeys(hosts[rank] for rank in ranks if rank in hosts)]
+    on = f" on {', '.join(names[:_MOST])}{' and others' * (len(names) > _MOST)}" if names else ""
+    return (f"rank {ranks[0]}" if len(ranks) == 1 else f"one of the ranks {ranks}") + on
 
 
 def _where(said: dict[str, Any]) -> str:
@@ -147,8 +154,8 @@ def end(rank: int, sentence: str) -> None:
 
     Its readers go as well: one that hangs would hold the run's lock.
     """
-    said = heart.status()
-    here = f"rank {rank} is {_where(said)} and has not moved for {said['idle']:.0f} s"
+    said, who = heart.status(), f"rank {rank} on {socket.gethostname()}"
+    here = f"{who} is {_where(said)} and has not moved for {said['idle']:.0f} s"
     os.write(2, f"fastssl, rank {rank}: {sentence}\n{here}; its threads:\n".encode())
     faulthandler.dump_traceback(2, all_threads=True)
     for child in multiprocessing.active_children():

@@ -14,6 +14,7 @@ from fastssl.section import Section
 Device = Literal["none", "cpu"]  # not nvme: no checkpoint would find what is kept there
 WHOLE_MODEL = 500_000_000  # a bucket of DeepSpeed's, which holds most models whole
 OVERLAPPED = 25_000_000  # of those that travel while a backward goes on
+STEPPED = 100_000_000  # of a rank's share of the parameters, by the optimizer at once
 
 
 class ZeroConfig(Section):
@@ -45,7 +46,16 @@ class ZeroConfig(Section):
         None, ge=0, description="Stage 3: tensors of fewer elements stay whole everywhere (1e5)."
     )
     max_live_parameters: int | None = Field(
-        None, ge=0, description="Stage 3: parameters that are whole on a device at one time (1e9)."
+        None,
+        ge=0,
+        description="Stage 3: parameters that are whole on a device at one time, by being fetched "
+        "ahead or kept for the backward (1e9).",
+    )
+    sub_group: int | None = Field(
+        None,
+        ge=1,
+        description="Stage 3: elements of a rank's share that the optimizer steps at once, with a "
+        "float32 gradient and temporaries for them alone (1e8).",
     )
     leaf_blocks: bool | None = Field(
         None,
@@ -87,8 +97,8 @@ _ONLY_3 = (3,)
 # what a checkpoint holds.
 SAME_NUMBERS = (
     "offload_optimizer offload_parameters overlap_comm reduce_bucket allgather_bucket "
-    "prefetch_bucket persistence_threshold max_live_parameters leaf_blocks partition_size "
-    "accumulation_dtype"
+    "prefetch_bucket persistence_threshold max_live_parameters sub_group leaf_blocks "
+    "partition_size accumulation_dtype"
 ).split()
 # Where DeepSpeed's own configuration has what a key says.
 _RAW = {
@@ -99,7 +109,11 @@ _RAW = {
     "allgather_bucket": ("zero_optimization", "allgather_bucket_size"),
     "prefetch_bucket": ("zero_optimization", "stage3_prefetch_bucket_size"),
     "persistence_threshold": ("zero_optimization", "stage3_param_persistence_threshold"),
-    "max_live_parameters": ("zero_optimization", "stage3_max_live_parameters"),
+    # How many are fetched ahead, and within how many a parameter that comes again is kept.
+    "max_live_parameters": (
+        *("zero_optimization", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    ),
+    "sub_group": ("zero_optimization", "sub_group_size"),
     "leaf_blocks": (
         *("zero_optimization", "leaf_module", "stage3_module_granularity_threshold"),
         "module_granularity_threshold",
@@ -178,9 +192,12 @@ def deepspeed_keys(
         section, *names = _RAW.get(key, ("",))
         if section == "zero_optimization" and names[0] not in keys and key not in own:
             keys[names[0]] = value
+    if zero.max_live_parameters is not None:
+        keys["stage3_max_reuse_distance"] = zero.max_live_parameters
     if stage == 3:
         # DeepSpeed's own linear rounds twice in bf16, once more after the bias: another loss.
         keys["memory_efficient_linear"] = False
+        keys.setdefault("sub_group_size", STEPPED)
     sections: dict[str, dict[str, Any]] = {"zero_optimization": keys}
     if zero.accumulation_dtype is not None:
         sections["data_types"] = {"grad_accum_dtype": zero.accumulation_dtype}

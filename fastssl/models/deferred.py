@@ -73,9 +73,17 @@ class _Operation(NamedTuple):
         args, kwargs = tree_unflatten(given, self.spec)
         return tree_flatten(self.function(*args, **kwargs))[0]
 
+    def places(self) -> list[_Place]:
+        return [x for x in self.given if isinstance(x, _Place)]
+
+    def run_apart(self) -> None:
+        """On memory of its own, for what it does to the generator."""
+        storages = {x.storage: torch.UntypedStorage(x.nbytes) for x in self.places()}
+        self.run([_real(x, storages) for x in self.given])
+
     def overwrites(self, storage: int) -> bool:
         """Whether nothing that the storage held before can be seen after it."""
-        read = [x for x in self.given if isinstance(x, _Place) and x.storage == storage]
+        read = [x for x in self.places() if x.storage == storage]
         called = getattr(self.function, "overloadpacket", self.function)
         name = getattr(called, "__name__", "")
         return name in _OVERWRITE and len(read) == 1 and read[0] in self.changed and read[0].fills()
@@ -109,7 +117,8 @@ class Deferred(TorchDispatchMode):
         self._operations: list[_Operation] = []
         self._of: dict[int, list[int]] = defaultdict(list)  # storage -> its operations' numbers
         self._alive: list[Any] = []  # storages: the address of one that is gone may come again
-        self._draws: dict[int, Tensor | None] = {}  # operation -> the generator's state before it
+        self._draws: dict[int, int] = {}  # operation -> how many draw before it
+        self._states: list[Tensor] = []  # of the generator, before those of _draws, as far as known
         self._began = self._expected = torch.get_rng_state()
         self._inside = contextlib.ExitStack()
 
@@ -201,16 +210,15 @@ class Deferred(TorchDispatchMode):
 
         Raises NotDeferrable for one that was made elsewhere, or in a way that cannot be done later.
         """
-        self._find_draws()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return self._replayed(_place(tensor), len(self._operations))
 
     def check(self, model: nn.Module) -> None:
         """Raise NotDeferrable where a model has a tensor on meta that cannot be made alone, and
-        what was raised inside."""
+        what was raised inside.  Of each kind of draw the smallest is tried."""
         if self.refused is not None:
             raise self.refused
-        self._find_draws()
+        self._try_draws()
         names: dict[int, str] = {}
         for name, tensor in tensors_on_meta(model):
             storage = _storage(tensor)
@@ -238,22 +246,33 @@ class Deferred(TorchDispatchMode):
             raise self._refuse("a constructor seeds torch's generator, or draws at once")
         torch.rand((), device="cpu")
         self._expected = torch.get_rng_state()
-        self._draws[number] = None
+        self._draws[number] = len(self._draws)
 
-    def _find_draws(self) -> None:
-        """Where in the generator's sequence each operation draws: found by drawing all."""
-        if None not in self._draws.values():
-            return
+    def _try_draws(self) -> None:
+        """Whether each operation can draw by itself, and the smallest of each kind does."""
+        smallest: dict[Any, tuple[int, _Operation]] = {}
+        for number in self._draws:
+            operation = self._operations[number]
+            places = operation.places()
+            if any(place not in operation.changed for place in places):
+                raise NotDeferrable("a constructor draws from a distribution of tensors")
+            kind = (operation.function, *(place.dtype for place in places))
+            size = sum(place.nbytes for place in places)
+            if kind not in smallest or size < smallest[kind][0]:
+                smallest[kind] = size, operation
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.set_rng_state(self._began)
-            for number in self._draws:
-                self._draws[number] = torch.get_rng_state()
-                operation = self._operations[number]
-                places = [x for x in operation.given if isinstance(x, _Place)]
-                if any(place not in operation.changed for place in places):
-                    raise NotDeferrable("a constructor draws from a distribution of tensors")
-                storages = {x.storage: torch.UntypedStorage(x.nbytes) for x in places}
-                operation.run([_real(x, storages) for x in operation.given])
+            for _, operation in smallest.values():
+                operation.run_apart()
+
+    def _state_before(self, draw: int) -> Tensor:
+        """Of the generator, before the draw of this number: found by those before it, once."""
+        numbers = [*self._draws]
+        self._states = self._states or [self._began]
+        torch.set_rng_state(self._states[-1])
+        while len(self._states) <= draw:
+            self._operations[numbers[len(self._states) - 1]].run_apart()
+            self._states.append(torch.get_rng_state())
+        return self._states[draw]
 
     def _replayed(self, place: _Place, until: int) -> Tensor:
         """What `place` held before operation number `until`."""
@@ -267,9 +286,11 @@ class Deferred(TorchDispatchMode):
                 if isinstance(leaf, _Place) and leaf.storage != place.storage:
                     leaf = self._replayed(leaf, number)
                 given.append(_real(leaf, {place.storage: storage}))
-            if (state := self._draws.get(number)) is not None:
-                torch.set_rng_state(state)
+            if (draw := self._draws.get(number)) is not None:
+                torch.set_rng_state(self._state_before(draw))
             out = operation.run(given)
+            if draw is not None and draw + 1 == len(self._states):
+                self._states.append(torch.get_rng_state())
             for n, made in operation.made:
                 if made.storage == place.storage:
                     made.view(storage).copy_(out[n])

@@ -33,7 +33,7 @@ _TIMES = {
     "time/on_step": ("teachers, queues", "#e69f00"),
     "time/other": ("other", "#b8c0c8"),
 }
-_MARKED_EVENTS = ("resumed", "extended", "nonfinite", "spike", "collapse")
+_MARKED_EVENTS = ("resumed", "extended", "nonfinite", "spike", "returned", "collapse")
 
 
 @dataclass(frozen=True)

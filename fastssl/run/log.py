@@ -88,6 +88,7 @@ class RunLog:
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`, which a resumed run does again."""
         rows = [row for row in self.rows() if row["step"] <= step]
+        self.bad.clear()
         for row in rows:
             if row["kind"] == "event" and row["what"] == "bad_image":
                 name, _, reason = row["detail"].removeprefix("skipped ").partition(": ")

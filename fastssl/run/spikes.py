@@ -7,6 +7,9 @@ over the last `engine.spike_window` steps that were applied, and without limits 
 many.  1.4826 MAD, the median distance from the median, is the standard deviation of what is
 normally distributed, and a spike that was let through hardly moves it.  All ranks have the same
 numbers, the loss being the mean over ranks, so they come to the same limits.
+
+A stretch is the first and the last of steps that are left out, a spike and `engine.spike_back`
+before it: they are counted, but their batches are not read.
 """
 
 import math
@@ -15,6 +18,8 @@ from statistics import median
 
 from fastssl.engine.config import EngineConfig
 from fastssl.engine.verbs import Limits, Step
+
+Stretch = tuple[int, int]
 
 
 @dataclass
@@ -44,3 +49,37 @@ class Applied:
         if cfg.spike_norm and len(self.norms) >= cfg.spike_window:
             norm = cfg.spike_norm * median(self.norms)
         return Limits(loss, norm)
+
+
+def stretch_of(spike: int, back: int) -> Stretch:
+    """What is left out for a spike at step `spike`, the first step being 1.
+
+    >>> stretch_of(9, 2), stretch_of(2, 5)
+    ((7, 9), (1, 2))
+    """
+    return max(spike - back, 1), spike
+
+
+def is_left_out(step: int, stretches: list[Stretch]) -> bool:
+    return any(first <= step <= last for first, last in stretches)
+
+
+def goes_until(step: int, total: int, stretches: list[Stretch]) -> int:
+    """The last step that is read without a break from after `step` on.
+
+    >>> goes_until(2, 10, [(7, 9), (5, 6)]), goes_until(9, 10, [(7, 9)])
+    (4, 10)
+    """
+    return min([first - 1 for first, _ in stretches if first > step], default=total)
+
+
+def in_a_row(stretches: list[Stretch]) -> int:
+    """How many of the last stretches have no step between them.
+
+    >>> in_a_row([(1, 3), (5, 6), (6, 8), (9, 11)])
+    3
+    """
+    count = min(len(stretches), 1)
+    while count < len(stretches) and stretches[-count - 1][1] >= stretches[-count][0] - 1:
+        count += 1
+    return count

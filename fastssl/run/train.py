@@ -9,6 +9,7 @@ and the step alone, so that a run that was killed and resumed ends with the same
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ from fastssl.run.evaluation import Evaluator
 from fastssl.run.log import LogError, RunLog, Silent, Watch, finite
 from fastssl.run.rehearsal import rehearse
 from fastssl.run.restarts import after_restart
-from fastssl.run.spikes import Applied
+from fastssl.run.spikes import Applied, Stretch, goes_until, in_a_row, is_left_out, stretch_of
 from fastssl.run.summary import count_parameters, summarize, write_summary
 from fastssl.run.trace import traced
 from fastssl.tree import count_rows, map_leaves
@@ -92,6 +93,7 @@ class Progress:
     last: dict[str, float | None] = field(default_factory=dict)  # None: was not finite
     applied: Applied = field(default_factory=Applied)
     collapse: Collapse = field(default_factory=Collapse)
+    left_out: list[Stretch] = field(default_factory=list)  # steps, by going back
 
 
 def pretrain(
@@ -176,7 +178,7 @@ class Run:
         board = self.directory / "tensorboard" if cfg.log.tensorboard else None
         self.scalars = Scalars(board, cfg.engine.deepspeed)
         self.log = RunLog(self.directory, watch, writing=distributed.rank() == 0)
-        self.checkpoints = Checkpoints(self.directory, cfg.checkpoint)
+        self.checkpoints = Checkpoints(self.directory, cfg.checkpoint, cfg.engine.spike_back)
         if cfg.log.breakdown:
             engine.measure()
         self.evaluator = Evaluator(cfg, split, loader.views, engine)
@@ -186,6 +188,7 @@ class Run:
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = cfg.epochs * self.steps_per_epoch
         self.asked_to_stop, self.saved_step = False, 0
+        self.taken_up = False  # from a checkpoint
         self.readers, self.items_begun = loader.new_readers(), 0
         self.saved_at, self.save_after = time.monotonic(), False
         self.stalled, self.warm = "", False  # why no data come; a step is done in this process
@@ -195,9 +198,11 @@ class Run:
     def go(self, command: str) -> dict[str, Any]:
         self.resume()
         self.warn()
-        if self.progress.step == 0:
+        if not self.taken_up:
             self.evaluator.pictures_before(self.directory)
             self.evaluate(self.progress.step)
+            if self.cfg.engine.spike_back:  # its first steps may be gone back from
+                self.save(best=False, begun=False)
         self.watch.begin(self.total, self.progress.step)
         try:
             with _Signals(self), heart.watched(self.cfg.engine.watchdog):
@@ -220,13 +225,14 @@ class Run:
 
     def train(self) -> None:
         """The loop.  Steps are timed from report to report, as the device runs behind the host."""
-        state, engine = self.progress, self.engine
+        engine = self.engine
+        self.pass_over()
         images, since = 0, time.perf_counter()
-        stream = self.loader.stream(state.step, self.total, self.should_stop, self.readers)
-        batches = self.waits = _Waits(stream)
+        batches = self.waits = _Waits(self.stream())
         first = distributed.rank() == 0
         trace = self.directory / "trace.json" if self.cfg.log.profile and first else None
         for batch in traced(self.agreed(batches), trace):
+            state = self.progress
             lr = self.cfg.optim.lr * self.cfg.optim.schedule.factor(state.step, self.total)
             at = state.step / self.total
             self.bad += batch.pop("bad")
@@ -240,8 +246,11 @@ class Run:
             if step.finite and not step.spike:
                 state.skipped_in_row = 0
                 state.applied.add(step, self.cfg.engine)
-            else:
-                self.refuse(batch, self.spike(step) if step.spike else "")
+            elif self.refuse(batch, self.spike(step) if step.spike else ""):
+                if step.stop:
+                    raise self.interrupted()
+                images, since, batches.seconds = 0, time.perf_counter(), 0.0
+                continue
             ends_epoch = state.step % self.steps_per_epoch == 0
             row = None
             if state.step % self.cfg.log.every == 0 or ends_epoch or step.stop:
@@ -250,8 +259,26 @@ class Run:
             self.watch.advance(state.step, row)
             with heart.paused():
                 self.after(ends_epoch, step.stop)
-            if row is not None:
+                passed = self.pass_over()
+            if passed:
+                batches.follow(self.stream())
+            if row is not None or passed:
                 images, since, batches.seconds = 0, time.perf_counter(), 0.0
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """The batches from where the run stands to the next steps that are left out."""
+        start = self.progress.step
+        end = goes_until(start, self.total, self.progress.left_out)
+        return self.loader.stream(start, end, self.should_stop, self.readers)
+
+    def pass_over(self) -> bool:
+        """Count the next steps where they are left out, and do what is due after them."""
+        state, passed = self.progress, False
+        while state.step < self.total and is_left_out(state.step + 1, state.left_out):
+            state.step, state.skipped, passed = state.step + 1, state.skipped + 1, True
+            self.watch.advance(state.step, None)
+            self.after(state.step % self.steps_per_epoch == 0, stop=False)
+        return passed
 
     def step(self, batch: dict[str, Any], lr: float, done: float) -> Step:
         """One step of the engine; in a run's first one what fails is told in a sentence."""
@@ -300,9 +327,10 @@ class Run:
         if heart.starved() and not self.stalled:
             name = self.loader.source.name
             at = [f"process {p} hangs in item {i} ({name(i)})" for p, i in self.readers.busy()]
+            who = f"rank {distributed.rank()} on {socket.gethostname()}"
             self.stalled = (
-                f"rank {distributed.rank()} has waited {heart.limit:g} s for a batch "
-                f"(engine.watchdog): {'; '.join(at) or 'no reader is at an item'}"
+                f"{who} has waited {heart.limit:g} s for a batch (engine.watchdog): "
+                f"{'; '.join(at) or 'no reader is at an item'}"
             )
             self.readers.show()
         return self.asked_to_stop or heart.asked_to_stop or bool(self.stalled)
@@ -367,12 +395,15 @@ class Run:
         if stop and not last:
             raise self.interrupted()
 
-    def save(self, *, best: bool) -> None:
-        """Write a checkpoint of the last finished step, unless there is one; the log before it."""
+    def save(self, *, best: bool, begun: bool = True) -> None:
+        """Write a checkpoint of the last finished step, unless there is one; the log before it.
+
+        begun: false to write one of a run without any.
+        """
         step = self.progress.step
         self.log_bad()
         self.log.sync(step)
-        if best or step > self.saved_step:
+        if best or step > self.saved_step or not begun:
             known = {**asdict(self.progress), "channels": self.split.train.channels}
             self.checkpoints.save(self.engine, step, known, best=best)
             self.saved_step, self.saved_at = step, time.monotonic()
@@ -421,27 +452,58 @@ class Run:
         where = f"at step {self.progress.step} is above {limit:.4g} (engine.{key})"
         return f"the {what} {was:.4g} {where}"
 
-    def refuse(self, batch: dict[str, Any], spike: str = "") -> None:
+    def refuse(self, batch: dict[str, Any], spike: str = "") -> bool:
         """A step that was not finite, or a spike: skip it by leave of the configuration, or end
-        the run."""
-        state = self.progress
+        the run.  Whether the run has gone back, to leave out more steps."""
+        state, cfg = self.progress, self.cfg.engine
         indices = [i for part in distributed.gather_objects(batch["index"].tolist()) for i in part]
         where = spike or f"the loss or a gradient was not finite at step {state.step}"
         some = f"images {indices[:16]}"
         if len(indices) > 16:
             some += f" and {len(indices) - 16} more, all in metrics.jsonl"
+        most, returns = min(cfg.max_skipped, self.total), 0
+        if spike and cfg.spike_back:
+            stretches = [*state.left_out, stretch_of(state.step, cfg.spike_back)]
+            returns = in_a_row(stretches)
+            if returns < most and self.go_back(stretches, f"{where}; {some}", indices):
+                return True
         what = "spike" if spike else "nonfinite"
         self.log.row("event", state.step, what=what, detail=where, images=indices)
-        if spike or self.cfg.engine.on_nonfinite == "skip":
+        if spike or cfg.on_nonfinite == "skip":
             state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
             self.watch.say(f"{where}: step skipped ({some})")
-            if state.skipped_in_row < min(self.cfg.engine.max_skipped, self.total):
-                return
-            where += f", as in {state.skipped_in_row} steps in a row (engine.max_skipped)"
+            if max(state.skipped_in_row, returns) < most:
+                return False
+            many = f"{returns} stretches" if returns >= most else f"{state.skipped_in_row} steps"
+            where += f", as in {many} in a row (engine.max_skipped)"
         self.checkpoints.wait()
         last = self.checkpoints.latest()
         good = self.checkpoints.folder / last if last else "none yet"
         raise NonFinite(f"{where}; {some}; last good checkpoint: {good}")
+
+    def go_back(self, stretches: list[Stretch], why: str, images: list[int]) -> bool:
+        """Take up the newest checkpoint before the last of the stretches, and leave all of them
+        out; false, and nothing done, where there is none."""
+        first, last = stretches[-1]
+        with heart.paused():
+            self.checkpoints.wait()
+            notes: list[str] = []
+            saved = self.checkpoints.load(
+                self.engine, notes, _parsed, seed=self.cfg.seed, until=first - 1
+            )
+            if saved is None:
+                self.watch.say(f"no checkpoint before step {first} to go back to (spike_back)")
+                return False
+            self.checkpoints.forget(saved.step)
+            self.bad, self.save_after = [], False
+            self.take_up(saved, notes)
+            self.progress.left_out = stretches
+            said = f"{why}: gone back to step {saved.step}, steps {first} to {last} are left out"
+            self.log.row("event", saved.step, what="returned", detail=said, images=images)
+            self.watch.say(said)
+            self.pass_over()
+            self.waits.follow(self.stream())
+        return True
 
     def warn(self) -> None:
         """Say what a user might not expect of this configuration."""
@@ -484,8 +546,7 @@ class Run:
         if self.cfg.resume == "never":
             return
         notes: list[str] = []
-        parse = TypeAdapter(Progress).validate_python
-        saved = self.checkpoints.load(self.engine, notes, parse, seed=self.cfg.seed)
+        saved = self.checkpoints.load(self.engine, notes, _parsed, seed=self.cfg.seed)
         if saved is None and notes and self.cfg.begins_from_weights():
             raise CheckpointError(
                 f"no checkpoint in {self.checkpoints.folder} is intact ({notes[0]}), and the model "
@@ -501,11 +562,9 @@ class Run:
                 f"epochs={self.cfg.epochs} is {self.total} steps, and the run is at step "
                 f"{saved.step} already: give more epochs"
             )
-        self.progress, self.saved_step = saved, saved.step
         self.place.begin()
-        self.log.cut(self.progress.step)
-        for note in notes:
-            self.log.event(self.progress.step, "damaged", note)
+        self.taken_up = True
+        self.take_up(saved, notes)
         said = [f"resumed at step {self.progress.step}", *self.checkpoints.notes]
         self.log.event(self.progress.step, "resumed", ", ".join(said))
         if self.place.before is not None:
@@ -514,6 +573,18 @@ class Run:
             )
             if longer:
                 self.log.event(self.progress.step, "extended", longer)
+
+    def take_up(self, saved: Progress, notes: list[str]) -> None:
+        """Stand where a checkpoint does."""
+        self.progress, self.saved_step = saved, saved.step
+        if not distributed.from_first(self.checkpoints.has_best):
+            saved.best = None
+        self.log.cut(saved.step)
+        for note in notes:
+            self.log.event(saved.step, "damaged", note)
+
+
+_parsed = TypeAdapter(Progress).validate_python
 
 
 class _Waits:
@@ -524,6 +595,10 @@ class _Waits:
 
     def __iter__(self) -> "_Waits":
         return self
+
+    def follow(self, batches: Iterator[dict[str, Any]]) -> None:
+        """Go on with other ones: the readers of those before end."""
+        self.batches = batches
 
     def __next__(self) -> dict[str, Any]:
         since = time.perf_counter()

@@ -42,7 +42,7 @@ TUNED: list[tuple[int, str, dict[str, Any]]] = [
     (2, "fp32", {"offload_optimizer": "cpu"}),
     (3, "fp32", {"leaf_blocks": False, "overlap_comm": True, "max_live_parameters": 1000}),
     (1, "bf16", {"accumulation_dtype": "fp32"}),
-    (3, "bf16", {"persistence_threshold": 0, "bf16_masters": True}),
+    (3, "bf16", {"persistence_threshold": 0, "bf16_masters": True, "sub_group": 900}),
     (3, "fp32", {"persistence_threshold": 0, "prefetch_bucket": 5000, "partition_size": 2}),
 ]
 TWO = {"accumulation": 2, "micro_batchnorm": True}

@@ -509,7 +509,9 @@ def test_what_zero_is_told_reaches_deepspeed():
     assert (made.offload_optimizer.device, made.offload_param.device) == ("cpu", "cpu")
     assert made.overlap_comm and made.zero_quantized_weights and made.zero_quantized_gradients
     numbers = made.reduce_bucket_size, made.prefetch_bucket_size, made.param_persistence_threshold
-    assert (*numbers, made.max_live_parameters, made.zero_hpz_partition_size) == (11, 12, 13, 14, 2)
+    numbers += made.max_live_parameters, made.max_reuse_distance, made.zero_hpz_partition_size
+    assert numbers == (11, 12, 13, 14, 14, 2)
+    assert "stage3_max_reuse_distance" not in keys({})["zero_optimization"]
     bf16 = keys({"bf16_masters": True, "allgather_bucket": 15, "accumulation_dtype": "bf16"}, 2)
     assert DeepSpeedZeroConfig(**bf16["zero_optimization"]).allgather_bucket_size == 15
     assert bf16["bf16"] == {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}

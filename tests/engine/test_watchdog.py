@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastssl.engine.watchdog import DATA, SAVING, STEP, Heart, heart, verdict
 from tests.ranks import start
 
 LIMIT = 2.0
+HOST = socket.gethostname()
 
 
 def hangs_here():
@@ -61,16 +63,17 @@ def test_ranks_that_hang_end_and_name_the_one_that_holds_them_up(tmp_path):
     assert codes == [6, 6]
     for rank in (0, 1):
         assert (
-            f"rank {rank}: nothing has moved for 2 s (engine.watchdog): rank 1 is in " in said[rank]
+            f"rank {rank}: nothing has moved for 2 s (engine.watchdog): rank 1 on {HOST} is in "
+            in said[rank]
         )
         assert "the step (step 4), and the others wait for it" in said[rank]
-    assert "rank 0 is in a collective (all_reduce) (step 4)" in said[0]
-    assert "rank 1 is in the step (step 4)" in said[1] and "hangs_here" in said[1]
+    assert f"rank 0 on {HOST} is in a collective (all_reduce) (step 4)" in said[0]
+    assert f"rank 1 on {HOST} is in the step (step 4)" in said[1] and "hangs_here" in said[1]
 
 
 def test_a_rank_that_is_stopped_does_not_answer(tmp_path):
     codes, said = run("stops", tmp_path)
-    assert codes[0] == 6 and "rank 1 does not answer" in said[0]
+    assert codes[0] == 6 and f"rank 1 on {HOST} does not answer" in said[0]
 
 
 def test_a_rank_that_is_slow_but_moves_is_waited_for(tmp_path):
@@ -123,13 +126,19 @@ def said(step=4, beats=0, place=STEP, waits=False):
 @pytest.mark.parametrize(
     "ranks, words",
     [
-        ([said(waits=True), None, said()], "rank 1 does not answer"),
+        ([said(waits=True), None, said()], "rank 1 on b does not answer"),
         ([said()], "in the step .step 4."),
-        ([said(waits=True), said(), said()], r"one of the ranks \[1, 2\] is in the step"),
+        ([said(waits=True), said(), said()], r"one of the ranks \[1, 2\] on b is in the step"),
+        (
+            [said(), *[said(waits=True)] * 9, *[None] * 9],
+            r"one of the ranks \[.*\] on k,.*, r and others does",
+        ),
         ([said(waits=True), said(waits=True, beats=1)], "rank 0 is behind"),
-        ([said(waits=True), said(3, waits=True, beats=1)], "rank 1 is behind"),
+        ([said(waits=True), said(3, waits=True, beats=1)], "rank 1 on b is behind"),
         ([said(), said()], "every rank is in the step"),
     ],
 )
 def test_the_culprit_is_named_where_it_can_be_known(ranks, words):
-    assert re.search(f"for 7 s .*: {words}", verdict(dict(enumerate(ranks)), 7))
+    """Of rank 0 no host is known."""
+    hosts = {1: "b", 2: "b"} | {n: chr(ord("a") + n) for n in range(3, 19)}
+    assert re.search(f"for 7 s .*: {words}", verdict(dict(enumerate(ranks)), 7, hosts))

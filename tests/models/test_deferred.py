@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -16,6 +17,7 @@ from timm.models import _hub
 from torch import nn
 
 from fastssl.engine import launch
+from fastssl.engine import materialize as materializing
 from fastssl.engine.config import EngineConfig, EngineError
 from fastssl.engine.engine import Engine
 from fastssl.engine.materialize import materialize
@@ -30,7 +32,7 @@ from fastssl.models import (
     read_weights,
     timm_weights,
 )
-from fastssl.models.deferred import Deferred, NotDeferrable, tensors_on_meta
+from fastssl.models.deferred import Deferred, NotDeferrable, _Operation, tensors_on_meta
 from fastssl.run import build as building
 from fastssl.run.train import pretrain
 from tests.ranks import run_ranks
@@ -112,6 +114,14 @@ def test_each_tensor_made_alone_is_what_the_constructor_would_have_made(weights)
         assert made.dtype == whole[name].dtype and made.stride() == whole[name].stride()
         assert made.equal(whole[name]), name
     assert torch.get_rng_state().equal(before)
+
+
+def test_to_check_a_model_is_to_draw_the_smallest_of_each_kind(monkeypatch):
+    drawn = []
+    apart = lambda operation: drawn.append(operation.places()[0].size)  # noqa: E731
+    monkeypatch.setattr(_Operation, "run_apart", apart)
+    built(lambda: [nn.Linear(9, 50), nn.Linear(2, 7), nn.Embedding(3, 2)][0])
+    assert drawn == [(7,), (3, 2)]
 
 
 def test_weights_are_read_as_they_are_asked_for(weights, tmp_path, monkeypatch):
@@ -294,8 +304,12 @@ def on_a_rank(rank: int, world: int, weights: Path) -> list:
         model = Everything(weights)
     ids = [id(p) for p in model.parameters()]
     zero = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    trims: list[int] = []
+    materializing._LITTLE, materializing.trim = 1, lambda: trims.append(1)
+    later = len([*tensors_on_meta(model)])
     with launch.session("cpu") as device:
         materialize(model, deferred, device, torch.bfloat16, zero)
+        assert len(trims) == later + 1
         assert [id(p) for p in model.parameters()] == ids
         held = {name: (p.numel(), p.ds_tensor.numel()) for name, p in model.named_parameters()}
         with launch.deepspeed().zero.GatheredParameters([*model.parameters()]):
@@ -311,6 +325,17 @@ def test_stage_3_cuts_each_parameter_as_it_is_made(weights):
         assert known == frozen_as(model.frozen) != ""
         torch.testing.assert_close(gathered, whole, rtol=0, atol=0)
         assert held == {name: (0, -(-p.numel() // 2)) for name, p in whole.items()}
+
+
+def test_what_is_free_between_tensors_is_given_back():
+    """Once a block of 30 MB has been freed malloc keeps those that are smaller."""
+    rss = psutil.Process().memory_info
+    torch.ones(30 << 20, dtype=torch.uint8)
+    made = [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(80)]
+    del made[::2]
+    before = rss().rss
+    materializing.trim()
+    assert before - rss().rss > 100 << 20
 
 
 def test_a_parameter_that_stage_3_cannot_cut_is_named():

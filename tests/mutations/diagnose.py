@@ -9,10 +9,12 @@ TESTS = {
     "diagnose/hardware": (PLAN, "makers or by_hand or refusals or would_be"),
     "diagnose/replay": (PLAN, "kind_of_operator"),
     "diagnose/plan": (PLAN, "refusals or micro_batches_do or command or not_be_there"),
+    "diagnose/bottleneck": ("tests/test_bottleneck.py", "or_none"),
     "distributed": (PLAN, "of_all_ranks"),
 }
 
 MUTATIONS = {  # place: (what stands in it or below, what it becomes)
+    "diagnose/bottleneck._prepare": [("with distributed.alike():", "if True:")],
     "diagnose/memory.memory": [
         ("cut = W if stage == 3 else 1", "cut = W if stage == 2 else 1"),
         ("share = T / W if stage else T", "share = T / W"),
@@ -20,6 +22,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("masters = 4 * share if half or stage else 0", "masters = 4 * share if stage else 0"),
         ("full = b if on_cpu", "full = zero.bucket if on_cpu"),
         ("lower = 0 if stage == 3", "lower = w if stage == 3"),
+        ("zero.stepped + sizes.largest / W", "zero.stepped"),
         ("max(b, sizes.largest)", "b"),
         ("most = T if rule.whole", "most = T if not rule.whole"),
         ("(grads if not zero.cuts else 0)", "0"),

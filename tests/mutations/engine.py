@@ -7,7 +7,8 @@ TESTS = {
     "engine/checkpoint": (
         "tests/train/test_damage.py tests/train/test_train.py tests/engine/test_tensor_files.py",
         "written_meanwhile or full_disk or not_finite or executes or whole_and_of or is_code"
-        " or newest_and_the_best or directory_in or reader_that_dies or of_two_processes",
+        " or newest_and_the_best or directory_in or reader_that_dies or of_two_processes"
+        " or is_no_best or goes_back",
     ),
     "engine/encoders": (
         "tests/engine/test_tensor_files.py tests/test_cli.py",
@@ -15,7 +16,7 @@ TESTS = {
     ),
     "engine/tensor_files": ("tests/engine/test_tensor_files.py", ""),
     "engine/states": ("tests/engine/test_states.py", ""),
-    "engine/materialize": ("tests/models/test_deferred.py", "cuts_each or however"),
+    "engine/materialize": ("tests/models/test_deferred.py", "cuts_each or however or given_back"),
     "engine/shards": ("tests/engine/test_states.py", "ranges"),
     "engine/fragments": (f"{ENGINE} {STATES}", "zero_3_keeps_whole or that_is_cut or moves_bet"),
     "engine/networks": (
@@ -87,6 +88,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("elif len(slow) < len(heard)", "elif False"),
         ("if silent:", "if False:"),
     ],
+    "engine/watchdog._named": [
+        ("if rank in hosts", "if True"),
+        ("names[:_MOST]", "names"),
+        ("dict.fromkeys(", "tuple("),
+    ],
     "engine/watchdog.end": [("os._exit(EXIT)", "os._exit(1)"), ("child.kill()", "child")],
     "engine/engine.close": [("self.ds.destroy()", "pass")],
     "engine/engine._agree": [
@@ -112,9 +118,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('if trainer["world"] == world:', 'if trainer["world"]:'),
         ("seed, trainer", "0, trainer"),
     ],
-    "engine/checkpoint.names": [("reverse=True", "reverse=False")],
+    "engine/checkpoint.names": [("reverse=True", "reverse=False"), ("n <= _name", "n < _name")],
+    "engine/checkpoint.forget": [("if not self.has_best()", "if False")],
     "engine/checkpoint.check": [('("best", "latest")', '("best", "best")')],
     "engine/checkpoint._prune": [
+        ("step - self.back", "step"),
         ("names()[: self", "names()[0 : 2 * self"),
         ("if best.is_file():", "if best.is_dir():"),
         ("if name not in keep", "if name in keep"),
@@ -123,7 +131,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("AttributeError, RecursionError", "AttributeError"),
         ("KeyError, TypeError", "KeyError"),
         ("type(step) is not int or", "False or"),
-        ('path.name != f"step', 'path.name == f"step'),
+        ("path.name != _name", "path.name == _name"),
         ("if f.is_symlink() or not f.is_dir()", "if f.is_file()"),
         ('- {"manifest.json", *sums}', '- {"manifest.json", *there}'),
         ("|= {*named(file, sums)}", "|= set()"),
@@ -186,6 +194,11 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("_check_kept(buffer", "(lambda *a: None)(buffer"),
     ],
     "engine/states._check_kept": [("if tensor.dtype not in", "if tensor.dtype in ()")],
+    "engine/materialize.materialize": [
+        ("made = 0\n            trim()", "made = 0"),
+        ("[tensor])\n    trim()", "[tensor])"),
+    ],
+    "engine/materialize.trim": [("trim(0)", "trim")],
     "engine/materialize._take_fingerprints": [
         ("if not frozen_as(network)", "if False"),
         ("distributed.broadcast_object(found)", "found"),

@@ -54,11 +54,17 @@ MUTATIONS = {
         ("if not self._draws", "if True"),
         ('torch.rand((), device="cpu")', "None"),
     ],
-    "models/deferred._find_draws": [
+    "models/deferred._try_draws": [
         ("place not in operation.changed", "False"),
-        ("= torch.get_rng_state()", "= self._began"),
+        ("size < smallest", "size > smallest"),
+        ("operation.run_apart()", "pass"),
+    ],
+    "models/deferred._state_before": [
+        ("append(torch.get_rng_state())", "append(self._began)"),
+        ("self._states[-1]", "self._began"),
     ],
     "models/deferred._replayed": [
+        ("draw + 1 == len(self._states)", "draw is not None"),
         ("if n < until", ""),
         ("leaf.storage != place.storage", "True"),
     ],

@@ -8,7 +8,7 @@ TESTS = {
         f"{TRAIN} tests/train/test_resume.py tests/methods/test_methods.py {DATA}",
         "skipping_ends or never_the_best or rank_leaves or signals_ask or one_image or padding"
         " or short_batch or not_come or no_trace or by_the_clock or with_its_weights"
-        " or first_rank_says or second_interrupt",
+        " or first_rank_says or second_interrupt or goes_back or no_way_back or is_no_best",
     ),
     "run/build": (
         f"tests/methods/test_methods.py {DATA} tests/test_plugins.py tests/models/test_deferred.py"
@@ -23,7 +23,7 @@ TESTS = {
     ),
     "run/evaluation": (DATA, "mostly_bad"),
     "run/collapse": ("tests/train/test_collapse.py", "sentence or lasts or must_last"),
-    "run/spikes": (TRAIN, "whole_window"),
+    "run/spikes": (f"{TRAIN} fastssl/run/spikes.py", "whole_window or goes_back or spikes"),
     "run/restarts": ("tests/train/test_restarts.py", "nothing_else"),
     "run/trace": ("tests/engine/test_engine.py", "breakdown"),
     "run/log": (TRAIN, "log_is_json or skipping_ends"),
@@ -74,6 +74,24 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("max(spread, abs(middle) / 100)", "spread"),
         ("1.4826 * median", "1.4826 * max"),
     ],
+    "run/spikes.stretch_of": [("spike - back", "spike - back + 1")],
+    "run/spikes.is_left_out": [("step <= last", "step < last")],
+    "run/spikes.goes_until": [("if first > step", "if first >= step")],
+    "run/spikes.in_a_row": [("[0] - 1", "[0]")],
+    "run/train.stream": [("self.progress.left_out)", "[])")],
+    "run/train.pass_over": [
+        (
+            "state.skipped, passed = state.step + 1, state.skipped + 1",
+            "0, passed = state.step + 1, 0",
+        ),
+        ("% self.steps_per_epoch == 0", "< 0"),
+    ],
+    "run/train.go_back": [
+        ("until=first - 1", "until=first"),
+        ("self.checkpoints.forget(saved.step)", "None"),
+        ("self.waits.follow(self.stream())", "None"),
+    ],
+    "run/train.take_up": [("self.log.cut(saved.step)", "None"), ("saved.best = None", "None")],
     "run/restarts.after_restart": [
         ('if cfg.resume == "never" else cfg.resume', "if True else 0"),
         ('"overwrite": False', '"overwrite": cfg.overwrite'),
@@ -96,7 +114,10 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ("distributed.from_first(", "(lambda look: look())("),
         (".latest() is not None", " is not None"),
     ],
-    "run/train.go": [("if self.checkpoints.writing()", "if not self.checkpoints.writing()")],
+    "run/train.go": [
+        ("if not self.taken_up", "if True"),
+        ("if self.checkpoints.writing()", "if not self.checkpoints.writing()"),
+    ],
     "run/train.resume": [("and self.cfg.begins_from_weights()", "and False")],
     "run/train.improves": [
         ("or not math.isfinite", "or math.isnan(0) and math.isfinite"),
@@ -104,8 +125,9 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
         ('if name == "loss"', 'if name != "loss"'),
     ],
     "run/train.refuse": [
-        ("state.skipped_in_row < min(", "state.skipped_in_row <= min("),
-        ("min(self.cfg", "max(self.cfg"),
+        ("state.skipped_in_row, returns) < most", "state.skipped_in_row, returns) <= most"),
+        ("state.skipped_in_row, returns) <", "state.skipped_in_row, 0) <"),
+        ("min(cfg.max_skipped", "max(cfg.max_skipped"),
         ("state.skipped + 1", "state.skipped"),
         ("images=indices", "images=indices[:16]"),
         ('if last else "none yet"', "if not last else last"),

@@ -13,6 +13,7 @@ from fastssl.report import read_metrics
 from fastssl.run.train import pretrain
 from tests.ranks import run_ranks
 from tests.runs import losses, tiny, without_pictures
+from tests.train.test_train import poison, spike
 
 WHOLE = "3, uncut"  # parameters this small are whole on every rank, beside their pieces
 RUNS: dict[
@@ -60,6 +61,7 @@ def train_all(rank: int, world: int, folder: str):
     if world > 1:
         for method, stage in RESUMED:
             done[f"resumed-{method}-{stage}"] = resumed(rank, method, stage, folder)
+        done["back"] = gone_back(rank, Path(folder))
         for method, before, after in MOVED:
             cfg = moved(rank, configuration(method, before, Path(folder), 1), folder)
             engine = cfg.engine.model_copy(update={"zero_stage": after})
@@ -81,6 +83,25 @@ def resumed(rank: int, method: str, stage: int | str, folder: str):
     barrier()
     pretrain(cfg.model_copy(update={"resume": "auto"}))
     return before, losses(cfg)
+
+
+def gone_back(rank: int, folder: Path):
+    """Losses of a run that goes back from a spike of the second rank's, and of one whose steps 5 to
+    7 are skipped."""
+    back = {"spike": 20.0, "spike_window": 4, "spike_back": 2}
+    found = []
+    for name, keys in {"back": back, "skipped": {"on_nonfinite": "skip"}}.items():
+        cfg = configuration("mae", 3, folder, 2)
+        engine = cfg.engine.model_copy(update=keys)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "skipped":
+                poison(patch, 5, 6, 7)
+            elif rank == 1:
+                spike(patch, 7, 100.0)
+            pretrain(cfg.model_copy(update={"name": name, "engine": engine}))
+        rows = read_metrics(folder / name / "metrics.jsonl")
+        found.append([row["loss"] for row in rows if row["kind"] == "train"])
+    return found
 
 
 def moved(rank: int, cfg: RunConfig, folder: str) -> RunConfig:
@@ -119,6 +140,11 @@ def test_loss_curve_of_two_ranks_is_that_of_one(trained, method, stage):
 def test_two_ranks_resume_to_the_last_bit(trained, method, stage):
     before, after = trained[1][2][0][f"resumed-{method}-{stage}"]
     assert len(after) == 10 and after == before
+
+
+def test_two_ranks_go_back_together(trained):
+    back, skipped = trained[1][2][0]["back"]
+    assert len(back) == 7 and back == skipped[:4] + skipped[7:]
 
 
 @pytest.mark.parametrize("method, before, _", MOVED)

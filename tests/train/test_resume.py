@@ -1,7 +1,9 @@
 """A run that was stopped and resumed ends with the same bits as one that never stopped."""
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -119,7 +121,8 @@ def test_data_that_do_not_come_end_a_run_once_it_is_saved(workers, tmp_path, mon
     monkeypatch.setattr(train, "rehearse", lambda *given: None)
     monkeypatch.setattr(ArrayImages, "item", stalls_here)
     named = (
-        r"rank 0 has waited 1 s for a batch \(engine.watchdog\): process \d+ hangs in item \d+ \("
+        rf"rank 0 on {re.escape(socket.gethostname())} has waited 1 s for a batch "
+        r"\(engine.watchdog\): process \d+ hangs in item \d+ \("
     )
     with pytest.raises(Stalled, match=named + r".*; stopped at step 2 of 10; the state") as caught:
         pretrain(cfg)

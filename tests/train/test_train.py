@@ -11,6 +11,7 @@ import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,15 +168,15 @@ def test_padding_is_in_no_loss_and_no_count(name, tmp_path, monkeypatch):
         np.testing.assert_allclose(losses(cfg), losses(whole), rtol=1e-5)
 
 
-def poison(monkeypatch, step):
-    """Make the loss of one step infinite, as a bad batch would."""
+def poison(monkeypatch, *steps):
+    """Make the loss of some steps infinite, as a bad batch would."""
     loss, seen = MAE.loss, []
 
     def bad(self, encoded, batch):
         if len(batch["index"]) > rehearsal.ROWS:
             seen.append(1)
         out = loss(self, encoded, batch)
-        return {"loss": out["loss"] * (float("inf") if len(seen) == step else 1.0)}
+        return {"loss": out["loss"] * (float("inf") if len(seen) in steps else 1.0)}
 
     monkeypatch.setattr(MAE, "loss", bad)
 
@@ -251,6 +252,58 @@ def test_a_spike_leaves_no_trace_and_a_resumed_run_knows_what_came_before(
     assert final(cfg) == whole
 
 
+def test_a_run_goes_back_from_a_spike_and_leaves_out_what_led_to_it(tmp_path, monkeypatch):
+    """It is the run whose steps 5 to 7 were skipped, also when it is killed and taken up; the one
+    checkpoint that is kept would be that of step 5."""
+    keys = {"engine__spike": 20.0, "engine__spike_window": 4, "engine__spike_back": 2}
+    other = tiny("mae", tmp_path, name="other", engine__on_nonfinite="skip")
+    cfg = tiny("mae", tmp_path, **keys, checkpoint__keep=1, checkpoint__best="loss")
+    with monkeypatch.context() as patch:
+        poison(patch, 5, 6, 7)
+        pretrain(other)
+    with monkeypatch.context() as patch:
+        spike(patch, 7, 100.0)
+        results = pretrain(cfg)
+    assert results["train"]["skipped_steps"] == 3
+    rows = [[row for row in final(c) if row["step"] not in (5, 6, 7)] for c in (cfg, other)]
+    assert rows[0] == rows[1] and len(rows[0]) == 1 + 7 + 1
+    (event,) = [r for r in read_metrics(cfg.directory / "metrics.jsonl") if r["kind"] == "event"]
+    assert (event["what"], event["step"], len(event["images"])) == ("returned", 0, 24)
+    assert event["detail"].startswith("the loss") and "at step 7 is above" in event["detail"]
+    assert event["detail"].endswith("gone back to step 0, steps 5 to 7 are left out")
+    saved = json.loads((cfg.directory / "checkpoints/step-00000010/trainer.json").read_text())
+    assert saved["left_out"] == [[5, 7]]
+    whole = final(cfg)
+    shutil.rmtree(cfg.directory / "checkpoints/step-00000010")  # in the midst of the three is one
+    assert (cfg.directory / "checkpoints/best").read_text() == "step-00000010"
+    pretrain(cfg.model_copy(update={"resume": "auto"}))
+    assert final(cfg) == whole
+
+
+@pytest.mark.parametrize("best, stays", [(5, True), (10, False)])
+def test_a_best_one_that_is_undone_is_no_best(best, stays, run):
+    kept = Checkpoints(run.directory, run.checkpoint)
+    (kept.folder / "best").write_text(f"step-{best:08d}")
+    kept.forget(5)
+    assert kept.names() == [(kept.folder / "latest").read_text()] == ["step-00000005"]
+    assert (kept.folder / "best").exists() == stays
+    log = RunLog(run.directory, Silent(), writing=True)
+    stub: Any = SimpleNamespace(checkpoints=kept, log=log)
+    Run.take_up(stub, Progress(step=5, best=0.3), [])
+    assert stub.progress.best == (0.3 if stays else None) and stub.saved_step == 5
+
+
+def test_where_there_is_no_way_back_a_spike_is_left_out_alone(run, monkeypatch):
+    """Of a run that was begun without spike_back: its one checkpoint is that of step 5."""
+    shutil.rmtree(run.directory / "checkpoints/step-00000010")
+    keys = {"spike": 20.0, "spike_window": 4, "spike_back": 5, "max_skipped": 2}
+    cfg = run.model_copy(update={"engine": run.engine.model_copy(update=keys), "resume": "auto"})
+    spike(monkeypatch, 10, 100.0, begun=5)
+    pretrain(cfg)
+    rows = read_metrics(cfg.directory / "metrics.jsonl")
+    assert [r["step"] for r in rows if r.get("what") in ("spike", "returned")] == [10]
+
+
 def test_limits_stand_on_a_whole_window_and_one_outlier_hardly_moves_them():
     cfg, seen = EngineConfig(spike=2.0, spike_norm=3.0, spike_window=5), Applied()
     for loss in (9.0, 1.0, 3.0, 900.0, 2.0, 4.0):
@@ -283,6 +336,11 @@ def test_skipping_ends_after_so_many_steps_in_a_row(tmp_path):
     Stub.progress.skipped_in_row = 2
     Stub.cfg = tiny("mae", tmp_path, engine__max_skipped=3)
     with pytest.raises(NonFinite, match="^the loss is high, as in 3 steps"):
+        Run.refuse(Stub, batch, "the loss is high")
+    Stub.progress.left_out = [(1, 3), (4, 6)]  # the next one is that of the steps 5 to 7
+    Stub.progress.skipped_in_row, Stub.progress.step = 0, 7
+    Stub.cfg = tiny("mae", tmp_path, engine__max_skipped=3, engine__spike=9, engine__spike_back=2)
+    with pytest.raises(NonFinite, match="^the loss is high, as in 3 stretches in a row"):
         Run.refuse(Stub, batch, "the loss is high")
     Stub.progress.skipped_in_row, Stub.total = 0, 1  # of a run that is shorter
     Stub.cfg = tiny("mae", tmp_path, engine__on_nonfinite="skip")
