@@ -19,7 +19,7 @@ from fastssl.schedules.config import at
 
 from .base import Batch, Method
 from .configs import DINOConfig
-from .teachers import Clock, Targets
+from .teachers import Clock, Targets, watched
 from .views import encode_views, global_views, others
 
 
@@ -40,7 +40,7 @@ class DINO(Method):
         return self.student[0]
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher.model.get_submodule("0"), "encoder": self.encoder}
+        return {"teacher": self.teacher.model.get_submodule("0"), "student": self.encoder}
 
     def features(self, images: Tensor) -> Tensor:
         """The teacher's."""
@@ -62,8 +62,9 @@ class DINO(Method):
         temp = at(self.cfg.teacher_temp, self.clock.progress)
         center, pairs = self.assign.of(teacher, temp), others(batch["views"])
         loss = cross_entropies(student, teacher, center, pairs, (self.cfg.student_temp, temp))
+        told = watched(encoded[:1], teacher[0], temp, center)
         kept = self.assign.kept(teacher)
-        return {"loss": loss / sum(map(sum, pairs)), "keep": kept}
+        return {"loss": loss / sum(map(sum, pairs)), **told, "keep": kept}
 
     def on_step(self, keep: Any, progress: float) -> None:
         self.clock.progress = progress

@@ -28,9 +28,10 @@ from fastssl.models import EMA, DINOHead, drop_samples, still
 from fastssl.random import hashes, uniform
 from fastssl.schedules.config import at
 
+from . import watch
 from .base import Batch, Encoded, Method
 from .configs import DINOv2Config
-from .teachers import Clock, Targets, class_tokens, packed
+from .teachers import Clock, Targets, class_tokens, packed, watched
 from .views import encode_views, global_views, others
 
 
@@ -63,7 +64,7 @@ class DINOv2(Method):
         return self.student["masked"].vit  # type: ignore[return-value]
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher.model.get_submodule("masked.vit"), "encoder": self.encoder}
+        return {"teacher": self.teacher.model.get_submodule("masked.vit"), "student": self.encoder}
 
     def features(self, images: Tensor) -> Tensor:
         """The teacher's class tokens."""
@@ -140,9 +141,9 @@ class DINOv2(Method):
         with torch.no_grad():
             taught = encode_views(teacher.get_submodule("head"), batch["targets"]["views"])
         views = self.compared(batch)
-        center, pairs = self.assign.of(taught, temp), self.pairs(views)
+        centers, pairs = [self.assign.of(taught, temp)], self.pairs(views)
         terms = sum(map(sum, others(views)))
-        dino = cross_entropies(student, taught, center, pairs, temps) / terms
+        dino = cross_entropies(student, taught, centers[0], pairs, temps) / terms
 
         count = batch["count"]
         rows, weight = packed(
@@ -155,15 +156,19 @@ class DINOv2(Method):
             there = (weight > 0).to(some)
             wanted = batch["targets"]["patches"].flatten(0, 1)[rows]
             wanted = teacher.get_submodule(head)(wanted) * there[:, None]
-        center = self.assign_patches.of([wanted], temp, there)
-        ibot = cross_entropies([patches], [wanted], center, [[1.0]], temps, weight)
+        centers += [self.assign_patches.of([wanted], temp, there)]
+        ibot = cross_entropies([patches], [wanted], centers[1], [[1.0]], temps, weight)
 
         koleo = dino.new_zeros(())
         for g in global_views(views) if cfg.koleo_weight else ():
             koleo = koleo + self.koleo(encoded["views"][g])
         loss = cfg.dino_weight * dino + cfg.ibot_weight * ibot + cfg.koleo_weight * koleo
+        losses = {"loss": loss, "dino_loss": dino, "ibot_loss": ibot, "koleo_loss": koleo}
+        told = watched(encoded["views"][:1], taught[0], temp, centers[0])
+        of_patches = watch.of_teacher(wanted[: watch.ROWS], temp, centers[1])
+        told = {**watch.prefixed("dino", told), **watch.prefixed("patch", of_patches)}
         kept = [self.assign.kept(taught), self.assign_patches.kept([wanted], there.sum())]
-        return {"loss": loss, "dino": dino, "ibot": ibot, "koleo": koleo, "keep": kept}
+        return {**losses, **told, "keep": kept}
 
     def pairs(self, views: list[Tensor]) -> list[list[float]]:
         """The weight of each view's cross-entropy with each global view."""

@@ -79,7 +79,7 @@ class DINOv3(DINOv2):
             return out
         x, y = (z.flatten(0, 1) for z in (encoded["all"], batch["targets"]["gram"]))
         distance = gram_distance(x, y).mean()
-        return {**out, "loss": out["loss"] + self.anchored * distance, "gram": distance}
+        return {**out, "loss": out["loss"] + self.anchored * distance, "gram_loss": distance}
 
     def pairs(self, views: list[Tensor]) -> list[list[float]]:
         weight, chosen = at(self.cfg.local_weight, self.clock.progress), global_views(views)

@@ -13,6 +13,7 @@ from fastssl.kernels import sinkhorn
 from fastssl.losses.dino import mean_of_all, moved
 from fastssl.models import MaskedViT
 
+from . import watch
 from .configs import Assignment
 
 
@@ -69,6 +70,15 @@ class Targets(nn.Module):
             mean, rows = mean_of_all(part.sum(0), None)
             mean = torch.where(rows > 0, mean, self.center)
             self.center = moved(self.center, mean, self.momentum)
+
+
+def watched(
+    embeddings: Sequence[Tensor], scores: Tensor, temp: float, center: Tensor
+) -> dict[str, Tensor]:
+    """What tells of collapse, of a teacher's scores (R, K): of 256 rows, as all would be as much
+    work as the loss."""
+    told = watch.of_teacher(scores[: watch.ROWS], temp, center)
+    return {**watch.of_embeddings(*embeddings), **told}
 
 
 def class_tokens(encoder: nn.Module, method: str) -> MaskedViT:

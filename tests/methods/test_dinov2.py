@@ -59,7 +59,7 @@ def ours(rank, world, form):
             for p in trained.values():
                 p -= RATE * p.grad
         method.on_step(out["keep"], 0.0)
-        terms = {k: out[k].detach() for k in ("loss", "dino", "ibot", "koleo")}
+        terms = {k: out[k].detach() for k in ("loss", "dino_loss", "ibot_loss", "koleo_loss")}
         seen.append((terms, grads))
     return seen, method.state_dict()
 
@@ -113,8 +113,8 @@ def test_a_whole_step_is_that_of_the_formulas(form, world):
     for rank, (mine, after) in enumerate(ranks):
         for (terms, grads), (wanted, by_name) in zip(mine, seen, strict=True):
             for name, value in terms.items():
-                want = wanted[rank][name]
-                if name != "koleo" or form == "sinkhorn":
+                want = wanted[rank][name if name == "loss" else name.removesuffix("_loss")]
+                if name != "koleo_loss" or form == "sinkhorn":
                     torch.testing.assert_close(value.double(), want, **close)
             assert grads.keys() == by_name.keys()
             for name, grad in grads.items():
@@ -161,7 +161,7 @@ def test_a_batch_without_hidden_patches_counts_as_nothing(form):
     prepared = method.prepare(batch)
     prepared["count"].zero_()
     out = method(prepared, "prepared")
-    assert out["ibot"] == 0 and torch.isfinite(out["loss"])
+    assert out["ibot_loss"] == 0 and torch.isfinite(out["loss"])
     out["loss"].backward()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
     method.on_step(out["keep"], 0.0)
@@ -194,7 +194,7 @@ def test_dinov3_anchors_similarities_among_patches():
     out = ours(batch, "prepared")
     without = {**batch, "views": [*batch["views"][:2], *batch["views"][4:]]}
     small = plain(without, "prepared")
-    torch.testing.assert_close(out["dino"], small["dino"])
+    torch.testing.assert_close(out["dino_loss"], small["dino_loss"])
     distances = []
     for g in range(2):
         token, vit = ours.mask_token, ours.encoder
@@ -204,8 +204,8 @@ def test_dinov3_anchors_similarities_among_patches():
         y = torch.nn.functional.interpolate(y, (4, 4), mode="bicubic").flatten(2).mT
         x, y = (z / z.norm(dim=-1, keepdim=True) for z in (x, y))
         distances.append((x @ x.mT - y @ y.mT).square().mean())
-    torch.testing.assert_close(out["gram"], torch.stack(distances).mean())
-    torch.testing.assert_close(out["loss"], small["loss"] + 2 * out["gram"])
+    torch.testing.assert_close(out["gram_loss"], torch.stack(distances).mean())
+    torch.testing.assert_close(out["loss"], small["loss"] + 2 * out["gram_loss"])
     out["loss"].backward()
     assert all(p.grad is None for p in ours.gram.parameters())
 
@@ -214,7 +214,7 @@ def test_dinov3s_local_views_have_a_weight_of_their_own():
     made = {w: dinov3(local_weight=w) for w in (0.0, 0.5, 1.0)}
     batch = with_gram_views(batch_of(0, 0))
     batch["views"] = [*batch["views"][:2], *batch["views"][4:]]
-    dino = {w: m(m.prepare(batch), "prepared")["dino"].item() for w, m in made.items()}
+    dino = {w: m(m.prepare(batch), "prepared")["dino_loss"].item() for w, m in made.items()}
     assert dino[0.0] < dino[0.5] < dino[1.0]
     assert dino[0.5] == pytest.approx((dino[0.0] + dino[1.0]) / 2)
     apart = made[0.0].pairs(batch["views"])
@@ -224,7 +224,7 @@ def test_dinov3s_local_views_have_a_weight_of_their_own():
 def test_the_gram_teacher_is_what_the_teacher_was():
     ours = dinov3(gram_weight={"name": "linear", "start": 0.0, "end": 1.0}, gram_updates=[0.4])
     batch = ours.prepare(with_gram_views(batch_of(0, 0)))
-    assert "gram" not in ours(batch, "prepared")  # its weight is 0
+    assert "gram_loss" not in ours(batch, "prepared")  # its weight is 0
     weight = ours.gram.model.vit.blocks[0].mlp.fc1.weight
     for progress, updated in ((0.2, False), (0.4, True), (0.4, False), (0.6, False)):
         with torch.no_grad():
@@ -232,7 +232,7 @@ def test_the_gram_teacher_is_what_the_teacher_was():
         ours.on_step([[], []], progress)
         now = ours.teacher.model["masked"].vit.blocks[0].mlp.fc1.weight
         assert torch.equal(weight, now) == updated
-    assert "gram" in ours(batch, "prepared")
+    assert "gram_loss" in ours(batch, "prepared")
 
 
 def test_bad_input_is_refused():

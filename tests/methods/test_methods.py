@@ -152,7 +152,7 @@ def test_dino_is_lightlys_of_all_views_with_the_global_ones(tmp_path):
         torch.testing.assert_close(ours.assign.center, rival.center.flatten())
     view = data["views"][0]
     torch.testing.assert_close(ours.features(view), ours.teacher.model[0](view))
-    assert [*ours.networks()] == ["teacher", "encoder"]
+    assert [*ours.networks()] == ["teacher", "student"]
 
 
 @pytest.mark.parametrize("progress, momentum", [(0.0, 0.8), (0.5, 0.9), (1.0, 1.0)])

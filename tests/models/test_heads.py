@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fastssl.models import BatchNorm1d, average_running_statistics, projection_head
+from fastssl.models import BatchNorm1d, DINOHead, average_running_statistics, projection_head
 from tests.ranks import run_ranks
 
 
@@ -102,3 +103,23 @@ def test_two_ranks_normalize_as_one():
     for same, whole in ((mean, one[4]), (var, one[5]), (count, one[6])):
         for mine in same:
             torch.testing.assert_close(mine, whole, **close)
+
+
+@pytest.mark.parametrize("last", ["normed", "scaled", "plain"])
+def test_dinos_head_scores_points_on_a_sphere(last):
+    torch.manual_seed(0)
+    head = DINOHead(6, 9, hidden=5, bottleneck=4, layers=2, last=last).double()
+    x, (first, second) = torch.randn(3, 6).double(), (head.mlp[0], head.mlp[2])
+    assert abs(head.mlp[0].weight).max() < 0.2 and not head.mlp[0].bias.any()
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    z = F.gelu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    rows = head.last.weight_v
+    rows = rows if last == "plain" else rows / rows.norm(dim=1, keepdim=True)
+    rows = rows * head.last.weight_g if last == "scaled" else rows
+    want = z / z.norm(dim=1, keepdim=True) @ rows.T
+    torch.testing.assert_close(head(x), want)
+    assert [*head.last.state_dict()] == ["weight_v", "weight_g"][: 1 + (last == "scaled")]
+    with pytest.raises(ValueError, match="at least 1 layer, got layers=0"):
+        DINOHead(6, 9, layers=0)

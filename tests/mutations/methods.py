@@ -162,7 +162,7 @@ MUTATIONS = {  # place: (what stands in it or below, what it becomes)
     "methods/mae.__init__": [("norm_pix=cfg.norm_pix", "norm_pix=False")],
     "methods/base.features": [(").float()", ")")],
     "methods/base.forward": [('if part == "all":', 'if part != "all":')],
-    "methods/dino.features": [('["teacher"]', '["encoder"]')],
+    "methods/dino.features": [('["teacher"]', '["student"]')],
     "methods/dino.loss": [("sum(map(sum, pairs))", "len(pairs)")],
     "methods/dino.on_step": [("self.clock.progress = progress", "pass")],
     "methods/dinov2.mask": [

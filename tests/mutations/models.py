@@ -9,6 +9,8 @@ TESTS = {
         "tests/models/test_heads.py tests/engine/test_engine.py",
         "heads or batch_norms_of_two",
     ),
+    "models/dino_head": ("tests/models/test_heads.py", "dinos_head"),
+    "models/stochastic_depth": ("tests/models/test_stochastic_depth.py", ""),
     "models/ema": ("tests/models/test_ema.py tests/train/test_frozen.py", "ema or leave_a_frozen"),
     "models/frozen": ("tests/train/test_frozen.py", "leave_a_frozen or resumes_and"),
     "models/deferred": ("tests/models/test_deferred.py", ""),
@@ -21,6 +23,28 @@ TESTS = {
 }
 
 MUTATIONS = {
+    "models/dino_head.rows": [
+        ('rows * self.weight_g if self.last == "scaled" else rows', "rows"),
+        ("F.normalize(self.weight_v, dim=1)", "self.weight_v"),
+    ],
+    "models/dino_head.DINOHead": [
+        ("modules[:-1]", "modules"),
+        ("nn.init.zeros_(linear.bias)", "pass"),
+        ("F.normalize(z, dim=-1", "F.normalize(z, dim=0"),
+    ],
+    "models/stochastic_depth._of_some": [
+        ("alpha=len(x) / keep", "alpha=1"),
+        ("max(1, int(", "max(0, int("),
+    ],
+    "models/stochastic_depth._dropping": [
+        ("rope[chosen] if", "rope[: len(chosen)] if"),
+        ("_scale(self, 2))", "_scale(self, 1))"),
+    ],
+    "models/stochastic_depth.drop_samples": [("m.drop_prob for m in", "False for m in")],
+    "models/stochastic_depth.still": [
+        ("module.drop_prob = 0.0", "pass"),
+        ("module.p = 0.0", "pass"),
+    ],
     "models/deferred.fills": [("whole and", "whole or")],
     "models/deferred.overwrites": [("len(read) == 1 and", ""), ("read[0].fills()", "True")],
     "models/deferred.__torch_function__": [
