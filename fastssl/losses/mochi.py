@@ -40,7 +40,7 @@ class MoCHiLoss(ContrastiveLoss):
     Source   Kalantidis et al. 2020, arXiv:2010.01028, sections 3.2, 4.1 and 4.2.
 
     >>> loss = MoCHiLoss(4, temperature=1.0, size=2, top_n=1, s=1, s_prime=0)
-    >>> loss.queue.push(torch.eye(4)[:2])
+    >>> _ = loss.queue.push(torch.eye(4)[:2])
     >>> z = torch.eye(4)[2:]
     >>> round(loss(z, z).item(), 4)  # two keys and their mix: ln(e + 3) - 1
     0.7437

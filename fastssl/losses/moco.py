@@ -31,7 +31,7 @@ class MoCoLoss(ContrastiveLoss):
              MoCo v2, arXiv:2003.04297, has t = 0.2.
 
     >>> loss = MoCoLoss(4, temperature=1.0, size=2)
-    >>> loss.queue.push(torch.eye(4)[:2])
+    >>> _ = loss.queue.push(torch.eye(4)[:2])
     >>> z = torch.eye(4)[2:]
     >>> round(loss(z, z).item(), 4)  # ln(e + 2) - 1
     0.5514

@@ -34,7 +34,7 @@ class NNCLRLoss(ContrastiveLoss):
              The queue wraps where `Queue` says.
 
     >>> loss = NNCLRLoss(2, 4, temperature=0.5)
-    >>> loss.queue.push(torch.eye(4)[:2])
+    >>> _ = loss.queue.push(torch.eye(4)[:2])
     >>> z = torch.eye(4)[:2]
     >>> round(loss(z, z, z, z).item(), 4)  # ln(e^2 + 2) - 2
     0.2395

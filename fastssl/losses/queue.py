@@ -34,7 +34,7 @@ class Queue(nn.Module):
     Source   He et al. 2020, MoCo, arXiv:1911.05722, section 3.2.
 
     >>> queue = Queue(3, 2)
-    >>> queue.push(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 4.0]]))
+    >>> _ = queue.push(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 4.0]]))
     >>> queue.keys.tolist()
     [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
     """

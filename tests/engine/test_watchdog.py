@@ -73,7 +73,8 @@ def test_ranks_that_hang_end_and_name_the_one_that_holds_them_up(tmp_path):
 
 def test_a_rank_that_is_stopped_does_not_answer(tmp_path):
     codes, said = run("stops", tmp_path)
-    assert codes[0] == 6 and f"rank 1 on {HOST} does not answer" in said[0]
+    told = re.sub(f" on {HOST}", "", said[0])  # it may have stopped before it told its host
+    assert codes[0] == 6 and "rank 1 does not answer" in told
 
 
 def test_a_rank_that_is_slow_but_moves_is_waited_for(tmp_path):

@@ -15,6 +15,7 @@ PRIMITIVES = {
     "gather_packed",
     "gather_patches",
     "gather_tokens",
+    "gram_distance",
     "linear_soft_cross_entropy",
     "mixed_correlation",
     "pairwise_lse",

@@ -210,7 +210,7 @@ def test_the_newest_and_the_best_are_kept_and_the_newest_is_first(checkpoint):
         shutil.copytree(checkpoint, checkpoint.with_name(f"step-{step:08d}"))
     (checkpoint.parent / "best").write_text("step-00000004")
     assert checkpoints.latest() == "step-00000100"
-    checkpoints._prune()
+    checkpoints._prune(100)
     assert checkpoints.names() == ["step-00000100", "step-00000004"]
 
 

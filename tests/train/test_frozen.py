@@ -85,7 +85,7 @@ def test_what_cannot_be_frozen_is_refused(tmp_path, monkeypatch):
         ConfigError, match="optim.groups freeze every parameter for all of epochs=2"
     ):
         build(tiny("simclr", tmp_path, **late), 1)
-    monkeypatch.setattr("fastssl.run.build.build_method", lambda encoder, _: Headless(encoder))
+    monkeypatch.setattr("fastssl.run.build.build_method", lambda encoder, *_: Headless(encoder))
     cfg = tiny("simclr", tmp_path, model={"name": "given", "frozen": True})
     with pytest.raises(ConfigError, match="simclr has nothing left to train: what it has"):
         pretrain(cfg, given=Given(nn.Sequential(nn.Flatten(), nn.Linear(256, 8))))
