@@ -24,7 +24,7 @@ from fastssl.kernels.common import can_read_values
 from fastssl.losses import KoLeoLoss
 from fastssl.losses.dino import cross_entropies
 from fastssl.masking import some_blocks
-from fastssl.models import EMA, DINOHead, drop_samples, still
+from fastssl.models import EMA, DINOHead, MaskedViT, drop_samples, still
 from fastssl.random import hashes, uniform
 from fastssl.schedules.config import at
 
@@ -47,7 +47,7 @@ class DINOv2(Method):
         K = cfg.prototypes
         if cfg.patch_prototypes is not None:
             K, width = cfg.patch_prototypes, cfg.patch_bottleneck_dim or cfg.bottleneck_dim
-            own = cfg.head(masked.width) | {"prototypes": K, "bottleneck": width}
+            own: dict[str, Any] = cfg.head(masked.width) | {"prototypes": K, "bottleneck": width}
             self.student["patch_head"] = DINOHead(**own)
         self.mask_token = nn.Parameter(torch.zeros(masked.width))
         self.teacher = EMA(self.student)
@@ -60,8 +60,13 @@ class DINOv2(Method):
         self.most = max(1, int(masked.num_patches * cfg.mask_range[1]))
 
     @property
+    def masked(self) -> MaskedViT:
+        """The student's."""
+        return self.student["masked"]  # type: ignore[return-value]
+
+    @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
-        return self.student["masked"].vit  # type: ignore[return-value]
+        return self.masked.vit
 
     def networks(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher.model.get_submodule("masked.vit"), "student": self.encoder}
@@ -80,12 +85,12 @@ class DINOv2(Method):
 
     def mask(self, seeds: Tensor, G: int) -> Tensor:
         """Which patches of each of G views the student does not see: (B, G, L) bool."""
-        grid, (low, high) = self.student["masked"].grid, self.cfg.mask_range
+        grid, (low, high) = self.masked.grid, self.cfg.mask_range
         drawn = hashes(seeds, 2 * G + 2)
         masked = (self.cfg.mask_share * G + uniform(drawn[:, -1], 1)).long()  # how many views are
         chosen = drawn[:, :G].argsort(dim=1, stable=True).argsort(dim=1, stable=True) < masked
         size = low + (high - low) * uniform(drawn[:, -2], G)
-        count = (size * self.student["masked"].num_patches).long().clamp_(1, self.most) * chosen
+        count = (size * self.masked.num_patches).long().clamp_(1, self.most) * chosen
         hidden = some_blocks(drawn[:, G : 2 * G].flatten(), grid, count.flatten())
         return hidden.unflatten(0, (len(seeds), G))
 
@@ -93,14 +98,14 @@ class DINOv2(Method):
         """More hidden patches than views (B, G) have, but once in a thousand million batches."""
         (B, G), (low, high) = count.shape, self.cfg.mask_range
         whole, rest = divmod(self.cfg.mask_share * G, 1)
-        L = self.student["masked"].num_patches
+        L = self.masked.num_patches
         mean, spread = L * (low + high) / 2, (L * (high - low)) ** 2 / 12
         variance = (whole + rest) * spread + rest * (1 - rest) * mean**2
         return int(B * (whole + rest) * mean + 6 * (B * variance) ** 0.5) + 1
 
     def encode(self, batch: Batch) -> Encoded:
         """{"views": the class tokens (B, E) of each; "patches": the hidden ones (B, G M, E)}."""
-        views, masked = [self.cast(view) for view in self.compared(batch)], self.student["masked"]
+        views, masked = [self.cast(view) for view in self.compared(batch)], self.masked
         chosen, hidden = global_views(views), batch["hidden"]
         joined = torch.cat([views[g] for g in chosen])
         tokens = masked.tokens(joined)
@@ -130,7 +135,7 @@ class DINOv2(Method):
 
     def _hidden(self, h: Tensor, places: Tensor) -> Tensor:
         """The patches at places (B, G, M) of h (G B, P + L, E), view after view: (B, G M, E)."""
-        (B, G, M), prefix = places.shape, self.student["masked"].prefix
+        (B, G, M), prefix = places.shape, self.masked.prefix
         of = gather_tokens(h[:, prefix:], places.transpose(0, 1).reshape(G * B, M))
         return of.view(G, B, M, -1).transpose(0, 1).flatten(1, 2)
 

@@ -35,7 +35,7 @@ class DINOv3(DINOv2):
     def __init__(self, encoder: nn.Module, cfg: DINOv3Config):
         super().__init__(encoder, cfg)
         if cfg.has_gram:
-            self.gram = EMA(self.student["masked"])
+            self.gram = EMA(self.masked)
 
     @property
     def anchored(self) -> float:
@@ -57,7 +57,7 @@ class DINOv3(DINOv2):
         """All patches of the global views, of length 1: (B, G, L, E)."""
         if not self.anchored:
             return {}
-        patches = F.normalize(h[:, self.student["masked"].prefix :].float(), dim=-1)
+        patches = F.normalize(h[:, self.masked.prefix :].float(), dim=-1)
         return {"all": patches.unflatten(0, (G, -1)).transpose(0, 1)}
 
     def targets(self, batch: Batch) -> Encoded:
@@ -65,10 +65,10 @@ class DINOv3(DINOv2):
         if not self.anchored:
             return made
         self.gram.eval()
-        masked, grid = self.gram.model, self.student["masked"].grid_of(batch["views"][0])
+        gram, grid = self.gram.model, self.masked.grid_of(batch["views"][0])
         images = torch.cat([self.cast(view) for view in batch["views"][G : 2 * G]])
-        h = self.gram(images)[:, self.student["masked"].prefix :].float()
-        h = h.mT.unflatten(2, masked.grid_of(images))  # type: ignore[operator]
+        h = self.gram(images)[:, self.masked.prefix :].float()
+        h = h.mT.unflatten(2, gram.grid_of(images))  # type: ignore[operator]
         h = F.interpolate(h, grid, mode="bicubic", align_corners=False)
         y = F.normalize(h.flatten(2).mT, dim=-1)
         return {**made, "gram": y.unflatten(0, (G, -1)).transpose(0, 1)}
