@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastssl.masking import some_blocks
 from fastssl.methods import build_method
 from fastssl.methods.configs import DINOv2Config, DINOv3Config
 from fastssl.methods.teachers import packed
 from fastssl.models import build_backbone
+from fastssl.random import hashes
 from tests.methods import dinov2_reference as reference
 from tests.ranks import run_ranks
 from tests.runs import VIT
@@ -135,10 +137,17 @@ def test_masks_are_of_the_sample_and_of_the_sizes_asked():
     count = hidden.sum(2)
     assert ((count > 0).sum(1) == 1).all()  # half of two views, in every sample
     assert abs((count[:, 0] > 0).float().mean() - 0.5) < 0.1
+    drawn, first = hashes(seeds, 2 * G + 2), count[:, 0] > 0
+    alone = some_blocks(drawn[:, G], (4, 4), count[:, 0])
+    assert torch.equal(hidden[:, 0], alone)  # places of draws that choose nothing
+    mean = [count[chosen].sum() / chosen.sum() for chosen in (first, ~first)]
+    assert abs(mean[0] - mean[1]) < 0.5  # nor do they tell the size
     sizes = count[count > 0]
     assert sizes.min() >= 1 and sizes.max() <= 8  # 0.1 to 0.5 of 16
     assert (torch.bincount(sizes, minlength=8)[1:8] > 20).all()
     assert hidden.sum() < method.bound(count) < 1.4 * hidden.sum()
+    few = [method.mask(torch.arange(4) + 4 * n, G).sum(2) for n in range(200)]
+    assert max(int(one.sum()) for one in few) <= method.bound(few[0])
 
 
 def test_rows_beyond_the_bound_leave_the_mean_of_their_view():
